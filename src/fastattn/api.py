@@ -1,0 +1,139 @@
+"""attention(): the hot path, and nothing else.
+
+A hit is: the most recent entry's probe, else the table's probes for these byte counts, then the Call. Entries are
+immutable and tables are copied on write, so a hit takes no lock. Everything else is a miss (resolve.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
+
+from fastattn import config, device, resolve, traced
+from fastattn.probe import Probe, build
+
+LIMIT = 4096  # entries; beyond it the tables start anew
+SAME_BYTES = 8  # entries kept for one pair of byte counts
+STREAK = 8  # misses in front after which only the table is asked, and equal hits after which the front is used again
+
+_has_torch_function = device.has_torch_function
+
+
+def _never(q: Any, k: Any, v: Any, m: Any, layout: Any, kw: Any) -> None:
+    return None
+
+
+class Front:
+    """The entries of one front door: attention() and sdpa() each have their own."""
+
+    __slots__ = ("_count", "_hits", "_last", "_lock", "_misses", "first", "table")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all entries; also what makes a lock new after a fork."""
+        self.table: dict[Any, tuple[Probe, ...]] = {}
+        self.first: Probe = _never
+        self._last: Probe | None = None
+        self._hits = self._misses = self._count = 0
+
+    def renew(self) -> None:
+        """After a fork: no other thread is left that could hold the lock."""
+        self._lock = Lock()
+
+    def lookup(self, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> Any:
+        """The Call of the entry whose probe matches, or None. Byte counts only narrow the search."""
+        if _has_torch_function(q, k, v):
+            return None
+        table, n = self.table, q.nbytes
+        for probe in table.get((n, k.nbytes), ()) or table.get(n, ()):
+            call = probe(q, k, v, m, layout, kw)
+            if call is not None:
+                if probe is self._last:
+                    self._hits += 1
+                    if self._hits > STREAK:  # one problem again
+                        self.first = probe
+                        self._hits = self._misses = 0
+                else:
+                    self._last = probe
+                    self._hits = 0
+                    if self.first is not _never:
+                        self._misses += 1
+                        if self._misses > STREAK:  # many problems: do not ask the front first
+                            self.first = _never
+                return call
+        return None
+
+    def publish(self, served: resolve.Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:
+        """Add an entry made by this very call."""
+        bucket = None if k is v else served.bucket  # a free length needs k and v guarded apart
+        probe = build(q, k, v, m, layout, kw, served.call, served.reads, bucket)
+        name = q.nbytes if bucket is not None else (q.nbytes, k.nbytes)
+        with self._lock:
+            table = {} if self._count >= LIMIT else dict(self.table)
+            self._count = 1 if self._count >= LIMIT else self._count + 1
+            table[name] = (probe, *table.get(name, ())[: SAME_BYTES - 1])
+            self.table = table
+            self.first = probe
+
+
+front = Front()
+config.on_change(front.clear)
+resolve.on_forget(front.clear)
+resolve.on_fork(front.renew)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Tensor:
+    """Scaled dot-product attention, by the fastest kernel on this machine that is right.
+
+    softmax(scale * q k^T + mask) v. The first call for a kind of problem checks every installed kernel's numbers against
+    float64, times those that pass and remembers the winner on disk; later calls cost about a microsecond.
+
+    q: [batch, q_heads, q_len, head_dim]; k: [batch, kv_heads, kv_len, head_dim]; v: [batch, kv_heads, kv_len, head_dim_v]
+    in layout "bhsd"; float64, float32, float16 or bfloat16, all alike. Any strides. q_heads is a multiple of kv_heads (GQA,
+    MQA). Under autocast they are cast as F.scaled_dot_product_attention casts them.
+    mask: None; a bool tensor (True attends) or a float tensor (added), 2-D or 4-D, broadcast to [batch, q_heads, q_len,
+    kv_len]; `masks.Causal(corner)`; or a causal bias of torch.nn.attention.bias. A row that may attend to nothing gives
+    zeros, and zero gradients.
+    layout: of q, k, v and the output: "bhsd", "bshd" or "sbhd".
+
+    is_causal: torch's top-left triangle, together with any mask. scale: None means head_dim ** -0.5.
+    kernel: an order: that kernel ("torch_flash", or one candidate, "torch_flash+fp32") runs or NoKernelError says why not.
+    accuracy: "exact" (what a fused kernel with float32 accumulation achieves), "dtype" (plain matmul in the input's
+    dtype), or the largest row error over max_d sum_j p_ij |v_jd| that is accepted. Default: `options(accuracy=)`, "exact".
+    dropout_p, window, softcap, score_mod, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table and
+    return_lse are not implemented yet.
+
+    Returns [batch, q_heads, q_len, head_dim_v] in `layout`. Raises RuntimeError, TypeError or IndexError where
+    F.scaled_dot_product_attention does; ValueError for a bad layout or accuracy or an ambiguous 3-D mask;
+    NotImplementedError for an option that is not done; NoKernelError for an order that cannot be carried out.
+    """
+    try:
+        call = front.first(q, k, v, mask, layout, options)
+        if call is None:
+            call = front.lookup(q, k, v, mask, layout, options)
+    except Exception:  # noqa: BLE001 - whatever a strange input does to a probe, the miss says it well
+        call = None
+    if call is None:
+        return _miss(q, k, v, mask, layout, options)
+    return call(q, k, v, mask)
+
+
+def _miss(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Tensor:
+    served = resolve.attention(q, k, v, mask, layout, options)
+    out = served.call(q, k, v, mask)
+    if served.remember:
+        front.publish(served, q, k, v, mask, layout, options)
+    return out
+
+
+# Dynamo inlines this twin instead, so that the hot path need not ask whether it is being traced.
+attention._torchdynamo_inline = traced.attention  # type: ignore[attr-defined]
+attention.__signature__ = inspect.signature(traced.attention)  # type: ignore[attr-defined]
+

@@ -1,0 +1,104 @@
+"""Which candidates can do a problem on a device, and why the others cannot. Pure: nothing is run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import product
+
+from fastattn import kernels
+from fastattn.config import Config
+from fastattn.conversions import CONVERSIONS, NO, OPTIONAL, REQUIRED
+from fastattn.device import Device
+from fastattn.kernel import Accepted, Decision, Kernel, Rejected, Run
+from fastattn.problem import Problem
+
+
+def decisions(problem: Problem, device: Device, config: Config, rows: Sequence[Kernel] | None = None) -> list[Decision]:
+    """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons."""
+    found: list[Decision] = []
+    for kernel in kernels.rows_for(device.type) if rows is None else rows:
+        found += decide(kernel, problem, device, config)
+    return found
+
+
+def decide(kernel: Kernel, problem: Problem, device: Device, config: Config) -> list[Decision]:
+    """One kernel: its candidates, plainest first, or one Rejected with all reasons."""
+    answers = {c.name: c.when(kernel, problem) for c in CONVERSIONS}
+    reasons = list(_reasons(kernel, problem, device, config))
+    reasons += [answer for answer in answers.values() if answer not in (NO, OPTIONAL, REQUIRED)]
+    if reasons:
+        return [Rejected(kernel, tuple(reasons))]
+    choices = [_choices(name, answer) for name, answer in answers.items()]
+    return [Accepted(kernel, tuple(n for n in names if n)) for names in product(*choices)]
+
+
+def _choices(name: str, answer: str) -> tuple[str, ...]:
+    return {NO: ("",), OPTIONAL: ("", name), REQUIRED: (name,)}[answer]
+
+
+def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iterable[str]:
+    if device.type not in kernel.devices:
+        yield f"needs {' or '.join(kernel.devices)}, this device is {device.type}"
+        return  # its other limits speak of that device
+    if not config.allows(kernel.name) and kernel.name not in kernels.FALLBACKS:
+        yield f"excluded by options: kernels {', '.join(config.kernels)}"
+    if kernel.switch in p.off:
+        yield f"switched off by torch.backends.cuda.enable_{kernel.switch}_sdp(False) or sdpa_kernel(...)"
+    if p.dtype not in kernel.dtypes and not (kernel.fp32 and "float32" in kernel.dtypes and p.dtype != "float64"):
+        yield f"dtype {p.dtype} is not one of {', '.join(kernel.dtypes)}"
+    if p.causal and kernel.corner is None and not kernel.masks:
+        yield "causal is not supported"
+    if p.mask and not kernel.masks:
+        yield f"a mask is not supported ({p.mask} {p.mask_shape})"
+    elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
+        yield f"a float mask is not supported ({p.mask})"
+    if p.needs_grad and not kernel.grad:
+        yield "gradients are not supported"
+    if p.mask_grad and not kernel.mask_grad:
+        yield "a gradient for the mask is not supported"
+    if p.deterministic and not kernel.deterministic:
+        yield "not deterministic, and torch.use_deterministic_algorithms is on"
+    if kernel.approximate and isinstance(p.accuracy, str):
+        yield f"quantises its inputs: accuracy {p.accuracy!r} asks for more, pass a number"
+    for need in kernel.needs:
+        reason = need.why_not(p, device)
+        if reason:
+            yield reason
+    why = unavailable(kernel)
+    if why:
+        yield why
+
+
+@cache
+def unavailable(kernel: Kernel) -> str | None:
+    """Why the kernel's library cannot be used here; looked for without importing it, then imported."""
+    if version(kernel.library) is None:
+        return f"package {kernel.library} is not installed"
+    try:
+        load(kernel)
+    except Exception as error:  # noqa: BLE001 - whatever an import raises becomes the reason
+        first_line = (str(error).splitlines() or [""])[0]
+        return f"package {kernel.library} cannot be used: {type(error).__name__}: {first_line}"
+    return None
+
+
+@cache
+def load(kernel: Kernel) -> Run:
+    """The kernel's entry point, imported once. Raises whatever the library raises."""
+    return kernel.load()
+
+
+@cache
+def version(library: str) -> str | None:
+    """Version of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def by_name(name: str, found: Iterable[Decision]) -> list[Accepted]:
+    """The candidates an order means: `torch_flash` any of its candidates, `torch_flash+fp32` just that one."""
+    return [d for d in found if isinstance(d, Accepted) and name in (d.name, d.kernel.name)]

@@ -1,0 +1,180 @@
+"""Settings: read once from the environment, replaced whole by `options()`, scoped by contextvars.
+
+FASTATTN_MODE        auto | cached | off   tune on a miss | serve what is stored, never tune | plain F.sdpa everywhere
+FASTATTN_CACHE_DIR   one directory, or several joined by os.pathsep: the first is written, the others are only read
+FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one
+FASTATTN_MANIFEST    a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
+FASTATTN_LOG         debug | info | warning | error: the level of the logger "fastattn"
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+MODES = ("auto", "cached", "off")
+RUNGS = ("exact", "dtype")
+LEVELS = ("debug", "info", "warning", "error")
+
+log = logging.getLogger("fastattn")
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Names of all kernels; fastattn.kernels puts its own function here, as imports only point down."""
+    return ()
+
+
+def check_accuracy(value: Any) -> str | float:
+    """A rung: "exact", "dtype", or the largest row error over (P|V|) that the caller accepts."""
+    if isinstance(value, str) and value in RUNGS:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return float(value)
+    raise ValueError(f"accuracy must be 'exact', 'dtype' or a number above 0, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of one moment. `tune_budget` is in seconds for the whole process."""
+
+    mode: str = "auto"
+    kernels: tuple[str, ...] = ()
+    accuracy: str | float = "exact"
+    cache_dir: str | None = None
+    tune_budget: float = 120.0
+    manifest: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if not isinstance(self.tune_budget, (int, float)) or self.tune_budget < 0:
+            raise ValueError(f"tune_budget must be a number of seconds >= 0, got {self.tune_budget!r}")
+        check_accuracy(self.accuracy)
+
+    def allows(self, name: str) -> bool:
+        """Whether a kernel of that name may be considered."""
+        only = [k for k in self.kernels if not k.startswith("-")]
+        return f"-{name}" not in self.kernels and (not only or name in only)
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
+    """The Config that the FASTATTN_* variables ask for. Raises ValueError that lists the valid values."""
+    mode = environment.get("FASTATTN_MODE", "auto")
+    if mode not in MODES:
+        raise ValueError(f"FASTATTN_MODE must be one of {', '.join(MODES)}, got {mode!r}")
+    level = environment.get("FASTATTN_LOG", "")
+    if level:
+        if level not in LEVELS:
+            raise ValueError(f"FASTATTN_LOG must be one of {', '.join(LEVELS)}, got {level!r}")
+        log.setLevel(level.upper())
+        if not log.handlers and not logging.getLogger().handlers:
+            log.addHandler(logging.StreamHandler())
+    try:
+        kernels = check_kernels(environment.get("FASTATTN_KERNELS", ""))
+    except ValueError as error:
+        raise ValueError(f"FASTATTN_KERNELS: {error}") from None
+    return Config(
+        mode=mode,
+        kernels=kernels,
+        cache_dir=environment.get("FASTATTN_CACHE_DIR") or None,
+        manifest=environment.get("FASTATTN_MANIFEST") or None,
+    )
+
+
+def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """Kernel names, "-" in front excludes. Raises ValueError that lists the known names."""
+    parts = names.split(",") if isinstance(names, str) else names
+    found = tuple(name.strip() for name in parts if name.strip())
+    known = kernel_names()
+    for name in found:
+        if name.removeprefix("-") not in known:
+            raise ValueError(f"unknown kernel {name.removeprefix('-')!r}; known: {', '.join(known)}")
+    return found
+
+
+@cache
+def _process() -> list[Config]:
+    return [from_environment()]
+
+
+_scoped: ContextVar[Config | None] = ContextVar("fastattn_options", default=None)
+scopes_used = False  # once True, every hot-path entry compares the Config it was made under
+
+
+def current() -> Config:
+    """The Config in force here: the innermost scope, else the process's."""
+    return _scoped.get() or _process()[0]
+
+
+def forget() -> None:
+    """Read the environment again at the next look."""
+    _process.cache_clear()
+
+
+class options:
+    """Set options for the process, or for a `with` block (this thread or task only).
+
+    `options(mode="cached")` sets; `with options(kernels=["torch_flash"]): ...` scopes and restores.
+    mode: "auto", "cached" or "off". kernels: the only kernel names to consider, "-name" excludes one. accuracy: the
+    default rung of calls that name none. cache_dir: where verdicts are stored. tune_budget: seconds of tuning for the
+    whole process. Raises ValueError on a bad value and lists the valid ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str | None = None,
+        kernels: list[str] | tuple[str, ...] | str | None = None,
+        accuracy: str | float | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        tune_budget: float | None = None,
+    ) -> None:
+        given = {
+            "mode": mode,
+            "kernels": None if kernels is None else check_kernels(kernels),
+            "accuracy": None if accuracy is None else check_accuracy(accuracy),
+            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "tune_budget": tune_budget,
+        }
+        self._changes = {name: value for name, value in given.items() if value is not None}
+        self._before = _process()[0]
+        self._tokens: list[Token[Config | None]] = []
+        _set_process(replace(self._before, **self._changes))
+
+    def __enter__(self) -> Config:
+        # It turns out to be a scope: what __init__ set for the process is taken back, and set for this context only.
+        global scopes_used
+        if not self._tokens:
+            _set_process(self._before)
+        if not scopes_used:
+            scopes_used = True
+            _changed()
+        scoped = replace(current(), **self._changes)
+        self._tokens.append(_scoped.set(scoped))
+        return scoped
+
+    def __exit__(self, *exc: object) -> None:
+        _scoped.reset(self._tokens.pop())
+
+
+def _set_process(config: Config) -> None:
+    _process()[0] = config
+    _changed()
+
+
+_listeners: list[Any] = []
+
+
+def on_change(listener: Any) -> None:
+    """Call `listener()` whenever the process's Config is replaced: bound calls were made under the old one."""
+    _listeners.append(listener)
+
+
+def _changed() -> None:
+    for listener in _listeners:
+        listener()

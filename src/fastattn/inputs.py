@@ -1,0 +1,212 @@
+"""What the caller passed: options and tensors, checked, and the exact call key they make.
+
+The call key lives in memory only and determines everything that is decided below it. Mistakes that
+F.scaled_dot_product_attention also refuses raise the same type of error here, with the shapes in the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import config, device, masks
+from fastattn.layouts import LAYOUTS, TO_BHSD, stride_class
+
+Float = (float, int)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
+
+    is_causal: bool = False
+    scale: float | None = None
+    kernel: str | None = None
+    accuracy: str | float | None = None  # None: the Config's
+    # For options whose issue is not done, any value but the default raises NotImplementedError.
+    dropout_p: float = 0.0
+    window: Any = None
+    softcap: float = 0.0
+    score_mod: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+    max_q_len: Any = None
+    max_kv_len: Any = None
+    kv_lens: Any = None
+    page_table: Any = None
+    return_lse: bool = False
+
+
+NAMES = tuple(f.name for f in fields(Options))
+DEFAULTS = {f.name: f.default for f in fields(Options)}
+_READY = ("is_causal", "scale", "kernel", "accuracy")
+
+
+def parse(given: dict[str, Any]) -> Options:
+    """Options from keyword arguments. Raises TypeError, ValueError, or NotImplementedError with the option's name."""
+    for name, value in given.items():
+        if name not in DEFAULTS:
+            raise TypeError(f"attention() got an unexpected keyword argument {name!r}; valid: layout, {', '.join(NAMES)}")
+        default = DEFAULTS[name]
+        if name not in _READY and not (value is default or (type(value) in Float and value == default)):
+            raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
+    options = Options(**given)
+    if type(options.is_causal) is not bool:
+        raise TypeError(f"attention(): is_causal must be bool, got {type(options.is_causal).__name__}")
+    if options.scale is not None and (isinstance(options.scale, bool) or not isinstance(options.scale, Float)):
+        raise TypeError(f"attention(): scale must be float or None, got {type(options.scale).__name__}")
+    if options.kernel is not None and not isinstance(options.kernel, str):
+        raise TypeError(f"attention(): kernel must be a name or None, got {type(options.kernel).__name__}")
+    if options.accuracy is not None:
+        config.check_accuracy(options.accuracy)
+    return options
+
+
+class Spec(NamedTuple):
+    """A tensor without its values; shape and stride are those of the (b, h, s, d) view."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    aligned: bool = True  # to 16 bytes
+
+
+class CallKey(NamedTuple):
+    """All that one call is, without its values."""
+
+    q: Spec
+    k: Spec
+    v: Spec
+    mask: Spec | masks.Causal | None
+    layout: str
+    options: Options
+    state: device.State
+
+
+def spec(x: Tensor, layout: str = "bhsd") -> Spec:
+    shape, stride = tuple(x.shape), x.stride()
+    if layout != "bhsd":
+        order = TO_BHSD[layout]
+        shape, stride = tuple(shape[i] for i in order), tuple(stride[i] for i in order)
+    return Spec(shape, stride, x.dtype, x.device, x.requires_grad, x.data_ptr() % 16 == 0)
+
+
+def as_structured(mask: Any) -> Any:
+    """torch.nn.attention.bias's causal biases as our own value; everything else as it is."""
+    if type(mask).__name__ == "CausalBias" and hasattr(mask, "variant"):
+        return masks.Causal("top_left" if mask.variant.name == "UPPER_LEFT" else "bottom_right")
+    return mask
+
+
+def check_layout(layout: Any) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout == "thd":
+        raise NotImplementedError("attention(): layout='thd' is not implemented yet")
+
+
+def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: Options) -> CallKey:
+    """The key of this call. Raises what F.scaled_dot_product_attention raises for the same mistake."""
+    check_layout(layout)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention(): {name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"attention(): {name} must have 4 dimensions ({layout}), got shape {tuple(x.shape)}")
+    structured = as_structured(mask)
+    if structured is not mask:
+        _check_bias_lengths(mask, q, k, layout)
+    key = CallKey(
+        spec(q, layout),
+        spec(k, layout),
+        spec(v, layout),
+        spec(structured) if isinstance(structured, Tensor) else structured,
+        layout,
+        options,
+        device.state(q.device.type),
+    )
+    _check_tensors(key)
+    _check_mask(key)
+    return key
+
+
+def _check_tensors(key: CallKey) -> None:
+    q, k, v = key.q, key.k, key.v
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape} (as b, h, s, d)"
+    if not q.device == k.device == v.device:
+        raise RuntimeError(f"attention(): q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
+        raise RuntimeError(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
+    if not _one_dtype(key, (q.dtype, k.dtype, v.dtype)):
+        raise RuntimeError(f"attention(): q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise RuntimeError(f"attention(): batch sizes differ: {shapes}")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise RuntimeError(f"attention(): k and v must agree in heads and length: {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise RuntimeError(f"attention(): q and k must have the same head_dim: {shapes}")
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise RuntimeError(f"attention(): q_heads must be a multiple of kv_heads: {shapes}")
+
+
+def _one_dtype(key: CallKey, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return len({after_autocast(dtype, key.state) for dtype in dtypes}) == 1
+
+
+def after_autocast(dtype: torch.dtype, state: device.State) -> torch.dtype:
+    """The dtype F.sdpa computes in: autocast casts every float tensor but float64."""
+    if state.autocast is None or not dtype.is_floating_point or dtype is torch.float64:
+        return dtype
+    return state.autocast
+
+
+def _check_mask(key: CallKey) -> None:
+    mask = key.mask
+    if mask is None or isinstance(mask, masks.Causal):
+        return
+    if not isinstance(mask, Spec):
+        if type(mask).__name__ == "BlockMask":
+            raise NotImplementedError("attention(): a BlockMask is not implemented yet")
+        raise TypeError(
+            "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks or one of"
+            f" torch.nn.attention.bias's causal biases, got {type(mask).__name__}"
+        )
+    b, hq, sq, _ = key.q.shape
+    scores = (b, hq, sq, key.k.shape[2])
+    if len(mask.shape) == 3:
+        raise ValueError(
+            f"attention(): a 3-D mask {mask.shape} is ambiguous; pass mask[:, None] if its first dimension is the"
+            " batch, mask[None] if it is the heads"
+        )
+    if len(mask.shape) not in (2, 4):
+        raise RuntimeError(f"attention(): mask must be 2-D or 4-D, got shape {mask.shape}")
+    if any(n not in (1, full) for n, full in zip(mask.shape, scores[-len(mask.shape) :], strict=True)):
+        raise RuntimeError(f"attention(): mask {mask.shape} does not broadcast to (b, h, q_len, kv_len) = {scores}")
+    dtype, q_dtype = after_autocast(mask.dtype, key.state), after_autocast(key.q.dtype, key.state)
+    if dtype not in (torch.bool, torch.float32, q_dtype):
+        raise RuntimeError(f"attention(): mask must be bool, float32 or {q_dtype} as q is, got {mask.dtype}")
+    if mask.device != key.q.device:
+        raise RuntimeError(f"attention(): mask is on {mask.device}, q on {key.q.device}")
+
+
+def _check_bias_lengths(bias: Any, q: Tensor, k: Tensor, layout: str) -> None:
+    dim = TO_BHSD[layout][2]
+    lengths = (q.shape[dim], k.shape[dim])
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise RuntimeError(
+            f"attention(): the causal bias is for q_len {bias.seq_len_q}, kv_len {bias.seq_len_kv}, got {lengths}"
+        )
+
+
+def mask_class(mask: Spec, q: Spec, kv_len: int) -> tuple[str, str]:
+    """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
+    shape = (1,) * (4 - len(mask.shape)) + mask.shape
+    stride = (0,) * (4 - len(mask.shape)) + mask.stride
+    pattern = "".join(name if n != 1 or n == full == 1 and name in "qk" else "1" for name, n, full in
+                      zip("bhqk", shape, (q.shape[0], q.shape[1], q.shape[2], kv_len), strict=True))
+    return pattern, stride_class(shape, stride)

@@ -1,0 +1,102 @@
+"""The contract of a kernel: a row of data about one entry point of one library, and one `load()`.
+
+A kernel file imports this module and, inside `load()`, its library; nothing else. What it declares, conversions.py brings
+about: a kernel never transposes, casts, pads or checks a shape itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastattn.device import Device, private
+from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
+
+__all__ = [
+    "Accepted", "Arguments", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
+    "Rejected", "Run", "require",
+]  # fmt: skip
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+class Arguments(NamedTuple):
+    """What a kernel is told beside its tensors.
+
+    scale: multiplies q k^T. diagonal: key j is visible to query i when j <= i + diagonal; None is not causal.
+    """
+
+    scale: float
+    diagonal: int | None = None
+    needs_grad: bool = False
+
+
+# run(q, k, v, mask, arguments) -> out; tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1) or None
+Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One entry point. The order of rows is the order that decides between equals."""
+
+    name: str
+    summary: str
+    load: Callable[[], Run]
+    library: str = "torch"  # the distribution that brings it
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = (*FLOATS, "float64")
+    layout: str = "bhsd"  # what `run` takes and returns
+    corner: str | None = "top_left"  # which causal corner it draws: "top_left", "bottom_right", "any", None
+    masks: tuple[str, ...] = ()  # of "bool", "additive"
+    mask_and_causal: bool = False  # both at once
+    gqa: bool = True  # takes fewer kv heads as they are
+    gqa_fold: bool = False  # worth trying with the query group folded into rows
+    equal_head_dims: bool = False  # v must be as wide as q
+    head_dim_multiple: int = 1
+    dense_last_dim: bool = False  # the last stride must be 1
+    grad: bool = True
+    mask_grad: bool = False
+    deterministic: bool = True  # the same bits on every run, backward included
+    contiguous: bool = False  # worth trying with dense copies of q, k, v
+    fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
+    chunks: bool = False  # materialises the scores: worth cutting into blocks that fit a cache
+    switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
+    reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
+    approximate: bool = False  # quantises its inputs: needs a number from the caller
+    needs: tuple[Need, ...] = ()
+
+
+class Accepted(NamedTuple):
+    """A candidate: a kernel with its conversions in the order they are applied."""
+
+    kernel: Kernel
+    conversions: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.kernel.name, *self.conversions))
+
+
+class Rejected(NamedTuple):
+    """A kernel that cannot, with every reason."""
+
+    kernel: Kernel
+    reasons: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+
+Decision = Accepted | Rejected
+
+
+def require(name: str) -> Callable[..., Tensor]:
+    """torch's private entry point of that name in fastattn.device. Raises ImportError where this torch has it not."""
+    found = private(name)
+    if found is None:
+        raise ImportError(f"this torch has no {name} entry point")
+    return found

@@ -1,0 +1,133 @@
+"""Attention made of matrix products: on a CPU two plain products often beat a fused kernel.
+
+The query group of GQA is folded into rows, so keys and values are never repeated. Forward only, but for sdpa_math.
+"""
+
+from __future__ import annotations
+
+from fastattn.kernel import Kernel, OneOf, RefuseWhen
+
+
+def fold(q, k, v):
+    """(n, group * q_len, d), (n, kv_len, d), (n, kv_len, dv) of n = batch * kv_heads; views where strides allow."""
+    b, kv_heads, kv_len, d = k.shape
+    n = b * kv_heads
+    return q.reshape(n, -1, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
+
+
+def hide(scores, q, mask, a):
+    """Add a float mask, and put -inf where a key is hidden, in place; whether a row may see nothing."""
+    import torch
+
+    b, h, s, _ = q.shape
+    kv_len = scores.shape[-1]
+    view = scores.view(b, h, s, kv_len)
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            view.masked_fill_(mask.logical_not(), float("-inf"))
+        else:
+            view.add_(mask)
+    if a.diagonal is not None and a.diagonal < kv_len - 1:
+        first = max(0, a.diagonal + 1)  # the keys before it are seen by every row, or by none that the triangle spares
+        hidden = torch.ones(s, kv_len - first, dtype=torch.bool, device=q.device).triu_(a.diagonal + 1 - first)
+        view[..., first:].masked_fill_(hidden, float("-inf"))
+    return mask is not None or (a.diagonal is not None and a.diagonal < 0)
+
+
+def softmax(scores, may_be_hidden):
+    """Along the keys; a row that sees nothing becomes zeros."""
+    import torch
+
+    if not may_be_hidden:
+        return torch.softmax(scores, -1)
+    nothing = scores.amax(-1, keepdim=True) == float("-inf")
+    return torch.softmax(scores.masked_fill_(nothing, 0.0), -1).masked_fill_(nothing, 0.0)
+
+
+def load_matmul():
+    import torch
+
+    def run(q, k, v, mask, a):
+        q3, k3, v3 = fold(q, k, v)
+        scores = torch.baddbmm(q3.new_empty(1, 1, 1), q3, k3.mT, beta=0, alpha=a.scale)
+        weights = softmax(scores, hide(scores, q, mask, a))
+        return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
+
+    return run
+
+
+def load_mixed():
+    import torch
+
+    def run(q, k, v, mask, a):
+        q3, k3, v3 = fold(q, k, v)
+        q32 = q3.float()
+        scores = torch.baddbmm(q32.new_empty(1, 1, 1), q32, k3.float().mT, beta=0, alpha=a.scale)
+        weights = softmax(scores, hide(scores, q, mask, a)).to(v3.dtype)
+        return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
+
+    return run
+
+
+def load_math():
+    import torch
+
+    def run(q, k, v, mask, a):
+        dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+        q3, k3, v3 = (x.to(dtype) for x in fold(q, k, v))
+        scores = (torch.bmm(q3, k3.mT) * a.scale).view(*q.shape[:3], k.shape[2])
+        if mask is not None and mask.dtype is not torch.bool:
+            scores = scores + mask
+        hidden = mask.logical_not() if mask is not None and mask.dtype is torch.bool else None
+        if a.diagonal is not None:
+            above = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu_(a.diagonal + 1)
+            hidden = above if hidden is None else hidden | above
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        nothing = scores.detach().amax(-1, keepdim=True) == float("-inf")
+        weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+        out = torch.bmm(weights.reshape(k3.shape[0], -1, k.shape[2]), v3)
+        return out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
+
+    return run
+
+
+KERNELS = (
+    Kernel(
+        name="matmul",
+        summary="two matrix products and a softmax, in the input's dtype or in float32",
+        load=load_matmul,
+        devices=("cpu", "cuda"),
+        corner="any",
+        masks=("bool", "additive"),
+        mask_and_causal=True,
+        grad=False,
+        fp32=True,
+        chunks=True,
+        reads=("precision",),
+    ),
+    Kernel(
+        name="matmul_mixed",
+        summary="scores in float32, their product with v in bfloat16: what a fused kernel rounds",
+        load=load_mixed,
+        dtypes=("bfloat16",),
+        corner="any",
+        masks=("bool", "additive"),
+        mask_and_causal=True,
+        grad=False,
+        chunks=True,
+        reads=("precision",),
+    ),
+    Kernel(
+        name="sdpa_math",
+        summary="exact math with float32 accumulation, in query chunks where memory is short: accepts every problem",
+        load=load_math,
+        devices=("cpu", "cuda"),
+        corner="any",
+        masks=("bool", "additive"),
+        mask_and_causal=True,
+        mask_grad=True,
+        chunks=True,
+        reads=("precision",),
+    ),
+)

@@ -1,0 +1,183 @@
+"""torch's own kernels, entered below its dispatcher: `sdpa_kernel` sets process-wide flags and costs 8 us a call.
+
+The CPU rows: `_scaled_dot_product_flash_attention_for_cpu` (fused) and `_scaled_dot_product_attention_math`.
+The CUDA rows follow aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; the raw ops check less than the dispatcher does.
+"""
+
+from __future__ import annotations
+
+from fastattn.kernel import Kernel, OneOf, Range, RefuseWhen, require
+
+
+def load_default():
+    sdpa = require("sdpa")
+
+    def run(q, k, v, mask, a):
+        return sdpa(
+            q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return run
+
+
+def load_cpu_flash():
+    flash = require("cpu_flash")
+    return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, attn_mask=mask, scale=a.scale)[0]
+
+
+def load_math():
+    math = require("math")
+    return lambda q, k, v, mask, a: math(
+        q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )[0]
+
+
+def load_cuda_flash():
+    flash = require("cuda_flash")
+    return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, False, scale=a.scale)[0]
+
+
+def load_cuda_efficient():
+    efficient = require("cuda_efficient")
+
+    def run(q, k, v, mask, a):
+        if mask is not None:
+            mask = aligned(mask, q, k)
+        return efficient(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, scale=a.scale)[0]
+
+    def aligned(mask, q, k):
+        # The kernel wants (b, h, q, k) with rows at multiples of 16 bytes: a slice of a padded tensor where they are not.
+        b, h, s, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        mask = mask.to(q.dtype)
+        if kv_len % 8 or mask.shape[-1] == 1 or mask.stride(-1) != 1:
+            padded = mask.new_zeros((*mask.shape[:-1], -(-kv_len // 8) * 8))
+            padded[..., :kv_len] = mask
+            mask = padded[..., :kv_len]
+        return mask.expand(b, h, s, kv_len)
+
+    return run
+
+
+def load_cuda_cudnn():
+    cudnn = require("cuda_cudnn")
+
+    def run(q, k, v, mask, a):
+        # A float32 mask beside half inputs is read as garbage (pytorch#191612): cast it.
+        mask = mask.to(q.dtype) if mask is not None else None
+        return cudnn(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, False, scale=a.scale)[0]
+
+    return run
+
+
+NO_EMPTY = Range("kv_len", min=1)
+HALF = ("float16", "bfloat16")
+
+KERNELS = (
+    Kernel(
+        name="default",
+        summary="F.scaled_dot_product_attention called whole: what the user would have had",
+        load=load_default,
+        devices=("cpu", "cuda"),
+        masks=("bool", "additive"),
+        mask_grad=True,
+        deterministic=True,  # it reads the deterministic switch itself
+    ),
+    Kernel(
+        name="torch_flash",
+        summary="torch's fused CPU kernel",
+        load=load_cpu_flash,
+        masks=("additive",),
+        mask_and_causal=True,
+        gqa_fold=True,
+        equal_head_dims=True,
+        dense_last_dim=True,
+        contiguous=True,
+        fp32=True,
+        switch="flash",
+        needs=(Range("q_len", min=1), NO_EMPTY),
+    ),
+    Kernel(
+        name="torch_math",
+        summary="torch's unfused math",
+        load=load_math,
+        devices=("cpu", "cuda"),
+        masks=("additive",),  # the raw op adds a bool mask as 0 and 1
+        mask_grad=True,
+        switch="math",
+        reads=("precision",),
+        needs=(NO_EMPTY,),
+    ),
+    Kernel(
+        name="torch_flash",
+        summary="torch's copy of FlashAttention 2 (or the implementation that was activated)",
+        load=load_cuda_flash,
+        devices=("cuda",),
+        dtypes=HALF,
+        corner="bottom_right",  # the raw op; the dispatcher refuses q_len != kv_len instead
+        equal_head_dims=True,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        switch="flash",
+        needs=(
+            Range("capability", min=80, max=121),
+            Range("head_dim", max=256),
+            Range("head_dim_v", max=256),
+            Range("q_len", min=1),
+            NO_EMPTY,
+            OneOf("scale", ("positive",)),
+            RefuseWhen(
+                "training with head_dim {p.head_dim} > 192 on sm{device.capability} (86, 89, 120 and 121 refuse it)",
+                lambda p, device: p.needs_grad and p.head_dim > 192 and device.capability in (86, 89, 120, 121),
+            ),
+        ),
+    ),
+    Kernel(
+        name="torch_efficient",
+        summary="torch's memory-efficient kernel (cutlass)",
+        load=load_cuda_efficient,
+        devices=("cuda",),
+        dtypes=(*HALF, "float32"),
+        masks=("additive",),
+        mask_and_causal=True,
+        gqa=False,
+        mask_grad=True,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        deterministic=False,
+        switch="efficient",
+        needs=(
+            Range("capability", min=50, max=121),
+            Range("q_len", min=1),
+            NO_EMPTY,
+            # batch and heads are grid dimensions (pytorch#142228)
+            Range("batch", max=65535),
+            Range("q_heads", max=65535),
+            OneOf("aligned", (True,)),
+            RefuseWhen(
+                "wrong with a mask or causal and q_len {p.q_len} > 65536 (pytorch#162588)",
+                lambda p, _: p.q_len > 65536 and bool(p.mask or p.causal),
+            ),
+        ),
+    ),
+    Kernel(
+        name="torch_cudnn",
+        summary="cuDNN's fused kernel through torch",
+        load=load_cuda_cudnn,
+        devices=("cuda",),
+        dtypes=HALF,
+        masks=("additive",),
+        dense_last_dim=True,
+        deterministic=False,
+        switch="cudnn",
+        needs=(
+            Range("capability", min=80, max=121),
+            Range("head_dim", max=128, multiple_of=8),
+            Range("head_dim_v", max=128, multiple_of=8),
+            Range("kv_len", min=2),
+            Range("q_len", min=1),
+            Range("batch", max=65535),
+            Range("q_heads", max=65535),
+            OneOf("scale", ("positive",)),
+        ),
+    ),
+)

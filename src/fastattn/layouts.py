@@ -1,0 +1,103 @@
+"""The layouts a caller may use, and the views between them.
+
+b batch, s sequence, h heads, d head_dim, t packed tokens. Inside fastattn everything is a bhsd *view*: no layout costs
+a copy, and a stride class remembers how the caller's memory really lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# layout -> where (b, h, s, d) stand in it. The two non-trivial ones are involutions or inverted in `from_bhsd`.
+TO_BHSD: dict[str, tuple[int, int, int, int]] = {
+    "bhsd": (0, 1, 2, 3),
+    "bshd": (0, 2, 1, 3),
+    "sbhd": (1, 2, 0, 3),
+}
+FROM_BHSD = {name: tuple(order.index(i) for i in range(4)) for name, order in TO_BHSD.items()}
+LAYOUTS = (*TO_BHSD, "thd")
+
+
+def to_bhsd(x: Tensor, layout: str) -> Tensor:
+    """(b, h, s, d) view of a tensor in `layout`."""
+    return x if layout == "bhsd" else x.permute(TO_BHSD[layout])
+
+
+def from_bhsd(x: Tensor, layout: str) -> Tensor:
+    """The view in `layout` of a (b, h, s, d) tensor."""
+    return x if layout == "bhsd" else x.permute(FROM_BHSD[layout])
+
+
+# Stride classes of a (b, h, s, d) view: the order of the dimensions in memory, outermost first, and where the gaps are.
+#   contiguous   b h s d, no gaps          cache        the same with room after s (a slice of a KV cache)
+#   transposed   b s h d, no gaps          cache_bshd   the same with room after s
+#   seq_first    s b h d, no gaps          packed       b s h d with room after h (a slice of a packed QKV)
+#   expanded     a stride of 0             other        anything else, or a last stride that is not 1
+STRIDE_CLASSES = ("contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "expanded", "other")
+_BHSD, _BSHD, _SBHD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)
+
+
+def stride_class(shape: Sequence[int], stride: Sequence[int]) -> str:
+    """The stride class of a (b, h, s, d) view; dimensions of size 1 have no say, as their stride is never used."""
+    if any(n > 1 and st == 0 for n, st in zip(shape, stride, strict=True)):
+        return "expanded"
+    if shape[3] > 1 and stride[3] != 1:
+        return "other"
+    if _dense(shape, stride, _BHSD):
+        return "contiguous"
+    if _dense(shape, stride, _BSHD):
+        return "transposed"
+    if _dense(shape, stride, _SBHD):
+        return "seq_first"
+    if _gap_after(shape, stride, _BHSD, 2):
+        return "cache"
+    if _gap_after(shape, stride, _BSHD, 2):
+        return "cache_bshd"
+    if _gap_after(shape, stride, _BSHD, 1):
+        return "packed"
+    return "other"
+
+
+def _dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] > 1 and stride[dim] != expected:
+            return False
+        expected *= shape[dim]
+    return True
+
+
+def _gap_after(shape: Sequence[int], stride: Sequence[int], order: Sequence[int], gap: int) -> bool:
+    """Dense in `order`, but for extra room behind dimension `gap`, seen by the dimension before it in `order`."""
+    expected = 1
+    widened = False
+    for place in reversed(range(4)):
+        dim = order[place]
+        if shape[dim] > 1 and stride[dim] != expected:
+            inner = order[place + 1] if place < 3 else None
+            if widened or inner != gap or stride[dim] < expected:
+                return False
+            widened, expected = True, stride[dim]
+        expected *= shape[dim]
+    return widened
+
+
+def memory_order(cls: str) -> tuple[int, int, int, int]:
+    """In which order F.sdpa's fused kernels lay out (b, h, s, d) for a query of this stride class (measured: the query's)."""
+    if cls in ("transposed", "cache_bshd", "packed"):
+        return _BSHD
+    return _SBHD if cls == "seq_first" else _BHSD
+
+
+def empty_in_order(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """An uninitialised (b, h, s, d) view whose memory lies densely in `order`."""
+    out = like.new_empty([shape[i] for i in order])
+    return out.permute([order.index(i) for i in range(4)])
+
+
+def is_dense(x: Tensor, order: Sequence[int]) -> bool:
+    return _dense(x.shape, x.stride(), order)

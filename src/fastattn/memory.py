@@ -1,0 +1,80 @@
+"""How many bytes a call uses beyond its inputs and output, and keeps for its backward.
+
+On the CPU torch.profiler would tell, but its first use costs 1.6 s and prints; so the tensors that operators make are
+followed through a dispatch mode instead (benchmarks/cpu.py compares both). Scratch inside one operator is not seen: for
+the CPU's fused kernel that is some hundred KiB a thread.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Meter(TorchDispatchMode):
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._seen = {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._count(x)
+        return out
+
+    def _count(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in self._seen or not size:
+            return
+        self._seen.add(place)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, place, size)
+
+    def _free(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.live -= size
+
+
+@contextmanager
+def _saved(sizes: dict[int, int], known: set[int]) -> Iterator[None]:
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield
+
+
+def measure(run: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor, int, int]:
+    """(output, temporary bytes at the peak, bytes saved for backward), inputs and output left out of both."""
+    known = {x.untyped_storage().data_ptr() for x in inputs}
+    sizes: dict[int, int] = {}
+    if inputs[0].device.type == "cuda":
+        torch.cuda.synchronize(inputs[0].device)
+        before = torch.cuda.memory_allocated(inputs[0].device)
+        torch.cuda.reset_peak_memory_stats(inputs[0].device)
+        with _saved(sizes, known):
+            out = run()
+        peak = torch.cuda.max_memory_allocated(inputs[0].device) - before
+    else:
+        meter = _Meter(inputs)
+        with _saved(sizes, known), meter:
+            out = run()
+        peak = meter.peak
+    sizes.pop(out.untyped_storage().data_ptr(), None)
+    own = out.untyped_storage().nbytes()
+    return out, max(0, peak - own), sum(sizes.values())

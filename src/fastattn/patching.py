@@ -1,0 +1,106 @@
+"""fastattn in the place of F.scaled_dot_product_attention: the same signature, the same answers, the same errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import config, resolve
+from fastattn.api import Front
+from fastattn.config import log
+from fastattn.device import sdpa as torch_sdpa
+
+_front = Front()
+config.on_change(_front.clear)
+resolve.on_forget(_front.clear)
+resolve.on_fork(_front.renew)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, served by fastattn where fastattn can.
+
+    It accepts exactly what F.scaled_dot_product_attention of this torch accepts on this device; whatever fastattn does not
+    serve (dropout, inputs that are not 4-D, subclasses, transforms, ...) F.scaled_dot_product_attention answers, and it raises
+    what is to be raised.
+    """
+    options = (dropout_p, is_causal, scale, enable_gqa)
+    try:
+        call = _front.first(query, key, value, attn_mask, "sdpa", options)
+        if call is None:
+            call = _front.lookup(query, key, value, attn_mask, "sdpa", options)
+    except Exception:  # noqa: BLE001 - whatever a strange input does to a probe, F.sdpa says it well
+        call = None
+    if call is not None:
+        return call(query, key, value, attn_mask)
+    served = resolve.drop_in(query, key, value, attn_mask, *options)
+    out = served.call(query, key, value, attn_mask)
+    if served.remember:
+        _front.publish(served, query, key, value, attn_mask, "sdpa", options)
+    return out
+
+
+def _traced(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+sdpa._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+
+
+class Patch:
+    """The handle of patch(): `undo()` it, or use it as a context manager.
+
+    It undoes itself only if it is still the one in place; otherwise somebody patched over it, and what they put there stays.
+    """
+
+    def __init__(self) -> None:
+        self._before = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = sdpa
+        self._done = False
+
+    def undo(self) -> bool:
+        """Put back what was there before; whether that was done."""
+        if self._done:
+            return False
+        if F.scaled_dot_product_attention is not sdpa:
+            log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
+            return False
+        F.scaled_dot_product_attention = self._before
+        self._done = True
+        return True
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo()
+
+
+def patch() -> Patch:
+    """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the whole process.
+
+    Code that imported the function by name before keeps the old one. Patching twice is harmless: the second handle has
+    nothing to undo.
+    """
+    return Patch()

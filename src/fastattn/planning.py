@@ -1,0 +1,149 @@
+"""Candidate + Problem -> Call: a closure call(q, k, v, mask) -> out over the caller's tensors as they come.
+
+No Call bakes a length in. The fallback chain lives here too: what runs when nothing was tuned, or the winner raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn import candidates
+from fastattn.config import Config
+from fastattn.conversions import BY_NAME
+from fastattn.device import Device, sdpa
+from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Run
+from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, to_bhsd
+from fastattn.problem import INT32, Problem
+
+Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def bind(candidate: Accepted, p: Problem, scale: float | None, *, structured: bool = False) -> Call:
+    """The Call of a candidate for the caller's layout.
+
+    `scale` is the caller's, None means head_dim ** -0.5; `structured` says that the mask argument is no tensor.
+    """
+    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd":
+        return _direct_default(p, scale, structured)
+    step = candidates.load(candidate.kernel)
+    step = _in_layout(step, candidate.kernel)
+    for name in reversed(candidate.conversions):
+        step = BY_NAME[name].wrap(step, candidate.kernel, p)
+    return _outermost(step, candidate, p, p.head_dim**-0.5 if scale is None else scale)
+
+
+def _direct_default(p: Problem, scale: float | None, structured: bool) -> Call:
+    """F.sdpa itself, with as little around it as can be: it is the hot path of every untuned and every tied problem."""
+    causal, gqa = p.causal is not None, p.group > 1
+    if structured:
+        return lambda q, k, v, mask: sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+    if scale is not None or gqa:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+    if causal:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, 0.0, True)
+    return sdpa
+
+
+def _in_layout(step: Run, kernel: Kernel) -> Run:
+    layout = kernel.layout
+    if layout == "bhsd":
+        return step
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+        q, k, v = from_bhsd(q, layout), from_bhsd(k, layout), from_bhsd(v, layout)
+        return to_bhsd(step(q, k, v, mask, a), layout)
+
+    return run
+
+
+def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call:
+    """From (q, k, v, mask) in the caller's layout to the step, and back."""
+    order = TO_BHSD[p.layout]
+    back = FROM_BHSD[p.layout]
+    is_view = p.layout != "bhsd"
+    is_moving = p.causal == "bottom_right"  # the diagonal depends on the lengths
+    has_mask = p.mask is not None  # a structured mask has become the corner
+    fixed = Arguments(scale, 0 if p.causal else None, p.needs_grad)
+    wanted = _wanted_order(candidate, p)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if is_view:
+            q, k, v = q.permute(order), k.permute(order), v.permute(order)
+        a = fixed._replace(diagonal=k.shape[2] - q.shape[2]) if is_moving else fixed
+        if not has_mask:
+            mask = None
+        elif mask is not None and mask.dim() == 2:
+            mask = mask[None, None]
+        out = step(q, k, v, mask, a)
+        if wanted is not None and not is_dense(out, wanted):
+            out = _densify(out, wanted)
+        return out.permute(back) if is_view else out
+
+    return _under_autocast(call, p) if p.cast_from else call
+
+
+def _densify(out: Tensor, order: Sequence[int]) -> Tensor:
+    """The same values, laid out densely in `order`."""
+    return out.permute(*order).contiguous().permute([order.index(i) for i in range(4)])
+
+
+def _wanted_order(candidate: Accepted, p: Problem) -> tuple[int, int, int, int] | None:
+    """F.sdpa's fused kernels lay their output out as q lies; a caller may view it to (..., heads * head_dim_v)."""
+    order = memory_order(p.strides[0])
+    if candidate.kernel.name == "default" or order == (0, 1, 2, 3):
+        return None
+    return order
+
+
+def _under_autocast(call: Call, p: Problem) -> Call:
+    """Cast as F.sdpa casts, then keep autocast away from the products inside."""
+    dtype, device = p.torch_dtype, p.device
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype is torch.bool or x.dtype is torch.float64 else x.to(dtype)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return call(cast(q), cast(k), cast(v), cast(mask) if isinstance(mask, Tensor) else None)  # type: ignore[arg-type]
+
+    return run
+
+
+# --- the fallback chain
+
+
+def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
+    """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
+    plain = {d.kernel.name for d in found if isinstance(d, Accepted) and _native(d, p)}
+    order = ["torch_flash", "torch_efficient", "torch_math"]
+    if device.type == "cuda" and device.capability in (90, 100, 103) and device.cudnn > 91500:
+        order.insert(0, "torch_cudnn")
+    return next((name for name in order if name in plain), "torch_math")
+
+
+def _native(candidate: Accepted, p: Problem) -> bool:
+    """Whether the dispatcher would take this kernel as it is: it converts mask forms itself, and pads nothing."""
+    return set(candidate.conversions) <= {"mask_additive", "mask_dense"}
+
+
+def fallbacks(p: Problem, device: Device, config: Config, found: Sequence[Decision]) -> list[Accepted]:
+    """What may always be run, in order: the default unless something names what it would run, then sdpa_math."""
+    default = candidates.by_name("default", found)
+    math = candidates.by_name("sdpa_math", found)
+    if why_not_default(p, device, found) is not None:
+        default = []
+    return [*default[:1], *math[-1:]]
+
+
+def why_not_default(p: Problem, device: Device, found: Sequence[Decision]) -> str | None:
+    """Why the default must not be served untested: int32 extents on CUDA, or unfused math past the memory limit."""
+    runs = default_runs(p, device, found)
+    if device.type == "cuda" and p.extent > INT32:
+        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
+    temporary = 3 * p.scores * 4
+    if runs == "torch_math" and temporary > p.memory_limit:
+        return f"the default would run torch_math with {temporary} temporary bytes > {p.memory_limit}"
+    return None

@@ -1,0 +1,66 @@
+"""tune(): verdicts ahead of time, for listed problems or for what a model really calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from fastattn import config, resolve
+from fastattn.problem import Problem
+from fastattn.verdict import Verdict
+
+Progress = Callable[[Problem, str, int, int], None]
+
+
+def tune(
+    what: Problem | Iterable[Problem] | torch.nn.Module,
+    *inputs: Any,
+    progress: Progress | None = None,
+    force: bool = False,
+    **named_inputs: Any,
+) -> list[Verdict]:
+    """Tune problems thoroughly (no time limit) and store the verdicts.
+
+    what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
+    every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.
+    force: tune again what has a complete verdict. Returns the verdicts, in the order of the problems.
+    """
+    if isinstance(what, torch.nn.Module):
+        what = _problems_of(what, inputs, named_inputs)
+    elif inputs or named_inputs:
+        raise TypeError("fastattn.tune: inputs are only for a module")
+    settings = config.current()
+    found = []
+    for problem in [what] if isinstance(what, Problem) else list(what):
+        if not isinstance(problem, Problem):
+            raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
+        found.append(_tune_one(problem, settings, progress, force))
+    resolve.forget_calls()
+    return found
+
+
+def _tune_one(problem: Problem, settings: config.Config, progress: Progress | None, force: bool) -> Verdict:
+    problem = resolve.lengths(problem)
+    known = None if force else resolve.complete(problem, settings)
+    if known is not None:
+        return known
+    step = None
+    if progress is not None:
+        report = progress
+
+        def step(candidate: str, index: int, count: int) -> None:
+            report(problem, candidate, index, count)
+
+    return resolve.tune(problem, settings, thorough=True, progress=step)
+
+
+def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:
+    """The problems that one run of a model misses on, collected without timing anything."""
+    from fastattn.patching import patch
+
+    resolve.forget_calls()
+    with config.options(mode="cached"), patch(), resolve.collected() as met:
+        model(*inputs, **named)
+    return list(met)

@@ -1,0 +1,126 @@
+"""softmax(q k^T) v written out, and its gradients, in any precision: what every kernel is judged by.
+
+The default itself can be wrong, so the reference is never "whatever F.sdpa returns". Fully masked rows are zeros with zero
+gradients. Works on one kv head at a time, on chosen query rows, so that its memory stays small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One kv head; g query heads, r rows. Sizes that error budgets are made of stand beside the results.
+
+    out (g, r, dv); lse (g, r); spread (g, r), (P|V|)_i = max_d sum_j p_ij |v_jd|; noise (g, r), sum_j p_ij sum_d |q_id k_jd scale|
+    (and the bias), how large the terms are that a row's scores rest on, for float32 inputs and wider. With an upstream gradient also dq (g, r, d),
+    dk (kv_len, d), dv (kv_len, dv), dmask = dscores (g, r, kv_len), and delta (g, r), the root of squares of the terms
+    o_id do_id, whose sum every flash backward takes from the rounded output.
+    """
+
+    out: Tensor
+    lse: Tensor
+    spread: Tensor
+    noise: Tensor
+    gradients: Gradients | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """See Result; `cancelling` says what rounding costs where the terms of a gradient cancel."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dmask: Tensor
+    weights: Tensor
+    delta: Tensor
+    sizes: Tensor | None  # p_ij (sum_d |do_id v_jd| + sum_d |do_id o_id|), float32 inputs and wider
+    q: Tensor
+    k: Tensor
+    scale: float
+
+    def cancelling(self, u: float, score_size: float) -> tuple[float, float]:
+        """Error in (dq, dk) by terms of dP - delta that were each rounded by u before they cancelled.
+
+        Half dtypes: delta comes from the rounded output, by independent errors in its terms. Wider ones: a bound by the
+        sizes of all terms, as weights are off by u times the size of their scores.
+        """
+        k, q = self.k.abs(), self.q.flatten(0, 1).abs()
+        if self.sizes is not None:
+            dq, dk = self.sizes @ k, self.sizes.flatten(0, 1).mT @ q
+            return tuple(abs(self.scale) * u * (1 + score_size) * float(x.max()) for x in (dq, dk))  # type: ignore[return-value]
+        row = u * self.delta[..., None]
+        dq = row * (self.weights @ self.k).abs()
+        dk = (self.weights * row).flatten(0, 1).square().mT @ q.square()
+        return abs(self.scale) * float(dq.max()), abs(self.scale) * float(dk.max()) ** 0.5
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    diagonal: int | None = None,
+    rows: Tensor | None = None,
+    grad: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Result:
+    """Attention of the g query heads of one kv head, computed in `dtype`.
+
+    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float; diagonal: key j is visible
+    to query i when j <= i + diagonal; rows: the query rows wanted, all if None; grad (g, r, dv): upstream gradient of
+    those rows.
+    """
+    index = torch.arange(q.shape[1], device=q.device) if rows is None else rows
+    dtype_in = q.dtype
+    q, k, v = q[:, index].to(dtype), k.to(dtype), v.to(dtype)
+    scores = q @ k.mT * scale
+    is_wide = dtype_in.itemsize >= 4  # for half inputs float32 scores are as good as exact
+    sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide else None
+    hidden: Tensor | None = None
+    if mask is not None:
+        mask = mask if mask.shape[1] == 1 else mask[:, index]
+        if mask.dtype is torch.bool:
+            hidden = mask.logical_not().expand_as(scores)
+        else:
+            mask = mask.to(dtype)
+            scores += mask
+            if sizes is not None:
+                sizes += mask.abs()
+    if diagonal is not None:
+        above = torch.arange(k.shape[0], device=q.device) > (index + diagonal)[:, None]
+        hidden = above.expand_as(scores) if hidden is None else hidden | above
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp_().nan_to_num_(nan=0.0)
+    out = weights @ v
+    spread = (weights @ v.abs()).amax(-1)
+    noise = torch.zeros_like(lse) if sizes is None else sizes.mul_(weights).nan_to_num_(nan=0.0).sum(-1)
+    if grad is None:
+        return Result(out, lse, spread, noise)
+    grad = grad.to(dtype)
+    terms = grad * out
+    dscores = grad @ v.mT
+    dscores -= terms.sum(-1, keepdim=True)
+    dscores *= weights
+    gradients = Gradients(
+        dq=dscores @ k * scale,
+        dk=dscores.flatten(0, 1).mT @ q.flatten(0, 1) * scale,
+        dv=weights.flatten(0, 1).mT @ grad.flatten(0, 1),
+        dmask=dscores,
+        weights=weights,
+        delta=terms.square().sum(-1).sqrt(),
+        sizes=(grad.abs() @ v.abs().mT + terms.abs().sum(-1, keepdim=True)).mul_(weights) if is_wide else None,
+        q=q,
+        k=k,
+        scale=scale,
+    )
+    return Result(out, lse, spread, noise, gradients)

@@ -1,0 +1,217 @@
+"""Verdicts on disk: one small readable JSON file per problem, in a directory per fingerprint of what torch would answer.
+
+Files are published whole (unique temporary file, fsync, os.replace) and never changed in place, so no lock is needed and a
+killed writer leaves nothing half-written. Anything unreadable is a miss, never an error. Nothing in a file is run, imported
+or used as a path. Every failing system call means: this store does not help, work from memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastattn.config import Config, log
+from fastattn.device import Device
+from fastattn.problem import Problem
+from fastattn.verdict import SCHEMA, Verdict
+
+MAX_FILE = 64 * 2**10
+MAX_FILES = 10_000
+MAX_BYTES = 64 * 2**20
+_TRIM_EVERY = 100  # puts
+
+
+def default_directory() -> Path | None:
+    """The user's cache directory; None where there is no home to put it in. Never /tmp."""
+    import platformdirs
+
+    found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
+    home = Path(os.path.expanduser("~"))
+    if not found.is_absolute() or home in (Path("/"), Path("~")) or found.parts[:2] == ("/", "tmp"):
+        return None if "XDG_CACHE_HOME" not in os.environ else found
+    return found
+
+
+def of(config: Config) -> Store:
+    """The store that a Config asks for: the first directory is written, the others are only read."""
+    if config.cache_dir is None:
+        root = default_directory()
+        return Store([root] if root else [])
+    return Store([Path(part).expanduser() for part in config.cache_dir.split(os.pathsep) if part])
+
+
+class Store:
+    """Layers of directories; the first is the user's own."""
+
+    def __init__(self, layers: list[Path]) -> None:
+        self.layers = layers
+        self._warned = False
+        self._puts = 0
+
+    @property
+    def root(self) -> Path | None:
+        """The directory that is written."""
+        return self.layers[0] if self.layers else None
+
+    def get(self, problem: Problem, device: Device) -> Verdict | None:
+        """The stored verdict of a problem, or None."""
+        for layer in self.layers:
+            verdict = self._read(self._path(layer, problem, device), problem)
+            if verdict is not None:
+                return verdict
+        return None
+
+    def put(self, verdict: Verdict, device: Device) -> Path | None:
+        """Publish a verdict; None, and one warning a process, where that is not possible."""
+        if self.root is None:
+            self._warn("there is no home directory to cache in; set FASTATTN_CACHE_DIR")
+            return None
+        path = self._path(self.root, verdict.problem, device)
+        text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)
+        try:
+            _make_directory(path.parent)
+            _publish(path, text.encode())
+        except OSError as error:
+            self._warn(f"cannot write {path.parent}: {error.strerror or error}")
+            return None
+        self._puts += 1
+        if self._puts % _TRIM_EVERY == 1:
+            self.trim()
+        return path
+
+    def verdicts(self, device: Device | None = None) -> Iterator[tuple[Path, Verdict]]:
+        """Every readable verdict of the writable layer, of one device or all."""
+        for path in self._files(device):
+            verdict = self._read(path, None)
+            if verdict is not None:
+                yield path, verdict
+
+    def clear(self) -> int:
+        """Delete this store's files (nothing else in the directory); how many."""
+        count = 0
+        for path in list(self._files(None)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                count += 1
+        if self.root is not None and self.root.is_dir():
+            for directory in (self.root / f"v{SCHEMA}").glob("*"):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        return count
+
+    def trim(self) -> None:
+        """Keep at most MAX_FILES files and MAX_BYTES bytes: the least recently used go first."""
+        entries: list[tuple[float, int, Path]] = []
+        for path in self._files(None):
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+        entries.sort(reverse=True)
+        total = 0
+        for index, (_, size, path) in enumerate(entries):
+            total += size
+            if index >= MAX_FILES or total > MAX_BYTES:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _files(self, device: Device | None) -> Iterator[Path]:
+        if self.root is None:
+            return
+        pattern = f"{device.slug if device else '*'}/*.json"
+        with contextlib.suppress(OSError):
+            yield from sorted((self.root / f"v{SCHEMA}").glob(pattern))
+
+    @staticmethod
+    def _path(layer: Path, problem: Problem, device: Device) -> Path:
+        return layer / f"v{SCHEMA}" / device.slug / f"{problem.digest}.json"
+
+    @staticmethod
+    def _read(path: Path, problem: Problem | None) -> Verdict | None:
+        """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
+        try:
+            verdict = Verdict.from_json(json.loads(_read_safely(path), parse_constant=_refuse))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if problem is not None and verdict.problem != problem:
+            return None
+        if verdict.problem.digest != path.stem:
+            return None
+        return verdict
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("verdicts are kept in memory only: %s", text)
+
+
+def export(verdicts: Iterator[tuple[Path, Verdict]], device: Device) -> str:
+    """A manifest: one JSON text with many verdicts and the environment they hold in."""
+    found = [verdict.to_json() for _, verdict in verdicts]
+    return json.dumps({"schema": SCHEMA, "environment": _environment(device), "verdicts": found}, indent=1)
+
+
+def read_manifest(path: str | os.PathLike[str], device: Device) -> dict[Problem, Verdict]:
+    """The verdicts of a manifest. Raises OSError or ValueError, naming the file, if it cannot serve here."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        found = [Verdict.from_json(v) for v in data["verdicts"]]
+        made_for = data["environment"]["slug"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"FASTATTN_MANIFEST {path}: not a manifest ({type(error).__name__}: {error})") from None
+    if made_for != device.slug:
+        raise ValueError(f"FASTATTN_MANIFEST {path}: made for {made_for}, this is {device.slug}")
+    return {v.problem: v for v in found}
+
+
+def _environment(device: Device) -> dict[str, Any]:
+    names = ("type", "name", "capability", "torch", "torch_git", "cuda", "cudnn")
+    return {"slug": device.slug, **{name: getattr(device, name) for name in names}}
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _make_directory(path: Path) -> None:
+    """Make the directory for this user alone; refuse one that others may write or that is not ours."""
+    path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
+    for part in (path.parent.parent, path.parent, path):
+        part.mkdir(mode=0o700, exist_ok=True)
+        found = part.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise OSError(f"{part} is not a directory of its own (a link?)")
+        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+            raise OSError(f"{part} may be written by others")
+
+
+def _publish(path: Path, data: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _read_safely(path: Path) -> str:
+    """The text of a regular file of ours or root's; raises OSError or ValueError otherwise, and never blocks."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
+            raise OSError("not a small regular file")
+        if hasattr(os, "geteuid") and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002):
+            raise OSError("it may be written by others")
+        return file.read(MAX_FILE).decode("utf-8")

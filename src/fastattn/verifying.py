@@ -1,0 +1,285 @@
+"""The gate: a candidate is timed only after its numbers were compared with float64, row by row.
+
+Rung "exact", per output row i of a head:
+
+    max_d |o - o64| <= c (e32_i + (u + 2^-24 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
+
+  e32_i       that row's error of float32 math rounded to the output dtype, under the caller's precision flags
+  u           unit roundoff of the output dtype
+  (P|V|)_i    max_d sum_j p_ij |v_jd|, the scale of what is summed
+  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, and its
+              weight by as much. e32_i is one draw of that error and can be zero by luck where few keys matter; without
+              this term equally good float32 kernels fail. Taken as 0 for half dtypes, where it cannot matter
+
+Gradients, per head:
+
+    max |g - g64| <= 3 (e32 + (u + 2^-24 max|lse|) max|g64| + D)
+
+  2^-24 max|lse|   what rebuilding P from a float32 log-sum-exp costs every flash backward
+  D                what its taking delta = sum_d o_d do_d from the rounded output costs (reference.Gradients.cancelling):
+                   it matters where the gradient cancels, as with one visible key, or keys with a large common part
+
+Rung "dtype": max_d |o - o64| <= 2 (e_plain + u (P|V|)_i), e_plain the head's largest error of plain matmul and softmax in the
+input's dtype (the rule of FlashAttention's own tests), gradients likewise.
+A number: max_d |o - o64| <= number x (P|V|)_i.
+An error is reported in budgets: 1.0 is the most that is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import masks, reference, samples
+from fastattn.layouts import to_bhsd
+from fastattn.problem import Problem
+from fastattn.samples import Sample
+
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
+ROWS = 192
+
+Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """The largest errors found, in budgets; backward is None where no gradient is wanted."""
+
+    forward: float
+    backward: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.forward <= 1.0 and (self.backward is None or self.backward <= 1.0)
+
+    def worst(self, other: Errors | None) -> Errors:
+        """The larger of both, part by part."""
+        if other is None:
+            return self
+        backward = [e for e in (self.backward, other.backward) if e is not None]
+        return Errors(max(self.forward, other.forward), max(backward) if backward else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The budget of one kv head, and the float64 results it is around."""
+
+    exact: reference.Result
+    rows: Tensor  # (g, r) budget of each row
+    gradients: dict[str, tuple[Tensor, float]]  # name -> (float64 gradient, budget)
+
+
+class Judge:
+    """A sample with its reference, computed once and used for every candidate."""
+
+    def __init__(self, sample: Sample, scale: float) -> None:
+        self.sample = sample
+        p = sample.problem
+        self.rows = row_sample(p, sample.q.device)
+        self.grad = sample.grad
+        if self.grad is not None and self.rows is not None:
+            only = torch.zeros_like(self.grad)
+            view, source = to_bhsd(only, p.layout), to_bhsd(self.grad, p.layout)
+            view[:, :, self.rows] = source[:, :, self.rows]
+            self.grad = only  # rows that are not compared must not reach dk and dv
+        self.heads = [self._head(h, scale) for h in range(p.kv_heads)]
+        self._mask_grad = self._whole_mask_grad() if p.mask_grad else None
+
+    def _head(self, h: int, scale: float) -> _Head:
+        p, g = self.sample.problem, self.sample.problem.group
+        dtype = p.torch_dtype
+        q = _bhsd(self.sample.q, p, dtype)[0, h * g : (h + 1) * g]
+        k, v = _bhsd(self.sample.k, p, dtype)[0, h], _bhsd(self.sample.v, p, dtype)[0, h]
+        mask = _mask_of(self.sample, h * g, g)
+        diagonal = masks.diagonal(p.causal, p.q_len, p.kv_len) if p.causal else None
+        grad = None
+        if self.grad is not None:
+            grad = to_bhsd(self.grad, p.layout)[0, h * g : (h + 1) * g]
+            grad = grad if self.rows is None else grad[:, self.rows]
+
+        def run(in_dtype: torch.dtype) -> reference.Result:
+            return reference.attend(
+                q, k, v, mask, scale=scale, diagonal=diagonal, rows=self.rows, grad=grad, dtype=in_dtype
+            )
+
+        exact = run(torch.float64)
+        accuracy = p.accuracy
+        rounded = run(dtype if accuracy == "dtype" else torch.float32)
+        u = ROUNDOFF[dtype]
+        shrink = 2.0**-29 if dtype is torch.float64 else 1.0  # float64 math errs like float32 math, 2^29 times less
+
+        def error(got: Tensor, want: Tensor) -> Tensor:
+            return (_round(got, dtype if shrink == 1.0 else torch.float32) - want).abs() * shrink
+
+        e_rows = error(rounded.out, exact.out).amax(-1)
+        if accuracy == "dtype":
+            rows = 2 * (e_rows.amax() + u * exact.spread)
+        elif isinstance(accuracy, float):
+            rows = accuracy * exact.spread
+        else:
+            c = 4 if dtype in (torch.float32, torch.float64) else 2
+            rows = c * (e_rows + (u + 2.0**-24 * shrink * exact.noise) * exact.spread)
+        gradients = {}
+        if exact.gradients is not None and rounded.gradients is not None:
+            most = _score_size(exact)
+            allowed = accuracy if isinstance(accuracy, float) else u + 2.0**-24 * shrink * most
+            delta = dict(zip(("dq", "dk"), exact.gradients.cancelling(u, most), strict=True))
+            for name in ("dq", "dk", "dv"):
+                want = getattr(exact.gradients, name)
+                e32 = _most(error(getattr(rounded.gradients, name), want))
+                gradients[name] = (want, 3 * (e32 + allowed * _most(want) + delta.get(name, 0.0)))
+        return _Head(exact, rows, gradients)
+
+    def _whole_mask_grad(self) -> tuple[Tensor, float]:
+        p, u = self.sample.problem, ROUNDOFF[self.sample.problem.torch_dtype]
+        parts = [head.exact.gradients for head in self.heads if head.exact.gradients is not None]
+        shape = _four(self.sample.mask).shape  # type: ignore[arg-type]
+
+        def over_rows(x: Tensor) -> Tensor:
+            full = x.new_zeros(1, p.q_heads, p.q_len, p.kv_len)
+            full[:, :, slice(None) if self.rows is None else self.rows] = x[None]
+            return full.sum_to_size(shape)
+
+        want = over_rows(torch.cat([g.dmask for g in parts]))
+        # The terms of a broadcast sum are rounded one by one, and delta comes from the rounded output.
+        sizes = over_rows(torch.cat([g.dmask.abs() + (g.weights * g.delta[..., None] if g.sizes is None else g.sizes) for g in parts]))
+        most = max(_score_size(head.exact) for head in self.heads)
+        return want, 3 * (u + min(2.0**-24, u) * most) * _most(sizes)
+
+    def errors(self, call: Call) -> Errors:
+        """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
+        s, p = self.sample, self.sample.problem
+        inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+        before = [x.detach().clone() for x in inputs]
+        _poison(s, p)
+        out = call(s.q, s.k, s.v, s.mask)
+        if any(not torch.equal(x, y) for x, y in zip(inputs, before, strict=True)):
+            raise ValueError("it changes its inputs")
+        got = to_bhsd(out, p.layout).detach()[0]
+        if out.shape != (want := _out_shape(p)) or out.dtype is not p.torch_dtype:
+            raise ValueError(f"its output is {tuple(out.shape)} {out.dtype}, not {want} {p.torch_dtype}")
+        got = got if self.rows is None else got[:, self.rows]
+        forward = 0.0
+        g = p.group
+        for h, head in enumerate(self.heads):
+            error = (got[h * g : (h + 1) * g].double() - head.exact.out).abs().amax(-1)
+            forward = max(forward, _in_budgets(error, head.rows))
+        if self.grad is None:
+            return Errors(forward)
+        return Errors(forward, self._backward(out))
+
+    def _backward(self, out: Tensor) -> float:
+        s, p, g = self.sample, self.sample.problem, self.sample.problem.group
+        wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
+        found = torch.autograd.grad(out, wanted, self.grad)
+        dq, dk, dv = (to_bhsd(x, p.layout)[0] for x in found[:3])
+        worst = 0.0
+        for h, head in enumerate(self.heads):
+            mine = dq[h * g : (h + 1) * g]
+            mine = mine if self.rows is None else mine[:, self.rows]
+            for name, got in (("dq", mine), ("dk", dk[h]), ("dv", dv[h])):
+                want, budget = head.gradients[name]
+                worst = max(worst, _in_budgets((got.double() - want).abs(), torch.tensor(budget)))
+        if self._mask_grad is not None:
+            want, budget = self._mask_grad
+            got = _four(found[3]).double().masked_fill(_four(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
+            worst = max(worst, _in_budgets((got - want).abs(), torch.tensor(budget)))
+        return worst
+
+
+def judges(p: Problem, device: torch.device) -> list[Judge]:
+    """The probes of a problem, and a plain sample where a stride of 0 is part of it."""
+    scale = samples.scale_of(p)
+    found = [Judge(samples.probes(p, device), scale)]
+    if "expanded" in p.strides:
+        r = samples.reduced(p)
+        found.append(Judge(samples.plain(r.replace(strides=p.strides), device), scale))
+    return found
+
+
+def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Judge:
+    """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
+    dtype = p.torch_dtype  # as autocast would cast
+    views = [to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1))]
+    if mask is not None:
+        mask = _four(mask.detach())[:1, : p.group]
+        mask = mask if p.mask in (None, "bool") else mask.to(getattr(torch, p.mask))
+    one = p.replace(batch=1, q_heads=p.group, kv_heads=1, layout="bhsd", lengths="exact", cast_from=())
+    grad = None
+    if p.needs_grad:
+        views = [x.requires_grad_() for x in views]
+        mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
+        grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
+    return Judge(Sample(one, *views, mask, grad), scale)
+
+
+def row_sample(p: Problem, device: torch.device) -> Tensor | None:
+    """The rows the reference looks at: all, or the first and last tile and an even spread between (None is all)."""
+    if p.q_len * p.kv_len <= ROW_LIMIT or p.q_len <= ROWS:
+        return None
+    edge = 64
+    spread = torch.linspace(edge, p.q_len - edge - 1, ROWS - 2 * edge).long()
+    return torch.cat([torch.arange(edge), spread, torch.arange(p.q_len - edge, p.q_len)]).unique().to(device)
+
+
+def _bhsd(x: Tensor, p: Problem, dtype: torch.dtype) -> Tensor:
+    return to_bhsd(x.detach(), p.layout).to(dtype)
+
+
+def _four(mask: Tensor) -> Tensor:
+    return mask if mask.dim() == 4 else mask[None, None]
+
+
+def _mask_of(s: Sample, start: int, group: int) -> Tensor | None:
+    if s.mask is None:
+        return None
+    mask = _four(s.mask.detach())[0]
+    if s.problem.cast_from and mask.dtype is not torch.bool:
+        mask = mask.to(s.problem.torch_dtype)
+    return mask if mask.shape[0] == 1 else mask[start : start + group]
+
+
+def _out_shape(p: Problem) -> tuple[int, ...]:
+    sizes = {"b": p.batch, "h": p.q_heads, "s": p.q_len, "d": p.head_dim_v}
+    return tuple(sizes[letter] for letter in p.layout)
+
+
+def _poison(s: Sample, p: Problem) -> None:
+    """Leave NaN where the allocator will hand out memory next: a partial write then shows."""
+    for x in (s.q, s.k):
+        torch.full_like(x, float("nan"), requires_grad=False)
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).double()
+
+
+def _most(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _score_size(result: reference.Result) -> float:
+    """max(|lse|, S): the size of the scores whose float32 rounding reaches the weights."""
+    finite = result.lse[result.lse.isfinite()]
+    return max(_most(finite), _most(result.noise))
+
+
+def _in_budgets(error: Tensor, budget: Tensor) -> float:
+    """The largest error / budget; a NaN, or an error where none is allowed, is infinite."""
+    if not error.numel():
+        return 0.0
+    ratio = torch.where(error == 0, torch.zeros_like(error), error / budget)
+    return float(ratio.nan_to_num(nan=float("inf")).max())
+
+
+def summary(judged: Sequence[Judge], call: Call) -> Errors:
+    """The worst over several samples."""
+    worst: Errors | None = None
+    for judge in judged:
+        worst = judge.errors(call).worst(worst)
+    assert worst is not None
+    return worst
