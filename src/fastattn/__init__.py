@@ -10,8 +10,8 @@ from fastattn.config import options
 from fastattn.errors import FastattnError, NoKernelError
 from fastattn.explanation import Explanation, Plan, explain, plan
 from fastattn.patching import Patch, patch, sdpa
-from fastattn.problem import Problem
 from fastattn.prewarming import tune
+from fastattn.problem import Problem
 from fastattn.ranks import sync
 from fastattn.resolve import clear
 from fastattn.verdict import Verdict

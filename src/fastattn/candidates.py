@@ -78,7 +78,7 @@ def unavailable(kernel: Kernel) -> str | None:
         return f"package {kernel.library} is not installed"
     try:
         load(kernel)
-    except Exception as error:  # noqa: BLE001 - whatever an import raises becomes the reason
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         return f"package {kernel.library} cannot be used: {type(error).__name__}: {first_line}"
     return None

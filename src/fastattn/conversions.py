@@ -36,9 +36,8 @@ class Conversion:
 
 
 def _draws(kernel: Kernel, p: Problem) -> bool:
-    return p.causal is None or kernel.corner == "any" or kernel.corner == p.causal or (
-        kernel.corner is not None and p.q_len == p.kv_len
-    )
+    """Whether it draws this triangle itself; on a square one both corners coincide."""
+    return p.causal in (None, kernel.corner) or kernel.corner == "any" or bool(kernel.corner and p.q_len == p.kv_len)
 
 
 def _when_mask_dense(kernel: Kernel, p: Problem) -> str:
@@ -151,7 +150,8 @@ def _fp32(step: Run, kernel: Kernel, p: Problem) -> Run:
 def _widths(kernel: Kernel, p: Problem) -> tuple[int, int]:
     multiple = kernel.head_dim_multiple
     width, width_v = (-(-d // multiple) * multiple for d in (p.head_dim, p.head_dim_v))
-    return (max(width, width_v),) * 2 if kernel.equal_head_dims else (width, width_v)
+    widest = max(width, width_v)
+    return (widest, widest) if kernel.equal_head_dims else (width, width_v)
 
 
 def _when_pad(kernel: Kernel, p: Problem) -> str:

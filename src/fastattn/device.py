@@ -49,7 +49,7 @@ def _find(path: str) -> Any:
             return getattr(import_module(module), name)
         except ModuleNotFoundError:
             return getattr(_find(module), name)
-    except Exception:  # noqa: BLE001 - a private name may vanish in any way; the stand-in serves
+    except Exception:
         return None
 
 

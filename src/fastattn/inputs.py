@@ -207,6 +207,6 @@ def mask_class(mask: Spec, q: Spec, kv_len: int) -> tuple[str, str]:
     """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
     shape = (1,) * (4 - len(mask.shape)) + mask.shape
     stride = (0,) * (4 - len(mask.shape)) + mask.stride
-    pattern = "".join(name if n != 1 or n == full == 1 and name in "qk" else "1" for name, n, full in
+    pattern = "".join(name if n != 1 or (n == full == 1 and name in "qk") else "1" for name, n, full in
                       zip("bhqk", shape, (q.shape[0], q.shape[1], q.shape[2], kv_len), strict=True))
     return pattern, stride_class(shape, stride)

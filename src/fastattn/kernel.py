@@ -17,7 +17,7 @@ from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
 
 __all__ = [
     "Accepted", "Arguments", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "require",
+    "Rejected", "Run", "Tensor", "require",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")

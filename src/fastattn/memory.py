@@ -8,7 +8,7 @@ the CPU's fused kernel that is some hundred KiB a thread.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,10 @@ class _Meter(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self._seen = {x.untyped_storage().data_ptr() for x in known}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch._dynamo is imported, 1.9 s, to keep it away from a mode that nothing compiles
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -48,7 +52,7 @@ class _Meter(TorchDispatchMode):
 
 
 @contextmanager
-def _saved(sizes: dict[int, int], known: set[int]) -> Iterator[None]:
+def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in known:

@@ -46,12 +46,10 @@ def _tune_one(problem: Problem, settings: config.Config, progress: Progress | No
     known = None if force else resolve.complete(problem, settings)
     if known is not None:
         return known
-    step = None
-    if progress is not None:
-        report = progress
 
-        def step(candidate: str, index: int, count: int) -> None:
-            report(problem, candidate, index, count)
+    def step(candidate: str, index: int, count: int) -> None:
+        if progress is not None:
+            progress(problem, candidate, index, count)
 
     return resolve.tune(problem, settings, thorough=True, progress=step)
 

@@ -36,7 +36,7 @@ class Problem:
     q_len: int
     kv_len: int
     lengths: str = "exact"
-    strides: tuple[str, str, str] = ("contiguous",) * 3
+    strides: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
     mask: str | None = None  # "bool" or a float dtype
     mask_shape: str = ""  # letters of (b, h, q, k) where it is not broadcast
     mask_strides: str = ""

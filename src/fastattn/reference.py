@@ -16,10 +16,8 @@ from torch import Tensor
 class Result:
     """One kv head; g query heads, r rows. Sizes that error budgets are made of stand beside the results.
 
-    out (g, r, dv); lse (g, r); spread (g, r), (P|V|)_i = max_d sum_j p_ij |v_jd|; noise (g, r), sum_j p_ij sum_d |q_id k_jd scale|
-    (and the bias), how large the terms are that a row's scores rest on, for float32 inputs and wider. With an upstream gradient also dq (g, r, d),
-    dk (kv_len, d), dv (kv_len, dv), dmask = dscores (g, r, kv_len), and delta (g, r), the root of squares of the terms
-    o_id do_id, whose sum every flash backward takes from the rounded output.
+    out (g, r, dv). lse (g, r). spread (g, r): (P|V|)_i = max_d sum_j p_ij |v_jd|. noise (g, r): sum_j p_ij of
+    sum_d |q_id k_jd scale| and the bias, how large the terms are that a row's scores rest on; 0 for half inputs.
     """
 
     out: Tensor
@@ -31,7 +29,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """See Result; `cancelling` says what rounding costs where the terms of a gradient cancel."""
+    """dq (g, r, d), dk (kv_len, d), dv (kv_len, dv), dmask = dscores (g, r, kv_len), and what `cancelling` needs.
+
+    delta (g, r) is the root of squares of the terms o_id do_id, whose sum every flash backward takes from the rounded
+    output.
+    """
 
     dq: Tensor
     dk: Tensor

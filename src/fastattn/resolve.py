@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -13,7 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import buckets, candidates, config, guards, inputs, kernels, masks, planning, store, traced, tuning, verifying
+from fastattn import (
+    buckets,
+    candidates,
+    config,
+    guards,
+    inputs,
+    kernels,
+    masks,
+    planning,
+    store,
+    traced,
+    tuning,
+    verifying,
+)
 from fastattn.config import Config, log
 from fastattn.device import Device, sdpa
 from fastattn.errors import NoKernelError
@@ -305,7 +318,7 @@ def complete(problem: Problem, settings: Config) -> Verdict | None:
 
 
 @contextmanager
-def collected() -> Iterator[dict[Problem, None]]:
+def collected() -> Generator[dict[Problem, None]]:
     """Collect every problem that is resolved inside, in order."""
     met: dict[Problem, None] = {}
     _collectors.append(met)
@@ -354,7 +367,7 @@ def misses() -> dict[Problem, int]:
 
 def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> Accepted:
     """The candidate that `kernel=name` means. Raises NoKernelError with the reasons, ValueError for an unknown name."""
-    base = name.split("+")[0]
+    base = name.split("+", maxsplit=1)[0]
     if base not in kernels.names():
         raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernels.names())}")
     found = candidates.decisions(problem, silicon, settings)
@@ -452,7 +465,7 @@ def _rescued(
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         try:
             return call(q, k, v, mask)
-        except Exception as error:  # noqa: BLE001 - any failure of a winner is answered by the next
+        except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
                 raise
             return _rescue(error, chosen, verdict, problem, settings, key, structured, (q, k, v, mask))
@@ -481,7 +494,7 @@ def _rescue(
             continue
         try:
             out = _bind(candidate, problem, key, structured)(*given)
-        except Exception:  # noqa: BLE001 - then the next one; if none is left it was the caller's own error
+        except Exception:
             continue
         log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
         if left is not None:

@@ -156,7 +156,8 @@ def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mas
             mask.requires_grad_()
         grad = _normal(g, (p.batch, p.q_heads, p.q_len, p.head_dim_v)).to(p.torch_dtype)
         grad = from_bhsd(_strided(grad, p.strides[0]), p.layout)
-    return Sample(p, *parts, mask, grad)
+    q, k, v = parts
+    return Sample(p, q, k, v, mask, grad)
 
 
 def _normal(g: torch.Generator, shape: Sequence[int]) -> Tensor:

@@ -91,7 +91,7 @@ def compare(
     """
     start = clock.now()
     found: dict[str, Timing] = {name: Timing() for name in calls}
-    repeats = {name: 1 for name in calls}
+    repeats = dict.fromkeys(calls, 1)
     alive = list(calls)
     for index in range(MAX_ROUNDS):
         for name in alive if index % 2 == 0 else reversed(alive):

@@ -192,7 +192,7 @@ class _Race:
         except torch.OutOfMemoryError as error:
             entrant.reason = f"out of memory: {_first_line(error)}"
             gc.collect()
-        except Exception as error:  # noqa: BLE001 - any failure of a candidate is a reason, not an error
+        except Exception as error:
             entrant.reason = f"{type(error).__name__}: {_first_line(error)}"
 
     def _timed_once(self, entrant: Entrant) -> planning.Call:
@@ -255,7 +255,7 @@ def _choose(entrants: list[Entrant], look: Callable[[Accepted], Errors] | None) 
         try:
             errors = look(winner.candidate)
             winner.reason = None if errors.passed else f"on the caller's tensors {_inaccurate(errors)}"
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             winner.reason = f"on the caller's tensors {type(error).__name__}: {_first_line(error)}"
         if winner.reason is None:
             break

@@ -127,11 +127,11 @@ class Judge:
         if exact.gradients is not None and rounded.gradients is not None:
             most = _score_size(exact)
             allowed = accuracy if isinstance(accuracy, float) else u + 2.0**-24 * shrink * most
-            delta = dict(zip(("dq", "dk"), exact.gradients.cancelling(u, most), strict=True))
-            for name in ("dq", "dk", "dv"):
+            of_dq, of_dk = exact.gradients.cancelling(u, most)
+            for name, cancelling in (("dq", of_dq), ("dk", of_dk), ("dv", 0.0)):
                 want = getattr(exact.gradients, name)
                 e32 = _most(error(getattr(rounded.gradients, name), want))
-                gradients[name] = (want, 3 * (e32 + allowed * _most(want) + delta.get(name, 0.0)))
+                gradients[name] = (want, 3 * (e32 + allowed * _most(want) + cancelling))
         return _Head(exact, rows, gradients)
 
     def _whole_mask_grad(self) -> tuple[Tensor, float]:
@@ -146,7 +146,8 @@ class Judge:
 
         want = over_rows(torch.cat([g.dmask for g in parts]))
         # The terms of a broadcast sum are rounded one by one, and delta comes from the rounded output.
-        sizes = over_rows(torch.cat([g.dmask.abs() + (g.weights * g.delta[..., None] if g.sizes is None else g.sizes) for g in parts]))
+        spread = [g.weights * g.delta[..., None] if g.sizes is None else g.sizes for g in parts]
+        sizes = over_rows(torch.cat([g.dmask.abs() + s for g, s in zip(parts, spread, strict=True)]))
         most = max(_score_size(head.exact) for head in self.heads)
         return want, 3 * (u + min(2.0**-24, u) * most) * _most(sizes)
 
@@ -214,7 +215,7 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
         views = [x.requires_grad_() for x in views]
         mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
         grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
-    return Judge(Sample(one, *views, mask, grad), scale)
+    return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
 
 
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:

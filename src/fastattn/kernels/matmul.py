@@ -5,17 +5,17 @@ The query group of GQA is folded into rows, so keys and values are never repeate
 
 from __future__ import annotations
 
-from fastattn.kernel import Kernel, OneOf, RefuseWhen
+from fastattn.kernel import Arguments, Kernel, OneOf, Run, Tensor
 
 
-def fold(q, k, v):
+def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, group * q_len, d), (n, kv_len, d), (n, kv_len, dv) of n = batch * kv_heads; views where strides allow."""
     b, kv_heads, kv_len, d = k.shape
     n = b * kv_heads
     return q.reshape(n, -1, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
 
 
-def hide(scores, q, mask, a):
+def hide(scores: Tensor, q: Tensor, mask: Tensor | None, a: Arguments) -> bool:
     """Add a float mask, and put -inf where a key is hidden, in place; whether a row may see nothing."""
     import torch
 
@@ -34,20 +34,20 @@ def hide(scores, q, mask, a):
     return mask is not None or (a.diagonal is not None and a.diagonal < 0)
 
 
-def softmax(scores, may_be_hidden):
-    """Along the keys; a row that sees nothing becomes zeros."""
+def softmax(scores: Tensor, may_be_hidden: bool) -> Tensor:
+    """Along the keys, in place; a row that sees nothing becomes zeros."""
     import torch
 
     if not may_be_hidden:
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1, out=scores)
     nothing = scores.amax(-1, keepdim=True) == float("-inf")
-    return torch.softmax(scores.masked_fill_(nothing, 0.0), -1).masked_fill_(nothing, 0.0)
+    return torch.softmax(scores.masked_fill_(nothing, 0.0), -1, out=scores).masked_fill_(nothing, 0.0)
 
 
-def load_matmul():
+def load_matmul() -> Run:
     import torch
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         q3, k3, v3 = fold(q, k, v)
         scores = torch.baddbmm(q3.new_empty(1, 1, 1), q3, k3.mT, beta=0, alpha=a.scale)
         weights = softmax(scores, hide(scores, q, mask, a))
@@ -56,10 +56,34 @@ def load_matmul():
     return run
 
 
-def load_mixed():
+def load_shifted() -> Run:
     import torch
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+        # A bf16 product loses what lies below 2^-8 of a score. The first one only finds each row's maximum m over the
+        # visible keys; the second subtracts it inside the float32 accumulator, by one more column (-m against 1), so that
+        # what is rounded is small where the weights are large: |t - (s - m)| <= 2^-8 |s - m|.
+        q3, k3, v3 = fold(q, k, v)
+        scores = torch.bmm(q3, k3.mT)
+        may_be_hidden = hide(scores, q, mask, a)
+        top = scores.amax(-1, keepdim=True)
+        nothing = top == float("-inf")
+        q1 = torch.cat([q3, top.masked_fill_(nothing, 0.0).neg_()], -1)
+        k1 = torch.cat([k3, k3.new_ones(1, 1, 1).expand(*k3.shape[:2], 1)], -1)
+        torch.baddbmm(scores, q1, k1.mT, beta=0, alpha=a.scale, out=scores)
+        hide(scores, q, mask, a)
+        weights = torch.softmax(scores, -1, out=scores)
+        if may_be_hidden:
+            weights.masked_fill_(nothing, 0.0)
+        return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
+
+    return run
+
+
+def load_mixed() -> Run:
+    import torch
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         q3, k3, v3 = fold(q, k, v)
         q32 = q3.float()
         scores = torch.baddbmm(q32.new_empty(1, 1, 1), q32, k3.float().mT, beta=0, alpha=a.scale)
@@ -69,10 +93,10 @@ def load_mixed():
     return run
 
 
-def load_math():
+def load_math() -> Run:
     import torch
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         q3, k3, v3 = (x.to(dtype) for x in fold(q, k, v))
         scores = (torch.bmm(q3, k3.mT) * a.scale).view(*q.shape[:3], k.shape[2])
@@ -117,6 +141,18 @@ KERNELS = (
         grad=False,
         chunks=True,
         reads=("precision",),
+    ),
+    Kernel(
+        name="matmul_shifted",
+        summary="bfloat16 products, the row maximum subtracted inside the second one",
+        load=load_shifted,
+        dtypes=("bfloat16",),
+        corner="any",
+        masks=("bool",),
+        mask_and_causal=True,
+        grad=False,
+        chunks=True,
+        needs=(OneOf("scale", ("positive",)),),
     ),
     Kernel(
         name="sdpa_math",

@@ -6,13 +6,13 @@ The CUDA rows follow aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; the r
 
 from __future__ import annotations
 
-from fastattn.kernel import Kernel, OneOf, Range, RefuseWhen, require
+from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, require
 
 
-def load_default():
+def load_default() -> Run:
     sdpa = require("sdpa")
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         return sdpa(
             q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -20,32 +20,32 @@ def load_default():
     return run
 
 
-def load_cpu_flash():
+def load_cpu_flash() -> Run:
     flash = require("cpu_flash")
     return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, attn_mask=mask, scale=a.scale)[0]
 
 
-def load_math():
+def load_math() -> Run:
     math = require("math")
     return lambda q, k, v, mask, a: math(
         q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
     )[0]
 
 
-def load_cuda_flash():
+def load_cuda_flash() -> Run:
     flash = require("cuda_flash")
     return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, False, scale=a.scale)[0]
 
 
-def load_cuda_efficient():
+def load_cuda_efficient() -> Run:
     efficient = require("cuda_efficient")
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         if mask is not None:
             mask = aligned(mask, q, k)
         return efficient(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, scale=a.scale)[0]
 
-    def aligned(mask, q, k):
+    def aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # The kernel wants (b, h, q, k) with rows at multiples of 16 bytes: a slice of a padded tensor where they are not.
         b, h, s, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
         mask = mask.to(q.dtype)
@@ -58,10 +58,10 @@ def load_cuda_efficient():
     return run
 
 
-def load_cuda_cudnn():
+def load_cuda_cudnn() -> Run:
     cudnn = require("cuda_cudnn")
 
-    def run(q, k, v, mask, a):
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         # A float32 mask beside half inputs is read as garbage (pytorch#191612): cast it.
         mask = mask.to(q.dtype) if mask is not None else None
         return cudnn(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, False, scale=a.scale)[0]

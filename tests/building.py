@@ -1,0 +1,276 @@
+"""Shared by tests: inputs in every layout and memory form, and a float64 attention written for the tests alone.
+
+`Expected` follows the rule in fastattn.verifying's docstring and shares no code with fastattn.reference: heads are
+expanded, what is hidden is one dense bool tensor, and gradients come from autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fastattn import candidates, config, inputs, masks
+from fastattn.device import Device
+from fastattn.kernel import Accepted
+from fastattn.problem import Problem
+
+ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+CPU = Device.of(torch.device("cpu"))
+
+
+def name_of(x) -> str:
+    return str(x).removeprefix("torch.")
+
+
+# --- memory: a (b, h, s, d) view of Gaussian numbers, by how it lies
+
+
+def _room(shape, order, room_after=None):
+    """A (b, h, s, d) view of memory ordered as `order` says, with room behind one dimension."""
+    sizes = dict(zip("bhsd", shape, strict=True))
+    wide = torch.randn([sizes[n] + 3 * (n == room_after) for n in order])
+    cut = wide[tuple(slice(0, sizes[n]) for n in order)]
+    return cut.permute([order.index(n) for n in "bhsd"])
+
+
+MEMORY = {
+    "contiguous": lambda *shape: _room(shape, "bhsd"),
+    "transposed": lambda *shape: _room(shape, "bshd"),
+    "seq_first": lambda *shape: _room(shape, "sbhd"),
+    "cache": lambda *shape: _room(shape, "bhsd", "s"),
+    "cache_bshd": lambda *shape: _room(shape, "bshd", "s"),
+    "packed": lambda *shape: _room(shape, "bshd", "h"),
+    "packed_dims": lambda *shape: _room(shape, "bshd", "d"),  # (b, s, h, 3, d), as some models pack
+    "every_second_row": lambda b, h, s, d: torch.randn(b, h, 2 * s, d)[:, :, ::2],
+    "expanded_batch": lambda b, h, s, d: torch.randn(1, h, s, d).expand(b, h, s, d),
+    "expanded_heads": lambda b, h, s, d: torch.randn(b, 1, s, d).expand(b, h, s, d),
+    "last_stride_2": lambda b, h, s, d: torch.randn(b, h, s, 2 * d)[..., ::2],
+    "dims_before_rows": lambda *shape: _room(shape, "bhds"),
+}
+LAYOUT = {"bhsd": "bhsd", "bshd": "bshd", "sbhd": "sbhd"}
+
+
+def to(layout, x):
+    """A (b, h, s, d) tensor as a view in `layout`."""
+    return x.permute(["bhsd".index(n) for n in LAYOUT[layout]])
+
+
+def back(layout, x):
+    """A tensor in `layout` as a (b, h, s, d) view."""
+    return x.permute([LAYOUT[layout].index(n) for n in "bhsd"])
+
+
+def keep_strides(x, dtype):
+    """The same numbers in another dtype, in memory that lies the same way (strides of 0 and gaps included)."""
+    flat = torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+    return torch.as_strided(flat.to(dtype), x.shape, x.stride(), x.storage_offset())
+
+
+def qkv(b=2, hq=4, hkv=None, sq=37, skv=None, d=16, dv=None, *, dtype=torch.float32, memory="contiguous", layout="bhsd",
+        grad=False):  # fmt: skip
+    """q, k, v in `layout`, their (b, h, s, d) views lying in memory as `memory` says (one name, or one each)."""
+    hkv, skv, dv = (hq if hkv is None else hkv), (sq if skv is None else skv), (d if dv is None else dv)
+    forms = (memory,) * 3 if isinstance(memory, str) else memory
+    shapes = ((b, hq, sq, d), (b, hkv, skv, d), (b, hkv, skv, dv))
+    made = [to(layout, keep_strides(MEMORY[m](*shape), dtype)) for m, shape in zip(forms, shapes, strict=True)]
+    return [x.requires_grad_() for x in made] if grad else made
+
+
+def mask_of(letters, kind, b, h, sq, skv):
+    """A mask whose dimensions not in `letters` are 1, e.g. "b11k"; `kind` is bool or a float dtype. Every third row is empty."""
+    sizes = {"b": b, "h": h, "q": sq, "k": skv, "1": 1}
+    shape = [sizes[n] for n in letters]
+    visible = torch.rand(shape) < 0.7
+    if letters[-1] == "k" and skv:
+        visible[..., 0] = True
+    if letters[-2] == "q":
+        visible[..., 1::3, :] = False
+    if kind is torch.bool:
+        return visible
+    return torch.randn(shape).masked_fill(~visible, float("-inf")).to(kind)
+
+
+# --- what is right
+
+
+@dataclass
+class Expected:
+    """softmax(scale q k^T + mask) v and its gradients in float64, with the budgets of a rung around them.
+
+    q, k, v in `layout`, in the dtype that is computed in; corners: the triangles drawn ("top_left", "bottom_right").
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    layout: str = "bhsd"
+    scale: float | None = None
+    corners: tuple[str, ...] = ()
+    grad: torch.Tensor | None = None  # upstream, in `layout`
+    rung: str = "exact"
+
+    def __post_init__(self):
+        self.q, self.k, self.v = (back(self.layout, x.detach()) for x in (self.q, self.k, self.v))
+        self.b, self.hq, self.sq, self.d = self.q.shape
+        self.hkv, self.skv, self.dv = self.v.shape[1:]
+        self.dtype = self.q.dtype
+        self.u = ROUNDOFF[self.dtype]
+        self.group = self.hq // self.hkv if self.hkv else 1
+        self.scale = self.d**-0.5 if self.scale is None else self.scale
+        shape = (self.b, self.hq, self.sq, self.skv)
+        self.hidden = torch.zeros(shape, dtype=torch.bool)
+        i, j = torch.arange(self.sq)[:, None], torch.arange(self.skv)[None]
+        if "top_left" in self.corners:
+            self.hidden |= j > i
+        if "bottom_right" in self.corners:
+            self.hidden |= j > i + self.skv - self.sq
+        self.bias = None
+        if self.mask is not None:
+            mask = self.mask.detach()
+            self.hidden |= ~mask if mask.dtype is torch.bool else mask == float("-inf")
+            self.bias = None if mask.dtype is torch.bool else mask.masked_fill(mask == float("-inf"), 0)
+
+    def _compute(self, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
+        bias = None if self.bias is None else self.bias.to(dtype).requires_grad_()
+        q, k, v = leaves[0], *(x.repeat_interleave(self.group, 1) for x in leaves[1:])
+        scores = q @ k.mT * self.scale
+        scores = scores if bias is None else scores + bias
+        empty = self.hidden.all(-1, keepdim=True)
+        scores = scores.masked_fill(self.hidden, float("-inf")).masked_fill(empty, 0.0)
+        weights = scores.softmax(-1).masked_fill(self.hidden, 0.0)
+        out = weights @ v
+        found = {"out": out.detach(), "scores": scores.detach(), "weights": weights.detach(), "k": k.detach(), "v": v.detach()}
+        if self.grad is not None:
+            grad = back(self.layout, self.grad).to(dtype)
+            wanted = leaves if bias is None else [*leaves, bias]
+            grads = torch.autograd.grad(out, wanted, grad)
+            found |= dict(zip(("dq", "dk", "dv", "dmask"), grads, strict=False))
+        return found
+
+    @cached_property
+    def exact(self):
+        return self._compute(torch.float64)
+
+    @cached_property
+    def rounded(self):
+        return self._compute(self.dtype if self.rung == "dtype" else torch.float32)
+
+    @cached_property
+    def _noise(self):
+        """S_i: how large the terms of a row's scores are; only float32 inputs feel it."""
+        if self.dtype in HALF:
+            return torch.zeros(self.b, self.hq, self.sq, dtype=torch.float64)
+        sizes = self.q.double().abs() @ self.exact["k"].abs().mT * abs(self.scale)
+        sizes = sizes if self.bias is None else sizes + self.bias.double().abs()
+        return (sizes * self.exact["weights"]).sum(-1)
+
+    def _e(self, name):
+        return (self.rounded[name].to(self.dtype).double() - self.exact[name]).abs()
+
+    def forward(self, out):
+        """The largest error of `out` (in `layout`) in budgets."""
+        assert tuple(out.shape) == tuple(to(self.layout, torch.empty(self.b, self.hq, self.sq, self.dv)).shape)
+        assert out.dtype is self.dtype
+        spread = (self.exact["weights"] @ self.exact["v"].abs()).amax(-1)
+        if self.rung == "dtype":
+            budget = 2 * (self._e("out").amax((2, 3), keepdim=True)[..., 0] + self.u * spread)
+        else:
+            c = 2 if self.dtype in HALF else 4
+            budget = c * (self._e("out").amax(-1) + (self.u + 2**-24 * self._noise) * spread)
+        return _worst((back(self.layout, out.detach()).double() - self.exact["out"]).abs().amax(-1), budget)
+
+    def backward(self, dq, dk, dv, dmask=None):
+        """The largest error of the gradients (in `layout`) in budgets."""
+        x, w, s = self.exact, self.exact["weights"], abs(self.scale)
+        grad = back(self.layout, self.grad).double()
+        lse = x["scores"].logsumexp(-1).abs().masked_fill(self.hidden.all(-1), 0.0)
+        size = self._per_kv_head(torch.maximum(lse, self._noise)[..., None])
+        terms = grad * x["out"]
+        if self.dtype in HALF:  # delta = sum_d o_d do_d is taken from an output whose terms were rounded one by one
+            delta = terms.square().sum(-1, keepdim=True).sqrt() * w
+            cancel_q = s * self.u * self._per_kv_head((delta.sum(-1, keepdim=True) * (w @ x["k"]).abs()))
+            cancel_k = s * self.u * self._heads_sum(delta.square().mT @ self.q.double().square()).sqrt()
+        else:
+            delta = (grad.abs() @ x["v"].abs().mT + terms.abs().sum(-1, keepdim=True)) * w
+            cancel_q = s * self.u * (1 + size) * self._per_kv_head(delta @ x["k"].abs())
+            cancel_k = s * self.u * (1 + size) * self._heads_sum(delta.mT @ self.q.double().abs())
+        more = {"dq": cancel_q, "dk": cancel_k, "dv": torch.zeros_like(cancel_k)}
+        worst = 0.0
+        for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
+            budget = 3 * (self._per_kv_head(self._e(name)) + (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs()) + more[name])
+            error = self._per_kv_head((back(self.layout, got).double() - x[name]).abs())
+            worst = max(worst, _worst(error, budget))
+        if dmask is not None:
+            dscores = (grad @ x["v"].mT - terms.sum(-1, keepdim=True)) * w
+            sizes = (dscores.abs() + delta if self.dtype in HALF else delta).sum_to_size(
+                (1,) * (4 - self.bias.dim()) + self.bias.shape
+            )
+            most = float(size.max()) if size.numel() else 0.0
+            budget = 3 * (self.u + min(2**-24, self.u) * most) * sizes.amax()
+            error = (dmask.double() - x["dmask"]).abs().masked_fill(self.mask.detach() == float("-inf"), 0.0)
+            worst = max(worst, _worst(error, budget))
+        return worst
+
+    def _per_kv_head(self, x):
+        """(b, hkv) maxima of a (b, hq or hkv, rows, dims) tensor."""
+        return x.reshape(self.b, self.hkv, -1).amax(-1) if x.numel() else x.new_zeros(self.b, self.hkv)
+
+    def _heads_sum(self, x):
+        return self._per_kv_head(x.reshape(self.b, self.hkv, self.group, self.skv, self.d).sum(2))
+
+
+def _worst(error, budget):
+    if not error.numel():
+        return 0.0
+    ratio = torch.where(error == 0, 0.0, error / budget)
+    return float(ratio.nan_to_num(nan=float("inf")).max())
+
+
+def check(call, q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), rung="exact", cast=None):
+    """Run `call(q, k, v, mask)` and hold it, with its gradients where q asks for them, to float64. Returns the output."""
+    dtype = cast or q.dtype
+    out = call(q, k, v, mask)
+    wants_grad = q.requires_grad and torch.is_grad_enabled()
+    grad = torch.randn(out.shape).to(out.dtype) if wants_grad else None
+    dense = mask if isinstance(mask, torch.Tensor) and type(mask) is torch.Tensor else None
+    if cast and dense is not None and dense.dtype is not torch.bool:
+        dense = dense.to(cast)
+    want = Expected(q.to(dtype), k.to(dtype), v.to(dtype), dense, layout, scale, corners, grad, rung)
+    forward = want.forward(out)
+    assert forward <= 1.0, f"forward {forward:.2f} budgets"
+    if wants_grad:
+        leaves = [q, k, v, *([mask] if dense is not None and mask.requires_grad else [])]
+        found = torch.autograd.grad(out, leaves, grad)
+        assert [g.dtype for g in found] == [x.dtype for x in leaves]
+        backward = want.backward(*found)
+        assert backward <= 1.0, f"backward {backward:.2f} budgets"
+    return out
+
+
+def problem_of(q, k, v, mask=None, layout="bhsd", **options):
+    """The Problem of a call."""
+    return Problem.from_key(inputs.call_key(q, k, v, mask, layout, inputs.parse(options)), config.current().accuracy)
+
+
+def accepted(q, k, v, mask=None, layout="bhsd", **options) -> list[str]:
+    """Names of the candidates that can do a call."""
+    found = candidates.decisions(problem_of(q, k, v, mask, layout, **options), CPU, config.current())
+    return [d.name for d in found if isinstance(d, Accepted)]
+
+
+def rung_of(candidate: str, dtype: torch.dtype) -> str:
+    """What a candidate can be held to: plain matmul rounds its scores to half precision."""
+    parts = candidate.split("+")
+    return "dtype" if dtype in HALF and parts[0] == "matmul" and "fp32" not in parts else "exact"
+
+
+def corner(mask, is_causal=False) -> tuple[str, ...]:
+    """The triangles that a call draws."""
+    value = inputs.as_structured(mask)
+    return (*((value.corner,) if isinstance(value, masks.Causal) else ()), *(("top_left",) if is_causal else ()))

@@ -1,0 +1,36 @@
+"""Fixtures every test has: a store of its own, a clean process state, and nothing left patched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.pop("FASTATTN_MODE", None)
+
+import fastattn
+from fastattn import config
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Every test tunes into its own directory, with a small budget, and forgets what it learnt."""
+    for name in [n for n in os.environ if n.startswith("FASTATTN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "store"))
+    config.forget()
+    fastattn.clear()
+    torch.manual_seed(0)
+    before = torch.nn.functional.scaled_dot_product_attention
+    yield tmp_path / "store"
+    assert torch.nn.functional.scaled_dot_product_attention is before, "a test left F.sdpa patched"
+    config.forget()
+    fastattn.clear()
+
+
+@pytest.fixture
+def untuned():
+    """Nothing is timed: the default serves. For tests of semantics, where speed has no say."""
+    with fastattn.options(mode="cached"):
+        yield
