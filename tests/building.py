@@ -51,17 +51,16 @@ MEMORY = {
     "last_stride_2": lambda b, h, s, d: torch.randn(b, h, s, 2 * d)[..., ::2],
     "dims_before_rows": lambda *shape: _room(shape, "bhds"),
 }
-LAYOUT = {"bhsd": "bhsd", "bshd": "bshd", "sbhd": "sbhd"}
 
 
 def to(layout, x):
     """A (b, h, s, d) tensor as a view in `layout`."""
-    return x.permute(["bhsd".index(n) for n in LAYOUT[layout]])
+    return x.permute(["bhsd".index(n) for n in layout])
 
 
 def back(layout, x):
     """A tensor in `layout` as a (b, h, s, d) view."""
-    return x.permute([LAYOUT[layout].index(n) for n in "bhsd"])
+    return x.permute([layout.index(n) for n in "bhsd"])
 
 
 def keep_strides(x, dtype):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
-from functools import cache
+from threading import Lock
 from typing import Any
 
 MODES = ("auto", "cached", "off")
@@ -97,23 +97,39 @@ def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-@cache
-def _process() -> list[Config]:
-    return [from_environment()]
-
-
+_lock = Lock()
+_base: list[Config] = []  # what the environment says, once it was read
+_changes: list[dict[str, Any]] = []  # what options() set for the process, oldest first
+_process: Config | None = None  # both together
+_known: dict[Config, Config] = {}  # one object for equal Configs, so that the hot path compares by identity
 _scoped: ContextVar[Config | None] = ContextVar("fastattn_options", default=None)
 scopes_used = False  # once True, every hot-path entry compares the Config it was made under
 
 
 def current() -> Config:
-    """The Config in force here: the innermost scope, else the process's."""
-    return _scoped.get() or _process()[0]
+    """The Config in force here: the innermost scope, else the process's. Equal Configs are one object."""
+    return _scoped.get() or _process or _fold()
+
+
+def _fold() -> Config:
+    global _process
+    with _lock:
+        if not _base:
+            _base.append(from_environment())
+        config = _base[0]
+        for change in _changes:
+            config = replace(config, **change)
+        _process = _known.setdefault(config, config)
+        return _process
 
 
 def forget() -> None:
-    """Read the environment again at the next look."""
-    _process.cache_clear()
+    """Read the environment again at the next look, and drop what options() set."""
+    global _process
+    _base.clear()
+    _changes.clear()
+    _process = None
+    _changed()
 
 
 class options:
@@ -141,30 +157,33 @@ class options:
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
             "tune_budget": tune_budget,
         }
-        self._changes = {name: value for name, value in given.items() if value is not None}
-        self._before = _process()[0]
+        self._change = {name: value for name, value in given.items() if value is not None}
+        replace(current(), **self._change)  # raises on a bad value before anything is set
         self._tokens: list[Token[Config | None]] = []
-        _set_process(replace(self._before, **self._changes))
+        _changes.append(self._change)
+        _set_process()
 
     def __enter__(self) -> Config:
         # It turns out to be a scope: what __init__ set for the process is taken back, and set for this context only.
         global scopes_used
         if not self._tokens:
-            _set_process(self._before)
-        if not scopes_used:
-            scopes_used = True
-            _changed()
-        scoped = replace(current(), **self._changes)
-        self._tokens.append(_scoped.set(scoped))
-        return scoped
+            with _lock:
+                _changes[:] = [change for change in _changes if change is not self._change]
+            _set_process()
+        scopes_used = True
+        config = replace(current(), **self._change)
+        config = _known.setdefault(config, config)
+        self._tokens.append(_scoped.set(config))
+        return config
 
     def __exit__(self, *exc: object) -> None:
         _scoped.reset(self._tokens.pop())
 
 
-def _set_process(config: Config) -> None:
-    _process()[0] = config
-    _changed()
+def _set_process() -> None:
+    before = _process
+    if _fold() is not before:
+        _changed()
 
 
 _listeners: list[Any] = []
@@ -176,5 +195,7 @@ def on_change(listener: Any) -> None:
 
 
 def _changed() -> None:
+    if scopes_used:
+        return  # entries compare the Config themselves
     for listener in _listeners:
         listener()

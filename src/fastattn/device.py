@@ -88,13 +88,14 @@ _precision_getter = private("precision")
 
 
 def precision() -> str:
-    """How float32 products may be rounded now, per library: "ieee", "tf32", "bf16" or "none" (not set)."""
+    """How float32 products may be rounded now, per library: "ieee" (also where nothing was set), "tf32" or "bf16"."""
     if _precision_getter is None:
         try:
             return torch.get_float32_matmul_precision()
         except RuntimeError:  # raised once the newer fp32_precision settings were used
             return "unknown"
-    return f"{_precision_getter('cuda', 'matmul')},{_precision_getter('mkldnn', 'matmul')}"
+    cuda, mkldnn = _precision_getter("cuda", "matmul"), _precision_getter("mkldnn", "matmul")
+    return f"{cuda if cuda != 'none' else 'ieee'},{mkldnn if mkldnn != 'none' else 'ieee'}"
 
 
 def flash_impl() -> str:

@@ -86,7 +86,7 @@ def explain(
     key = inputs.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
     if tune:
-        resolve.tune(resolve.lengths(problem), settings, thorough=True)
+        resolve.tune(resolve.lengths(problem), settings, key.q.device, thorough=True)
         resolve.forget_calls()
     tensors = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
     circumstances = guards.context(tensors, settings, resolve.is_spent(settings))
@@ -101,7 +101,7 @@ def of_problem(
     silicon = Device.of(torch.device(problem.device))
     circumstances = circumstances or guards.Context()
     found = candidates.decisions(problem, silicon, settings)
-    verdict = resolve.find(problem, silicon, settings, circumstances)
+    verdict = resolve.find(problem, silicon, settings, circumstances, register=False)
     action, why = guards.decide(circumstances)
     if kernel is not None:
         served, why = resolve.ordered(kernel, problem, silicon, settings).name, "ordered"

@@ -34,12 +34,19 @@ READERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def _moving_strides(x: Tensor, dim: int) -> list[int]:
+    """Dimensions whose stride follows the length of `dim`: those that step over all of it."""
+    step = x.stride(dim) * x.shape[dim]
+    return [i for i, stride in enumerate(x.stride()) if i != dim and stride and stride % step == 0]
+
+
 def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
     sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
     strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
     for i, dim in free.items():
         sizes[i][dim] = None
-        strides[i] = [None] * (len(strides[i]) - 1) + strides[i][-1:]
+        for moving in _moving_strides(tensors[i], dim):
+            strides[i][moving] = None
     guards = device.private("tensor_guards")
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
@@ -50,13 +57,16 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
     def facts(x: Any, dim: int | None) -> tuple[Any, ...]:
         shape, stride = list(x.shape), list(x.stride())
         if dim is not None:
-            shape[dim], stride = -1, stride[-1:]
+            for moving in _moving_strides(x, dim):
+                stride[moving] = -1
+            shape[dim] = -1
         keys = (x.is_conj(), x.is_neg(), x.is_inference(), x.requires_grad, x.layout)
         return (type(x), shape, stride, x.dtype, x.device, keys)
 
     def switches() -> tuple[Any, ...]:
         on = torch.is_autocast_enabled
-        return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), device.functorch_level())
+        tracing = torch.jit.is_tracing()
+        return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), device.functorch_level(), tracing)
 
     dims = [free.get(i) for i in range(len(tensors))]
     want = [facts(x, dim) for x, dim in zip(tensors, dims, strict=True)]
@@ -133,6 +143,8 @@ def build(
         same = v.nbytes == k.nbytes
         conditions.append("LOW <= k.nbytes <= HIGH")
         conditions.append("v.nbytes == k.nbytes" if same else f"v.nbytes * {k.nbytes} == k.nbytes * {v.nbytes}")
+        # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
+        conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
     for name in reads:
         conditions.append(_state_condition(name, READERS[name](), values))
     make = _native if NATIVE else _plain
@@ -161,6 +173,8 @@ def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
     if isinstance(value, bool):
         return f"read_{name}()" if value else f"not read_{name}()"
     values[f"WANT_{name}"] = value
+    if name == "config":
+        return "read_config() is WANT_config"
     return f"read_{name}() == WANT_{name}"
 
 

@@ -53,7 +53,7 @@ class _Process:
     """What this process has learnt. Every change happens under the lock; a fork gets a new one."""
 
     lock: RLock = field(default_factory=RLock)
-    verdicts: dict[tuple[str | None, Problem], Verdict | None] = field(default_factory=dict)
+    verdicts: dict[tuple[str | None, Device, Problem], Verdict | None] = field(default_factory=dict)
     families: dict[Problem, set[tuple[int, int, int]]] = field(default_factory=dict)
     stores: dict[str | None, store.Store] = field(default_factory=dict)
     shared: dict[Problem, Verdict] | None = None  # the table all ranks share
@@ -194,20 +194,23 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
     return _serve(verdict, problem, silicon, settings, key, structured, why, guards.may_remember(circumstances))
 
 
-def lengths(problem: Problem) -> Problem:
-    """The problem that is tuned for this one: itself, or its bucket where lengths churn."""
+def lengths(problem: Problem, *, register: bool = True) -> Problem:
+    """The problem that is tuned for this one: itself, or its bucket where lengths churn. register: count it as seen."""
     if problem.q_len <= buckets.DECODE_Q_LEN:
         return problem.bucketed("kv")
     mine = (problem.batch, problem.q_len, problem.kv_len)
     with _state.lock:
         seen = _state.families.setdefault(problem.family(), set())
         if mine in seen or len(seen) < buckets.CHURN:
-            seen.add(mine)
+            if register:
+                seen.add(mine)
             return problem
     return problem.bucketed("all")
 
 
-def find(problem: Problem, silicon: Device, settings: Config, circumstances: guards.Context) -> Verdict | None:
+def find(
+    problem: Problem, silicon: Device, settings: Config, circumstances: guards.Context, *, register: bool = True
+) -> Verdict | None:
     """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
     if circumstances.deterministic:
         # Nothing is tuned in that mode; a winner found without it may serve if its kernel is deterministic.
@@ -219,7 +222,7 @@ def find(problem: Problem, silicon: Device, settings: Config, circumstances: gua
                 return table[named]
     if circumstances.distributed:
         return None  # a private store is not consulted: all ranks must choose alike
-    names = [lengths(problem)] if guards.decide(circumstances)[0] == guards.TUNE else [problem, bucket]
+    names = [lengths(problem, register=register)] if guards.decide(circumstances)[0] == guards.TUNE else [problem, bucket]
     return next((v for named in names if (v := _stored(named, silicon, settings)) is not None), None)
 
 
@@ -238,7 +241,7 @@ def _tables(settings: Config, silicon: Device) -> list[dict[Problem, Verdict]]:
 
 def _stored(problem: Problem, silicon: Device, settings: Config) -> Verdict | None:
     """From memory, else from disk; an absence is remembered too, until this process tunes the problem."""
-    name = (settings.cache_dir, problem)
+    name = (settings.cache_dir, silicon, problem)
     if name not in _state.verdicts:
         verdict = settings_store(settings).get(problem, silicon)
         with _state.lock:
@@ -269,7 +272,7 @@ def _tune_once(
         q, k, v, mask = given
         scale = key.options.scale if key.options.scale is not None else key.q.shape[3] ** -0.5
         look = _look(problem, settings, key, q, k, v, mask, scale)
-        return tune(problem, settings, look=look, known=known), "tuned now"
+        return tune(problem, settings, key.q.device, look=look, known=known), "tuned now"
     finally:
         with _state.lock:
             _state.tuning.discard(problem)
@@ -292,20 +295,20 @@ def _look(
     return look
 
 
-def tune(problem: Problem, settings: Config, **how: Any) -> Verdict:
+def tune(problem: Problem, settings: Config, device: torch.device | None = None, **how: Any) -> Verdict:
     """Tune a problem and publish the verdict in memory and on disk. Keyword arguments as fastattn.tuning.tune."""
-    on = torch.device(problem.device)
+    on = device or torch.device(problem.device)
     with torch.enable_grad() if problem.needs_grad else torch.no_grad(), torch.autocast(on.type, enabled=False):
         verdict = tuning.tune(problem, settings, device=on, **how)
-    keep(verdict, settings)
+    keep(verdict, settings, Device.of(on))
     return verdict
 
 
-def keep(verdict: Verdict, settings: Config) -> None:
+def keep(verdict: Verdict, settings: Config, silicon: Device) -> None:
     """Publish a verdict in memory and on disk."""
     with _state.lock:
-        _state.verdicts[(settings.cache_dir, verdict.problem)] = verdict
-    settings_store(settings).put(verdict, Device.of(torch.device(verdict.problem.device)))
+        _state.verdicts[(settings.cache_dir, silicon, verdict.problem)] = verdict
+    settings_store(settings).put(verdict, silicon)
 
 
 def complete(problem: Problem, settings: Config) -> Verdict | None:
@@ -498,7 +501,7 @@ def _rescue(
             continue
         log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
         if left is not None:
-            keep(left, settings)
+            keep(left, settings, silicon)
         forget_calls()
         return out
     raise error
@@ -515,4 +518,4 @@ def share(table: dict[Problem, Verdict]) -> None:
 
 def verdicts(settings: Config) -> list[Verdict]:
     """The verdicts that this process holds in memory under these settings."""
-    return [v for (directory, _), v in _state.verdicts.items() if v is not None and directory == settings.cache_dir]
+    return [v for (directory, _, _), v in _state.verdicts.items() if v is not None and directory == settings.cache_dir]

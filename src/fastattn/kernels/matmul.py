@@ -15,33 +15,48 @@ def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.reshape(n, -1, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
 
 
-def hide(scores: Tensor, q: Tensor, mask: Tensor | None, a: Arguments) -> bool:
-    """Add a float mask, and put -inf where a key is hidden, in place; whether a row may see nothing."""
+def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+    """(n, rows, kv_len) scale * q k^T + mask, -inf where a key is hidden; a mask is laid under the product, not added."""
     import torch
 
-    b, h, s, _ = q.shape
-    kv_len = scores.shape[-1]
-    view = scores.view(b, h, s, kv_len)
-    if mask is not None:
-        if mask.dtype is torch.bool:
-            view.masked_fill_(mask.logical_not(), float("-inf"))
-        else:
-            view.add_(mask)
-    if a.diagonal is not None and a.diagonal < kv_len - 1:
-        first = max(0, a.diagonal + 1)  # the keys before it are seen by every row, or by none that the triangle spares
-        hidden = torch.ones(s, kv_len - first, dtype=torch.bool, device=q.device).triu_(a.diagonal + 1 - first)
-        view[..., first:].masked_fill_(hidden, float("-inf"))
-    return mask is not None or (a.diagonal is not None and a.diagonal < 0)
+    n, rows, kv_len = q3.shape[0], q3.shape[1], k3.shape[1]
+    scores = q3.new_empty(n, rows, kv_len)
+    view = scores.view(*q.shape[:3], kv_len)
+    if mask is None:
+        torch.baddbmm(scores, q3, k3.mT, beta=0, alpha=a.scale, out=scores)
+    else:
+        view.copy_(mask if mask.dtype is not torch.bool else additive(mask, scores))
+        scores.baddbmm_(q3, k3.mT, alpha=a.scale)
+    hide_triangle(view, a.diagonal)
+    return scores
 
 
-def softmax(scores: Tensor, may_be_hidden: bool) -> Tensor:
+def additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A bool mask as what is added to the scores."""
+    return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
+
+
+def hide_triangle(scores: Tensor, diagonal: int | None) -> None:
+    """-inf above the diagonal of (b, h, q_len, kv_len) scores, in place; columns that all rows see are left alone."""
+    import torch
+
+    q_len, kv_len = scores.shape[2:]
+    if diagonal is None or diagonal >= kv_len - 1:
+        return
+    first = max(0, diagonal + 1)
+    hidden = torch.ones(q_len, kv_len - first, dtype=torch.bool, device=scores.device).triu_(diagonal + 1 - first)
+    scores[..., first:].masked_fill_(hidden, float("-inf"))
+
+
+def softmax(scores: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
     """Along the keys, in place; a row that sees nothing becomes zeros."""
     import torch
 
-    if not may_be_hidden:
+    if mask is None and (a.diagonal is None or a.diagonal >= 0):
         return torch.softmax(scores, -1, out=scores)
     nothing = scores.amax(-1, keepdim=True) == float("-inf")
-    return torch.softmax(scores.masked_fill_(nothing, 0.0), -1, out=scores).masked_fill_(nothing, 0.0)
+    torch.softmax(scores, -1, out=scores)
+    return scores.masked_fill_(nothing, 0.0) if bool(nothing.any()) else scores
 
 
 def load_matmul() -> Run:
@@ -49,9 +64,19 @@ def load_matmul() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         q3, k3, v3 = fold(q, k, v)
-        scores = torch.baddbmm(q3.new_empty(1, 1, 1), q3, k3.mT, beta=0, alpha=a.scale)
-        weights = softmax(scores, hide(scores, q, mask, a))
+        weights = softmax(masked_scores(q, q3, k3, mask, a), mask, a)
         return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
+
+    return run
+
+
+def load_mixed() -> Run:
+    import torch
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+        q3, k3, v3 = fold(q, k, v)
+        weights = softmax(masked_scores(q, q3.float(), k3.float(), mask, a), mask, a)
+        return torch.bmm(weights.to(v3.dtype), v3).view(*q.shape[:3], v.shape[3])
 
     return run
 
@@ -64,30 +89,12 @@ def load_shifted() -> Run:
         # visible keys; the second subtracts it inside the float32 accumulator, by one more column (-m against 1), so that
         # what is rounded is small where the weights are large: |t - (s - m)| <= 2^-8 |s - m|.
         q3, k3, v3 = fold(q, k, v)
-        scores = torch.bmm(q3, k3.mT)
-        may_be_hidden = hide(scores, q, mask, a)
-        top = scores.amax(-1, keepdim=True)
-        nothing = top == float("-inf")
-        q1 = torch.cat([q3, top.masked_fill_(nothing, 0.0).neg_()], -1)
+        unscaled = a._replace(scale=1.0)
+        top = masked_scores(q, q3, k3, mask, unscaled).amax(-1, keepdim=True)
+        top.masked_fill_(top == float("-inf"), 0.0)
+        q1 = torch.cat([q3, top.neg_()], -1)
         k1 = torch.cat([k3, k3.new_ones(1, 1, 1).expand(*k3.shape[:2], 1)], -1)
-        torch.baddbmm(scores, q1, k1.mT, beta=0, alpha=a.scale, out=scores)
-        hide(scores, q, mask, a)
-        weights = torch.softmax(scores, -1, out=scores)
-        if may_be_hidden:
-            weights.masked_fill_(nothing, 0.0)
-        return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
-
-    return run
-
-
-def load_mixed() -> Run:
-    import torch
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
-        q3, k3, v3 = fold(q, k, v)
-        q32 = q3.float()
-        scores = torch.baddbmm(q32.new_empty(1, 1, 1), q32, k3.float().mT, beta=0, alpha=a.scale)
-        weights = softmax(scores, hide(scores, q, mask, a)).to(v3.dtype)
+        weights = softmax(masked_scores(q, q1, k1, mask, a), mask, a)
         return torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
 
     return run
@@ -121,7 +128,6 @@ KERNELS = (
         name="matmul",
         summary="two matrix products and a softmax, in the input's dtype or in float32",
         load=load_matmul,
-        devices=("cpu", "cuda"),
         corner="any",
         masks=("bool", "additive"),
         mask_and_causal=True,

@@ -1,0 +1,130 @@
+"""A clock that is told what each candidate costs, and kernels made up for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastattn import kernels, planning, timing
+from fastattn.kernel import Kernel, Run
+from fastattn.kernels.matmul import load_math
+
+honest: Run = load_math()  # exact in float32: what a made-up kernel computes before it lies
+FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds
+
+
+class Clock:
+    """A stopwatch over a time that only `spend` moves; `jitter(name, now)` multiplies what a run costs."""
+
+    def __init__(
+        self,
+        costs: dict[str, float] | None = None,
+        other: float = SLOW,
+        jitter: Callable[[str, float], float] = lambda name, now: 1.0,
+    ) -> None:
+        self.costs = {"default": DEFAULT} if costs is None else costs
+        self.other, self.jitter = other, jitter
+        self.seconds = 0.0
+        self.timed: list[str] = []  # the names in the order they were timed
+        self._last = ""
+
+    def spend(self, name: str) -> None:
+        cost = self.costs.get(name, self.costs.get(name.split("+")[0], self.other))
+        self._last = name
+        self.seconds += cost * self.jitter(name, self.seconds)
+
+    def time(self, call: Callable[[], object], repeats: int) -> float:
+        start = self.seconds
+        call()
+        self.timed.append(self._last)
+        took = (self.seconds - start) * repeats
+        self.seconds = start + took
+        return took
+
+    def now(self) -> float:
+        return self.seconds
+
+    def calls(self, *names: str) -> dict[str, Callable[[], object]]:
+        """Calls that do nothing but take their time."""
+        return {name: (lambda name=name: self.spend(name)) for name in names}
+
+
+def turn(monkeypatch: Any, clock: Clock) -> Clock:
+    """From now on tuning reads this clock, and every bound Call takes the time it says."""
+    bind = planning.bind
+
+    def ticking(candidate: Any, *args: Any, **named: Any) -> planning.Call:
+        call = bind(candidate, *args, **named)
+
+        def run(*given: Any) -> torch.Tensor:
+            clock.spend(candidate.name)
+            return call(*given)
+
+        return run
+
+    monkeypatch.setattr(planning, "bind", ticking)
+    monkeypatch.setattr(timing, "stopwatch", lambda device: clock)
+    return clock
+
+
+def made_up(name: str, run: Run, **fields: Any) -> Kernel:
+    """A row that accepts nearly everything."""
+    able = dict(corner="any", masks=("bool", "additive"), mask_and_causal=True, mask_grad=True)
+    return Kernel(name=name, summary="made up", load=lambda: run, **{**able, **fields})
+
+
+def add(monkeypatch: Any, *rows: Kernel) -> None:
+    """These kernels exist until the test ends."""
+    monkeypatch.setattr(kernels, "_extra", [*kernels._extra, *rows])
+
+
+def replace_default(monkeypatch: Any, run: Run) -> None:
+    """The default computes `run` until the test ends."""
+    rows = tuple(replace(r, load=lambda: run) if r.name == "default" else r for r in kernels._shipped())
+    monkeypatch.setattr(kernels, "_shipped", lambda: rows)
+
+    def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        from fastattn.kernel import Arguments
+
+        mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return run(q, k, v, mask, Arguments(scale, 0 if is_causal else None))
+
+    monkeypatch.setattr(planning, "sdpa", sdpa)
+
+
+def qkv(
+    q_len: int = 64,
+    kv_len: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    head_dim: int = 32,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v in bhsd."""
+    g = torch.Generator().manual_seed(seed)
+    kv_len, kv_heads, head_dim_v = kv_len or q_len, kv_heads or heads, head_dim_v or head_dim
+    shapes = (batch, heads, q_len, head_dim), (batch, kv_heads, kv_len, head_dim), (batch, kv_heads, kv_len, head_dim_v)
+    q, k, v = (torch.randn(shape, generator=g).to(dtype).requires_grad_(grad) for shape in shapes)
+    return q, k, v
+
+
+def problem(**changes: Any) -> Any:
+    """A Problem of the CPU: 1 x 4 heads x 64 on 64 x d32, float32; `device` and all else may be changed."""
+    from fastattn import Problem
+
+    fields = dict(
+        device="cpu", dtype="float32", head_dim=32, head_dim_v=32, q_heads=4, kv_heads=4, batch=1, q_len=64, kv_len=64
+    )
+    fields.update(changes)
+    if "head_dim" in changes and "head_dim_v" not in changes:
+        fields["head_dim_v"] = changes["head_dim"]
+    return Problem(**fields)
