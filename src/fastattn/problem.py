@@ -59,6 +59,7 @@ class Problem:
     extent: int = field(default=0, compare=False)  # largest element offset into one of its tensors
     aligned: bool = field(default=True, compare=False)  # every tensor starts at a multiple of 16 bytes
     off: tuple[str, ...] = field(default=(), compare=False)  # torch's backends switched off by the user
+    autocast: bool = field(default=False, compare=False)  # made under autocast, whether or not it casts anything
     asks_grad: bool = field(default=False, compare=False)  # an input requires grad, whatever grad mode says
 
     @staticmethod
@@ -115,6 +116,7 @@ class Problem:
             extent=max(sum((n - 1) * st for n, st in zip(s.shape, s.stride, strict=True) if n) for s in tensors),
             aligned=all(s.aligned for s in tensors),
             off=state.off,
+            autocast=state.autocast is not None,
             asks_grad=any(s.requires_grad for s in tensors),
         )
 

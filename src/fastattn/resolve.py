@@ -28,7 +28,7 @@ from fastattn import (
     verifying,
 )
 from fastattn.config import Config, log
-from fastattn.device import Device, sdpa
+from fastattn.device import Device, has_torch_function, sdpa
 from fastattn.errors import NoKernelError
 from fastattn.inputs import CallKey, Options
 from fastattn.kernel import Accepted, Decision, Rejected
@@ -120,11 +120,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
     options = inputs.parse(given)
     settings = config.current()
-    tensors = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
     inputs.check_layout(layout)
-    if len([x for x in (q, k, v) if isinstance(x, Tensor)]) == 3:
+    if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         is_bias = inputs.as_structured(mask) is not mask
-        circumstances = guards.context(tensors[:3] if is_bias else tensors, settings, is_spent(settings))
+        tensors = [q, k, v, *([mask] if isinstance(mask, Tensor) else [])]
+        circumstances = guards.context([q, k, v] if is_bias else tensors, settings, is_spent(settings))
         if guards.decide(circumstances)[0] == guards.PASS and not (options.kernel and not circumstances.off):
             return _passed(guards.decide(circumstances)[1], layout, options)
     else:
@@ -295,9 +295,9 @@ def _look(
     return look
 
 
-def tune(problem: Problem, settings: Config, device: torch.device | None = None, **how: Any) -> Verdict:
+def tune(problem: Problem, settings: Config, on: torch.device | None = None, **how: Any) -> Verdict:
     """Tune a problem and publish the verdict in memory and on disk. Keyword arguments as fastattn.tuning.tune."""
-    on = device or torch.device(problem.device)
+    on = on or torch.device(problem.device)
     with torch.enable_grad() if problem.needs_grad else torch.no_grad(), torch.autocast(on.type, enabled=False):
         verdict = tuning.tune(problem, settings, device=on, **how)
     keep(verdict, settings, Device.of(on))
@@ -439,7 +439,7 @@ def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, .
         reads += ["unrestricted", *([chosen.kernel.switch] if chosen.kernel.switch else []), *chosen.kernel.reads]
         if problem.device == "cpu":
             reads.append("threads")
-    if problem.cast_from:
+    if problem.autocast:
         reads.append(f"autocast_{problem.device}")
     if config.scopes_used:
         reads.append("config")
