@@ -173,7 +173,6 @@ TRANSFORMS = {
     "functionalize": lambda f, q: torch.func.functionalize(f)(q),
     "vmap of grad": lambda f, q: torch.func.vmap(torch.func.grad(lambda x: f(x).square().sum()))(torch.stack([q, q])),
     "make_fx": lambda f, q: make_fx(f)(q)(2 * q),
-    "make_fx fake": lambda f, q: make_fx(f, tracing_mode="fake")(q)(2 * q),
     "jit.trace": lambda f, q: torch.jit.trace(f, (q,), check_trace=False)(2 * q),
     "jacrev": lambda f, q: torch.func.jacrev(lambda x: f(x).sum())(q),
 }
@@ -181,7 +180,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("armed", [False, True], ids=["new", "armed"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:There is a perf")
 def test_inside_a_transform(qkv, transform, armed, never_tuned):
     q, k, v = qkv
     if armed:
@@ -213,6 +212,11 @@ def test_jvp_and_dual_tensors(qkv, never_tuned):
 def test_make_fx_keeps_sdpa_in_the_graph(qkv, never_tuned):
     graph = make_fx(lambda q: attention(q, *qkv[1:]))(qkv[0]).graph
     assert any("scaled_dot_product" in str(node.target) for node in graph.nodes)
+
+
+def test_make_fx_with_fake_tensors(qkv, never_tuned):
+    graph = make_fx(lambda q, k, v: attention(q, k, v, is_causal=True), tracing_mode="fake")(*qkv)
+    assert torch.equal(graph(*qkv), F_sdpa(*qkv, is_causal=True))
 
 
 def test_fake_tensors(never_tuned):

@@ -37,7 +37,10 @@ class Conversion:
 
 def _draws(kernel: Kernel, p: Problem) -> bool:
     """Whether it draws this triangle itself; on a square one both corners coincide."""
-    return p.causal in (None, kernel.corner) or kernel.corner == "any" or bool(kernel.corner and p.q_len == p.kv_len)
+    if p.causal is None:
+        return True
+    corner = kernel.corner in (p.causal, "any") or bool(kernel.corner and p.q_len == p.kv_len)
+    return corner and p.scale in kernel.causal_scales
 
 
 def _when_mask_dense(kernel: Kernel, p: Problem) -> str:
@@ -47,6 +50,8 @@ def _when_mask_dense(kernel: Kernel, p: Problem) -> str:
         return REQUIRED
     if p.mask is not None:
         return "a mask together with causal is not supported"
+    if p.scale not in kernel.causal_scales:
+        return f"causal with a scale that is {p.scale}, not {' or '.join(kernel.causal_scales)}"
     return f"causal {p.causal} with q_len {p.q_len} != kv_len {p.kv_len}, it draws {kernel.corner}"
 
 

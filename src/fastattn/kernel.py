@@ -50,6 +50,7 @@ class Kernel:
     dtypes: tuple[str, ...] = (*FLOATS, "float64")
     layout: str = "bhsd"  # what `run` takes and returns
     corner: str | None = "top_left"  # which causal corner it draws: "top_left", "bottom_right", "any", None
+    causal_scales: tuple[str, ...] = ("positive", "zero", "negative")  # signs of the scale it draws a triangle for
     masks: tuple[str, ...] = ()  # of "bool", "additive"
     mask_and_causal: bool = False  # both at once
     gqa: bool = True  # takes fewer kv heads as they are

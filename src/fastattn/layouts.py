@@ -36,8 +36,11 @@ def from_bhsd(x: Tensor, layout: str) -> Tensor:
 #   contiguous   b h s d, no gaps          cache        the same with room after s (a slice of a KV cache)
 #   transposed   b s h d, no gaps          cache_bshd   the same with room after s
 #   seq_first    s b h d, no gaps          packed       b s h d with room after h (a slice of a packed QKV)
-#   expanded     a stride of 0             other        anything else, or a last stride that is not 1
-STRIDE_CLASSES = ("contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "expanded", "other")
+#   expanded     a stride of 0             interleaved  b s h d with room after d (a slice of heads * 3 * head_dim)
+#   other        anything else, or a last stride that is not 1
+STRIDE_CLASSES = (
+    "contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "interleaved", "expanded", "other"
+)  # fmt: skip
 _BHSD, _BSHD, _SBHD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)
 
 
@@ -59,6 +62,8 @@ def stride_class(shape: Sequence[int], stride: Sequence[int]) -> str:
         return "cache_bshd"
     if _gap_after(shape, stride, _BSHD, 1):
         return "packed"
+    if _gap_after(shape, stride, _BSHD, 3):
+        return "interleaved"
     return "other"
 
 
@@ -72,23 +77,23 @@ def _dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) ->
 
 
 def _gap_after(shape: Sequence[int], stride: Sequence[int], order: Sequence[int], gap: int) -> bool:
-    """Dense in `order`, but for extra room behind dimension `gap`, seen by the dimension before it in `order`."""
-    expected = 1
+    """Dense in `order`, but for extra room behind dimension `gap`, seen by the next outer dimension that has a size."""
+    expected, inner = 1, -1
     widened = False
-    for place in reversed(range(4)):
-        dim = order[place]
-        if shape[dim] > 1 and stride[dim] != expected:
-            inner = order[place + 1] if place < 3 else None
-            if widened or inner != gap or stride[dim] < expected:
-                return False
-            widened, expected = True, stride[dim]
-        expected *= shape[dim]
+    for dim in reversed(order):
+        if shape[dim] > 1:
+            if stride[dim] != expected:
+                if widened or stride[dim] < expected or inner != gap:
+                    return False
+                widened, expected = True, stride[dim]
+            expected *= shape[dim]
+        inner = dim
     return widened
 
 
 def memory_order(cls: str) -> tuple[int, int, int, int]:
     """In which order F.sdpa's fused kernels lay out (b, h, s, d) for a query of this stride class (measured: the query's)."""
-    if cls in ("transposed", "cache_bshd", "packed"):
+    if cls in ("transposed", "cache_bshd", "packed", "interleaved"):
         return _BSHD
     return _SBHD if cls == "seq_first" else _BHSD
 

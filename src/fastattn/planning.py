@@ -16,7 +16,7 @@ from fastattn.conversions import BY_NAME
 from fastattn.device import Device, sdpa
 from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Run
 from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, to_bhsd
-from fastattn.problem import INT32, Problem
+from fastattn.problem import INT32, Problem, default_scale
 
 Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -32,7 +32,7 @@ def bind(candidate: Accepted, p: Problem, scale: float | None, *, structured: bo
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p)
-    return _outermost(step, candidate, p, p.head_dim**-0.5 if scale is None else scale)
+    return _outermost(step, candidate, p, default_scale(p.head_dim) if scale is None else scale)
 
 
 def _direct_default(p: Problem, scale: float | None, structured: bool) -> Call:

@@ -17,6 +17,11 @@ from fastattn.layouts import stride_class
 INT32 = 2**31 - 1
 
 
+def default_scale(head_dim: int) -> float:
+    """What scale=None means: 1 / sqrt(head_dim), as F.scaled_dot_product_attention takes it."""
+    return head_dim**-0.5 if head_dim else 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What a decision may depend on. Lengths are tokens, strides are classes (fastattn.layouts), dtypes are torch's names.

@@ -33,7 +33,7 @@ from fastattn.errors import NoKernelError
 from fastattn.inputs import CallKey, Options
 from fastattn.kernel import Accepted, Decision, Rejected
 from fastattn.layouts import TO_BHSD
-from fastattn.problem import Problem
+from fastattn.problem import Problem, default_scale
 from fastattn.verdict import Verdict
 
 
@@ -270,13 +270,27 @@ def _tune_once(
     start = time.perf_counter()
     try:
         q, k, v, mask = given
-        scale = key.options.scale if key.options.scale is not None else key.q.shape[3] ** -0.5
+        scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         look = _look(problem, settings, key, q, k, v, mask, scale)
-        return tune(problem, settings, key.q.device, look=look, known=known), "tuned now"
+        prior = _winners_nearby(problem, settings)
+        return tune(problem, settings, key.q.device, look=look, known=known, prior=prior), "tuned now"
     finally:
         with _state.lock:
             _state.tuning.discard(problem)
             _state.spent_s += time.perf_counter() - start
+
+
+def _winners_nearby(problem: Problem, settings: Config) -> list[str]:
+    """Winners of the same family, then of the same dtype and direction, latest first: worth trying before the others."""
+    family = problem.family()
+    close, far = [], []
+    for verdict in reversed(verdicts(settings)):
+        other = verdict.problem
+        if other.family() == family:
+            close.append(verdict.winner)
+        elif (other.dtype, other.needs_grad) == (problem.dtype, problem.needs_grad):
+            far.append(verdict.winner)
+    return list(dict.fromkeys([*close, *far]))
 
 
 def _look(
@@ -298,7 +312,12 @@ def _look(
 def tune(problem: Problem, settings: Config, on: torch.device | None = None, **how: Any) -> Verdict:
     """Tune a problem and publish the verdict in memory and on disk. Keyword arguments as fastattn.tuning.tune."""
     on = on or torch.device(problem.device)
-    with torch.enable_grad() if problem.needs_grad else torch.no_grad(), torch.autocast(on.type, enabled=False):
+    with (
+        torch.enable_grad() if problem.needs_grad else torch.no_grad(),
+        torch.autocast(on.type, enabled=False),
+        # not the caller's hooks (checkpointing, save_on_cpu): they would see, and pay for, our tensors
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ):
         verdict = tuning.tune(problem, settings, device=on, **how)
     keep(verdict, settings, Device.of(on))
     return verdict

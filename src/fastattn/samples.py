@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.layouts import from_bhsd
-from fastattn.problem import Problem
+from fastattn.problem import Problem, default_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Sample:
 
 def scale_of(p: Problem) -> float:
     """The scale that stands for the problem's: the sign is part of the problem, the value is not."""
-    return {"positive": 1.0, "zero": 0.0, "negative": -1.0}[p.scale] * p.head_dim**-0.5
+    return {"positive": 1.0, "zero": 0.0, "negative": -1.0}[p.scale] * default_scale(p.head_dim)
 
 
 def plain(p: Problem, device: torch.device, seed: int = 0) -> Sample:
@@ -177,6 +177,8 @@ def _strided(x: Tensor, cls: str) -> Tensor:
         room = x.new_empty(s, b, h, d).permute(1, 2, 0, 3)
     elif cls == "packed":
         room = x.new_empty(b, s, 3 * h, d)[:, :, :h].permute(0, 2, 1, 3)
+    elif cls == "interleaved":
+        room = x.new_empty(b, s, h, 3, d)[:, :, :, 0].permute(0, 2, 1, 3)
     elif cls == "cache":
         room = x.new_empty(b, h, s + s // 4 + 1, d)[:, :, :s]
     elif cls == "cache_bshd":

@@ -78,5 +78,9 @@ def default(
             mask, is_causal = visible, False
     elif mask is not None and is_causal:
         mask, is_causal = masks.intersect(mask, q, q.shape[2], k.shape[2], 0), False
-    out = sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if is_causal and scale is not None and scale <= 0:
+        # torch's CPU kernel masks before it scales: -inf * scale is NaN or +inf
+        mask, is_causal = masks.triangle(q, q.shape[2], k.shape[2], 0), False
+    gqa = not q.is_nested and bool(q.shape[1] != k.shape[1])
+    out = sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
     return from_bhsd(out, layout)

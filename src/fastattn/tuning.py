@@ -112,7 +112,8 @@ def tune(
             entrant.timing = timed[entrant.candidate.name]
     winner = _choose(entrants, look)
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
-    result = Verdict(problem, winner, (*(e.trial() for e in entrants), *old, *trials), created=_today())
+    order = (*(e.trial() for e in entrants), *old, *trials)
+    result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today())
     _log(result, clock.now() - start)
     race.close()
     return result

@@ -5,14 +5,15 @@ The query group of GQA is folded into rows, so keys and values are never repeate
 
 from __future__ import annotations
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Run, Tensor
+from fastattn.kernel import Arguments, Kernel, OneOf, Range, Run, Tensor
 
 
 def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, group * q_len, d), (n, kv_len, d), (n, kv_len, dv) of n = batch * kv_heads; views where strides allow."""
     b, kv_heads, kv_len, d = k.shape
     n = b * kv_heads
-    return q.reshape(n, -1, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
+    rows = q.shape[1] // max(1, kv_heads) * q.shape[2]
+    return q.reshape(n, rows, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
 
 
 def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
@@ -115,13 +116,15 @@ def load_math() -> Run:
             hidden = above if hidden is None else hidden | above
         if hidden is not None:
             scores = scores.masked_fill(hidden, float("-inf"))
-        nothing = scores.detach().amax(-1, keepdim=True) == float("-inf")
+        nothing = (scores.detach() == float("-inf")).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-        out = torch.bmm(weights.reshape(k3.shape[0], -1, k.shape[2]), v3)
+        out = torch.bmm(weights.view(*q3.shape[:2], k.shape[2]), v3)
         return out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
 
     return run
 
+
+NOT_EMPTY = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
 
 KERNELS = (
     Kernel(
@@ -135,6 +138,7 @@ KERNELS = (
         fp32=True,
         chunks=True,
         reads=("precision",),
+        needs=NOT_EMPTY,
     ),
     Kernel(
         name="matmul_mixed",
@@ -147,6 +151,7 @@ KERNELS = (
         grad=False,
         chunks=True,
         reads=("precision",),
+        needs=NOT_EMPTY,
     ),
     Kernel(
         name="matmul_shifted",
@@ -158,7 +163,7 @@ KERNELS = (
         mask_and_causal=True,
         grad=False,
         chunks=True,
-        needs=(OneOf("scale", ("positive",)),),
+        needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),
     Kernel(
         name="sdpa_math",

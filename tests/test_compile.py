@@ -1,0 +1,194 @@
+"""A model that calls attention() compiles: one graph, no break, the right numbers. Nothing is tuned while tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.bias import causal_lower_right
+
+import fastattn
+from fastattn import attention, masks, resolve
+
+F_sdpa = torch.nn.functional.scaled_dot_product_attention
+RESOLVE = resolve.attention
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("resolved at run time"))
+    yield
+    torch._dynamo.reset()
+
+
+class Model(torch.nn.Module):
+    """Projections around attention, heads side by side as models have them."""
+
+    def __init__(self, heads=4, kv_heads=2, dim=16, call=attention, **options):
+        super().__init__()
+        self.heads, self.kv_heads, self.options, self.call = heads, kv_heads, options, call
+        self.qkv = torch.nn.Linear(32, (heads + 2 * kv_heads) * dim)
+        self.out = torch.nn.Linear(heads * dim, 32)
+
+    def forward(self, x):
+        parts = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
+        q, k, v = parts.split([self.heads, self.kv_heads, self.kv_heads], -2)
+        if self.call is attention:
+            out = attention(q, k, v, layout="bshd", **self.options)
+        else:
+            out = self.call(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True, **self.options).transpose(1, 2)
+        return self.out(out.flatten(-2))
+
+
+def exact(q, k, v, seen=None, scale=None):
+    """F.sdpa in float64 with a dense mask."""
+    out = F_sdpa(q.double(), k.double(), v.double(), seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.to(q.dtype)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_compiles_whole_and_trains(backend):
+    model = Model(is_causal=True)
+    x = torch.randn(2, 10, 32)
+    plain = Model(call=F_sdpa, is_causal=True)
+    plain.load_state_dict(model.state_dict())
+    out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    want = plain(x)
+    assert torch.allclose(out, want, atol=1e-6)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4)
+
+
+def test_inductor_runs_it():
+    model = Model()
+    x = torch.randn(2, 10, 32)
+    with torch.no_grad():
+        want = torch.compile(model, backend="eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        assert torch.allclose(torch.compile(model, fullgraph=True)(x), want, atol=1e-5)
+
+
+def test_dynamo_reports_one_graph_and_no_break():
+    q = torch.randn(1, 2, 8, 16)
+    found = torch._dynamo.explain(lambda q: attention(q * 2, q, q, is_causal=True) + 1)(q)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    targets = [str(node.target) for graph in found.graphs for node in graph.graph.nodes]
+    assert sum("scaled_dot_product" in t for t in targets) == 1
+
+
+def seen(q_len, kv_len, diagonal):
+    return torch.ones(q_len, kv_len, dtype=torch.bool).tril(diagonal)
+
+
+HIDE = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) > 0.3
+HIDE[:, 0] = True
+CASES = {
+    # name: (arguments, mask of the reference, scale of the reference)
+    "plain": ({}, None, None),
+    "causal": ({"is_causal": True}, seen(6, 9, 0), None),
+    "scale": ({"scale": 0.3}, None, 0.3),
+    "scale int": ({"scale": 1}, None, 1.0),
+    "bool mask": ({"mask": HIDE}, HIDE, None),
+    "float mask": ({"mask": HIDE.float()}, HIDE.float().double(), None),
+    "mask and causal": ({"mask": HIDE, "is_causal": True}, HIDE & seen(6, 9, 0), None),
+    "top left": ({"mask": masks.Causal()}, seen(6, 9, 0), None),
+    "bottom right": ({"mask": masks.Causal("bottom_right")}, seen(6, 9, 3), None),
+    "both corners": ({"mask": masks.Causal("bottom_right"), "is_causal": True}, seen(6, 9, 0), None),
+    "accuracy": ({"accuracy": "dtype"}, None, None),
+}
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
+@pytest.mark.parametrize("case", CASES)
+def test_options_and_layouts(case, layout):
+    options, mask, scale = CASES[case]
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]
+    given = [x.permute(order).contiguous() for x in (q, k, v)]
+    run = torch.compile(lambda q, k, v: attention(q, k, v, layout=layout, **options), backend="eager", fullgraph=True)
+    out = run(*given)
+    want = exact(q, k, v, mask, scale).permute(order)
+    assert torch.allclose(out, want, atol=1e-5)
+
+
+def test_a_causal_bias_of_torch():
+    q, k = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 9, 8)
+    bias = causal_lower_right(6, 9)
+    out = torch.compile(lambda q, k: attention(q, k, k, bias), backend="eager")(q, k)
+    assert torch.allclose(out, exact(q, k, k, seen(6, 9, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": masks.Causal("bottom_right")}])
+def test_dynamic_lengths_take_one_graph(options):
+    count = torch._dynamo.testing.CompileCounter()
+    run = torch.compile(lambda q, k: attention(q, k, k, **options), backend=count, fullgraph=True, dynamic=True)
+    for q_len, kv_len in ((6, 9), (7, 12), (11, 33)):
+        q, k = torch.randn(1, 2, q_len, 8), torch.randn(1, 2, kv_len, 8)
+        diagonal = {0: None, 1: kv_len - q_len if "mask" in options else 0}[len(options)]
+        mask = None if diagonal is None else seen(q_len, kv_len, diagonal)
+        assert torch.allclose(run(q, k), exact(q, k, k, mask), atol=1e-5)
+    assert count.frame_count == 1
+
+
+def test_automatic_dynamic_lengths_recompile_no_more_than_sdpa():
+    counts = []
+    for call in (attention, F_sdpa):
+        torch._dynamo.reset()
+        counts.append(torch._dynamo.testing.CompileCounter())
+        run = torch.compile(lambda q, k, call=call: call(q, k, k), backend=counts[-1], fullgraph=True)
+        for kv_len in (20, 21, 22, 40, 41):
+            run(torch.randn(1, 2, 1, 8), torch.randn(1, 2, kv_len, 8))
+    assert counts[0].frame_count <= counts[1].frame_count
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"dropout_p": 0.1}, "dropout_p"), ({"layout": "bhds"}, "layout must be"), ({"is_causal": 1}, "is_causal must be")],
+)
+def test_bad_options_are_refused_while_tracing(options, error):
+    q = torch.randn(1, 2, 6, 8)
+    run = torch.compile(lambda q: attention(q, q, q, **options), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=error):
+        run(q)
+
+
+def test_autocast_inside_a_compiled_model():
+    q = torch.randn(1, 2, 6, 8)
+    run = torch.compile(lambda q: attention(q, q, q), backend="eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(q)
+    want = exact(*(q.bfloat16(),) * 3)
+    assert out.dtype is torch.bfloat16
+    assert torch.allclose(out.float(), want.float(), atol=2e-2)
+
+
+def test_sdpa_and_a_patched_model_compile():
+    q = torch.randn(1, 2, 6, 8)
+    run = torch.compile(lambda q: fastattn.sdpa(q, q, q, is_causal=True), backend="eager", fullgraph=True)
+    assert torch.equal(run(q), F_sdpa(q, q, q, is_causal=True))
+    with fastattn.patch():
+        run = torch.compile(
+            lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q), backend="eager", fullgraph=True
+        )
+        assert torch.equal(run(q), F_sdpa(q, q, q))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_length(strict, monkeypatch):
+    if not strict:  # it runs attention() itself, on fake tensors
+        monkeypatch.setattr(resolve, "attention", RESOLVE)
+
+    class Decoder(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v, masks.Causal("bottom_right"), "bshd")
+
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 9, 2, 8)
+    length = torch.export.Dim("length", min=5, max=64)
+    shapes = (None, {1: length}, {1: length})
+    program = torch.export.export(Decoder(), (q, k, k.clone()), dynamic_shapes=shapes, strict=strict).module()
+    k = torch.randn(1, 17, 2, 8)
+    want = exact(*(x.transpose(1, 2) for x in (q, k, k)), seen(4, 17, 13)).transpose(1, 2)
+    assert torch.allclose(program(q, k, k), want, atol=1e-5)

@@ -1,0 +1,346 @@
+"""Kernels that lie, each the fastest by a fake clock: they never win, and never reach the caller on a tuned problem."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from building import check
+from fakes import FAST, Clock, add, honest, made_up, qkv, replace_default, turn
+from torch.nn.functional import pad
+
+import fastattn
+from fastattn import masks, samples
+from fastattn.kernels.matmul import hide
+
+
+def two_percent(q, k, v, mask, a):
+    return honest(q, k, v, mask, a) * 1.02
+
+
+def top_left(q, k, v, mask, a):
+    return honest(q, k, v, mask, a._replace(diagonal=a.diagonal and 0))
+
+
+def bottom_right(q, k, v, mask, a):
+    corner = None if a.diagonal is None else k.shape[2] - q.shape[2]
+    return honest(q, k, v, mask, a._replace(diagonal=corner))
+
+
+def no_triangle(q, k, v, mask, a):
+    return honest(q, k, v, mask, a._replace(diagonal=None))
+
+
+def one_off_the_diagonal(q, k, v, mask, a):
+    return honest(q, k, v, mask, a._replace(diagonal=a.diagonal and a.diagonal + 1))
+
+
+def drops_the_last_keys(q, k, v, mask, a):
+    whole = k.shape[2] // 64 * 64 or k.shape[2]
+    cut = mask if mask is None or mask.shape[3] == 1 else mask[..., :whole]
+    return honest(q, k[:, :, :whole], v[:, :, :whole], cut, a)
+
+
+def wrong_last_rows(q, k, v, mask, a):
+    out = honest(q, k, v, mask, a).clone()
+    out[:, :, q.shape[2] // 64 * 64 :] *= 1.02
+    return out
+
+
+def ignores_the_mask(q, k, v, mask, a):
+    return honest(q, k, v, None, a)
+
+
+def one_mask_for_all_heads(q, k, v, mask, a):
+    return honest(q, k, v, mask[:, :1], a)
+
+
+def ignores_the_scale(q, k, v, mask, a):
+    return honest(q, k, v, mask, a._replace(scale=q.shape[3] ** -0.5))
+
+
+def swaps_the_group(q, k, v, mask, a):
+    """Query head h on kv head h % kv_heads, not h // group."""
+    repeat = q.shape[1] // k.shape[1]
+    return honest(q, k.repeat(1, repeat, 1, 1), v.repeat(1, repeat, 1, 1), mask, a)
+
+
+def a_nan_row(q, k, v, mask, a):
+    out = honest(q, k, v, mask, a).clone()
+    out[:, -1, 3] = float("nan")
+    return out
+
+
+def scales_the_input(q, k, v, mask, a):
+    with torch.no_grad():
+        q.mul_(a.scale)
+    return honest(q, k, v, mask, a._replace(scale=1.0))
+
+
+def leaves_rows_unwritten(q, k, v, mask, a):
+    right = honest(q, k, v, mask, a)
+    out = torch.empty_like(right)
+    out[:, :, :-1] = right[:, :, :-1]
+    return out
+
+
+def _over_padding(counts):
+    """Keys padded with zeros to a multiple of 64: their scores of 0 take part in the row's maximum, and, if `counts`, in its sum."""
+
+    def run(q, k, v, mask, a):
+        more = -k.shape[2] % 64 or 64
+        scores = q.float() @ pad(k.float(), (0, 0, 0, more)).mT * a.scale
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        if not counts:
+            weights[..., -more:] = 0
+        weights = weights / weights.sum(-1, keepdim=True)
+        return (weights @ pad(v.float(), (0, 0, 0, more))).to(q.dtype)
+
+    return run
+
+
+def hidden_maximum(q, k, v, mask, a):
+    """bfloat16 scores, shifted by the maximum over hidden keys too."""
+    scores = q @ k.mT
+    shifted = ((scores - scores.amax(-1, keepdim=True)).float() * a.scale).to(q.dtype)
+    shifted = shifted.flatten(0, 1)
+    hide(shifted, q, mask, a)
+    return torch.softmax(shifted, -1).view_as(scores) @ v
+
+
+class _Backward(torch.autograd.Function):
+    """The right output, and gradients multiplied by `factors`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, a, factors):
+        ctx.save_for_backward(q, k, v)
+        ctx.a, ctx.factors = a, factors
+        return honest(q, k, v, None, a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            found = torch.autograd.grad(honest(*leaves, None, ctx.a), leaves, grad)
+        return *(x * f for x, f in zip(found, ctx.factors)), None, None
+
+
+def wrong_gradient(*factors):
+    return lambda q, k, v, mask, a: _Backward.apply(q, k, v, a, factors)
+
+
+def call(*shape, mask=None, **options):
+    """q, k, v, mask and options of one call; `mask` makes it from (b, h, s, kv_len)."""
+    names = {n: options.pop(n) for n in ("heads", "kv_heads", "dtype", "grad") if n in options}
+    q, k, v = qkv(*shape, **names)
+    return q, k, v, (mask(q.shape[1], q.shape[2], k.shape[2]) if callable(mask) else mask), options
+
+
+def random_mask(h, s, kv_len):
+    return torch.rand(1, h, s, kv_len, generator=torch.Generator().manual_seed(0)) < 0.7
+
+
+BOTTOM = masks.Causal("bottom_right")
+LIARS = {
+    "2%": (two_percent, call(64)),
+    "2%, bf16": (two_percent, call(64, dtype=torch.bfloat16)),
+    "2%, fp16": (two_percent, call(64, dtype=torch.float16)),
+    "top-left for bottom-right": (top_left, call(40, 100, mask=BOTTOM)),
+    "bottom-right for top-left": (bottom_right, call(40, 100, is_causal=True)),
+    "no triangle": (no_triangle, call(64, is_causal=True)),
+    "one off the diagonal": (one_off_the_diagonal, call(40, 100, mask=BOTTOM)),
+    "the last key dropped": (drops_the_last_keys, call(64, 129)),
+    "the last key dropped, bf16": (drops_the_last_keys, call(64, 1025, dtype=torch.bfloat16)),
+    "the last 63 keys dropped": (drops_the_last_keys, call(64, 127)),
+    "the last row wrong": (wrong_last_rows, call(65)),
+    "the last row of a long problem wrong": (wrong_last_rows, call(2049, 600, heads=1)),
+    "mask ignored": (ignores_the_mask, call(64, mask=random_mask)),
+    "padding ignored": (ignores_the_mask, call(64, mask=lambda h, s, n: random_mask(1, 1, n))),
+    "one mask for all heads": (one_mask_for_all_heads, call(64, mask=random_mask)),
+    "scale's sign ignored": (ignores_the_scale, call(64, scale=-0.2)),
+    "kv heads swapped": (swaps_the_group, call(64, heads=8, kv_heads=4)),
+    "5% in dk": (wrong_gradient(1, 1.05, 1), call(64, grad=True)),
+    "5% in dq": (wrong_gradient(1.05, 1, 1), call(64, grad=True)),
+    "5% in dv, bf16": (wrong_gradient(1, 1, 1.05), call(64, grad=True, dtype=torch.bfloat16)),
+    "a NaN row": (a_nan_row, call(64)),
+    "input changed": (scales_the_input, call(64)),
+    "rows left unwritten": (leaves_rows_unwritten, call(64)),
+    "rows left unwritten, large": (leaves_rows_unwritten, call(700)),
+    "maximum over padding": (_over_padding(False), call(64, 100)),
+    "padding in the sum": (_over_padding(True), call(64, 100)),
+    "maximum of hidden keys": (hidden_maximum, call(64, dtype=torch.bfloat16, is_causal=True)),
+}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Add a kernel that is by far the fastest."""
+
+    def add_fast(run, **fields):
+        calls = []
+
+        def counted(*args):
+            calls.append(len(calls))
+            return run(*args)
+
+        add(monkeypatch, made_up("fastest", counted, **fields))
+        turn(monkeypatch, Clock({"default": 4e-3, "fastest": FAST}))
+        return calls
+
+    return add_fast
+
+
+@pytest.mark.parametrize("run, given", LIARS.values(), ids=LIARS.keys())
+def test_a_liar_never_wins_and_never_reaches_the_caller(run, given, fast):
+    calls = fast(run)
+    q, k, v, mask, options = given
+    before = [x.detach().clone() for x in (q, k, v)]
+    attention = lambda q, k, v, mask: fastattn.attention(q, k, v, mask, **options)  # noqa: E731
+    corners = (mask.corner,) if isinstance(mask, masks.Causal) else ("top_left",) if options.get("is_causal") else ()
+    check(attention, q, k, v, mask, corners=corners, scale=options.get("scale"))
+    tried = len(calls)
+    assert tried > 0, "it was never tried"
+    check(attention, q, k, v, mask, corners=corners, scale=options.get("scale"))
+    assert len(calls) == tried, "it served a call"
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before))
+    why = fastattn.explain(q, k, v, mask, **options)
+    [row] = [t for t in why.rows if t.candidate.startswith("fastest")]
+    assert "fastest" not in why.served_by and row.time_us is None
+    assert row.reason.startswith(("inaccurate: ", "ValueError: it changes its inputs")), row.reason
+
+
+HONEST = ("2%", "top-left for bottom-right", "mask ignored", "5% in dk", "the last row of a long problem wrong")
+
+
+@pytest.mark.parametrize("given", [LIARS[n][1] for n in HONEST], ids=HONEST)
+def test_the_same_kernel_wins_if_it_does_not_lie(given, fast):
+    fast(honest)
+    q, k, v, mask, options = given
+    fastattn.attention(q, k, v, mask, **options)
+    assert fastattn.explain(q, k, v, mask, **options).served_by == "fastest"
+
+
+def test_a_maximum_over_padding_passes_gaussian_data_and_fails_negative_rows(fast, monkeypatch):
+    fast(_over_padding(False))
+    q, k, v = qkv(64, 100)
+    with monkeypatch.context() as only_gaussian:
+        only_gaussian.setattr(samples, "PROBES", (samples._gaussian, samples._hidden_large))
+        fastattn.attention(q, k, v)
+        assert fastattn.explain(q, k, v).served_by == "fastest"
+    fastattn.clear()
+    assert fastattn.explain(q, k, v, tune=True).served_by == "default"
+
+
+def test_a_liar_on_the_callers_own_tensors_alone_is_caught_by_the_last_look(fast):
+    """It knows the probes, which have no value beyond 1000, and is wrong elsewhere."""
+    calls = fast(lambda q, k, v, mask, a: honest(q, k, v, mask, a) * (1.02 if v.max() > 1e6 else 1.0))
+    q, k, v = qkv(64)
+    v = v * 1e7
+    check(fastattn.attention, q, k, v)
+    assert calls and fastattn.explain(q, k, v).served_by == "default"
+    [row] = [t for t in fastattn.explain(q, k, v).rows if t.candidate == "fastest"]
+    assert row.reason.startswith("on the caller's tensors inaccurate: forward error")
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (RuntimeError("no such shape\nsecond line"), "RuntimeError: no such shape"),
+        (ValueError(""), "ValueError: "),
+        (torch.OutOfMemoryError("tried to allocate 3 GiB"), "out of memory: tried to allocate 3 GiB"),
+        (AssertionError("head_dim"), "AssertionError: head_dim"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_an_error_becomes_the_reason(error, reason, fast):
+    def run(*args):
+        raise error
+
+    fast(run)
+    q, k, v = qkv(64)
+    check(fastattn.attention, q, k, v)
+    [row] = [t for t in fastattn.explain(q, k, v).rows if t.candidate == "fastest"]
+    assert row.reason == reason
+
+
+def test_an_error_of_the_backward_alone_becomes_the_reason(fast):
+    def run(q, k, v, mask, a):
+        out = honest(q, k, v, mask, a)
+        out.register_hook(lambda grad: 1 / 0)
+        return out
+
+    fast(run)
+    q, k, v = qkv(64, grad=True)
+    check(fastattn.attention, q, k, v)
+    [row] = [t for t in fastattn.explain(q, k, v).rows if t.candidate == "fastest"]
+    assert row.reason == "ZeroDivisionError: division by zero"
+
+
+def test_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
+    from dataclasses import replace
+
+    def load():
+        raise ImportError("libfast.so.3: cannot open shared object file")
+
+    add(monkeypatch, replace(made_up("broken", honest), load=load), made_up("absent", honest, library="no-such-library"))
+    rows = {t.candidate: t.reason for t in fastattn.explain(*qkv(64)).rows}
+    assert rows["broken"] == "package torch cannot be used: ImportError: libfast.so.3: cannot open shared object file"
+    assert rows["absent"] == "package no-such-library is not installed"
+
+
+# --- the default is on trial too
+
+
+def test_a_wrong_default_does_not_serve_where_another_kernel_passes(monkeypatch):
+    replace_default(monkeypatch, two_percent)
+    turn(monkeypatch, Clock({"default": FAST}))
+    q, k, v = qkv(64)
+    for _ in range(2):
+        check(fastattn.attention, q, k, v)
+    why = fastattn.explain(q, k, v)
+    assert why.served_by != "default"
+    [row] = [t for t in why.rows if t.candidate == "default"]
+    assert row.reason.startswith("inaccurate: forward error")
+    assert "default is out of the race" in str(why)
+
+
+def test_a_wrong_default_serves_if_nothing_else_passes_and_explain_says_so(monkeypatch):
+    replace_default(monkeypatch, two_percent)
+    turn(monkeypatch, Clock({"default": FAST}))
+    q, k, v = qkv(64)
+    out = fastattn.attention(q, k, v, accuracy=1e-12)  # more than float32 can give
+    assert torch.equal(out, two_percent(q, k, v, None, _arguments(q)))
+    why = fastattn.explain(q, k, v, accuracy=1e-12)
+    assert why.served_by == "default"
+    assert "nothing passed; the default itself: inaccurate: forward error" in why.why
+
+
+def test_a_default_that_raises_does_not_serve(monkeypatch):
+    def run(*args):
+        raise RuntimeError("no kernel found to launch")
+
+    replace_default(monkeypatch, run)
+    turn(monkeypatch, Clock())
+    q, k, v = qkv(64)
+    check(fastattn.attention, q, k, v)
+    assert fastattn.explain(q, k, v).served_by != "default"
+
+
+def test_a_default_that_failed_does_not_serve_bucket_mates_either(monkeypatch):
+    """The winner cannot do some lengths of its bucket: then what is right serves, not the default that was found wrong."""
+    from fastattn.kernel import Range
+
+    replace_default(monkeypatch, two_percent)
+    add(monkeypatch, made_up("even", honest, needs=(Range("extent", max=40_000),)))
+    turn(monkeypatch, Clock({"default": FAST, "even": FAST}, other=1.0))
+    q, k, v = qkv(1, 300)
+    assert fastattn.explain(q, k, v, tune=True).served_by == "even"
+    q, k, v = qkv(1, 350)  # the same bucket, beyond the winner's limit
+    check(fastattn.attention, q, k, v)
+
+
+def _arguments(q):
+    from fastattn.kernel import Arguments
+
+    return Arguments(1 / math.sqrt(q.shape[-1]))

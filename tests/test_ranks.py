@@ -1,0 +1,208 @@
+"""Fault 44: the ranks of a process group choose alike. Nothing is timed, and no collective hides inside attention()."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import config, resolve, store
+from fastattn.device import Device
+
+TIMEOUT_S = 60
+SOURCE = Path(fastattn.__file__).parent
+
+SCRIPT = """
+import json, logging, os, sys
+import torch, torch.distributed as dist
+import fastattn
+from fastattn import config, device, guards, problem, resolve, store, tuning, verdict
+
+rank = int(os.environ["RANK"])
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("fastattn").addHandler(handler)
+q, k, v = (torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+tuned = []
+
+def winner_of(name, problem):
+    trial = verdict.Trial
+    return verdict.Verdict(problem, name, (trial("default", time_us=9.0), trial(name, time_us=1.0)), created="test")
+
+def private_store(name):
+    # what this rank learnt alone, before there was a group
+    with fastattn.options(mode="cached"):
+        mine = fastattn.explain(q, k, v).problem
+    resolve.keep(winner_of(name, mine), config.current())
+    fastattn.clear()
+
+real = tuning.tune
+tuning.tune = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
+BODY
+fastattn.attention(q, k, v)
+out = fastattn.attention(q, k, v)
+served = fastattn.explain(q, k, v).served_by
+print(json.dumps({"rank": rank, "served": served, "tuned": len(tuned), "lines": lines, "extra": globals().get("extra"),
+                  "sum": out.double().sum().item()}))
+sys.stdout.flush()
+if dist.is_initialized():
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+INIT = 'dist.init_process_group("gloo")\n'
+
+
+def two_ranks(tmp_path, body, **environment):
+    """Run the script on two gloo ranks, each with a store of its own; what each printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own["FASTATTN_CACHE_DIR"] = str(tmp_path / f"rank{rank}")
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT.replace("BODY", body)]
+        environ = {**os.environ, **own, **environment}
+        ranks.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        outputs = [r.communicate(timeout=TIMEOUT_S) for r in ranks]
+    finally:
+        for r in ranks:
+            r.kill()
+    assert [r.returncode for r in ranks] == [0, 0], [err for _, err in outputs]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+def test_nothing_is_timed_and_private_stores_are_not_consulted(tmp_path):
+    """Each rank knows another winner; both serve the default, and rank 0 says once how to tune."""
+    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\n' + INIT + """
+q2 = q[:, :, :20].contiguous()
+fastattn.attention(q2, q2, q2)
+""")
+    assert [r["tuned"] for r in found] == [0, 0]
+    assert [r["served"] for r in found] == ["default", "default"]
+    assert found[0]["sum"] == found[1]["sum"]
+    warnings = [[line for line in r["lines"] if "not tuned" in line] for r in found]
+    assert len(warnings[0]) == 1 and not warnings[1]
+    assert "process group" in warnings[0][0] and "fastattn tune 1x2x20x20x16 --dtype float32" in warnings[0][0]
+
+
+def test_alone_the_private_store_is_consulted(tmp_path):
+    """The other half of the test above: without a group these stores do decide."""
+    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\nfastattn.options(mode="cached")\n')
+    assert [r["served"] for r in found] == ["sdpa_math", "matmul"]
+
+
+def test_sync_gives_both_ranks_the_verdicts_of_rank_0(tmp_path):
+    body = 'private_store(["sdpa_math", "matmul"][rank])\n' + INIT + "extra = fastattn.sync()\n"
+    found = two_ranks(tmp_path, body)
+    assert [(r["served"], r["extra"], r["tuned"]) for r in found] == [("sdpa_math", 1, 0)] * 2
+    assert found[0]["sum"] == found[1]["sum"]
+
+
+def test_sync_with_nothing_known_serves_the_default(tmp_path):
+    found = two_ranks(tmp_path, 'private_store("matmul") if rank else None\n' + INIT + "extra = fastattn.sync()\n")
+    assert [(r["served"], r["extra"]) for r in found] == [("default", 0)] * 2
+
+
+def test_a_rank_with_another_fingerprint_uses_the_default(tmp_path):
+    body = """
+if rank == 1:
+    other = device.Device("cpu", "another silicon")
+    device.Device.of = staticmethod(lambda _: other)
+private_store("sdpa_math")
+""" + INIT + "extra = fastattn.sync()\n"
+    found = two_ranks(tmp_path, body)
+    assert [(r["served"], r["extra"]) for r in found] == [("sdpa_math", 1), ("default", 0)]
+    assert any("another silicon" in line and "the default serves here" in line for line in found[1]["lines"])
+
+
+def test_a_manifest_serves_all_ranks(tmp_path):
+    with fastattn.options(mode="cached"):
+        x = torch.randn(1, 2, 24, 16)
+        problem = fastattn.explain(x, x, x).problem
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(store.export(iter([(None, verdict(problem, "sdpa_math"))]), silicon()))
+    found = two_ranks(tmp_path, 'private_store("matmul") if rank else None\n' + INIT, FASTATTN_MANIFEST=str(manifest))
+    assert [(r["served"], r["tuned"]) for r in found] == [("sdpa_math", 0)] * 2
+    assert not any("not tuned" in line for r in found for line in r["lines"])
+
+
+def verdict(problem, winner):
+    from fastattn.verdict import Trial, Verdict
+
+    return Verdict(problem, winner, (Trial("default", time_us=9.0), Trial(winner, time_us=1.0)))
+
+
+def silicon():
+    return Device.of(torch.device("cpu"))
+
+
+@pytest.fixture
+def one_rank_of_two(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+
+
+def test_attention_calls_no_collective(one_rank_of_two, monkeypatch):
+    for name in collectives():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
+    x = torch.randn(1, 2, 24, 16)
+    out = fastattn.attention(x, x, x)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+def test_a_manifest_made_elsewhere_is_said_once_and_not_used(one_rank_of_two, tmp_path, monkeypatch, caplog):
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(store.export(iter([]), Device("cpu", "another silicon")))
+    monkeypatch.setenv("FASTATTN_MANIFEST", str(manifest))
+    config.forget()
+    for n in (20, 21, 22):
+        x = torch.randn(1, 2, n, 16)
+        fastattn.attention(x, x, x)
+    said = [r.getMessage() for r in caplog.records if "FASTATTN_MANIFEST" in r.getMessage() and "made for" in r.getMessage()]
+    assert len(said) == 1
+
+
+def test_sync_without_a_process_group_says_so():
+    with pytest.raises(RuntimeError, match="not initialised"):
+        fastattn.sync()
+
+
+# --- the law: collectives in ranks.py alone
+
+
+def collectives():
+    """Names of torch.distributed that send or wait."""
+    words = ("all_", "broadcast", "gather", "scatter", "reduce", "barrier", "send", "recv", "monitored")
+    return sorted(n for n in dir(torch.distributed) if any(w in n for w in words) and callable(getattr(torch.distributed, n)))
+
+
+def calls_of_collectives(source):
+    names = set(collectives())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            yield node.attr
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            yield node.module
+
+
+def test_collectives_appear_only_in_ranks():
+    found = {p.name for p in SOURCE.rglob("*.py") if list(calls_of_collectives(p.read_text()))}
+    assert found == {"ranks.py"}
+
+
+def test_the_guard_would_see_one():
+    assert list(calls_of_collectives("torch.distributed.all_reduce(x)")) == ["all_reduce"]
+    assert list(calls_of_collectives("from torch.distributed import barrier")) == ["torch.distributed"]
