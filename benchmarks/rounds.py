@@ -11,10 +11,12 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
 from statistics import median
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Calls = Mapping[str, Callable[[], object]]
 Samples = dict[str, list[float]]  # name -> seconds a run, one per round
@@ -94,3 +96,31 @@ def environment() -> dict[str, str]:
         "load before": " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+@contextmanager
+def _silenced() -> Generator[None]:
+    """The profiler writes to the file descriptor itself."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Bytes that a run holds at its peak beyond its inputs and results, by torch's own profiler: scratch included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        out = run()
+    live = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+    return max(0, peak - sum(kept.values()))

@@ -81,14 +81,18 @@ class Inputs:
             return lambda: call(q, k, v, mask)
         return lambda: torch.autograd.grad(call(q, k, v, mask), (q, k, v), grad)
 
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def sdpa(self) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
         """What the user would write without fastattn."""
         c = self.case
-        gqa = c.q_heads != c.kv_heads
+        options = ({"is_causal": True} if c.causal else {}) | ({"enable_gqa": True} if c.q_heads != c.kv_heads else {})
         if c.layout == "bhsd":
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=c.causal, enable_gqa=gqa)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=c.causal, enable_gqa=gqa).transpose(1, 2)
+            return lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
+
+        return run
 
 
 def inputs(c: Case) -> Inputs:

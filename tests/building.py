@@ -69,7 +69,7 @@ def keep_strides(x, dtype):
     return torch.as_strided(flat.to(dtype), x.shape, x.stride(), x.storage_offset())
 
 
-def qkv(b=2, hq=4, hkv=None, sq=37, skv=None, d=16, dv=None, *, dtype=torch.float32, memory="contiguous", layout="bhsd",
+def qkv(b=2, hq=4, hkv=None, sq=19, skv=None, d=16, dv=None, *, dtype=torch.float32, memory="contiguous", layout="bhsd",
         grad=False):  # fmt: skip
     """q, k, v in `layout`, their (b, h, s, d) views lying in memory as `memory` says (one name, or one each)."""
     hkv, skv, dv = (hq if hkv is None else hkv), (sq if skv is None else skv), (d if dv is None else dv)
@@ -111,7 +111,6 @@ class Expected:
     scale: float | None = None
     corners: tuple[str, ...] = ()
     grad: torch.Tensor | None = None  # upstream, in `layout`
-    rung: str = "exact"
 
     def __post_init__(self):
         self.q, self.k, self.v = (back(self.layout, x.detach()) for x in (self.q, self.k, self.v))
@@ -158,7 +157,11 @@ class Expected:
 
     @cached_property
     def rounded(self):
-        return self._compute(self.dtype if self.rung == "dtype" else torch.float32)
+        return self._compute(torch.float32)
+
+    @cached_property
+    def plain(self):
+        return self._compute(self.dtype)
 
     @cached_property
     def _noise(self):
@@ -172,13 +175,14 @@ class Expected:
     def _e(self, name):
         return (self.rounded[name].to(self.dtype).double() - self.exact[name]).abs()
 
-    def forward(self, out):
+    def forward(self, out, rung="exact"):
         """The largest error of `out` (in `layout`) in budgets."""
         assert tuple(out.shape) == tuple(to(self.layout, torch.empty(self.b, self.hq, self.sq, self.dv)).shape)
         assert out.dtype is self.dtype
         spread = (self.exact["weights"] @ self.exact["v"].abs()).amax(-1)
-        if self.rung == "dtype":
-            budget = 2 * (self._e("out").amax((2, 3), keepdim=True)[..., 0] + self.u * spread)
+        if rung == "dtype":
+            plain = (self.plain["out"].double() - self.exact["out"]).abs()
+            budget = 2 * (plain.amax((2, 3), keepdim=True)[..., 0] + self.u * spread)
         else:
             c = 2 if self.dtype in HALF else 4
             budget = c * (self._e("out").amax(-1) + (self.u + 2**-24 * self._noise) * spread)
@@ -227,25 +231,31 @@ class Expected:
 def _worst(error, budget):
     if not error.numel():
         return 0.0
-    ratio = torch.where(error == 0, 0.0, error / budget)
+    ratio = torch.where(error == 0, 0.0, error / budget).detach()
     return float(ratio.nan_to_num(nan=float("inf")).max())
 
 
-def check(call, q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), rung="exact", cast=None):
-    """Run `call(q, k, v, mask)` and hold it, with its gradients where q asks for them, to float64. Returns the output."""
+def expect(q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), cast=None):
+    """The Expected of a call with these arguments, under autocast to `cast`, with an upstream gradient where q asks for one."""
     dtype = cast or q.dtype
-    out = call(q, k, v, mask)
-    wants_grad = q.requires_grad and torch.is_grad_enabled()
-    grad = torch.randn(out.shape).to(out.dtype) if wants_grad else None
-    dense = mask if isinstance(mask, torch.Tensor) and type(mask) is torch.Tensor else None
+    dense = mask if type(mask) is torch.Tensor else None
     if cast and dense is not None and dense.dtype is not torch.bool:
         dense = dense.to(cast)
-    want = Expected(q.to(dtype), k.to(dtype), v.to(dtype), dense, layout, scale, corners, grad, rung)
-    forward = want.forward(out)
+    grad = None
+    if q.requires_grad and torch.is_grad_enabled():
+        b, h, s, _ = back(layout, q).shape
+        grad = to(layout, torch.randn(b, h, s, back(layout, v).shape[3])).to(dtype)
+    return Expected(q.to(dtype), k.to(dtype), v.to(dtype), dense, layout, scale, corners, grad)
+
+
+def hold(want, call, q, k, v, mask=None, rung="exact"):
+    """Hold `call(q, k, v, mask)`, with its gradients where there is an upstream one, to float64. Returns the output."""
+    out = call(q, k, v, mask)
+    forward = want.forward(out, rung)
     assert forward <= 1.0, f"forward {forward:.2f} budgets"
-    if wants_grad:
-        leaves = [q, k, v, *([mask] if dense is not None and mask.requires_grad else [])]
-        found = torch.autograd.grad(out, leaves, grad)
+    if want.grad is not None:
+        leaves = [q, k, v, *([mask] if type(mask) is torch.Tensor and mask.requires_grad else [])]
+        found = torch.autograd.grad(out, leaves, want.grad)
         assert [g.dtype for g in found] == [x.dtype for x in leaves]
         backward = want.backward(*found)
         assert backward <= 1.0, f"backward {backward:.2f} budgets"

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from fastattn import kernels, planning, timing
-from fastattn.kernel import Kernel, Run
+import fastattn
+from fastattn import Problem, config, inputs, kernels, planning, samples, timing, verifying
+from fastattn.device import Device
+from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.kernels.matmul import load_math
 
 honest: Run = load_math()  # exact in float32: what a made-up kernel computes before it lies
 FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds
+CPU = Device.of(torch.device("cpu"))
 
 
 class Clock:
@@ -72,7 +75,7 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 
 def made_up(name: str, run: Run, **fields: Any) -> Kernel:
     """A row that accepts nearly everything."""
-    able = dict(corner="any", masks=("bool", "additive"), mask_and_causal=True, mask_grad=True)
+    able = {"corner": "any", "masks": ("bool", "additive"), "mask_and_causal": True, "mask_grad": True}
     return Kernel(name=name, summary="made up", load=lambda: run, **{**able, **fields})
 
 
@@ -87,8 +90,6 @@ def replace_default(monkeypatch: Any, run: Run) -> None:
     monkeypatch.setattr(kernels, "_shipped", lambda: rows)
 
     def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-        from fastattn.kernel import Arguments
-
         mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return run(q, k, v, mask, Arguments(scale, 0 if is_causal else None))
@@ -117,14 +118,29 @@ def qkv(
     return q, k, v
 
 
-def problem(**changes: Any) -> Any:
+def problem(**changes: Any) -> Problem:
     """A Problem of the CPU: 1 x 4 heads x 64 on 64 x d32, float32; `device` and all else may be changed."""
-    from fastattn import Problem
+    head_dim = changes.get("head_dim", 32)
+    sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "q_heads": 4, "kv_heads": 4, "batch": 1, "q_len": 64, "kv_len": 64}
+    return Problem(**{"device": "cpu", "dtype": "float32", **sizes, **changes})
 
-    fields = dict(
-        device="cpu", dtype="float32", head_dim=32, head_dim_v=32, q_heads=4, kv_heads=4, batch=1, q_len=64, kv_len=64
-    )
-    fields.update(changes)
-    if "head_dim" in changes and "head_dim_v" not in changes:
-        fields["head_dim_v"] = changes["head_dim"]
-    return Problem(**fields)
+
+def problem_of(q, k, v, mask=None, **options: Any) -> Problem:
+    """The Problem of a call in bhsd."""
+    return Problem.from_key(inputs.call_key(q, k, v, mask, "bhsd", inputs.parse(options)), config.current().accuracy)
+
+
+def check(q, k, v, mask=None, **options: Any) -> None:
+    """attention() with these arguments (batch 1, bhsd) is right by the gate's own rule, and changes nothing."""
+    p = problem_of(q, k, v, mask, **options)
+    dense = mask if isinstance(mask, torch.Tensor) else None
+    grad = torch.randn(1, p.q_heads, p.q_len, p.head_dim_v).to(q.dtype) if p.needs_grad else None
+    judge = verifying.Judge(samples.Sample(p, q, k, v, dense, grad), options.get("scale", p.head_dim**-0.5))
+    errors = judge.errors(lambda q, k, v, _: fastattn.attention(q, k, v, mask, **options))
+    assert errors.passed, errors
+
+
+def row(name: str, *call: Any, **options: Any) -> Any:
+    """explain()'s row of one candidate."""
+    [found] = [t for t in fastattn.explain(*call, **options).rows if t.candidate == name]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn

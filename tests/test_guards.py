@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import api, attention, config, guards, resolve
+from fastattn import api, attention, config, guards, resolve, tuning
+from fastattn.device import Device
 from fastattn.guards import PASS, RULES, STORED, TUNE, Context
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -119,7 +120,7 @@ def test_a_spent_budget(qkv, never_tuned, caplog):
 def test_a_stored_winner_serves_where_nothing_may_be_tuned(qkv, monkeypatch):
     verdict = fastattn.tune(problem_of(*qkv))[0]
     chosen = next(name for name in ("matmul", "torch_flash", "default") if verdict.trial(name) is not None)
-    resolve.keep(winning(verdict, chosen), config.current())
+    resolve.settings_store(config.current()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
     monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
     fastattn.clear()
     for change in ({"mode": "cached"}, {"tune_budget": 0.0}):
@@ -302,12 +303,11 @@ def test_empty_inputs(lengths, never_tuned):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
     """A tuner that flips: each tuning crowns another kernel. The recomputation must not meet the second one."""
-    real, crowned = resolve.tune, iter(["torch_math", "default", "torch_math", "default"])
+    real, crowned = tuning.tune, iter(["torch_math", "default", "torch_math", "default"])
     order = []
 
     def flipping(problem, settings, **how):
         verdict = winning(real(problem, settings, **how), next(crowned))
-        resolve.keep(verdict, settings)
         order.append(verdict.winner)
         return verdict
 
@@ -318,7 +318,7 @@ def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
         served = real_serve(*args)
         return served._replace(call=lambda *a: (ran.append(served.candidate), served.call(*a))[1])
 
-    monkeypatch.setattr(resolve, "tune", flipping)
+    monkeypatch.setattr(tuning, "tune", flipping)
     monkeypatch.setattr(resolve, "_serve", watched)
     q = torch.randn(1, 2, 20, 16, requires_grad=True)
     k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)

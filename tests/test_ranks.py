@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,35 +25,34 @@ SCRIPT = """
 import json, logging, os, sys
 import torch, torch.distributed as dist
 import fastattn
-from fastattn import config, device, guards, problem, resolve, store, tuning, verdict
+from fastattn import config, device, resolve, tuning
+from fastattn.verdict import Trial, Verdict
 
 rank = int(os.environ["RANK"])
-lines = []
+lines, said, tuned = [], {}, []
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("fastattn").addHandler(handler)
 q, k, v = (torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-tuned = []
-
-def winner_of(name, problem):
-    trial = verdict.Trial
-    return verdict.Verdict(problem, name, (trial("default", time_us=9.0), trial(name, time_us=1.0)), created="test")
-
-def private_store(name):
-    # what this rank learnt alone, before there was a group
-    with fastattn.options(mode="cached"):
-        mine = fastattn.explain(q, k, v).problem
-    resolve.keep(winner_of(name, mine), config.current())
-    fastattn.clear()
-
 real = tuning.tune
 tuning.tune = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
+
+def private_store(name):
+    "What this rank learnt alone, before there was a group."
+    with fastattn.options(mode="cached"):
+        mine = fastattn.explain(q, k, v).problem
+    verdict = Verdict(mine, name, (Trial("default", time_us=9.0), Trial(name, time_us=1.0)))
+    resolve.settings_store(config.current()).put(verdict, device.Device.of(q.device))
+    fastattn.clear()
+
+def serve(when):
+    fastattn.attention(q, k, v)
+    out = fastattn.attention(q, k, v)
+    said[when] = fastattn.explain(q, k, v).served_by
+    said[when + " sum"] = out.double().sum().item()
+
 BODY
-fastattn.attention(q, k, v)
-out = fastattn.attention(q, k, v)
-served = fastattn.explain(q, k, v).served_by
-print(json.dumps({"rank": rank, "served": served, "tuned": len(tuned), "lines": lines, "extra": globals().get("extra"),
-                  "sum": out.double().sum().item()}))
+print(json.dumps({**said, "tuned": len(tuned), "lines": lines}))
 sys.stdout.flush()
 if dist.is_initialized():
     dist.barrier()
@@ -74,44 +74,36 @@ def two_ranks(tmp_path, body, **environment):
         environ = {**os.environ, **own, **environment}
         ranks.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
-        outputs = [r.communicate(timeout=TIMEOUT_S) for r in ranks]
+        deadline = time.monotonic() + TIMEOUT_S
+        while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
+            assert time.monotonic() < deadline, "a rank hangs"
+            time.sleep(0.05)
     finally:
-        for r in ranks:
+        for r in ranks:  # if one failed the other waits for it
             r.kill()
+    outputs = [r.communicate() for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], [err for _, err in outputs]
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-def test_nothing_is_timed_and_private_stores_are_not_consulted(tmp_path):
-    """Each rank knows another winner; both serve the default, and rank 0 says once how to tune."""
-    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\n' + INIT + """
+def test_ranks_choose_alike(tmp_path):
+    """Each knows another winner. Alone it serves; in a group the default does, and after sync() rank 0's."""
+    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\nserve("alone")\n' + INIT + """
+fastattn.clear()
+serve("group")
 q2 = q[:, :, :20].contiguous()
 fastattn.attention(q2, q2, q2)
+said["took"] = fastattn.sync()
+serve("synced")
 """)
-    assert [r["tuned"] for r in found] == [0, 0]
-    assert [r["served"] for r in found] == ["default", "default"]
-    assert found[0]["sum"] == found[1]["sum"]
+    assert [r["alone"] for r in found] == ["sdpa_math", "matmul"]
+    assert [r["group"] for r in found] == ["default", "default"]
+    assert [r["synced"] for r in found] == ["sdpa_math", "sdpa_math"]
+    assert [(r["took"], r["tuned"]) for r in found] == [(1, 0), (1, 0)]
+    assert all(found[0][when] == found[1][when] for when in ("group sum", "synced sum"))
     warnings = [[line for line in r["lines"] if "not tuned" in line] for r in found]
     assert len(warnings[0]) == 1 and not warnings[1]
-    assert "process group" in warnings[0][0] and "fastattn tune 1x2x20x20x16 --dtype float32" in warnings[0][0]
-
-
-def test_alone_the_private_store_is_consulted(tmp_path):
-    """The other half of the test above: without a group these stores do decide."""
-    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\nfastattn.options(mode="cached")\n')
-    assert [r["served"] for r in found] == ["sdpa_math", "matmul"]
-
-
-def test_sync_gives_both_ranks_the_verdicts_of_rank_0(tmp_path):
-    body = 'private_store(["sdpa_math", "matmul"][rank])\n' + INIT + "extra = fastattn.sync()\n"
-    found = two_ranks(tmp_path, body)
-    assert [(r["served"], r["extra"], r["tuned"]) for r in found] == [("sdpa_math", 1, 0)] * 2
-    assert found[0]["sum"] == found[1]["sum"]
-
-
-def test_sync_with_nothing_known_serves_the_default(tmp_path):
-    found = two_ranks(tmp_path, 'private_store("matmul") if rank else None\n' + INIT + "extra = fastattn.sync()\n")
-    assert [(r["served"], r["extra"]) for r in found] == [("default", 0)] * 2
+    assert "process group" in warnings[0][0] and "fastattn tune 1x2x24x24x16 --dtype float32" in warnings[0][0]
 
 
 def test_a_rank_with_another_fingerprint_uses_the_default(tmp_path):
@@ -120,9 +112,12 @@ if rank == 1:
     other = device.Device("cpu", "another silicon")
     device.Device.of = staticmethod(lambda _: other)
 private_store("sdpa_math")
-""" + INIT + "extra = fastattn.sync()\n"
+""" + INIT + """
+said["took"] = fastattn.sync()
+serve("synced")
+"""
     found = two_ranks(tmp_path, body)
-    assert [(r["served"], r["extra"]) for r in found] == [("sdpa_math", 1), ("default", 0)]
+    assert [(r["synced"], r["took"], r["tuned"]) for r in found] == [("sdpa_math", 1, 0), ("default", 0, 0)]
     assert any("another silicon" in line and "the default serves here" in line for line in found[1]["lines"])
 
 
@@ -132,8 +127,9 @@ def test_a_manifest_serves_all_ranks(tmp_path):
         problem = fastattn.explain(x, x, x).problem
     manifest = tmp_path / "manifest.json"
     manifest.write_text(store.export(iter([(None, verdict(problem, "sdpa_math"))]), silicon()))
-    found = two_ranks(tmp_path, 'private_store("matmul") if rank else None\n' + INIT, FASTATTN_MANIFEST=str(manifest))
-    assert [(r["served"], r["tuned"]) for r in found] == [("sdpa_math", 0)] * 2
+    body = 'private_store("matmul") if rank else None\n' + INIT + 'serve("group")\n'
+    found = two_ranks(tmp_path, body, FASTATTN_MANIFEST=str(manifest))
+    assert [(r["group"], r["tuned"]) for r in found] == [("sdpa_math", 0)] * 2
     assert not any("not tuned" in line for r in found for line in r["lines"])
 
 

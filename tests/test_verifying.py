@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from building import CPU, DTYPES
-from fakes import problem, qkv
+from fakes import CPU, problem, qkv
 
 from fastattn import candidates, config, planning, reference, samples, verifying
 
@@ -21,38 +20,37 @@ def errors(p, name):
 
 PROBLEMS = {
     "square": {},
-    "one row": dict(q_len=1, kv_len=129),
-    "one key": dict(q_len=65, kv_len=1),
-    "remainder 1": dict(q_len=65, kv_len=129),
-    "remainder 63": dict(q_len=127, kv_len=191),
-    "gqa": dict(q_heads=8, kv_heads=2, q_len=33, kv_len=100),
-    "mqa decode": dict(q_heads=8, kv_heads=1, q_len=1, kv_len=1000),
-    "odd head dim": dict(head_dim=37),
-    "head_dim 1": dict(head_dim=1),
-    "head_dim_v larger": dict(head_dim=24, head_dim_v=56),
-    "head_dim_v odd": dict(head_dim=64, head_dim_v=33),
-    "causal": dict(causal="top_left"),
-    "causal, more keys": dict(causal="top_left", q_len=65, kv_len=129),
-    "causal, more rows": dict(causal="top_left", q_len=129, kv_len=65),
-    "causal bottom right, more keys": dict(causal="bottom_right", q_len=65, kv_len=129),
-    "causal bottom right, empty rows": dict(causal="bottom_right", q_len=129, kv_len=65),
-    "bool mask": dict(mask="bool", mask_shape="bhqk", mask_strides="contiguous", kv_len=129),
-    "padding mask": dict(mask="bool", mask_shape="b11k", mask_strides="contiguous", kv_len=129),
-    "bias": dict(mask="dtype", mask_shape="1hqk", mask_strides="contiguous", kv_len=129),
-    "causal and mask": dict(causal="top_left", mask="bool", mask_shape="11qk", mask_strides="contiguous", kv_len=129),
-    "negative scale": dict(scale="negative"),
-    "scale 0": dict(scale="zero"),
-    "packed": dict(strides=("packed",) * 3),
-    "expanded keys": dict(strides=("contiguous", "expanded", "expanded")),
-    "bshd": dict(layout="bshd", strides=("transposed",) * 3),
+    "one row": {"q_len": 1, "kv_len": 129},
+    "one key": {"q_len": 65, "kv_len": 1},
+    "remainder 1": {"q_len": 65, "kv_len": 129},
+    "remainder 63": {"q_len": 127, "kv_len": 191},
+    "gqa": {"q_heads": 8, "kv_heads": 2, "q_len": 33, "kv_len": 100},
+    "mqa decode": {"q_heads": 8, "kv_heads": 1, "q_len": 1, "kv_len": 1000},
+    "odd head dim": {"head_dim": 37},
+    "head_dim 1": {"head_dim": 1},
+    "head_dim_v larger": {"head_dim": 24, "head_dim_v": 56},
+    "head_dim_v odd": {"head_dim": 64, "head_dim_v": 33},
+    "causal": {"causal": "top_left"},
+    "causal, more keys": {"causal": "top_left", "q_len": 65, "kv_len": 129},
+    "causal, more rows": {"causal": "top_left", "q_len": 129, "kv_len": 65},
+    "causal bottom right, more keys": {"causal": "bottom_right", "q_len": 65, "kv_len": 129},
+    "causal bottom right, empty rows": {"causal": "bottom_right", "q_len": 129, "kv_len": 65},
+    "bool mask": {"mask": "bool", "mask_shape": "bhqk", "mask_strides": "contiguous", "kv_len": 129},
+    "padding mask": {"mask": "bool", "mask_shape": "b11k", "mask_strides": "contiguous", "kv_len": 129},
+    "bias": {"mask": "dtype", "mask_shape": "1hqk", "mask_strides": "contiguous", "kv_len": 129},
+    "causal and mask": {"causal": "top_left", "mask": "bool", "mask_shape": "11qk", "mask_strides": "contiguous", "kv_len": 129},
+    "negative scale": {"scale": "negative"},
+    "scale 0": {"scale": "zero"},
+    "packed": {"strides": ("packed",) * 3},
+    "expanded keys": {"strides": ("contiguous", "expanded", "expanded")},
+    "bshd": {"layout": "bshd", "strides": ("transposed",) * 3},
 }
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("fields", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_the_default_passes_every_probe(fields, dtype, grad):
-    dtype = str(dtype).removeprefix("torch.")
     if fields.get("mask") == "dtype":
         fields = {**fields, "mask": dtype, "mask_grad": grad}
     found = errors(problem(dtype=dtype, needs_grad=grad, **fields), "default")

@@ -48,9 +48,9 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("functorch", PASS, "inside a torch.func transform"),
     ("forward_ad", PASS, "forward-mode differentiation is active"),
     ("tracing", PASS, "torch.jit is tracing"),
-    ("compiling", PASS, "torch.compile is tracing"),
     ("restricted", PASS, "inside sdpa_kernel(...): F.sdpa obeys it"),
     ("empty", PASS, "a dimension is 0"),
+    ("compiling", STORED, "torch.compile is tracing: nothing may be timed"),
     ("capturing", STORED, "a CUDA graph is being captured: nothing may be timed"),
     ("deterministic", STORED, "torch.use_deterministic_algorithms is on: nothing may be chosen by timing"),
     ("distributed", STORED, "a process group of several ranks: all must choose alike (FASTATTN_MANIFEST, fastattn.sync)"),
@@ -69,7 +69,7 @@ def decide(context: Context) -> tuple[str, str]:
 
 def may_remember(context: Context) -> bool:
     """Whether the Call may be published: it must not outlive a passing circumstance that no probe sees."""
-    return decide(context)[0] != PASS and not context.capturing
+    return decide(context)[0] != PASS and not (context.capturing or context.compiling)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -130,9 +130,14 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: Options) -
         options,
         device.state(q.device.type),
     )
+    check(key)
+    return key
+
+
+def check(key: CallKey) -> None:
+    """Raise what F.scaled_dot_product_attention raises for the same mistake."""
     _check_tensors(key)
     _check_mask(key)
-    return key
 
 
 def _check_tensors(key: CallKey) -> None:

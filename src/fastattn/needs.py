@@ -55,8 +55,9 @@ class Range:
         """Values just inside the limit, and just outside it."""
         step = self.multiple_of
         inside = [v for v in (self.min, self.max) if v is not None]
-        outside = [v for v in (self.min and self.min - step, self.max and self.max + step) if v]
-        return inside or [step], [*outside, *([step + 1] if step > 1 else [])]
+        below = [self.min - step] if self.min is not None else []
+        above = [self.max + step] if self.max is not None else []
+        return inside or [step], [*below, *above, *([step + 1] if step > 1 else [])]
 
     def describe(self) -> str:
         low = f"{self.min} <= " if self.min is not None else ""

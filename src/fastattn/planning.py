@@ -117,16 +117,16 @@ def _under_autocast(call: Call, p: Problem) -> Call:
 
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
-    plain = {d.kernel.name for d in found if isinstance(d, Accepted) and _native(d, p)}
+    plain = {d.kernel.name for d in found if isinstance(d, Accepted) and is_native(d, d.kernel.name)}
     order = ["torch_flash", "torch_efficient", "torch_math"]
     if device.type == "cuda" and device.capability in (90, 100, 103) and device.cudnn > 91500:
         order.insert(0, "torch_cudnn")
     return next((name for name in order if name in plain), "torch_math")
 
 
-def _native(candidate: Accepted, p: Problem) -> bool:
-    """Whether the dispatcher would take this kernel as it is: it converts mask forms itself, and pads nothing."""
-    return set(candidate.conversions) <= {"mask_additive", "mask_dense"}
+def is_native(candidate: Accepted, kernel: str) -> bool:
+    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing."""
+    return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
 
 
 def fallbacks(p: Problem, device: Device, config: Config, found: Sequence[Decision]) -> list[Accepted]:

@@ -77,7 +77,9 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "swin-t": (of(64, 3, 49, 32, "packed", mask=(SAME, "1hqk"), mask_grad=True),),
     "sdxl-self": (of(2, 10, 4096, 64), of(2, 20, 1024, 64)),
     "sdxl-cross": (of(2, 10, (4096, 77), 64), of(2, 20, (1024, 77), 64)),
-    "llama-3-8b-prefill": (replace(of(1, (32, 8), 512, 128, causal=True), strides=("transposed", "contiguous", "contiguous")),),
+    "llama-3-8b-prefill": (
+        replace(of(1, (32, 8), 512, 128, causal=True), strides=("transposed", "contiguous", "contiguous")),
+    ),
     "llama-3-8b-decode": (of(1, (32, 8), (1, 1024), 128, None), of(8, (32, 8), (1, 1024), 128, None)),
 }
 
@@ -124,6 +126,7 @@ _MEMORY = {  # stride class -> (dimensions from the outermost in, the one that h
     "cache": ("bhsd", "s"),
     "cache_bshd": ("bshd", "s"),
     "packed": ("bshd", "h"),
+    "interleaved": ("bshd", "d"),
     "other": ("bhds", ""),
 }
 assert set(_MEMORY) == set(STRIDE_CLASSES) - {"expanded"}
@@ -148,7 +151,7 @@ def strides(size: Sequence[int], cls: str) -> tuple[int, ...]:
     for name in reversed(order):
         found[name] = step
         n = size["bhsd".index(name)]
-        step *= 3 * n if name == room == "h" else n + n // 4 + 1 if name == room else n
+        step *= n if name != room else n + n // 4 + 1 if name == "s" else 3 * n
     return tuple(found[name] for name in "bhsd")
 
 

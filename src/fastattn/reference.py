@@ -44,22 +44,26 @@ class Gradients:
     sizes: Tensor | None  # p_ij (sum_d |do_id v_jd| + sum_d |do_id o_id|), float32 inputs and wider
     q: Tensor
     k: Tensor
+    grad: Tensor
     scale: float
 
-    def cancelling(self, u: float, score_size: float) -> tuple[float, float]:
-        """Error in (dq, dk) by terms of dP - delta that were each rounded by u before they cancelled.
+    def cancelling(self, u: float, score_size: float) -> tuple[float, float, float]:
+        """Error in (dq, dk, dv) by terms that were each rounded by u before they cancelled.
 
         Half dtypes: delta comes from the rounded output, by independent errors in its terms. Wider ones: a bound by the
         sizes of all terms, as weights are off by u times the size of their scores.
         """
         k, q = self.k.abs(), self.q.flatten(0, 1).abs()
         if self.sizes is not None:
+            weight = u * (1 + score_size)
             dq, dk = self.sizes @ k, self.sizes.flatten(0, 1).mT @ q
-            return tuple(abs(self.scale) * u * (1 + score_size) * float(x.max()) for x in (dq, dk))  # type: ignore[return-value]
+            dv = self.weights.flatten(0, 1).mT @ self.grad.flatten(0, 1).abs()
+            dq, dk, dv = (float(x.max()) for x in (dq, dk, dv))
+            return weight * abs(self.scale) * dq, weight * abs(self.scale) * dk, weight * dv
         row = u * self.delta[..., None]
         dq = row * (self.weights @ self.k).abs()
         dk = (self.weights * row).flatten(0, 1).square().mT @ q.square()
-        return abs(self.scale) * float(dq.max()), abs(self.scale) * float(dk.max()) ** 0.5
+        return abs(self.scale) * float(dq.max()), abs(self.scale) * float(dk.max()) ** 0.5, 0.0
 
 
 def attend(
@@ -123,6 +127,7 @@ def attend(
         sizes=(grad.abs() @ v.abs().mT + terms.abs().sum(-1, keepdim=True)).mul_(weights) if is_wide else None,
         q=q,
         k=k,
+        grad=grad,
         scale=scale,
     )
     return Result(out, lse, spread, noise, gradients)

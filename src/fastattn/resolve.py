@@ -17,6 +17,7 @@ from fastattn import (
     buckets,
     candidates,
     config,
+    device,
     guards,
     inputs,
     kernels,
@@ -169,6 +170,56 @@ def _passed(why: str, layout: str, options: Options) -> Served:
     return Served(call, "default", why, remember=False)
 
 
+def traced_winner(
+    facts: Any, layout: str, is_causal: bool, scale: float | None, kernel: str | None, accuracy: Any
+) -> str:
+    """What traced.winner asks for: the name under which the stored winner's Call is left in traced.CALLS, or ""."""
+    settings = config.current()
+    q, k, v = (spec_of(f, layout) for f in facts[:3])
+    mask = spec_of(facts[3], "bhsd") if facts[3] is not None else masks.Causal(facts[4]) if facts[4] else None
+    kind = q.device.type
+    circumstances = guards.Context(
+        off=settings.mode == "off",
+        other_device=kind not in ("cpu", "cuda"),
+        restricted=not device.unrestricted(),
+        empty=any(0 in s.shape for s in (q, k, v)),
+        deterministic=device.deterministic(),
+        distributed=guards.ranks() > 1,
+        compiling=True,
+    )
+    options = Options(is_causal=is_causal, scale=scale, kernel=kernel, accuracy=accuracy)
+    action, why = guards.decide(circumstances)
+    if action == guards.PASS and not (kernel and not circumstances.off):
+        return ""
+    key = CallKey(q, k, v, mask, layout, options, device.state(kind))
+    inputs.check(key)
+    problem, silicon = Problem.from_key(key, settings.accuracy), Device.of(q.device)
+    if kernel is not None:
+        chosen = ordered(kernel, problem, silicon, settings)
+    else:
+        verdict = find(problem, silicon, settings, circumstances)
+        if verdict is None:
+            _record_miss(problem, why, circumstances)
+            return ""
+        order = chain(verdict, problem, silicon, settings, but=("chunks",))  # a loop would be unrolled into the graph
+        chosen = order[0]
+        if chosen.kernel.name == "default":
+            return ""
+    name = f"{problem.digest} {chosen.name} {scale}"
+    traced.CALLS[name] = _bind(chosen, problem, key, isinstance(mask, masks.Causal))
+    return name
+
+
+traced.find = traced_winner
+
+
+def spec_of(facts: tuple[Any, ...], layout: str) -> inputs.Spec:
+    """A Spec of the (b, h, s, d) view from (shape, stride, dtype, device, requires_grad) in a layout."""
+    shape, stride, dtype, on, requires_grad = facts
+    order = TO_BHSD[layout] if len(shape) == 4 else range(len(shape))
+    return inputs.Spec(tuple(shape[i] for i in order), tuple(stride[i] for i in order), dtype, on, requires_grad)
+
+
 # --- one problem
 
 
@@ -196,15 +247,15 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
 
 def lengths(problem: Problem, *, register: bool = True) -> Problem:
     """The problem that is tuned for this one: itself, or its bucket where lengths churn. register: count it as seen."""
-    if problem.q_len <= buckets.DECODE_Q_LEN:
-        return problem.bucketed("kv")
-    mine = (problem.batch, problem.q_len, problem.kv_len)
+    is_decode = problem.q_len <= buckets.DECODE_Q_LEN
+    mine = (problem.batch, problem.q_len, 0 if is_decode else problem.kv_len)
+    family = problem.family().replace(lengths="kv" if is_decode else "exact")
     with _state.lock:
-        seen = _state.families.setdefault(problem.family(), set())
+        seen = _state.families.setdefault(family, set())
         if mine in seen or len(seen) < buckets.CHURN:
             if register:
                 seen.add(mine)
-            return problem
+            return problem.bucketed("kv") if is_decode else problem
     return problem.bucketed("all")
 
 
@@ -215,14 +266,15 @@ def find(
     if circumstances.deterministic:
         # Nothing is tuned in that mode; a winner found without it may serve if its kernel is deterministic.
         problem = problem.replace(deterministic=False)
-    bucket = problem.bucketed("kv" if problem.q_len <= buckets.DECODE_Q_LEN else "all")
+    named_so = [problem, problem.bucketed("kv"), problem.bucketed("all")]
+    named_so = named_so[1:] if problem.q_len <= buckets.DECODE_Q_LEN else named_so[::2]
     for table in _tables(settings, silicon):
-        for named in (problem, bucket):
+        for named in named_so:
             if named in table:
                 return table[named]
     if circumstances.distributed:
         return None  # a private store is not consulted: all ranks must choose alike
-    names = [lengths(problem, register=register)] if guards.decide(circumstances)[0] == guards.TUNE else [problem, bucket]
+    names = [lengths(problem, register=register)] if guards.decide(circumstances)[0] == guards.TUNE else named_so
     return next((v for named in names if (v := _stored(named, silicon, settings)) is not None), None)
 
 
@@ -373,8 +425,10 @@ def command_line(p: Problem) -> str:
     dims = f"{p.head_dim}" if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
     words = [f"{p.batch}x{heads}x{p.q_len}x{p.kv_len}x{dims}", f"--dtype {p.dtype}"]
     words += [f"--causal {p.causal}"] if p.causal else []
-    words += [f"--mask {p.mask}:{p.mask_shape}"] if p.mask else []
+    words += [f"--mask {p.mask}:{p.mask_shape}" + (":grad" if p.mask_grad else "")] if p.mask else []
     words += [f"--layout {p.layout}"] if p.layout != "bhsd" else []
+    if p.layout != "bhsd" or set(p.strides) != {"contiguous"}:
+        words += ["--strides " + ",".join(p.strides)]
     words += ["--grad"] if p.needs_grad else []
     return " ".join(words)
 
@@ -426,23 +480,33 @@ def _serve(
     return Served(call, chosen.name, why, remember, reads, _bucket(problem, key))
 
 
-def chain(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> Sequence[Accepted]:
-    """What may run, in order: the verdict's candidates that can do this very problem, then the fallback chain."""
+def chain(
+    verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config, but: Sequence[str] = ()
+) -> Sequence[Accepted]:
+    """What may run, in order: the verdict's candidates that can do this very problem, else the fallback chain.
+
+    but: conversions that are out of question.
+    """
     served: list[Accepted] = []
     rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type)}
     for name in verdict.ranked() if verdict is not None else ():
         kernel = rows.get(name.split("+")[0])
-        if kernel is None:
+        if kernel is None or set(name.split("+")[1:]) & set(but):
             continue
         served += candidates.by_name(name, candidates.decide(kernel, problem, silicon, settings))
         if served and served[0].kernel.name == "default":
             return served
         if served:
             break
-    if served:
-        return served
-    found = candidates.decisions(problem, silicon, settings)
-    return planning.fallbacks(problem, silicon, settings, found)
+    return served or _fallbacks(verdict, problem, silicon, settings)
+
+
+def _fallbacks(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
+    """planning.fallbacks, without a default that this problem's own tuning found wrong while others were right."""
+    found = planning.fallbacks(problem, silicon, settings, candidates.decisions(problem, silicon, settings))
+    incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
+    is_wrong = incumbent is not None and incumbent.reason is not None and verdict and verdict.ranked()
+    return [c for c in found if c.kernel.name != "default"] if is_wrong else found
 
 
 def _bind(candidate: Accepted, problem: Problem, key: CallKey, structured: bool) -> planning.Call:
@@ -510,7 +574,7 @@ def _rescue(
     left = verdict.buried(failed.name, cause) if verdict is not None else None
     found = candidates.decisions(problem, silicon, settings)
     order: list[Decision] = [d for name in (left.ranked() if left else ()) for d in candidates.by_name(name, found)]
-    order += planning.fallbacks(problem, silicon, settings, found)
+    order += _fallbacks(verdict, problem, silicon, settings)
     for candidate in order:
         if not isinstance(candidate, Accepted) or candidate == failed:
             continue

@@ -82,13 +82,13 @@ def tune(
     torch_device = torch.device(problem.device) if device is None else device
     silicon = Device.of(torch_device)
     clock = clock or timing.stopwatch(torch_device)
+    start = clock.now()
     race = _Race(problem, torch_device, clock)
     found = candidates.decisions(problem, silicon, config)
     trials = [Trial(d.name, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
     settled = _settled(known, found)
     entrants = [Entrant(d) for d in found if isinstance(d, Accepted) and d.name not in settled]
     native = planning.default_runs(problem, silicon, found)
-    start = clock.now()
     race.admit(entrants[0])
     incumbent = entrants[0]
     budget = float("inf") if thorough else _budget(incumbent.first_run)
@@ -96,7 +96,7 @@ def tune(
         if progress is not None:
             progress(entrant.candidate.name, index, len(entrants))
         kernel = entrant.candidate.kernel.name
-        if kernel == native and not set(entrant.candidate.conversions) - {"mask_additive", "mask_dense"}:
+        if incumbent.reason is None and planning.is_native(entrant.candidate, native):
             entrant.reason = "the default runs this kernel"
         elif kernel == "sdpa_math" and any(e.reason is None for e in entrants if e.first_call is not None):
             entrant.reason = "not tried: the last resort"
@@ -128,8 +128,11 @@ def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
     """Candidates that need no new trial: tried in the version that is installed, and neither incumbent nor winner."""
     if known is None:
         return set()
-    names = {d.name for d in found if isinstance(d, Accepted) and _is_tried(known, d)}
-    return names - {known.incumbent, known.winner, "default"}
+    accepted = [d for d in found if isinstance(d, Accepted)]
+    names = {d.name for d in accepted if _is_tried(known, d)} - {known.incumbent, known.winner, "default"}
+    if all(d.name != known.winner for d in accepted):  # it is gone: whoever had a time races for its place
+        names -= {t.candidate for t in known.trials if t.time_us is not None}
+    return names
 
 
 def _is_tried(verdict: Verdict, candidate: Accepted) -> bool:

@@ -127,8 +127,8 @@ class Judge:
         if exact.gradients is not None and rounded.gradients is not None:
             most = _score_size(exact)
             allowed = accuracy if isinstance(accuracy, float) else u + 2.0**-24 * shrink * most
-            of_dq, of_dk = exact.gradients.cancelling(u, most)
-            for name, cancelling in (("dq", of_dq), ("dk", of_dk), ("dv", 0.0)):
+            of_dq, of_dk, of_dv = exact.gradients.cancelling(u, most)
+            for name, cancelling in (("dq", of_dq), ("dk", of_dk), ("dv", of_dv)):
                 want = getattr(exact.gradients, name)
                 e32 = _most(error(getattr(rounded.gradients, name), want))
                 gradients[name] = (want, 3 * (e32 + allowed * _most(want) + cancelling))

@@ -57,7 +57,9 @@ def softmax(scores: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         return torch.softmax(scores, -1, out=scores)
     nothing = scores.amax(-1, keepdim=True) == float("-inf")
     torch.softmax(scores, -1, out=scores)
-    return scores.masked_fill_(nothing, 0.0) if bool(nothing.any()) else scores
+    if torch.compiler.is_compiling() or bool(nothing.any()):  # a graph has no branch by value
+        scores.masked_fill_(nothing, 0.0)
+    return scores
 
 
 def load_matmul() -> Run:
@@ -138,7 +140,7 @@ KERNELS = (
         fp32=True,
         chunks=True,
         reads=("precision",),
-        needs=NOT_EMPTY,
+        needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
     ),
     Kernel(
         name="matmul_mixed",
@@ -151,7 +153,7 @@ KERNELS = (
         grad=False,
         chunks=True,
         reads=("precision",),
-        needs=NOT_EMPTY,
+        needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
     ),
     Kernel(
         name="matmul_shifted",

@@ -1,0 +1,252 @@
+"""attention() against F.scaled_dot_product_attention and against every candidate, over workload.toml, on this CPU.
+
+    python benchmarks/cpu.py [--only REGEX] [--dtype bfloat16] [--smoke] [--json FILE] [--markdown FILE] [--plot FILE]
+
+F.sdpa, F.sdpa again (A/A), attention() and every pinned candidate alternate within each round; times are medians. Every
+problem starts from an empty store. docs/benchmarks.md says how to read the tables. Exit code 1 when attention() is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import report
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rounds import environment, interleave, peak_bytes, spread
+from workload import SMALL, Case, Inputs, cases, inputs
+
+import fastattn
+from fastattn import config, inputs as call_inputs, samples, tuning, verifying  # isort: skip
+from fastattn.errors import NoKernelError
+from fastattn.layouts import to_bhsd
+from fastattn.problem import Problem
+from fastattn.verdict import Trial, Verdict
+
+SDPA, AGAIN, OURS = "F.sdpa", "F.sdpa again", "attention()"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel pinned by name: its time, or why it has none."""
+
+    name: str
+    time_us: float | None = None
+    reason: str | None = None
+    forward: float | None = None
+    backward: float | None = None
+    temporary_bytes: int | None = None  # as the gate follows it; the profiler's number is in Result
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was measured on one Case. Times in us."""
+
+    case: Case
+    served: str
+    sdpa_us: float
+    ours_us: float
+    spread: float
+    cold_us: float  # first call, with its tuning, on an empty store
+    disk_us: float  # first call after fastattn.clear(): verdict read from disk, bound, run
+    error: float  # in budgets: the worst of attention()'s own output and of the winner's probes
+    peak_bytes: int
+    sdpa_peak_bytes: int
+    rounds: int
+    candidates: list[Candidate] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        return self.sdpa_us / self.ours_us
+
+    @property
+    def oracle(self) -> Candidate | None:
+        """The fastest pinned candidate that passes the gate."""
+        timed = [c for c in self.candidates if c.time_us is not None]
+        return min(timed, key=lambda c: c.time_us or 0.0, default=None)
+
+    @property
+    def regret(self) -> float:
+        return self.ours_us / self.oracle.time_us if self.oracle and self.oracle.time_us else 1.0
+
+
+class GateOnly:
+    """A stopwatch that runs nothing: a tuning with it checks every candidate and times none."""
+
+    def time(self, call: Callable[[], object], repeats: int) -> float:
+        return 1e-3 * repeats
+
+    def now(self) -> float:
+        return 0.0
+
+
+def measure(case: Case, rounds: int, seconds: float) -> Result:
+    """One problem from an empty store to its medians."""
+    x = inputs(case)
+    options = case.options
+    sdpa = x.run(x.sdpa())
+    ours = x.run(lambda q, k, v, mask: fastattn.attention(q, k, v, mask, **options))
+    sdpa()
+    with tempfile.TemporaryDirectory() as directory:
+        fastattn.options(cache_dir=directory)
+        fastattn.clear()
+        cold = _once(ours)
+        disk = median(_once(ours, clear=True) for _ in range(3))
+        why = fastattn.explain(x.q, x.k, x.v, x.mask, **options)
+        candidates, runs = _pinned(x, why.verdict, why.rows)
+        found = interleave(
+            {SDPA: sdpa, OURS: ours, **runs, AGAIN: sdpa}, rounds=rounds, seconds=seconds, stay=(SDPA, OURS, AGAIN)
+        )
+        us = {name: median(samples) * 1e6 for name, samples in found.items()}
+        winner = next((c for c in candidates if c.name == why.served_by), Candidate(why.served_by))
+        errors = [_own_error(x), winner.forward, winner.backward]
+        return Result(
+            case=case,
+            served=why.served_by,
+            sdpa_us=us[SDPA],
+            ours_us=us[OURS],
+            spread=spread(found, SDPA, AGAIN),
+            cold_us=cold * 1e6,
+            disk_us=disk * 1e6,
+            error=max(e for e in errors if e is not None),
+            peak_bytes=peak_bytes(ours),
+            sdpa_peak_bytes=peak_bytes(sdpa),
+            rounds=len(found[SDPA]),
+            candidates=[_with_time(c, us) for c in candidates],
+        )
+
+
+def _once(run: Callable[[], object], clear: bool = False) -> float:
+    if clear:
+        fastattn.clear()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _pinned(
+    x: Inputs, verdict: Verdict | None, rows: tuple[Trial, ...]
+) -> tuple[list[Candidate], dict[str, Callable[[], object]]]:
+    """Every candidate, and a run of each that passes the gate, those that the tuning had no time for included."""
+    trials = list(rows)
+    if verdict is not None and any(_is_unjudged(t) for t in trials):
+        grad = torch.enable_grad() if verdict.problem.needs_grad else torch.no_grad()
+        with grad:
+            judged = tuning.tune(verdict.problem, config.current(), clock=GateOnly(), thorough=True)
+        trials = [(judged.trial(t.candidate) or t) if _is_unjudged(t) else t for t in trials]
+    found, runs = [], {}
+    for trial in trials:
+        reason = trial.reason
+        if reason is None:
+            try:
+                handle = fastattn.plan(x.q, x.k, x.v, x.mask, kernel=trial.candidate, **x.case.options)
+                run = x.run(handle)
+                run()
+                runs[trial.candidate] = run
+            except (NoKernelError, RuntimeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        errors = (trial.forward, trial.backward, trial.temporary_bytes)
+        found.append(Candidate(trial.candidate, None, reason, *errors))
+    return found, runs
+
+
+def _is_unjudged(trial: Trial) -> bool:
+    """Left out of the tuning for its time alone, so that it may be the oracle all the same."""
+    return trial.reason is not None and (trial.reason == tuning.NOT_TRIED or "slower than the default" in trial.reason)
+
+
+def _with_time(c: Candidate, us: dict[str, float]) -> Candidate:
+    return Candidate(c.name, us.get(c.name), c.reason, c.forward, c.backward, c.temporary_bytes)
+
+
+def _own_error(x: Inputs) -> float:
+    """Error of attention()'s real output: the heads of the first kv head, in budgets."""
+    c = x.case
+    q, k, v = (t.detach() for t in (x.q, x.k, x.v))
+    key = call_inputs.call_key(q, k, v, x.mask, c.layout, call_inputs.Options(is_causal=c.causal))
+    problem = Problem.from_key(key, "exact")
+    judge = verifying.judge_of_call(problem, q, k, v, x.mask, samples.scale_of(problem))
+    out = fastattn.attention(x.q, x.k, x.v, x.mask, **c.options).detach()
+    mine = to_bhsd(out, c.layout)[:1, : problem.group]
+    return judge.errors(lambda *_: mine).forward
+
+
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """The cases that the command line asks for."""
+    found = [c for c in cases() if not args.dtype or c.dtype in args.dtype]
+    if args.smoke and not args.only:
+        found = [c for c in found if c.name in SMALL]
+    if args.only:
+        found = [c for c in found if re.search(args.only, report.title_of(c))]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", metavar="REGEX", help="problems whose title matches, such as 'vit.*bfloat16 training'")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="may be repeated")
+    parser.add_argument("--rounds", type=int, help="at most so many interleaved rounds (default 15, with --smoke 5)")
+    parser.add_argument("--seconds", type=float, help="of rounds for one problem, 5 rounds at least (default 2.5)")
+    parser.add_argument("--smoke", action="store_true", help="a few small problems, few rounds")
+    parser.add_argument("--candidates", action="store_true", help="show every candidate of every problem")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--markdown", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="bar chart as PNG; needs matplotlib")
+    args = parser.parse_args()
+    if args.plot and not report.can_plot():
+        parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    todo = chosen(args)
+    if not todo:
+        parser.error(f"nothing matches; titles look like: {report.title_of(cases()[0])}")
+    facts = environment()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    before = config.current()
+    fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
+    start = time.perf_counter()
+    results = _run(todo, args, console)
+    facts["took"] = f"{time.perf_counter() - start:.0f} s"
+    fastattn.options(cache_dir=before.cache_dir, tune_budget=before.tune_budget)
+    for grid in report.grids(results, with_candidates=args.candidates or len(results) <= 6):
+        console.print(grid.rich(), "")
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), style="dim")
+    if args.json:
+        report.write_json(args.json, facts, results)
+    if args.markdown:
+        report.write_markdown(args.markdown, facts, results)
+    if args.plot:
+        report.plot(args.plot, facts, results)
+    wrong = [report.title_of(r.case) for r in results if not r.error <= 1]
+    if wrong:
+        console.print(f"over their error budget: {', '.join(wrong)}", style="red")
+    return 1 if wrong else 0
+
+
+def _run(todo: list[Case], args: argparse.Namespace, console: Console) -> list[Result]:
+    rounds = args.rounds or (5 if args.smoke else 15)
+    seconds = args.seconds or (0.3 if args.smoke else 2.5)
+    results: list[Any] = []
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   console=Console(stderr=True), transient=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory, bar:
+        fastattn.options(cache_dir=directory)
+        q = torch.randn(1, 2, 24, 16)
+        fastattn.attention(q, q, q)  # what only the process's very first tuning pays belongs to no problem
+        task = bar.add_task("", total=len(todo))
+        for case in todo:
+            bar.update(task, description=report.title_of(case))
+            results.append(measure(case, rounds, seconds))
+            bar.advance(task)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

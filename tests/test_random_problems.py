@@ -1,0 +1,117 @@
+"""Random problems, each with one accepted candidate pinned by kernel=, against float64 within budget.
+
+Gaussian data at the problem's own size is judged by the tests' own float64 (building.py), the probes (data that breaks kernels)
+by fastattn.verifying.Judge. A draw depends on nothing but its seed. `-m long` draws 2,000.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from building import accepted, expect, hold, rung_of
+
+from fastattn import attention, conversions, samples, verifying
+from fastattn.layouts import STRIDE_CLASSES
+from fastattn.problem import Problem
+
+BLOCK = 20
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, untuned):
+    """Blocks of 4 KiB of scores, so that small problems are cut too."""
+    monkeypatch.setattr(conversions, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(conversions, "block_sizes", partial(conversions.block_sizes, target=4096))
+
+
+def drawn(seed: int) -> tuple[Problem, random.Random]:
+    """A problem of any kind, small."""
+    r = random.Random(seed)
+    kv_heads = r.randint(1, 3)
+    head_dim = r.choice([1, 3, 8, 16, 40, 64])
+    q_len = r.choice([1, 1, 2, r.randint(3, 70)])
+    kv_len = r.choice([1, q_len, q_len, r.randint(2, 90)])
+    grad = r.random() < 0.4
+    dtype = r.choice(["float32", "bfloat16", "float16"])
+    mask = r.choice([None, None, "bool", dtype])
+    return Problem(
+        device="cpu",
+        dtype=dtype,
+        head_dim=head_dim,
+        head_dim_v=r.choice([head_dim, head_dim, r.randint(1, 50)]),
+        q_heads=kv_heads * r.choice([1, 1, 2, 4]),
+        kv_heads=kv_heads,
+        batch=r.randint(1, 3),
+        q_len=q_len,
+        kv_len=kv_len,
+        strides=(r.choice(STRIDE_CLASSES), r.choice(STRIDE_CLASSES), r.choice(STRIDE_CLASSES)),
+        mask=mask,
+        mask_shape="".join(n if r.random() < 0.6 else "1" for n in "bhqk") if mask else "",
+        mask_grad=grad and mask == dtype and r.random() < 0.5,
+        causal=r.choice([None, None, "top_left"]),
+        scale=r.choice(["positive"] * 4 + ["zero", "negative"]),
+        needs_grad=grad,
+        layout=r.choice(["bhsd", "bshd", "sbhd"]),
+    ), r
+
+
+def run(seed: int) -> str | None:
+    """Draw, pin and hold one problem; returns why the gate refused the candidate on the probes, if it did."""
+    p, r = drawn(seed)
+    plain, probes = samples.plain(p, DEVICE, seed), samples.probes(p, DEVICE, seed)
+    scale = samples.scale_of(p)
+    options = {"layout": p.layout, "is_causal": p.causal is not None, "scale": scale}
+    with torch.set_grad_enabled(p.needs_grad):
+        name = r.choice(accepted(plain.q, plain.k, plain.v, plain.mask, **options))
+        rung = rung_of(name, p.torch_dtype)
+        call = partial(attention, kernel=name, accuracy=rung, **options)
+        corners = ("top_left",) if p.causal else ()
+        want = expect(plain.q, plain.k, plain.v, plain.mask, layout=p.layout, scale=scale, corners=corners)
+        try:
+            hold(want, call, plain.q, plain.k, plain.v, plain.mask, rung)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {name} on {p}") from error
+        if name not in accepted(probes.q, probes.k, probes.v, probes.mask, **options):
+            return None  # one batch entry needs other conversions
+        probes = samples.Sample(probes.problem.replace(accuracy=rung), *_parts(probes))
+        errors = verifying.Judge(probes, scale).errors(call)
+    return None if errors.passed else f"seed {seed}: {name} on {p}: {errors}"
+
+
+def _parts(s: samples.Sample):
+    return s.q, s.k, s.v, s.mask, s.grad
+
+
+def _all_hold(start: int) -> None:
+    refused = [why for seed in range(start, start + BLOCK) if (why := run(seed))]
+    assert not refused, "\n".join(refused)
+
+
+@pytest.mark.parametrize("start", range(0, 200, BLOCK))
+def test_pinned_candidates_hold(start):
+    _all_hold(start)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", range(200, 2000, BLOCK))
+def test_many_pinned_candidates_hold(start):
+    _all_hold(start)
+
+
+def test_the_draw_reaches_every_kernel_and_conversion():
+    """200 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all."""
+    pinned = set()
+    for seed in range(200):
+        p, r = drawn(seed)
+        s = samples.plain(p, DEVICE, seed)
+        with torch.set_grad_enabled(p.needs_grad):
+            names = accepted(
+                s.q, s.k, s.v, s.mask, p.layout, is_causal=p.causal is not None, scale=samples.scale_of(p)
+            )
+        pinned |= set(r.choice(names).split("+"))
+    assert pinned >= {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "sdpa_math"}
+    assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand"}
