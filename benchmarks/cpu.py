@@ -22,16 +22,18 @@ import report
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rounds import environment, interleave, peak_bytes, spread
+from rounds import environment, interleave, is_busy, peak_bytes, spread
 from workload import SMALL, Case, Inputs, cases, inputs
 
 import fastattn
-from fastattn import config, inputs as call_inputs, samples, tuning, verifying  # isort: skip
+from fastattn import config, samples, tuning, verifying
+from fastattn import inputs as call_inputs
 from fastattn.errors import NoKernelError
 from fastattn.layouts import to_bhsd
 from fastattn.problem import Problem
 from fastattn.verdict import Trial, Verdict
 
+BUSY = "something else keeps this machine busy (load average above 0.5): the numbers below say little"
 SDPA, AGAIN, OURS = "F.sdpa", "F.sdpa again", "attention()"
 
 
@@ -209,6 +211,8 @@ def main() -> int:
         parser.error(f"nothing matches; titles look like: {report.title_of(cases()[0])}")
     facts = environment()
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if is_busy():
+        console.print(BUSY, style="yellow")
     before = config.current()
     fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
     start = time.perf_counter()

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from rounds import environment, interleave
+from rounds import environment, interleave, is_busy
 from torch import Tensor
 
 import fastattn
@@ -307,6 +307,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="interleaved rounds a row (default 41, with --smoke 5)")
     args = parser.parse_args()
     rounds = args.rounds or (5 if args.smoke else 41)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if is_busy():
+        console.print("something else keeps this machine busy: the numbers below say little", style="yellow")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(rounds, seconds=0.3 if args.smoke else 2.0)
@@ -321,7 +324,6 @@ def main() -> int:
         decode_row(bench, tokens=8 if args.smoke else 32, start=508 if args.smoke else 496)
     bench.rows.append(import_row(3 if args.smoke else IMPORT_RUNS))
     facts = environment()
-    console = Console(width=120, highlight=False) if not sys.stdout.isatty() else Console(highlight=False)
     console.print(table(bench.rows))
     console.print(", ".join(f"{name} {value}" for name, value in facts.items()), style="dim")
     missed = [row.name for row in bench.rows if not row.is_met]

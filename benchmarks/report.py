@@ -173,7 +173,8 @@ def to_json(facts: dict[str, str], results: Sequence[Any]) -> dict[str, Any]:
         for r in results
     ]  # fmt: skip
     table = summary(results)
-    return {"environment": facts, "summary": [dict(zip(table.headings, row, strict=True)) for row in table.rows], "results": rows}
+    means = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+    return {"environment": facts, "summary": means, "results": rows}
 
 
 def write_json(path: str, facts: dict[str, str], results: Sequence[Any]) -> None:

@@ -1,7 +1,8 @@
 """Interleaved rounds: what both benchmarks stand on.
 
-Every round runs every call once, in alternating order, so that a slow moment of the machine hits all of them; ratios are
-taken between medians of the same rounds, and a call that is there twice says what a ratio is worth (the A/A spread).
+Every round runs every call once, in an order of its own, so that a slow moment of the machine hits all of them and nobody
+always follows the same neighbour; ratios are taken between medians of the same rounds, and a call that is there twice
+says what a ratio is worth (the A/A spread).
 This is deliberately not fastattn's own stopwatch, whose judgement is on trial here.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
@@ -40,13 +42,15 @@ def interleave(
     repeats = {name: _repeats(call, sample_s) for name, call in calls.items()}
     found: Samples = {name: [] for name in calls}
     alive = list(calls)
+    order = random.Random(0)
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     start = time.perf_counter()
     try:
         for index in range(rounds):
-            for name in alive if index % 2 == 0 else reversed(alive):
+            order.shuffle(alive)
+            for name in alive:
                 found[name].append(_time(calls[name], repeats[name]))
             if index == 2 and stay is not None:
                 best = min(median(samples) for samples in found.values())
@@ -122,5 +126,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
-    return max(0, peak - sum(kept.values()))
+    storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+    return max(0, peak - sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+
+
+def is_busy() -> bool:
+    """Whether something else was keeping this machine busy: then the numbers say little."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5

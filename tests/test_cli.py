@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import building
 import pytest
 import torch
-from building import qkv
 from click.testing import CliRunner
 
 import fastattn
@@ -16,6 +16,10 @@ from fastattn.device import Device
 from fastattn.problem import Problem
 
 TINY = "1x2x16x8"
+
+
+def qkv(**how):
+    return building.qkv(**{"b": 2, "hq": 4, "sq": 37, "d": 16, **how})
 
 
 def run(*words, code=0):
@@ -132,7 +136,7 @@ def test_command_line_names_the_strides(words):
 
 
 def test_the_hint_of_an_untuned_call_tunes_that_call(caplog):
-    q, k, v = qkv(1, 2, sq=33, d=8)
+    q, k, v = qkv(b=1, hq=2, sq=33, d=8)
     with caplog.at_level("WARNING", "fastattn"), fastattn.options(mode="cached"):
         fastattn.attention(q, k, v)
     words = caplog.messages[0].split("fastattn tune ")[1].split()
@@ -220,7 +224,7 @@ def test_tables_fit_the_width_and_show_every_problem(columns, monkeypatch):
     outputs = [run("tune", *shapes), run("explain", *shapes), run("cache", "show")]
     for output in outputs[:2]:
         assert max(map(len, output.splitlines())) <= columns
-    for text in ("1 x 2 x 16 d8", "1 x 4/2 x 16 d8", "geometric mean"):
+    for text in ("1 x 2 x 16 d8", "1 x 4/2 x 16 d8", "1 x 2 x 1 on ~47 d8", "geometric mean"):
         assert text in outputs[0]
     for name in ("default", "torch_flash", "sdpa_math", "torch_cudnn"):
         assert name in outputs[1]

@@ -16,7 +16,7 @@ from fastattn import config, device, resolve, traced
 from fastattn.probe import Probe, build
 
 LIMIT = 4096  # entries; beyond it the tables start anew
-SAME_BYTES = 8  # entries kept for one pair of byte counts
+SAME_BYTES = 32  # entries kept for one pair of byte counts
 STREAK = 8  # misses in front after which only the table is asked, and equal hits after which the front is used again
 
 _has_torch_function = device.has_torch_function
@@ -51,22 +51,23 @@ class Front:
         if _has_torch_function(q, k, v):
             return None
         table, n = self.table, q.nbytes
-        for probe in table.get((n, k.nbytes), ()) or table.get(n, ()):
-            call = probe(q, k, v, m, layout, kw)
-            if call is not None:
-                if probe is self._last:
-                    self._hits += 1
-                    if self._hits > STREAK:  # one problem again
-                        self.first = probe
-                        self._hits = self._misses = 0
-                else:
-                    self._last = probe
-                    self._hits = 0
-                    if self.first is not _never:
-                        self._misses += 1
-                        if self._misses > STREAK:  # many problems: do not ask the front first
-                            self.first = _never
-                return call
+        for name in ((n, k.nbytes), n):  # exact lengths, then entries with a free kv_len
+            for probe in table.get(name, ()):
+                call = probe(q, k, v, m, layout, kw)
+                if call is not None:
+                    if probe is self._last:
+                        self._hits += 1
+                        if self._hits > STREAK:  # one problem again
+                            self.first = probe
+                            self._hits = self._misses = 0
+                    else:
+                        self._last = probe
+                        self._hits = 0
+                        if self.first is not _never:
+                            self._misses += 1
+                            if self._misses > STREAK:  # many problems: do not ask the front first
+                                self.first = _never
+                    return call
         return None
 
     def publish(self, served: resolve.Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:

@@ -161,12 +161,14 @@ def _gain(ratio: float | None) -> Text:
 def short(p: Problem) -> str:
     """A problem in as few words as tell it from the others of a table; the dtype stands apart."""
     heads = f"{p.q_heads}" if p.group == 1 else f"{p.q_heads}/{p.kv_heads}"
-    length = f"{p.q_len}" if p.q_len == p.kv_len else f"{p.q_len} on {p.kv_len}"
-    bucket = {"exact": "", "kv": "~", "all": "~"}[p.lengths]
+    q_len, kv_len = (f"{'~' if is_bucket and n > 16 else ''}{n}" for n, is_bucket in (
+        (p.q_len, p.lengths == "all"), (p.kv_len, p.lengths != "exact")
+    ))  # fmt: skip
+    length = q_len if q_len == kv_len else f"{q_len} on {kv_len}"
     dims = f"{p.head_dim}" if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
     causal = {None: "", "top_left": " causal", "bottom_right": " causal↘"}[p.causal]
     mask = f" {'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else ""
-    return f"{p.batch} x {heads} x {bucket}{length} d{dims}{causal}{mask}{' fwd+bwd' if p.needs_grad else ''}"
+    return f"{p.batch} x {heads} x {length} d{dims}{causal}{mask}{' fwd+bwd' if p.needs_grad else ''}"
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -252,7 +254,7 @@ def _asking(command: F) -> F:
         click.option("--causal", type=click.Choice(CORNERS), help="The triangle's corner."),
         click.option("--mask", metavar="DTYPE:PATTERN", help="bool:b11k (padding), same:1hqk (a bias in q's dtype), ..."),
         click.option("--layout", type=click.Choice(["bhsd", "bshd", "sbhd"]), default="bhsd", show_default=True),
-        click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory: transposed, packed, ... (or three, with commas)."),
+        click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory, or Q,K,V: transposed, packed, cache, ..."),
         click.option("--accuracy", metavar="RUNG", help="exact, dtype, or the largest row error over |P||V|."),
         click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])),
         click.option("--json", "as_json", is_flag=True, help="Data instead of tables."),

@@ -81,7 +81,7 @@ class Patch:
 
     def undo(self) -> bool:
         """Put back what was there before; whether that was done."""
-        if self._done:
+        if self._done or self._before is sdpa:  # undone, or it was in place already
             return False
         if F.scaled_dot_product_attention is not sdpa:
             log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")

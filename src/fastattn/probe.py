@@ -133,7 +133,6 @@ def build(
     names = ", ".join(unique)
     conditions += [f"not has_torch_function({names})", "not dispatch_modes()", "forward_ad._current_level < 0"]
     conditions += [f"not {name}.is_nested" for name in unique]
-    conditions.append(f"check({names})")
     free: Sizes = {}
     if bucket is not None:
         dim, low, high = bucket
@@ -145,6 +144,7 @@ def build(
         conditions.append("v.nbytes == k.nbytes" if same else f"v.nbytes * {k.nbytes} == k.nbytes * {v.nbytes}")
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
         conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
+    conditions.append(f"check({names})")
     for name in reads:
         conditions.append(_state_condition(name, READERS[name](), values))
     make = _native if NATIVE else _plain

@@ -1,0 +1,100 @@
+"""Fault 67, what shows only on the second start: the same work cold, warm in the process, and warm in a new process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import hashlib, json, sys
+import torch, fastattn
+from fastattn import config, resolve, tuning, masks
+
+tuned = []
+real = tuning.tune
+tuning.tune = lambda problem, *a, **kw: (tuned.append(str(problem)), real(problem, *a, **kw))[1]
+
+def make(*shape, seed=0, dtype=torch.float32, grad=False):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return x.requires_grad_(grad)
+
+def calls():
+    "name -> (tensors, options) of each kind of problem."
+    bf16 = torch.bfloat16
+    qkv = [make(2, 4, 40, 32, seed=i) for i in range(3)]
+    yield "plain", qkv, {}
+    yield "causal bf16", [x.to(bf16) for x in qkv], {"is_causal": True}
+    yield "gradients", [x.clone().requires_grad_() for x in qkv], {}
+    mask = torch.rand(2, 1, 1, 40, generator=torch.Generator().manual_seed(9)) > 0.3
+    yield "padding mask", [*qkv, mask], {}
+    yield "bottom right", [make(1, 4, 20, 32), make(1, 2, 50, 32), make(1, 2, 50, 32), masks.Causal("bottom_right")], {}
+    yield "bshd", [x.transpose(1, 2).contiguous() for x in qkv], {"layout": "bshd"}
+    yield "rung dtype", [x.to(bf16) for x in qkv], {"accuracy": "dtype"}
+    for n in (70, 71, 89):  # one decode bucket
+        yield f"decode {n}", [make(1, 8, 1, 32, dtype=bf16), *(make(1, 2, n, 32, seed=i, dtype=bf16) for i in (1, 2))], {}
+    for n in (30, 31, 32, 33, 34, 35, 36):  # lengths that churn
+        yield f"length {n}", [make(1, 2, n, 16, seed=i) for i in range(3)], {}
+
+def run():
+    found = {}
+    tuned.clear()
+    for name, args, options in calls():
+        outs = [fastattn.attention(*args, **options) for _ in range(2)]
+        if outs[0].requires_grad:
+            outs += torch.autograd.grad(outs[1].square().sum(), args)
+        bits = [x.detach().float().contiguous().numpy().tobytes() for x in outs]
+        explanation = fastattn.explain(*args, **options)
+        found[name] = [explanation.served_by, hashlib.sha256(b"".join(bits[1:])).hexdigest(), bits[0] == bits[1]]
+    return {"found": found, "tuned": list(tuned)}
+
+result = [run()]
+if sys.argv[1] == "cold":
+    result.append(run())
+    fastattn.clear()
+    result.append(run())
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What a cold process did, the same process again, after clear(), and a new process on the same store."""
+    directory = tmp_path_factory.mktemp("restart")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
+    environment["FASTATTN_CACHE_DIR"] = str(directory / "store")
+
+    def start(how):
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, how]
+        done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    cold, warm, cleared = start("cold")
+    (restarted,) = start("warm")
+    return {"cold": cold, "warm": warm, "cleared": cleared, "restarted": restarted}
+
+
+def test_the_cold_run_tunes_every_problem_once(runs):
+    tuned = runs["cold"]["tuned"]
+    assert len(tuned) == len(set(tuned))
+    # 8 kinds, one of them a decode bucket, then 4 exact lengths and the bucket or buckets of the rest
+    assert 12 < len(tuned) <= 8 + 4 + 2
+
+
+@pytest.mark.parametrize("when", ["warm", "cleared", "restarted"])
+def test_nothing_is_tuned_again(runs, when):
+    assert runs[when]["tuned"] == []
+
+
+@pytest.mark.parametrize("when", ["warm", "restarted"])
+def test_choices_and_outputs_are_identical(runs, when):
+    assert runs[when]["found"] == runs["cold"]["found"]
+
+
+@pytest.mark.parametrize("when", ["cold", "warm", "restarted"])
+def test_the_second_call_gives_the_bits_of_the_first(runs, when):
+    assert [name for name, (_, _, same) in runs[when]["found"].items() if not same] == []
