@@ -38,7 +38,7 @@ PROBLEMS = {
     "bool mask": {"mask": "bool", "mask_shape": "bhqk", "mask_strides": "contiguous", "kv_len": 129},
     "padding mask": {"mask": "bool", "mask_shape": "b11k", "mask_strides": "contiguous", "kv_len": 129},
     "bias": {"mask": "dtype", "mask_shape": "1hqk", "mask_strides": "contiguous", "kv_len": 129},
-    "causal and mask": {"causal": "top_left", "mask": "bool", "mask_shape": "11qk", "mask_strides": "contiguous", "kv_len": 129},
+    "causal and mask": {"causal": "top_left", "mask": "bool", "mask_shape": "11qk", "kv_len": 129},
     "negative scale": {"scale": "negative"},
     "scale 0": {"scale": "zero"},
     "packed": {"strides": ("packed",) * 3},

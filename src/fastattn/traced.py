@@ -128,8 +128,9 @@ def default(
     if is_causal and scale is not None and scale <= 0:
         # torch's CPU kernel masks before it scales: -inf * scale is NaN or +inf
         mask, is_causal = masks.triangle(q, q.shape[2], k.shape[2], 0), False
-    gqa = False
-    if not q.is_nested and q.shape[1] != k.shape[1]:  # a branch, as F.sdpa takes no symbolic bool
-        gqa = True
+    if isinstance(q, Tensor):  # a branch, as F.sdpa takes no symbolic bool
+        gqa = True if not q.is_nested and q.shape[1] != k.shape[1] else False  # noqa: SIM210
+    else:
+        gqa = q.shape[1] != k.shape[1]  # torch.fx's proxies: an operation of their graph
     out = sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
     return from_bhsd(out, layout)

@@ -1,0 +1,311 @@
+"""One tuning under a fake clock: budget, memory rule, what is tried again, and what is left alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+from fakes import FAST, SLOW, Clock, add, check, honest, made_up, problem, qkv, replace_default, row, turn
+
+import fastattn
+from fastattn import candidates, config, memory, tuning
+from fastattn.kernel import Range
+
+MIB = 2**20
+
+
+def tune(p=None, clock=None, **how):
+    return tuning.tune(p or problem(), config.current(), clock=clock, **how)
+
+
+def reasons(verdict):
+    return {t.candidate: t.reason for t in verdict.trials}
+
+
+# --- winner and verdict
+
+
+def test_the_fastest_wins_and_every_trial_has_a_time_or_a_reason(monkeypatch):
+    add(monkeypatch, made_up("a", honest), made_up("b", honest))
+    clock = turn(monkeypatch, Clock({"default": 4e-3, "a": 2e-3, "b": 1e-3}, other=5e-3))
+    verdict = tune(clock=clock)
+    assert verdict.winner == "b" and verdict.speedup() == pytest.approx(4.0)
+    assert verdict.trial("a").time_us == pytest.approx(2000) and verdict.trial("default").time_us == pytest.approx(4000)
+    assert all((t.time_us is None) != (t.reason is None) for t in verdict.trials)
+    assert {t.candidate.split("+")[0] for t in verdict.trials} >= {"default", "torch_flash", "torch_math", "matmul", "a"}
+
+
+def test_times_include_the_conversions_of_a_candidate(monkeypatch):
+    """A cast that eats the gain loses: the clock sees the Call, not the kernel."""
+    add(monkeypatch, made_up("a", honest, fp32=True))
+    clock = turn(monkeypatch, Clock({"default": 2e-3, "a": 1.9e-3, "a+fp32": 1e-3}, other=5e-3))
+    assert tune(problem(dtype="bfloat16"), clock).winner == "a+fp32"
+
+
+def test_a_run_three_times_slower_than_the_default_ends_there(monkeypatch):
+    add(monkeypatch, made_up("a", honest), made_up("b", honest))
+    clock = turn(monkeypatch, Clock({"default": 1e-3, "a": 3.1e-3, "b": 2.9e-3}))
+    found = reasons(tune(clock=clock))
+    assert found["a"] == "more than 3 x slower than the default at the first run"
+    assert found["b"] is None
+    assert clock.timed.count("a") == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tuning_leaves_torchs_random_numbers_alone(grad, monkeypatch):
+    q, k, v = qkv(48, grad=grad)
+    torch.manual_seed(7)
+    want = torch.rand(4)
+    torch.manual_seed(7)
+    fastattn.explain(q, k, v, tune=True)
+    fastattn.attention(q, k, v)
+    assert torch.equal(torch.rand(4), want)
+
+
+# --- budget
+
+
+def test_candidates_not_reached_say_so_and_thorough_reaches_them(monkeypatch):
+    names = [f"k{i}" for i in range(12)]
+    add(monkeypatch, *(made_up(n, honest) for n in names))
+    clock = turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))
+    verdict = tune(clock=clock)
+    late = [n for n in names if reasons(verdict)[n] == tuning.NOT_TRIED]
+    assert 0 < len(late) < 12 and late == names[-len(late) :] and "k11" in late
+    assert verdict.winner == "default"
+    assert clock.seconds < 40 * 0.05 * 1.5
+    thorough = tune(clock=clock, thorough=True)
+    assert tuning.NOT_TRIED not in reasons(thorough).values()
+    assert thorough.winner == "k11"
+
+
+def test_a_neighbours_winner_is_tried_first(monkeypatch):
+    add(monkeypatch, *(made_up(f"k{i}", honest) for i in range(12)))
+    clock = turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))
+    assert tune(clock=clock, prior=["k11"]).winner == "k11"
+
+
+@pytest.mark.parametrize("incumbent_s, budget", [(1e-6, 0.5), (0.0125, 0.5), (0.05, 2.0), (0.125, 5.0), (10.0, 5.0)])
+def test_the_budget_is_forty_times_the_incumbents_time_within_limits(incumbent_s, budget):
+    assert tuning._budget(incumbent_s) == pytest.approx(budget)
+
+
+def test_cli_tuning_tries_again_what_the_budget_left_out(monkeypatch):
+    add(monkeypatch, *(made_up(f"k{i}", honest) for i in range(12)))
+    turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))
+    q, k, v = qkv(64)
+    fastattn.attention(q, k, v)
+    why = fastattn.explain(q, k, v)
+    assert row("k11", q, k, v).reason == "not tried: budget" and why.served_by == "default"
+    [verdict] = fastattn.tune(why.problem)
+    assert verdict.winner == "k11" and fastattn.explain(q, k, v).served_by == "k11"
+
+
+# --- memory
+
+
+def test_a_known_allocation_is_measured():
+    x = torch.ones(1024)
+
+    def run():
+        a = torch.empty(5 * MIB, dtype=torch.int8)
+        b = torch.empty(7 * MIB, dtype=torch.int8)
+        del a
+        c = torch.empty(4 * MIB, dtype=torch.int8)
+        del b, c
+        return x * 2
+
+    out, temporary, saved = memory.measure(run, [x])
+    assert torch.equal(out, x * 2)
+    assert 12 * MIB <= temporary <= 12 * MIB + 8192 and saved == 0
+
+
+def test_saved_bytes_leave_out_inputs_and_output():
+    x = torch.ones(MIB, requires_grad=True)
+    assert memory.measure(lambda: x * x, [x])[2] == 0  # it keeps x, an input
+    assert memory.measure(lambda: x.exp(), [x])[2] == 0  # it keeps its output
+    assert memory.measure(lambda: x.exp().exp().sum(), [x])[2] == 2 * 4 * MIB
+
+
+def greedy(size):
+    def run(q, k, v, mask, a):
+        torch.empty(size, dtype=torch.int8)
+        return honest(q, k, v, mask, a)
+
+    return run
+
+
+class Keeps(torch.autograd.Function):
+    """Passes its input on, and keeps `size` bytes until the backward."""
+
+    @staticmethod
+    def forward(ctx, x, size):
+        ctx.save_for_backward(torch.empty(size, dtype=torch.int8))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("mib, wins", [(120, True), (130, False)])
+def test_temporary_bytes_beyond_the_limit_are_refused_with_both_numbers(mib, wins, monkeypatch):
+    add(monkeypatch, made_up("greedy", greedy(mib * MIB)))
+    clock = turn(monkeypatch, Clock({"default": 4e-3, "greedy": FAST}))
+    verdict = tune(clock=clock)
+    trial = verdict.trial("greedy")
+    assert (verdict.winner == "greedy") == wins
+    assert trial.temporary_bytes >= mib * MIB
+    if not wins:
+        assert trial.reason == f"memory: {trial.temporary_bytes} bytes beyond its inputs and output > {128 * MIB}"
+
+
+@pytest.mark.parametrize("mib, wins", [(120, True), (130, False)])
+def test_bytes_saved_for_backward_are_limited_too(mib, wins, monkeypatch):
+    add(monkeypatch, made_up("keeps", lambda q, k, v, mask, a: Keeps.apply(honest(q, k, v, mask, a), mib * MIB)))
+    clock = turn(monkeypatch, Clock({"default": 4e-3, "keeps": FAST}))
+    verdict = tune(problem(needs_grad=True), clock)
+    trial = verdict.trial("keeps")
+    assert (verdict.winner == "keeps") == wins
+    assert trial.saved_bytes >= mib * MIB
+    assert wins or (str(trial.saved_bytes) in trial.reason and str(128 * MIB) in trial.reason)
+
+
+def test_the_limit_is_three_times_q_k_v_and_out():
+    large = problem(batch=64, q_len=4096, kv_len=4096)
+    assert large.io_bytes == 4 * 64 * 4 * 4096 * 32 * 4
+    assert large.memory_limit == 3 * large.io_bytes
+    assert problem().memory_limit == 128 * MIB
+
+
+def test_the_incumbent_is_exempt(monkeypatch):
+    replace_default(monkeypatch, greedy(300 * MIB))
+    clock = turn(monkeypatch, Clock({"default": FAST}))
+    verdict = tune(clock=clock)
+    assert verdict.winner == "default" and verdict.trial("default").temporary_bytes >= 300 * MIB
+
+
+def test_unfused_kernels_are_not_even_run_where_their_scores_break_the_rule(monkeypatch):
+    p = problem(q_heads=2, kv_heads=2, q_len=5000, kv_len=5000, head_dim=8)
+    clock = turn(monkeypatch, Clock({"default": FAST}, other=FAST))
+    found = reasons(tune(p, clock))
+    assert found["matmul"] == f"memory: {2 * 5000 * 5000 * 4} bytes of scores > {128 * MIB}"
+
+
+# --- what is tried again
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A made-up library "fastlib": library(version) installs that version, None removes it. Counts its trials."""
+    versions = {"fastlib": "1.0"}
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "fastlib":
+            if versions[name] is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name]
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    def install(new):
+        versions["fastlib"] = new
+        candidates.version.cache_clear()
+        candidates.unavailable.cache_clear()
+
+    install("1.0")
+    yield install
+    candidates.version.cache_clear()
+    candidates.unavailable.cache_clear()
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Names that a tuning looked at, in order."""
+    names = []
+    admit = tuning._Race.admit
+
+    def counted(self, entrant, *args, **named):
+        names.append(entrant.candidate.name)
+        return admit(self, entrant, *args, **named)
+
+    monkeypatch.setattr(tuning._Race, "admit", counted)
+    return names
+
+
+def served(q, k, v):
+    """What serves after a call in a new process."""
+    fastattn.clear()
+    fastattn.attention(q, k, v)
+    return fastattn.explain(q, k, v).served_by
+
+
+def test_nothing_changed_nothing_is_tried(library, tried, monkeypatch):
+    add(monkeypatch, made_up("lib", honest, library="fastlib"))
+    turn(monkeypatch, Clock({"default": 4e-3, "lib": FAST}))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "lib" and tried
+    tried.clear()
+    assert served(q, k, v) == "lib" and not tried
+
+
+def test_a_new_version_of_a_library_is_tried_against_the_winner_alone(library, tried, monkeypatch):
+    add(monkeypatch, made_up("lib", honest, library="fastlib"), made_up("other", honest))
+    clock = turn(monkeypatch, Clock({"default": 4e-3, "other": 2e-3, "lib": 3e-3}))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "other"
+    tried.clear()
+    library("2.0")
+    clock.costs["lib"] = FAST
+    assert served(q, k, v) == "lib"
+    assert sorted(tried) == ["default", "lib", "other"]
+    assert row("lib", q, k, v).library == "fastlib 2.0"
+    assert row("torch_math", q, k, v).reason or row("torch_math", q, k, v).time_us  # what was known is kept
+    tried.clear()
+    assert served(q, k, v) == "lib" and not tried
+
+
+def test_a_library_that_appears_is_tried_against_the_winner_alone(library, tried, monkeypatch):
+    library(None)
+    add(monkeypatch, made_up("lib", honest, library="fastlib"))
+    turn(monkeypatch, Clock({"default": 4e-3, "lib": FAST}))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "default"
+    tried.clear()
+    library("1.0")
+    assert served(q, k, v) == "lib" and sorted(tried) == ["default", "lib"]
+
+
+def test_a_winner_that_vanished_leaves_the_runner_up(library, tried, monkeypatch):
+    add(monkeypatch, made_up("lib", honest, library="fastlib"), made_up("other", honest))
+    turn(monkeypatch, Clock({"default": 4e-3, "other": 2e-3, "lib": FAST}))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "lib"
+    library(None)
+    assert served(q, k, v) == "other"
+    assert row("lib", q, k, v).reason == "package fastlib is not installed"
+
+
+def test_a_loser_that_vanished_changes_nothing(library, tried, monkeypatch):
+    add(monkeypatch, made_up("lib", honest, library="fastlib"), made_up("other", honest))
+    turn(monkeypatch, Clock({"default": 4e-3, "other": FAST, "lib": 2e-3}))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "other"
+    tried.clear()
+    library(None)
+    assert served(q, k, v) == "other" and not tried
+
+
+def test_a_winner_beyond_its_limits_here_leaves_the_verdict_to_its_bucket(monkeypatch):
+    """The verdict is of a bucket; a length where the winner refuses is served by something right, not tuned anew."""
+    add(monkeypatch, made_up("short", honest, needs=(Range("extent", max=40_000),)))
+    turn(monkeypatch, Clock({"default": SLOW, "short": FAST}))
+    q, k, v = qkv(1, 300)
+    fastattn.attention(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "short"
+    q, k, v = qkv(1, 350)
+    check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by != "short"
