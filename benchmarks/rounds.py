@@ -34,7 +34,7 @@ def interleave(
     leave_beyond: float = 2.0,
     min_rounds: int = 5,
 ) -> Samples:
-    """Time all calls for `rounds` rounds, or fewer when `seconds` are over, but at least `min_rounds`.
+    """Time all calls for `rounds` rounds, or fewer when `seconds` are over, but at least `min_rounds` (3 of very long ones).
 
     A sample repeats a short call until it takes about `sample_s`. After three rounds calls outside `stay` (None: all stay)
     that are `leave_beyond` times slower than the fastest one leave.
@@ -55,7 +55,8 @@ def interleave(
             if index == 2 and stay is not None:
                 best = min(median(samples) for samples in found.values())
                 alive = [n for n in alive if n in stay or median(found[n]) <= leave_beyond * best]
-            if index + 1 >= min_rounds and time.perf_counter() - start > seconds:
+            took = time.perf_counter() - start
+            if took > seconds and index + 1 >= (min_rounds if took < seconds * min_rounds else 3):
                 break
     finally:
         if was_on:
@@ -69,8 +70,10 @@ def spread(samples: Samples, one: str, other: str) -> float:
 
 
 def _repeats(call: Callable[[], object], sample_s: float) -> int:
-    call()  # its first run is no measure
     took = _time(call, 1)
+    if took > 10 * sample_s:
+        return 1
+    took = _time(call, 1)  # the first run is no measure
     if took < sample_s / 10:
         took = _time(call, 10)
     return max(1, round(sample_s / max(took, 1e-9)))

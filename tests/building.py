@@ -197,7 +197,7 @@ class Expected:
         terms = grad * x["out"]
         if self.dtype in HALF:  # delta = sum_d o_d do_d is taken from an output whose terms were rounded one by one
             delta = terms.square().sum(-1, keepdim=True).sqrt() * w
-            cancel_q = s * self.u * self._per_kv_head((delta.sum(-1, keepdim=True) * (w @ x["k"]).abs()))
+            cancel_q = s * self.u * self._per_kv_head(delta.sum(-1, keepdim=True) * (w @ x["k"]).abs())
             cancel_k = s * self.u * self._heads_sum(delta.square().mT @ self.q.double().square()).sqrt()
         else:
             delta = (grad.abs() @ x["v"].abs().mT + terms.abs().sum(-1, keepdim=True)) * w

@@ -8,7 +8,9 @@ import torch._dynamo.testing
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
-from fastattn import attention, masks, resolve
+from fastattn import attention, config, masks, resolve
+from fastattn.device import Device
+from fastattn.verdict import Trial, Verdict
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 RESOLVE = resolve.attention
@@ -78,6 +80,30 @@ def test_dynamo_reports_one_graph_and_no_break():
     assert (found.graph_count, found.graph_break_count) == (1, 0)
     targets = [str(node.target) for graph in found.graphs for node in graph.graph.nodes]
     assert sum("scaled_dot_product" in t for t in targets) == 1
+
+
+def targets(run, *args):
+    found = torch._dynamo.explain(run)(*args)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    return {str(node.target) for graph in found.graphs for node in graph.graph.nodes}
+
+
+def test_the_stored_winner_stands_in_the_graph(monkeypatch):
+    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
+    with fastattn.options(mode="cached"):
+        problem = fastattn.explain(q, k, v).problem
+    verdict = Verdict(problem, "matmul", (Trial("default", time_us=9.0), Trial("matmul", time_us=1.0)))
+    resolve.settings_store(config.current()).put(verdict, Device.of(q.device))
+    fastattn.clear()
+    found = targets(lambda q, k, v: attention(q, k, v), q, k, v)
+    assert any("bmm" in t for t in found) and not any("scaled_dot_product" in t for t in found)
+    run = torch.compile(lambda q, k, v: attention(q, k, v), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(run(q, k, v), exact(q, k, v), atol=1e-5)
+    with fastattn.options(mode="off"):
+        torch._dynamo.reset()
+        found = targets(lambda q, k, v: attention(q, k, v), q, k, v)
+    assert any("scaled_dot_product" in t for t in found)
 
 
 def seen(q_len, kv_len, diagonal):

@@ -76,7 +76,7 @@ print(json.dumps([m for m in ("torch._dynamo", "torch._inductor", "rich", "click
 
 
 def test_every_public_name_is_there_and_documented():
-    assert sorted(fastattn.__all__) == fastattn.__all__ or set(fastattn.__all__) == {*fastattn.__all__}
+    assert len(set(fastattn.__all__)) == len(fastattn.__all__)
     for name in fastattn.__all__:
         assert getattr(fastattn, name).__doc__, name
 
@@ -124,8 +124,7 @@ def test_imports_point_down():
                 continue
             if parts[1] in depth and depth[parts[1]] <= depth[mine]:
                 wrong.append(f"{mine} imports {parts[1]}")
-    # the CLI's tune patches F.sdpa from inside the function that needs it
-    assert set(wrong) == set()
+    assert not wrong
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "kernels").glob("[a-z]*.py")), ids=lambda p: p.stem)
@@ -144,7 +143,11 @@ def test_the_words_import_only_torch_and_the_standard_library():
 
 def test_private_names_of_torch_are_reached_from_device_alone():
     """`torch._x` or an import from torch._x anywhere else is a name that the next torch may take away."""
-    allowed = {("memory.py", "torch.utils._python_dispatch"), ("memory.py", "torch.utils._pytree")}
+    allowed = {
+        ("memory.py", "torch.utils._python_dispatch"),
+        ("memory.py", "torch.utils._pytree"),
+        ("probe.py", "torch._neg_view"),  # in the self-test: without it the plain guard is used
+    }
     found = set()
     for path in SOURCE.rglob("*.py"):
         if path.name == "device.py":

@@ -26,10 +26,8 @@ assert source.count(head) == 1
 source = source.replace(head, head + "    MISSING.append(path)\\n    return None\\n")
 module = importlib.util.module_from_spec(spec)
 module.MISSING = []
-exec(compile(source, spec.origin, "exec"), module.__dict__) if False else None
 sys.modules["fastattn.device"] = module
-code = compile(source, spec.origin, "exec")
-exec(code, module.__dict__)
+exec(compile(source, spec.origin, "exec"), module.__dict__)
 del sys.modules["fastattn"]
 import fastattn
 assert fastattn.resolve.Device is module.Device, "another fastattn.device was imported"
@@ -129,7 +127,8 @@ def said(tmp_path_factory):
 
 
 def test_every_private_name_was_missing(said):
-    assert said["missing"] >= len({path for path in device.PRIVATE.values()}) - 8  # the CUDA rows are asked for when loaded
+    on_the_cpu = [name for name in device.PRIVATE if not name.startswith("cuda_")]  # CUDA's are asked for when loaded
+    assert said["missing"] >= len(on_the_cpu) - 2  # nor the kernels', which load when first a candidate
     assert said["native"] is False
 
 
@@ -143,6 +142,6 @@ def test_a_kernel_that_lives_below_the_dispatcher_is_out(said):
 
 
 @pytest.mark.parametrize("name", device.PRIVATE)
-def test_every_row_has_a_name_of_this_torch_or_is_cuda(name):
+def test_every_row_is_a_name_of_this_torch(name):
     """The table is of names that exist; a typo would silently turn the stand-in on for ever."""
     assert device.private(name) is not None

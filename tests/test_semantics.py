@@ -1,4 +1,4 @@
-"""What attention() computes, against float64: every rule of the call, in float32, bfloat16 and float16, forward and backward."""
+"""What attention() computes, against float64: every rule of the call, in fp32, bf16 and fp16, forward and backward."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from fakes import FAST, SLOW, Clock, add, check, honest, made_up, problem, qkv, replace_default, row, turn
 
 import fastattn
-from fastattn import candidates, config, memory, tuning
+from fastattn import Problem, candidates, config, memory, tuning
 from fastattn.kernel import Range
 
 MIB = 2**20
@@ -112,13 +112,14 @@ def test_a_known_allocation_is_measured():
         a = torch.empty(5 * MIB, dtype=torch.int8)
         b = torch.empty(7 * MIB, dtype=torch.int8)
         del a
-        c = torch.empty(4 * MIB, dtype=torch.int8)
+        c = torch.empty(6 * MIB, dtype=torch.int8)
+        out = x * 2
         del b, c
-        return x * 2
+        return out
 
     out, temporary, saved = memory.measure(run, [x])
     assert torch.equal(out, x * 2)
-    assert 12 * MIB <= temporary <= 12 * MIB + 8192 and saved == 0
+    assert temporary == 13 * MIB and saved == 0  # b and c; the output beside them is left out
 
 
 def test_saved_bytes_leave_out_inputs_and_output():
@@ -130,8 +131,10 @@ def test_saved_bytes_leave_out_inputs_and_output():
 
 def greedy(size):
     def run(q, k, v, mask, a):
-        torch.empty(size, dtype=torch.int8)
-        return honest(q, k, v, mask, a)
+        room = torch.empty(size, dtype=torch.int8)
+        out = honest(q, k, v, mask, a)
+        del room
+        return out
 
     return run
 
@@ -169,7 +172,8 @@ def test_bytes_saved_for_backward_are_limited_too(mib, wins, monkeypatch):
     trial = verdict.trial("keeps")
     assert (verdict.winner == "keeps") == wins
     assert trial.saved_bytes >= mib * MIB
-    assert wins or (str(trial.saved_bytes) in trial.reason and str(128 * MIB) in trial.reason)
+    used = max(trial.saved_bytes, trial.temporary_bytes)
+    assert trial.reason == (None if wins else f"memory: {used} bytes beyond its inputs and output > {128 * MIB}")
 
 
 def test_the_limit_is_three_times_q_k_v_and_out():
@@ -186,11 +190,13 @@ def test_the_incumbent_is_exempt(monkeypatch):
     assert verdict.winner == "default" and verdict.trial("default").temporary_bytes >= 300 * MIB
 
 
-def test_unfused_kernels_are_not_even_run_where_their_scores_break_the_rule(monkeypatch):
-    p = problem(q_heads=2, kv_heads=2, q_len=5000, kv_len=5000, head_dim=8)
-    clock = turn(monkeypatch, Clock({"default": FAST}, other=FAST))
-    found = reasons(tune(p, clock))
-    assert found["matmul"] == f"memory: {2 * 5000 * 5000 * 4} bytes of scores > {128 * MIB}"
+def test_an_unfused_kernel_whose_scores_break_the_rule_is_not_run(monkeypatch):
+    """To run it, only to see how much it takes, is what the rule is there to avoid."""
+    monkeypatch.setattr(Problem, "memory_limit", property(lambda p: MIB))
+    clock = turn(monkeypatch, Clock({"default": FAST}))
+    found = reasons(tune(problem(q_len=600, kv_len=600), clock))
+    assert found["torch_math"] == f"memory: {4 * 600 * 600 * 4} bytes of scores > {MIB}"
+    assert "torch_math" not in clock.ran
 
 
 # --- what is tried again

@@ -185,7 +185,7 @@ CHUNK_BYTES = 4 * 2**20  # of float32 scores at once: they stay in a core's seco
 def _when_chunks(kernel: Kernel, p: Problem) -> str:
     if not kernel.chunks or p.scores * 4 <= CHUNK_BYTES:
         return NO
-    return REQUIRED if p.scores * 12 > p.memory_limit else OPTIONAL
+    return REQUIRED if p.unfused_bytes > p.memory_limit else OPTIONAL
 
 
 def _chunks(step: Run, kernel: Kernel, p: Problem) -> Run:

@@ -63,7 +63,8 @@ class Kernel:
     deterministic: bool = True  # the same bits on every run, backward included
     contiguous: bool = False  # worth trying with dense copies of q, k, v
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
-    chunks: bool = False  # materialises the scores: worth cutting into blocks that fit a cache
+    unfused: bool = False  # materialises the scores, some three times over
+    chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
     reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
     approximate: bool = False  # quantises its inputs: needs a number from the caller

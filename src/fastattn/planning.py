@@ -146,7 +146,6 @@ def why_not_default(p: Problem, device: Device, found: Sequence[Decision]) -> st
     runs = default_runs(p, device, found)
     if device.type == "cuda" and p.extent > INT32:
         return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
-    temporary = 3 * p.scores * 4
-    if runs == "torch_math" and temporary > p.memory_limit:
-        return f"the default would run torch_math with {temporary} temporary bytes > {p.memory_limit}"
+    if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
+        return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
     return None

@@ -151,6 +151,11 @@ class Problem:
         """Elements of the score matrix."""
         return self.batch * self.q_heads * self.q_len * self.kv_len
 
+    @property
+    def unfused_bytes(self) -> int:
+        """Temporary bytes of an unfused kernel: the scores, masked and normalised, in float32."""
+        return 3 * 4 * self.scores
+
     def bucketed(self, lengths: str) -> Problem:
         """The problem that stands for this one's bucket: its lengths are canonical (fastattn.buckets)."""
         if lengths == "exact":

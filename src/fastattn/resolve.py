@@ -552,11 +552,17 @@ def _rescued(
         try:
             return call(q, k, v, mask)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            if _is_not_its_own(error):
                 raise
             return _rescue(error, chosen, verdict, problem, settings, key, structured, (q, k, v, mask))
 
     return run
+
+
+def _is_not_its_own(error: Exception) -> bool:
+    """Out of memory, a sticky CUDA error, and what a hook of the caller's raises through the kernel (checkpoint's early stop)."""
+    is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
+    return is_hook or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
 
 
 def _rescue(

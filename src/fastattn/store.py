@@ -31,8 +31,11 @@ def default_directory() -> Path | None:
     """The user's cache directory; None where there is no home to put it in. Never /tmp."""
     import platformdirs
 
-    found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
-    home = Path(os.path.expanduser("~"))
+    try:
+        found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
+        home = Path(os.path.expanduser("~"))
+    except (RuntimeError, KeyError, OSError):  # a user without an entry in passwd
+        return None
     if not found.is_absolute() or home in (Path("/"), Path("~")) or found.parts[:2] == ("/", "tmp"):
         return None if "XDG_CACHE_HOME" not in os.environ else found
     return found

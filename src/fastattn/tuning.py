@@ -172,6 +172,10 @@ class _Race:
     def admit(self, entrant: Entrant, against: Entrant | None = None) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
         candidate, s = entrant.candidate, self.sample
+        p = self.problem
+        if against is not None and candidate.kernel.unfused and p.unfused_bytes > p.memory_limit:
+            entrant.reason = f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+            return
         try:
             entrant.errors = verifying.summary(self.judged, self._timed_once(entrant))
             if not entrant.errors.passed:
@@ -180,9 +184,6 @@ class _Race:
             call = planning.bind(candidate, self.problem, self.scale)
             run = self._whole(call)
             inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
-            if against is not None and (why := self._too_much(candidate)):
-                entrant.reason = why
-                return
             _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
             limit = self.problem.memory_limit
             if against is not None and max(entrant.temporary, entrant.saved) > limit:
@@ -224,13 +225,6 @@ class _Race:
             return out
 
         return run
-
-    def _too_much(self, candidate: Accepted) -> str | None:
-        """Unfused kernels are not even run where their scores alone break the memory rule."""
-        p = self.problem
-        if candidate.kernel.chunks and "chunks" not in candidate.conversions and p.scores * 4 > p.memory_limit:
-            return f"memory: {p.scores * 4} bytes of scores > {p.memory_limit}"
-        return None
 
     def longest(self, alive: list[Entrant]) -> float:
         return max(self.clock.time(e.run, 1) for e in alive) * len(alive)

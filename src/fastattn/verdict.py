@@ -74,7 +74,7 @@ class Verdict:
     @staticmethod
     def from_json(data: Any) -> Verdict:
         """Inverse of to_json. Raises ValueError, TypeError or KeyError on anything else."""
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError("another schema")
         trials = tuple(_trial(t) for t in data["trials"])
         verdict = Verdict(

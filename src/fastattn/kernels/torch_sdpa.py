@@ -100,6 +100,7 @@ KERNELS = (
     ),
     Kernel(
         name="torch_math",
+        unfused=True,
         summary="torch's unfused math",
         load=load_math,
         devices=("cpu", "cuda"),

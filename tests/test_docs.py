@@ -1,0 +1,36 @@
+"""Every python block of the README and the docs runs, each in a fresh namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "adding-a-kernel.md")]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+BLOCKS = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, code in enumerate(blocks(page))]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_a_block_runs(code, monkeypatch):
+    monkeypatch.setenv("FASTATTN_LOG", "error")
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_readme_has_blocks():
+    assert blocks(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    # docs/adding-a-kernel.md has its own test
+    missing = [link for link in links if not (page.parent / link).exists() and not link.endswith("adding-a-kernel.md")]
+    assert missing == []

@@ -1,0 +1,228 @@
+"""THE TABLE: one row per kernel, what it accepts and what it refuses, word for word. docs/adding-a-kernel.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from fakes import CPU, problem
+
+from fastattn import candidates, config, kernels
+from fastattn.device import Device
+from fastattn.kernel import Accepted, Range, Rejected
+
+H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=91600)
+A100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=91600)
+V100 = Device("cuda", "made-up V100", 70, cuda="12.8", cudnn=91600)
+MADE_UP = {"cpu": CPU, "cuda": H100, "a100": A100, "v100": V100}
+
+CAUSAL = {"causal": "top_left"}
+BOTTOM = {"causal": "bottom_right", "kv_len": 100}
+BOOL = {"mask": "bool", "mask_shape": "11qk"}
+BIAS = {"mask": "float32", "mask_shape": "1hqk"}
+GRAD = {"needs_grad": True}
+BF16 = {"dtype": "bfloat16"}
+GQA = {"q_heads": 8, "kv_heads": 2}
+
+
+@dataclass
+class Case:
+    """A kernel on a device. accepts: changes to a Problem that it can do; refuses: the exact reason -> changes."""
+
+    name: str
+    accepts: list[dict[str, Any]]
+    refuses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    device: str = "cpu"
+
+
+TABLE = [
+    Case("default", accepts=[{}, CAUSAL, BOTTOM, BOOL, {**BIAS, "mask_grad": True}, GRAD, GQA, {"kv_len": 0}]),
+    Case(
+        "torch_flash",
+        accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}, {"head_dim_v": 40}, {"dtype": "float64"}],
+        refuses={
+            "kv_len 0 < 1": {"kv_len": 0},
+            "q_len 0 < 1": {"q_len": 0},
+            "a gradient for the mask is not supported": {**BIAS, **GRAD, "mask_grad": True},
+            "switched off by torch.backends.cuda.enable_flash_sdp(False) or sdpa_kernel(...)": {"off": ("flash",)},
+        },
+    ),
+    Case(
+        "torch_math",
+        accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}],
+        refuses={
+            "kv_len 0 < 1": {"kv_len": 0},
+            "switched off by torch.backends.cuda.enable_math_sdp(False) or sdpa_kernel(...)": {"off": ("math",)},
+        },
+    ),
+    Case(
+        "matmul",
+        accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GQA, BF16],
+        refuses={"gradients are not supported": GRAD},
+    ),
+    Case(
+        "matmul_mixed",
+        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}],
+        refuses={
+            "dtype float32 is not one of bfloat16": {},
+            "dtype float16 is not one of bfloat16": {"dtype": "float16"},
+            "gradients are not supported": {**BF16, **GRAD},
+        },
+    ),
+    Case(
+        "matmul_shifted",
+        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}],
+        refuses={
+            "dtype float32 is not one of bfloat16": {},
+            "scale negative is not one of positive": {**BF16, "scale": "negative"},
+            "gradients are not supported": {**BF16, **GRAD},
+        },
+    ),
+    Case("sdpa_math", accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"kv_len": 0}, {"deterministic": True}]),
+    Case(
+        "torch_flash",
+        device="cuda",
+        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **GRAD}, {**BF16, "head_dim": 37}, {**BF16, **GQA}],
+        refuses={
+            "dtype float32 is not one of float16, bfloat16": {},
+            "head_dim 264 > 256": {**BF16, "head_dim": 264},
+            "kv_len 0 < 1": {**BF16, "kv_len": 0},
+            "a mask is not supported (bool 11qk)": {**BF16, **BOOL},
+            "scale negative is not one of positive": {**BF16, "scale": "negative"},
+            "causal top_left with q_len 64 != kv_len 100, it draws bottom_right": {**BF16, **CAUSAL, "kv_len": 100},
+        },
+    ),
+    Case("torch_flash", device="v100", accepts=[], refuses={"capability 70 < 80": BF16}),
+    Case(
+        "torch_efficient",
+        device="cuda",
+        accepts=[{}, BF16, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}],
+        refuses={
+            "dtype float64 is not one of float16, bfloat16, float32": {"dtype": "float64"},
+            "not deterministic, and torch.use_deterministic_algorithms is on": {"deterministic": True},
+            "batch 65536 > 65535": {"batch": 65536},
+            "aligned False is not one of True": {"aligned": False},
+        },
+    ),
+    Case(
+        "torch_cudnn",
+        device="cuda",
+        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}, {**BF16, **GRAD}, {**BF16, **GQA}],
+        refuses={
+            "head_dim 37 is not a multiple of 8": {**BF16, "head_dim": 37},
+            "head_dim 136 > 128": {**BF16, "head_dim": 136},
+            "kv_len 1 < 2": {**BF16, "kv_len": 1},
+            "dtype float32 is not one of float16, bfloat16": {},
+        },
+    ),
+    Case("torch_cudnn", device="a100", accepts=[BF16]),
+    Case("default", device="cuda", accepts=[{}, BF16, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA]),
+    Case("torch_math", device="cuda", accepts=[{}, BF16, CAUSAL, BOOL, GRAD, GQA], refuses={"kv_len 0 < 1": {"kv_len": 0}}),
+    Case("matmul", device="cuda", accepts=[], refuses={"needs cpu, this device is cuda": {}}),
+    Case("matmul_shifted", device="cuda", accepts=[], refuses={"needs cpu, this device is cuda": BF16}),
+    Case("sdpa_math", device="cuda", accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA]),
+]
+
+
+def decide(name, device, changes):
+    """(whether it is accepted, its reasons)."""
+    silicon = MADE_UP[device]
+    [kernel] = [k for k in kernels.rows_for(silicon.type) if k.name == name]
+    found = candidates.decide(kernel, problem(**{"device": silicon.type, **changes}), silicon, config.Config())
+    return any(isinstance(d, Accepted) for d in found), [r for d in found if isinstance(d, Rejected) for r in d.reasons]
+
+
+def test_every_kernel_has_a_row_and_every_row_a_kernel():
+    assert {case.name for case in TABLE} == set(kernels.names())
+    rows = {(kernel.name, device) for kernel in kernels.rows() for device in kernel.devices}
+    assert rows <= {(case.name, MADE_UP[case.device].type) for case in TABLE}
+
+
+def check_case(case):
+    """Also for docs/adding-a-kernel.md's own row."""
+    for changes in case.accepts:
+        assert decide(case.name, case.device, changes) == (True, []), changes
+    for reason, changes in case.refuses.items():
+        accepted, reasons = decide(case.name, case.device, changes)
+        assert not accepted and reason in reasons, (reason, reasons)
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda c: f"{c.name} on {c.device}")
+def test_a_kernel_accepts_and_refuses_what_the_table_says(case):
+    check_case(case)
+
+
+def test_an_unknown_library_a_foreign_device_and_a_closed_list_are_reasons():
+    kernel = replace(kernels.rows()[1], name="elsewhere", library="no-such-library", devices=("cuda",))
+    [found] = candidates.decide(kernel, problem(), CPU, config.Config())
+    assert found.reasons == ("needs cuda, this device is cpu",)
+    [found] = candidates.decide(kernel, problem(device="cuda"), H100, config.Config(kernels=("matmul",)))
+    assert found.reasons[0] == "excluded by options: kernels matmul"
+    assert "package no-such-library is not installed" in found.reasons
+
+
+# --- limits, from the rows themselves
+
+RANGES = [
+    pytest.param(kernel, need, id=f"{kernel.name} {device} {need.describe()}")
+    for kernel in kernels.rows()
+    for device in kernel.devices
+    for need in kernel.needs
+    if isinstance(need, Range)
+]
+
+
+def placed(need, value, kernel):
+    """A problem and a device where the limited field has that value."""
+    kind = kernel.devices[0]
+    silicon = replace(MADE_UP[kind], capability=value) if need.field == "capability" else MADE_UP[kind]
+    changes = {} if need.field == "capability" else {need.field: value}
+    return problem(device=kind, dtype=kernel.dtypes[0], **changes), silicon
+
+
+@pytest.mark.parametrize("kernel, need", RANGES)
+def test_a_limit_accepts_just_inside_and_refuses_just_outside_with_both_numbers(kernel, need):
+    inside, outside = need.edges()
+    assert inside and outside, "a limit without an edge limits nothing"
+    for value in inside:
+        p, silicon = placed(need, value, kernel)
+        assert need.why_not(p, silicon) is None
+    for value in outside:
+        p, silicon = placed(need, value, kernel)
+        reason = need.why_not(p, silicon)
+        numbers = {int(n) for n in re.findall(r"\d+", reason)}
+        assert reason.startswith(f"{need.field} {value} ")
+        assert value in numbers and numbers & {need.min, need.max, need.multiple_of} - {None}
+        found = candidates.decide(kernel, p, silicon, config.Config())
+        assert any(reason in d.reasons for d in found if isinstance(d, Rejected)), found
+
+
+def test_the_edges_of_a_range_are_just_that():
+    assert Range("kv_len", min=1).edges() == ([1], [0])
+    assert Range("head_dim", max=128, multiple_of=8).edges() == ([128], [136, 9])
+    assert Range("capability", min=80, max=121).edges() == ([80, 121], [79, 122])
+
+
+def test_limits_written_out_name_both_numbers():
+    sm86 = replace(H100, capability=86)
+    texts = {
+        "torch_flash": "training with head_dim 200 > 192 on sm86 (86, 89, 120 and 121 refuse it)",
+        "torch_efficient": "wrong with a mask or causal and q_len 70000 > 65536 (pytorch#162588)",
+    }
+    p = problem(device="cuda", dtype="float16", head_dim=200, needs_grad=True, q_len=70_000, causal="top_left")
+    reasons = {d.name: d.reasons for d in candidates.decisions(p, sm86, config.Config()) if isinstance(d, Rejected)}
+    assert all(text in reasons[name] for name, text in texts.items()), reasons
+    p = p.replace(head_dim=192, q_len=65_536)
+    found = candidates.decisions(p, sm86, config.Config())
+    assert set(texts) <= {d.kernel.name for d in found if isinstance(d, Accepted)}
+
+
+def test_every_reason_in_the_table_names_what_it_met():
+    """A number or a name from the problem, beside the limit; words alone only where the kernel cannot do a thing at all."""
+    whole = ("gradients are", "a gradient for", "causal is", "not deterministic", "switched off", "needs ")
+    for case in TABLE:
+        for reason, changes in case.refuses.items():
+            met = {str(v) for v in changes.values()} | {"float32", "64", "70"}
+            assert reason.startswith(whole) or any(word.strip("(),") in met for word in reason.split()), reason

@@ -1,0 +1,209 @@
+"""A winner that raises is answered in the same call, demoted on disk, and reported once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from fakes import FAST, Clock, add, check, honest, made_up, problem_of, qkv, row, turn
+
+import fastattn
+
+
+class Fragile:
+    """Right, and by far the fastest, until `error` is set."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.calls = 0
+
+    def __call__(self, q, k, v, mask, a):
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        return honest(q, k, v, mask, a)
+
+
+@pytest.fixture
+def fragile(monkeypatch):
+    kernel = Fragile()
+    add(monkeypatch, made_up("fragile", kernel))
+    turn(monkeypatch, Clock({"default": 4e-3, "fragile": FAST}))
+    return kernel
+
+
+def stored(directory):
+    [path] = directory.rglob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragile, own_store, caplog):
+    q, k, v = qkv(64)
+    for _ in range(4):
+        check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == stored(own_store)["winner"] == "fragile"
+    fragile.error = RuntimeError("illegal instruction\nat 0x0")
+    with caplog.at_level(logging.WARNING, "fastattn"):
+        check(q, k, v)  # the fifth
+        calls = fragile.calls
+        for _ in range(5):
+            check(q, k, v)
+    assert fragile.calls == calls, "it was asked again after it was demoted"
+    [record] = caplog.records
+    assert "fragile" in record.getMessage() and "RuntimeError: illegal instruction" in record.getMessage()
+
+
+def test_it_is_tombstoned_on_disk_with_its_exception(fragile, own_store):
+    q, k, v = qkv(64)
+    check(q, k, v)
+    fragile.error = RuntimeError("illegal instruction\nat 0x0")
+    check(q, k, v)
+    kept = stored(own_store)
+    [trial] = [t for t in kept["trials"] if t["candidate"] == "fragile"]
+    assert trial["tombstone"] == "RuntimeError: illegal instruction"
+    assert trial["time_us"] > 0  # what was measured is kept
+    assert kept["winner"] != "fragile"
+    assert row("fragile", q, k, v).tombstone and "demoted: it raised RuntimeError" in str(fastattn.explain(q, k, v))
+
+
+def test_the_next_of_the_same_verdict_serves_then(monkeypatch, caplog):
+    kernel = Fragile()
+    add(monkeypatch, made_up("fragile", kernel), made_up("second", honest))
+    turn(monkeypatch, Clock({"default": 4e-3, "fragile": FAST, "second": 1.3 * FAST}))
+    q, k, v = qkv(64)
+    check(q, k, v)
+    kernel.error = RuntimeError("broken")
+    with caplog.at_level(logging.WARNING, "fastattn"):
+        check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "second"
+    assert "second serves from now on" in caplog.text
+
+
+def test_one_after_the_other_may_fail(monkeypatch):
+    first, second = Fragile(), Fragile()
+    add(monkeypatch, made_up("first", first), made_up("second", second))
+    turn(monkeypatch, Clock({"default": 4e-3, "first": FAST, "second": 1.3 * FAST}))
+    q, k, v = qkv(64)
+    check(q, k, v)
+    first.error = second.error = RuntimeError("broken")
+    for _ in range(3):
+        check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by not in ("first", "second")
+
+
+def test_gradients_come_from_what_answered(fragile):
+    q, k, v = qkv(64, grad=True)
+    check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "fragile"
+    fragile.error = RuntimeError("broken")
+    check(q, k, v)  # forward and backward
+
+
+def test_a_plan_that_raises_is_answered_too(fragile):
+    q, k, v = qkv(64)
+    plan = fastattn.plan(q, k, v)
+    assert plan.candidate == "fragile"
+    want = plan(q, k, v)
+    fragile.error = RuntimeError("broken")
+    torch.testing.assert_close(plan(q, k, v), want)
+
+
+def test_other_problems_of_the_same_kernel_keep_their_verdicts(fragile):
+    one, other = qkv(64), qkv(80)
+    check(*one)
+    check(*other)
+    fragile.error = RuntimeError("broken")
+    check(*one)
+    fragile.error = None
+    assert fastattn.explain(*one).served_by != "fragile"
+    assert fastattn.explain(*other).served_by == "fragile"
+
+
+def test_a_new_process_skips_the_tombstoned(fragile, own_store):
+    q, k, v = qkv(64)
+    check(q, k, v)
+    fragile.error = RuntimeError("broken")
+    check(q, k, v)
+    script = """
+        import fakes, fastattn, pytest, torch
+        from fastattn import kernels, resolve
+        def run(*args):
+            raise SystemExit("the tombstoned kernel was called")
+        kernels._extra.append(fakes.made_up("fragile", run))
+        resolve.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
+        q, k, v = fakes.qkv(64)
+        fastattn.attention(q, k, v)
+        why = fastattn.explain(q, k, v)
+        print(why.served_by, "|", fakes.row("fragile", q, k, v).tombstone)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": __file__.rpartition("/")[0]},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    served, _, tombstone = ran.stdout.strip().partition(" | ")
+    assert served == fastattn.explain(q, k, v).served_by and tombstone == "RuntimeError: broken"
+
+
+# --- what is not swallowed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        KeyboardInterrupt(),
+    ],
+    ids=["out of memory", "sticky", "interrupt"],
+)
+def test_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store, caplog):
+    q, k, v = qkv(64)
+    check(q, k, v)
+    fragile.error = error
+    with pytest.raises(type(error)) as raised:
+        fastattn.attention(q, k, v)
+    assert raised.value is error and not caplog.records
+    fragile.error = None
+    assert fastattn.explain(q, k, v).served_by == "fragile"
+    assert "tombstone" not in json.dumps(stored(own_store))
+
+
+def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_store, monkeypatch, caplog):
+    """Whatever serves raises the same: it is the call that is wrong. Here: storage that was freed under the tensor."""
+    from fastattn import planning
+
+    q, k, v = qkv(64)
+    check(q, k, v)
+    fragile.error = ValueError("the caller's own")
+
+    def bind(*args, **named):
+        def run(*given):
+            raise ValueError("the caller's own, from another kernel")
+
+        return run
+
+    monkeypatch.setattr(planning, "bind", bind)
+    with pytest.raises(ValueError, match="^the caller's own$"):
+        fastattn.attention(q, k, v)
+    assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), ValueError("head_dim 32")], ids=lambda e: type(e).__name__)
+def test_an_order_is_not_rescued(error, fragile):
+    """kernel="name" runs or raises; nothing else answers in its place."""
+    q, k, v = qkv(64)
+    fastattn.attention(q, k, v, kernel="fragile")
+    fragile.error = error
+    with pytest.raises(type(error)):
+        fastattn.attention(q, k, v, kernel="fragile")
+
+
+def test_the_problem_of_these_tests_is_one_kind():
+    assert problem_of(*qkv(64)).digest == problem_of(*qkv(64, seed=3)).digest
