@@ -14,6 +14,7 @@ import hashlib, json, sys
 import torch, fastattn
 from fastattn import config, resolve, tuning, masks
 
+torch.set_num_threads(1)
 tuned = []
 real = tuning.tune
 tuning.tune = lambda problem, *a, **kw: (tuned.append(str(problem)), real(problem, *a, **kw))[1]

@@ -39,9 +39,9 @@ before, environ, threads = set(sys.modules), dict(os.environ), threading.active_
 flags = (torch.is_grad_enabled(), torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled(), torch.initial_seed())
 rng, writes = torch.get_rng_state(), []
 def hook(event, args):
-    if event in ("os.mkdir", "socket.connect", "subprocess.Popen") or event == "open" and isinstance(args[2], int) and args[2] & 3:
-        if "__pycache__" not in str(args[0]):
-            writes.append([event, str(args[0])])
+    is_write = event == "open" and isinstance(args[2], int) and args[2] & 3 and "__pycache__" not in str(args[0])
+    if is_write or event in ("os.mkdir", "socket.connect", "subprocess.Popen"):
+        writes.append([event, str(args[0])])
 sys.addaudithook(hook)
 import fastattn
 new = sorted({name.split(".")[0] for name in set(sys.modules) - before})

@@ -214,7 +214,7 @@ def test_limits_written_out_name_both_numbers():
     p = problem(device="cuda", dtype="float16", head_dim=200, needs_grad=True, q_len=70_000, causal="top_left")
     reasons = {d.name: d.reasons for d in candidates.decisions(p, sm86, config.Config()) if isinstance(d, Rejected)}
     assert all(text in reasons[name] for name, text in texts.items()), reasons
-    p = p.replace(head_dim=192, q_len=65_536)
+    p = p.replace(head_dim=192, q_len=65_536, kv_len=65_536)
     found = candidates.decisions(p, sm86, config.Config())
     assert set(texts) <= {d.kernel.name for d in found if isinstance(d, Accepted)}
 

@@ -33,6 +33,7 @@ import fastattn
 assert fastattn.resolve.Device is module.Device, "another fastattn.device was imported"
 from fastattn import attention, api, device, probe, resolve
 exact = lambda q, k, v, **kw: F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **kw).to(q.dtype)
+torch.set_num_threads(1)
 q, k, v = (torch.randn(2, 4, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
 said = {}
 """

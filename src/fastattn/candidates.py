@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
@@ -93,6 +92,8 @@ def load(kernel: Kernel) -> Run:
 @cache
 def version(library: str) -> str | None:
     """Version of an installed distribution; None if it is not installed."""
+    import importlib.metadata  # 5 ms, and only a miss needs it
+
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

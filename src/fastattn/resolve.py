@@ -560,7 +560,7 @@ def _rescued(
 
 
 def _is_not_its_own(error: Exception) -> bool:
-    """Out of memory, a sticky CUDA error, and what a hook of the caller's raises through the kernel (checkpoint's early stop)."""
+    """Out of memory, a sticky CUDA error, or what a hook of the caller raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
     return is_hook or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
 

@@ -20,9 +20,12 @@ from fastattn.verdict import Trial, Verdict
 from fastattn.verifying import Errors
 
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
+ONE_LOOK = 0.15  # the margin where time allowed for fewer than three rounds
 HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
+SLOW_S = 0.25
+TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 NOT_TRIED = "not tried: budget"
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +85,7 @@ def tune(
     torch_device = torch.device(problem.device) if device is None else device
     silicon = Device.of(torch_device)
     clock = clock or timing.stopwatch(torch_device)
-    start = clock.now()
+    began = clock.now()
     race = _Race(problem, torch_device, clock)
     found = candidates.decisions(problem, silicon, config)
     trials = [Trial(d.name, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
@@ -91,7 +94,9 @@ def tune(
     native = planning.default_runs(problem, silicon, found)
     race.admit(entrants[0])
     incumbent = entrants[0]
+    start = clock.now()
     budget = float("inf") if thorough else _budget(incumbent.first_run)
+    tried = 0
     for index, entrant in enumerate(_in_order(entrants[1:], prior), 1):
         if progress is not None:
             progress(entrant.candidate.name, index, len(entrants))
@@ -100,10 +105,11 @@ def tune(
             entrant.reason = "the default runs this kernel"
         elif kernel == "sdpa_math" and any(e.reason is None for e in entrants if e.first_call is not None):
             entrant.reason = "not tried: the last resort"
-        elif clock.now() - start > 0.75 * budget:
+        elif tried >= TRIED_ANYWAY and clock.now() - start > 0.75 * budget:
             entrant.reason = NOT_TRIED
         else:
             race.admit(entrant, against=incumbent)
+            tried += 1
     alive = [e for e in entrants if e.reason is None]
     if alive:
         left = max(0.25 * budget, budget - (clock.now() - start)) if budget < float("inf") else 40 * race.longest(alive)
@@ -114,7 +120,7 @@ def tune(
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
     order = (*(e.trial() for e in entrants), *old, *trials)
     result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today())
-    _log(result, clock.now() - start)
+    _log(result, clock.now() - began)
     race.close()
     return result
 
@@ -184,14 +190,17 @@ class _Race:
             call = planning.bind(candidate, self.problem, self.scale)
             run = self._whole(call)
             inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+            start = self.clock.now()
             _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
+            entrant.first_run = self.clock.now() - start
             limit = self.problem.memory_limit
             if against is not None and max(entrant.temporary, entrant.saved) > limit:
                 used = max(entrant.temporary, entrant.saved)
                 entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
                 return
             entrant.run = run
-            entrant.first_run = self.clock.time(run, 1)
+            if entrant.first_run < SLOW_S:  # else one run is enough to go by
+                entrant.first_run = self.clock.time(run, 1)
             if against is not None and entrant.first_run > HOPELESS * against.first_run > 0:
                 entrant.reason = f"more than {HOPELESS:g} x slower than the default at the first run"
         except torch.OutOfMemoryError as error:
@@ -267,7 +276,7 @@ def _pick(entrants: list[Entrant]) -> Entrant | None:
     incumbent = next((e for e in alive if e.candidate.kernel.name == "default"), None)
     best = min(alive, key=lambda e: e.timing.median)
     noise = max(best.timing.noise, incumbent.timing.noise if incumbent else 0.0)
-    margin = max(MARGIN, 2 * noise)
+    margin = max(MARGIN, 2 * noise, ONE_LOOK if len(best.timing.samples) < timing.MIN_ROUNDS else 0.0)
     if incumbent is not None and best.timing.median * (1 + margin) >= incumbent.timing.median:
         return incumbent
     # Within the margin of the best a fixed order decides, so that runs agree; never one that ties with the incumbent.
