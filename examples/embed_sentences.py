@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastattn
-from fastattn import resolve, tuning
+from fastattn import learnt, tuning
 from fastattn.device import Device
 
 SENTENCES = """
@@ -145,7 +145,7 @@ def one_dtype(name, model, tokenized, reference, given, watch):
     model = model.to(DTYPES[name])
     stock = embed(model, tokenized)
     before, start = watch.count, time.perf_counter()
-    with resolve.collected() as met:
+    with learnt.collected() as met:
         ours = patched_embed(model, tokenized)
     first_s = time.perf_counter() - start
     served = [fastattn.explanation.of_problem(problem) for problem in met]

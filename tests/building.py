@@ -80,7 +80,7 @@ def qkv(b=2, hq=4, hkv=None, sq=19, skv=None, d=16, dv=None, *, dtype=torch.floa
 
 
 def mask_of(letters, kind, b, h, sq, skv):
-    """A mask whose dimensions not in `letters` are 1, e.g. "b11k"; `kind` is bool or a float dtype. Every third row is empty."""
+    """A mask whose dimensions not in `letters` are 1, e.g. "b11k"; `kind` is a dtype. Every third row is empty."""
     sizes = {"b": b, "h": h, "q": sq, "k": skv, "1": 1}
     shape = [sizes[n] for n in letters]
     visible = torch.rand(shape) < 0.7
@@ -206,7 +206,8 @@ class Expected:
         more = {"dq": cancel_q, "dk": cancel_k, "dv": torch.zeros_like(cancel_k)}
         worst = 0.0
         for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
-            budget = 3 * (self._per_kv_head(self._e(name)) + (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs()) + more[name])
+            rounding = (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs())
+            budget = 3 * (self._per_kv_head(self._e(name)) + rounding + more[name])
             error = self._per_kv_head((back(self.layout, got).double() - x[name]).abs())
             worst = max(worst, _worst(error, budget))
         if dmask is not None:

@@ -10,7 +10,7 @@ import torch
 os.environ.pop("FASTATTN_MODE", None)
 
 import fastattn
-from fastattn import config
+from fastattn import config, learnt
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,7 @@ def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "store"))
     config.forget()
     fastattn.clear()
+    learnt.state.spent_s = 0.0
     torch.manual_seed(0)
     before = torch.nn.functional.scaled_dot_product_attention
     yield tmp_path / "store"

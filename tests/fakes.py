@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn import Problem, config, inputs, kernels, planning, resolve, samples, timing, verifying
+from fastattn import Problem, config, inputs, kernels, learnt, planning, samples, timing, verifying
 from fastattn.device import Device
 from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.kernels.matmul import load_math
@@ -70,7 +70,7 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 
     monkeypatch.setattr(planning, "bind", ticking)
     monkeypatch.setattr(timing, "stopwatch", lambda device: clock)
-    monkeypatch.setattr(resolve._state, "spent_s", 0.0)  # what other tests took of the process's budget
+    monkeypatch.setattr(learnt.state, "spent_s", 0.0)  # what other tests took of the process's budget
     return clock
 
 

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import cli, config, inputs, masks, presets, resolve
+from fastattn import cli, config, inputs, learnt, masks, presets, resolve
 from fastattn.device import Device
 from fastattn.problem import Problem
 
@@ -114,7 +114,7 @@ def test_threads_and_precision_are_this_process(monkeypatch):
 def test_every_preset_is_a_problem_whose_command_line_gives_it_back(name, dtype):
     for shape in presets.PRESETS[name]:
         problem = presets.problem(replace(shape, strides=None), dtype, grad=False)
-        assert asked(resolve.command_line(problem)) == [problem]
+        assert asked(learnt.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("words", [
@@ -123,7 +123,7 @@ def test_every_preset_is_a_problem_whose_command_line_gives_it_back(name, dtype)
 ])  # fmt: skip
 def test_command_line_is_parsed_back_to_the_same_problem(words):
     problem = asked(words)[0]
-    assert asked(resolve.command_line(problem)) == [problem]
+    assert asked(learnt.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("words", [
@@ -132,7 +132,7 @@ def test_command_line_is_parsed_back_to_the_same_problem(words):
 ])  # fmt: skip
 def test_command_line_names_the_strides(words):
     problem = asked(words)[0]
-    assert asked(resolve.command_line(problem)) == [problem]
+    assert asked(learnt.command_line(problem)) == [problem]
 
 
 def test_the_hint_of_an_untuned_call_tunes_that_call(caplog):

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
-from fastattn import attention, config, masks, resolve
+from fastattn import attention, config, learnt, masks, resolve
 from fastattn.device import Device
 from fastattn.verdict import Trial, Verdict
 
@@ -94,7 +94,7 @@ def test_the_stored_winner_stands_in_the_graph(monkeypatch):
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(q, k, v).problem
     verdict = Verdict(problem, "matmul", (Trial("default", time_us=9.0), Trial("matmul", time_us=1.0)))
-    resolve.settings_store(config.current()).put(verdict, Device.of(q.device))
+    learnt.settings_store(config.current()).put(verdict, Device.of(q.device))
     fastattn.clear()
     found = targets(lambda q, k, v: attention(q, k, v), q, k, v)
     assert any("bmm" in t for t in found) and not any("scaled_dot_product" in t for t in found)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import api, attention, config, guards, resolve, tuning
+from fastattn import api, attention, config, guards, learnt, resolve, tuning
 from fastattn.device import Device
 from fastattn.guards import PASS, RULES, STORED, TUNE, Context
 
@@ -75,7 +75,7 @@ def never_tuned(monkeypatch):
 
 def circumstances(*tensors):
     settings = config.current()
-    return guards.context([x for x in tensors if x is not None], settings, resolve.is_spent(settings))
+    return guards.context([x for x in tensors if x is not None], settings, learnt.is_spent(settings))
 
 
 def holds(name, *tensors):
@@ -103,7 +103,7 @@ def test_mode_cached_records_the_miss(qkv, never_tuned):
     with fastattn.options(mode="cached"):
         assert holds("cached", *qkv) == STORED
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
-    assert len(resolve.misses()) == 1
+    assert len(learnt.misses()) == 1
 
 
 def test_a_spent_budget(qkv, never_tuned, caplog):
@@ -120,7 +120,7 @@ def test_a_spent_budget(qkv, never_tuned, caplog):
 def test_a_stored_winner_serves_where_nothing_may_be_tuned(qkv, monkeypatch):
     verdict = fastattn.tune(problem_of(*qkv))[0]
     chosen = next(name for name in ("matmul", "torch_flash", "default") if verdict.trial(name) is not None)
-    resolve.settings_store(config.current()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
+    learnt.settings_store(config.current()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
     monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
     fastattn.clear()
     for change in ({"mode": "cached"}, {"tune_budget": 0.0}):
@@ -147,7 +147,7 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
     with sdpa_kernel(SDPBackend.MATH):
         assert holds("restricted", q, k, v) == PASS
         assert torch.equal(attention(q, k, v), F_sdpa(q, k, v))
-    assert not api.front.table and not resolve.misses()
+    assert not api.front.table and not learnt.misses()
 
 
 def test_a_switched_off_backend_removes_that_kernel_and_nothing_else(qkv):
@@ -247,7 +247,7 @@ def test_deterministic_mode(qkv, never_tuned):
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(resolve.misses()) == 1
+    assert len(learnt.misses()) == 1
 
 
 def test_export(qkv, never_tuned):

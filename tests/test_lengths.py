@@ -9,7 +9,7 @@ import torch
 from fakes import CPU, check, problem, qkv
 
 import fastattn
-from fastattn import buckets, candidates, resolve, store, tuning
+from fastattn import buckets, candidates, learnt, resolve, store, tuning
 from fastattn.kernel import Accepted
 from fastattn.verdict import Trial, Verdict
 
@@ -24,12 +24,12 @@ def tuned(monkeypatch):
         found = [d for d in candidates.decisions(p, CPU, settings) if isinstance(d, Accepted)]
         trials = [Trial(d.name, time_us=1.0, forward=0.1, library=tuning.library_of(d)) for d in found]
         verdict = Verdict(p, "default", tuple(trials))
-        resolve.keep(verdict, settings, CPU)
+        learnt.keep(verdict, settings, CPU)
         return verdict
 
     monkeypatch.setattr(resolve, "tune", tune)
     monkeypatch.setattr(store.Store, "put", lambda *args: None)  # in memory alone: so many files would take their time
-    monkeypatch.setattr(resolve._state, "spent_s", 0.0)
+    monkeypatch.setattr(learnt.state, "spent_s", 0.0)
     return problems
 
 
@@ -156,8 +156,8 @@ def test_ten_thousand_random_pairs_of_lengths_too(tuned):
 
 
 def test_real_bucket_mates_share_one_verdict_and_are_right(monkeypatch):
-    monkeypatch.setattr(resolve._state, "spent_s", 0.0)
+    monkeypatch.setattr(learnt.state, "spent_s", 0.0)
     for kv_len in (300, 301, 350, 360):
         check(*qkv(1, kv_len))
-    found = [v.problem for v in resolve.verdicts(fastattn.config.current())]
+    found = [v.problem for v in learnt.verdicts(fastattn.config.current())]
     assert shapes(found) == [("kv", 1, 1, buckets.canonical(300))]

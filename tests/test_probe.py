@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import api, attention, config, masks, probe, resolve
+from fastattn import api, attention, config, learnt, masks, probe, resolve
 
 SHAPE = (1, 4, 16, 32)
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -482,7 +482,7 @@ def test_options_for_the_process_forget_all_entries(qkv, change):
     assert not is_hit(*qkv)
 
 
-@pytest.mark.parametrize("forget", [fastattn.clear, resolve.forget_calls])
+@pytest.mark.parametrize("forget", [fastattn.clear, learnt.forget_calls])
 def test_forgetting_leaves_no_entry(qkv, forget):
     arm(*qkv)
     forget()

@@ -43,7 +43,7 @@ def private_store(name):
     with fastattn.options(mode="cached"):
         mine = fastattn.explain(q, k, v).problem
     verdict = Verdict(mine, name, (Trial("default", time_us=9.0), Trial(name, time_us=1.0)))
-    resolve.settings_store(config.current()).put(verdict, device.Device.of(q.device))
+    learnt.settings_store(config.current()).put(verdict, device.Device.of(q.device))
     fastattn.clear()
 
 def serve(when, **options):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn import config, resolve, store
+from fastattn import config, learnt, resolve, store
 from fastattn.device import Device
 from fastattn.problem import Problem
 from fastattn.store import Store
@@ -255,7 +255,7 @@ def test_fault_38_an_unknown_winner_is_never_looked_up_outside_the_kernels(winne
     monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(x, x, x).problem
-        resolve.settings_store(config.current()).put(verdict(problem, winner), Device.of(x.device))
+        learnt.settings_store(config.current()).put(verdict(problem, winner), Device.of(x.device))
         fastattn.clear()
         out = fastattn.attention(x, x, x)
         assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-5)
@@ -367,12 +367,20 @@ def test_fault_43_a_renamed_file_is_a_miss(kept):
     assert list(mine.verdicts()) == []
 
 
+def test_fault_43_two_problems_of_one_digest_are_not_confused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Problem, "digest", property(lambda self: "same"))
+    mine = Store([tmp_path])
+    mine.put(verdict(), DEVICE)
+    assert mine.get(PROBLEM, DEVICE) is not None
+    assert mine.get(PROBLEM.replace(q_len=64), DEVICE) is None
+
+
 def test_fault_43_a_stored_winner_is_asked_again_whether_it_can(monkeypatch):
     """A verdict for a bucket names a kernel that cannot do one of its members: the next one that can serves."""
     x = torch.randn(1, 2, 24, 16)
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(x, x, x, accuracy="exact").problem
-        resolve.settings_store(config.current()).put(verdict(problem, "matmul_shifted"), Device.of(x.device))
+        learnt.settings_store(config.current()).put(verdict(problem, "matmul_shifted"), Device.of(x.device))
         fastattn.clear()
         assert fastattn.explain(x, x, x).served_by == "default"  # float32 is not for matmul_shifted
         assert torch.equal(fastattn.attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x))
@@ -634,7 +642,7 @@ def test_a_manifest_serves_before_the_store(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTATTN_MODE", "cached")
     config.forget()
     fastattn.clear()
-    resolve.settings_store(config.current()).put(verdict(problem, "matmul"), here)
+    learnt.settings_store(config.current()).put(verdict(problem, "matmul"), here)
     assert fastattn.explain(x, x, x).served_by == "sdpa_math"
     assert torch.allclose(
         fastattn.attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-5

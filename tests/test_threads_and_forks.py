@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import attention, config, resolve
+from fastattn import attention, config, learnt, resolve
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 TIMEOUT_S = 60
@@ -60,7 +60,7 @@ def test_32_threads_on_one_new_problem_tune_once(tunings):
     in_threads(32, work)
     assert len(tunings) == 1
     assert all(torch.allclose(out.double(), want, atol=1e-5) for out in outputs)
-    assert not resolve._state.tuning
+    assert not learnt.state.tuning
     attention(q, k, v)
     assert len(tunings) == 1, "the verdict of the first tuning was lost"
 
@@ -80,7 +80,7 @@ def test_a_tuning_that_raises_leaves_the_problem_open(monkeypatch):
         patch.setattr(resolve.tuning, "tune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             attention(x, x, x)
-    assert not resolve._state.tuning
+    assert not learnt.state.tuning
     attention(x, x, x)
     assert fastattn.explain(x, x, x).verdict is not None
 
@@ -135,11 +135,11 @@ want = torch.nn.functional.scaled_dot_product_attention(x, x, x)
 parent = threading.Thread(target=lambda: fastattn.attention(x, x, x))
 parent.start()
 assert at_work.wait(30)
-assert resolve._state.tuning
+assert learnt.state.tuning
 if sys.argv[1] == "locked":  # fork while another thread holds every lock
     held = threading.Event()
     def hold():
-        with resolve._state.lock, api.front._lock:
+        with learnt.state.lock, api.front._lock:
             held.set()
             time.sleep(3)
     threading.Thread(target=hold, daemon=True).start()
@@ -147,7 +147,7 @@ if sys.argv[1] == "locked":  # fork while another thread holds every lock
 pid = os.fork()
 if pid == 0:
     tuning.tune = real
-    ok = not resolve._state.tuning
+    ok = not learnt.state.tuning
     ok &= torch.allclose(fastattn.attention(x, x, x), want, atol=1e-5)
     ok &= fastattn.explain(x, x, x).verdict is not None  # it tuned, and hits from now on
     ok &= torch.allclose(fastattn.attention(x, x, x), want, atol=1e-5)

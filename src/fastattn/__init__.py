@@ -9,11 +9,11 @@ from fastattn.api import attention
 from fastattn.config import options
 from fastattn.errors import FastattnError, NoKernelError
 from fastattn.explanation import Explanation, Plan, explain, plan
+from fastattn.learnt import clear
 from fastattn.patching import Patch, patch, sdpa
 from fastattn.prewarming import tune
 from fastattn.problem import Problem
 from fastattn.ranks import sync
-from fastattn.resolve import clear
 from fastattn.verdict import Verdict
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn import config, device, resolve, traced
+from fastattn import config, device, learnt, resolve, traced
 from fastattn.probe import Probe, build
 
 LIMIT = 4096  # entries; beyond it the tables start anew
@@ -85,8 +85,8 @@ class Front:
 
 front = Front()
 config.on_change(front.clear)
-resolve.on_forget(front.clear)
-resolve.on_fork(front.renew)
+learnt.on_forget(front.clear)
+learnt.on_fork(front.renew)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Tensor:

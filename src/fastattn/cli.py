@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastattn
-from fastattn import config, explanation, guards, presets, prewarming, resolve, store
+from fastattn import config, explanation, guards, learnt, presets, prewarming, store
 from fastattn.device import Device
 from fastattn.masks import CORNERS
 from fastattn.problem import Problem
@@ -331,7 +331,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Data instea
 
 
 def _store() -> store.Store:
-    return resolve.settings_store(config.current())
+    return learnt.settings_store(config.current())
 
 
 @cache.command()

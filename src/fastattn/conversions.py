@@ -48,6 +48,8 @@ def _when_mask_dense(kernel: Kernel, p: Problem) -> str:
         return NO
     if kernel.masks:
         return REQUIRED
+    if kernel.corner is None:
+        return NO  # no triangle at all: candidates.py says so
     if p.mask is not None:
         return "a mask together with causal is not supported"
     if p.scale not in kernel.causal_scales:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, config, guards, inputs, planning, resolve, tuning
+from fastattn import candidates, chain, config, guards, inputs, learnt, planning, resolve, tuning
 from fastattn.device import Device
 from fastattn.kernel import Accepted, Rejected
 from fastattn.problem import Problem
@@ -86,10 +86,10 @@ def explain(
     key = inputs.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
     if tune:
-        resolve.tune(resolve.lengths(problem), settings, key.q.device, thorough=True)
-        resolve.forget_calls()
+        resolve.tune(learnt.lengths(problem), settings, key.q.device, thorough=True)
+        learnt.forget_calls()
     tensors = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
-    circumstances = guards.context(tensors, settings, resolve.is_spent(settings))
+    circumstances = guards.context(tensors, settings, learnt.is_spent(settings))
     return of_problem(problem, parsed.kernel, circumstances)
 
 
@@ -101,18 +101,18 @@ def of_problem(
     silicon = Device.of(torch.device(problem.device))
     circumstances = circumstances or guards.Context()
     found = candidates.decisions(problem, silicon, settings)
-    verdict = resolve.find(problem, silicon, settings, circumstances, register=False)
+    verdict = learnt.find(problem, silicon, settings, circumstances, register=False)
     action, why = guards.decide(circumstances)
     if kernel is not None:
-        served, why = resolve.ordered(kernel, problem, silicon, settings).name, "ordered"
+        served, why = chain.ordered(kernel, problem, silicon, settings).name, "ordered"
     elif action == guards.PASS or verdict is None:
         served = "default" if action == guards.PASS else planning.fallbacks(problem, silicon, settings, found)[0].name
         why = why if action != guards.TUNE else "not tuned yet: the first call will"
         not_default = planning.why_not_default(problem, silicon, found)
         why = not_default if not_default and served != "default" else why
     else:
-        chain = resolve.chain(verdict, problem, silicon, settings)
-        served, why = chain[0].name, _why(verdict, chain[0].name)
+        served = chain.chain(verdict, problem, silicon, settings)[0].name
+        why = _why(verdict, served)
     return Explanation(problem, silicon.name, served, why, tuple(_rows(found, verdict)), verdict)
 
 

@@ -146,7 +146,8 @@ def _check_tensors(key: CallKey) -> None:
     if not q.device == k.device == v.device:
         raise RuntimeError(f"attention(): q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
-        raise RuntimeError(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
+        kind = NotImplementedError if q.dtype.is_complex or q.dtype.is_floating_point else RuntimeError
+        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
     if not _one_dtype(key, (q.dtype, k.dtype, v.dtype)):
         raise RuntimeError(f"attention(): q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:

@@ -7,15 +7,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import config, resolve
+from fastattn import config, learnt, resolve
 from fastattn.api import Front
 from fastattn.config import log
 from fastattn.device import sdpa as torch_sdpa
 
 _front = Front()
 config.on_change(_front.clear)
-resolve.on_forget(_front.clear)
-resolve.on_fork(_front.renew)
+learnt.on_forget(_front.clear)
+learnt.on_fork(_front.renew)
 
 
 def sdpa(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn import config, resolve
+from fastattn import config, learnt, resolve
 from fastattn.problem import Problem
 from fastattn.verdict import Verdict
 
@@ -37,13 +37,13 @@ def tune(
         if not isinstance(problem, Problem):
             raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
         found.append(_tune_one(problem, settings, progress, force))
-    resolve.forget_calls()
+    learnt.forget_calls()
     return found
 
 
 def _tune_one(problem: Problem, settings: config.Config, progress: Progress | None, force: bool) -> Verdict:
-    problem = resolve.lengths(problem)
-    known = None if force else resolve.complete(problem, settings)
+    problem = learnt.lengths(problem)
+    known = None if force else learnt.complete(problem, settings)
     if known is not None:
         return known
 
@@ -58,7 +58,7 @@ def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     """The problems that one run of a model misses on, collected without timing anything."""
     from fastattn.patching import patch
 
-    resolve.forget_calls()
-    with config.options(mode="cached"), patch(), resolve.collected() as met:
+    learnt.forget_calls()
+    with config.options(mode="cached"), patch(), learnt.collected() as met:
         model(*inputs, **named)
     return list(met)

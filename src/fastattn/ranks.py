@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastattn import config, resolve, store
+from fastattn import config, learnt, store
 from fastattn.config import log
 from fastattn.device import Device
 from fastattn.verdict import Verdict
@@ -34,13 +34,13 @@ def sync(group: Any = None) -> int:
     if not mine:
         log.warning("this rank is %s, rank 0 is %s: the default serves here", device.slug, data["environment"]["slug"])
     table = {v.problem: v for v in map(Verdict.from_json, data["verdicts"])} if mine else {}
-    resolve.share(table)
+    learnt.share(table)
     return len(table)
 
 
 def _known(device: Device) -> Any:
     settings = config.current()
-    found = {v.problem: (None, v) for v in resolve.verdicts(settings)}
-    for path, verdict in resolve.settings_store(settings).verdicts(device):
+    found = {v.problem: (None, v) for v in learnt.verdicts(settings)}
+    for path, verdict in learnt.settings_store(settings).verdicts(device):
         found.setdefault(verdict.problem, (path, verdict))  # type: ignore[arg-type]
     return iter(found.values())

@@ -20,7 +20,7 @@ from fastattn.verdict import Trial, Verdict
 from fastattn.verifying import Errors
 
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
-ONE_LOOK = 0.15  # the margin where time allowed for fewer than three rounds
+ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time

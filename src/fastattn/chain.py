@@ -1,0 +1,127 @@
+"""What may run for a problem, in order: an order by name, the verdict's candidates, the fallback chain; and the rescue of a
+call whose winner raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import candidates, kernels, learnt, planning
+from fastattn.config import Config, log
+from fastattn.device import Device
+from fastattn.errors import NoKernelError
+from fastattn.inputs import CallKey
+from fastattn.kernel import Accepted, Decision, Rejected
+from fastattn.problem import Problem
+from fastattn.verdict import Verdict
+
+
+def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> Accepted:
+    """The candidate that `kernel=name` means. Raises NoKernelError with the reasons, ValueError for an unknown name."""
+    base = name.split("+", maxsplit=1)[0]
+    if base not in kernels.names():
+        raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernels.names())}")
+    found = candidates.decisions(problem, silicon, settings)
+    named = candidates.by_name(name, found)
+    if named:
+        return named[0]
+    mine = [d for d in found if d.kernel.name == base]
+    reasons = [r for d in mine if isinstance(d, Rejected) for r in d.reasons]
+    reasons = reasons or [f"its candidates here are {', '.join(d.name for d in mine)}"]
+    raise NoKernelError(f"kernel {name!r} cannot run {problem}: {'; '.join(reasons)}", found)
+
+
+def chain(
+    verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config, but: Sequence[str] = ()
+) -> Sequence[Accepted]:
+    """What may run, in order: the verdict's candidates that can do this very problem, else the fallback chain.
+
+    but: conversions that are out of question.
+    """
+    served: list[Accepted] = []
+    rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type)}
+    for name in verdict.ranked() if verdict is not None else ():
+        kernel = rows.get(name.split("+")[0])
+        if kernel is None or set(name.split("+")[1:]) & set(but):
+            continue
+        served += candidates.by_name(name, candidates.decide(kernel, problem, silicon, settings))
+        if served and served[0].kernel.name == "default":
+            return served
+        if served:
+            break
+    return served or fallbacks(verdict, problem, silicon, settings)
+
+
+def fallbacks(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
+    """planning.fallbacks, without a default that this problem's own tuning found wrong while others were right."""
+    found = planning.fallbacks(problem, silicon, settings, candidates.decisions(problem, silicon, settings))
+    incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
+    is_wrong = incumbent is not None and incumbent.reason is not None and verdict and verdict.ranked()
+    return [c for c in found if c.kernel.name != "default"] if is_wrong else found
+
+
+def bind(candidate: Accepted, problem: Problem, key: CallKey, structured: bool) -> planning.Call:
+    return planning.bind(candidate, problem, key.options.scale, structured=structured)
+
+
+def rescued(
+    call: planning.Call,
+    chosen: Accepted,
+    verdict: Verdict | None,
+    problem: Problem,
+    settings: Config,
+    key: CallKey,
+    structured: bool,
+) -> planning.Call:
+    """The Call, with the fallback chain behind it: a winner that raises is answered in the same call and demoted."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        try:
+            return call(q, k, v, mask)
+        except Exception as error:
+            if _is_not_its_own(error):
+                raise
+            return _rescue(error, chosen, verdict, problem, settings, key, structured, (q, k, v, mask))
+
+    return run
+
+
+def _is_not_its_own(error: Exception) -> bool:
+    """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
+    is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
+    return is_hook or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
+
+
+def _rescue(
+    error: Exception,
+    failed: Accepted,
+    verdict: Verdict | None,
+    problem: Problem,
+    settings: Config,
+    key: CallKey,
+    structured: bool,
+    given: tuple[Any, ...],
+) -> Tensor:
+    silicon = Device.of(given[0].device)
+    cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    left = verdict.buried(failed.name, cause) if verdict is not None else None
+    found = candidates.decisions(problem, silicon, settings)
+    order: list[Decision] = [d for name in (left.ranked() if left else ()) for d in candidates.by_name(name, found)]
+    order += fallbacks(verdict, problem, silicon, settings)
+    for candidate in order:
+        if not isinstance(candidate, Accepted) or candidate == failed:
+            continue
+        try:
+            out = bind(candidate, problem, key, structured)(*given)
+        except Exception:
+            continue
+        log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
+        if left is not None:
+            learnt.keep(left, settings, silicon)
+        learnt.forget_calls()
+        return out
+    raise error

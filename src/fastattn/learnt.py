@@ -1,0 +1,238 @@
+"""What this process has learnt: verdicts in memory over the store, lengths seen, misses, and who must forget when.
+
+Every change happens under one lock, which is new after a fork. What is read on a hit is not here (api.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
+
+import torch
+
+from fastattn import buckets, guards, store, tuning
+from fastattn.config import Config, log
+from fastattn.device import Device
+from fastattn.problem import Problem
+from fastattn.verdict import Verdict
+
+
+@dataclass(slots=True)
+class _Process:
+    """What this process has learnt. Every change happens under the lock; a fork gets a new one."""
+
+    lock: RLock = field(default_factory=RLock)
+    verdicts: dict[tuple[str | None, Device, Problem], Verdict | None] = field(default_factory=dict)
+    families: dict[Problem, set[tuple[int, int, int]]] = field(default_factory=dict)
+    stores: dict[str | None, store.Store] = field(default_factory=dict)
+    shared: dict[Problem, Verdict] | None = None  # the table all ranks share
+    manifests: dict[str, dict[Problem, Verdict]] = field(default_factory=dict)
+    tuning: set[Problem] = field(default_factory=set)
+    misses: dict[Problem, int] = field(default_factory=dict)
+    spent_s: float = 0.0
+    warned: set[str] = field(default_factory=set)
+
+
+state = _Process()
+_listeners: list[Callable[[], None]] = []
+
+
+def on_forget(listener: Callable[[], None]) -> None:
+    """Call `listener()` when published Calls are no longer to be trusted."""
+    _listeners.append(listener)
+
+
+def forget_calls() -> None:
+    """Drop every published Call; verdicts stay."""
+    for listener in _listeners:
+        listener()
+
+
+def clear() -> None:
+    """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
+    global state
+    state = _Process(shared=state.shared, spent_s=state.spent_s)
+    forget_calls()
+
+
+_fork_listeners: list[Callable[[], None]] = []
+
+
+def on_fork(listener: Callable[[], None]) -> None:
+    """Call `listener()` in a forked child."""
+    _fork_listeners.append(listener)
+
+
+def _after_fork() -> None:
+    """No other thread is left in the child: locks are new, and nobody is tuning."""
+    state.lock = RLock()
+    state.tuning.clear()
+    for listener in _fork_listeners:
+        listener()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def settings_store(settings: Config) -> store.Store:
+    """The Store of a Config, one object per directory."""
+    if settings.cache_dir not in state.stores:
+        state.stores[settings.cache_dir] = store.of(settings)
+    return state.stores[settings.cache_dir]
+
+
+def lengths(problem: Problem, *, register: bool = True) -> Problem:
+    """The problem that is tuned for this one: itself, or its bucket where lengths churn. register: count it as seen."""
+    is_decode = problem.q_len <= buckets.DECODE_Q_LEN
+    mine = (problem.batch, problem.q_len, 0 if is_decode else problem.kv_len)
+    family = problem.family().replace(lengths="kv" if is_decode else "exact")
+    with state.lock:
+        seen = state.families.setdefault(family, set())
+        if mine in seen or len(seen) < buckets.CHURN:
+            if register:
+                seen.add(mine)
+            return problem.bucketed("kv") if is_decode else problem
+    return problem.bucketed("all")
+
+
+def find(
+    problem: Problem, silicon: Device, settings: Config, circumstances: guards.Context, *, register: bool = True
+) -> Verdict | None:
+    """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
+    if circumstances.deterministic:
+        # Nothing is tuned in that mode; a winner found without it may serve if its kernel is deterministic.
+        problem = problem.replace(deterministic=False)
+    named_so = [problem, problem.bucketed("kv"), problem.bucketed("all")]
+    named_so = named_so[1:] if problem.q_len <= buckets.DECODE_Q_LEN else named_so[::2]
+    for table in _tables(settings, silicon):
+        for named in named_so:
+            if named in table:
+                return table[named]
+    if circumstances.distributed:
+        return None  # a private store is not consulted: all ranks must choose alike
+    names = [lengths(problem, register=register)] if guards.decide(circumstances)[0] == guards.TUNE else named_so
+    return next((v for named in names if (v := _stored(named, silicon, settings)) is not None), None)
+
+
+def _tables(settings: Config, silicon: Device) -> list[dict[Problem, Verdict]]:
+    tables = [state.shared] if state.shared is not None else []
+    if settings.manifest is not None:
+        if settings.manifest not in state.manifests:
+            try:
+                state.manifests[settings.manifest] = store.read_manifest(settings.manifest, silicon)
+            except (OSError, ValueError) as error:
+                state.manifests[settings.manifest] = {}
+                log.warning("%s", error)
+        tables.append(state.manifests[settings.manifest])
+    return tables
+
+
+def _stored(problem: Problem, silicon: Device, settings: Config) -> Verdict | None:
+    """From memory, else from disk; an absence is remembered too, until this process tunes the problem."""
+    name = (settings.cache_dir, silicon, problem)
+    if name not in state.verdicts:
+        verdict = settings_store(settings).get(problem, silicon)
+        with state.lock:
+            state.verdicts.setdefault(name, verdict)
+    return state.verdicts[name]
+
+
+def is_complete(verdict: Verdict | None, silicon: Device, settings: Config) -> bool:
+    """Whether every candidate there is today was tried, in the version that is installed."""
+    return verdict is not None and not tuning.changed(verdict, silicon, settings)
+
+
+def is_spent(settings: Config) -> bool:
+    """Whether the process's tuning budget is used up."""
+    return state.spent_s >= settings.tune_budget
+
+
+def winners_nearby(problem: Problem, settings: Config) -> list[str]:
+    """Winners of the same family, then of the same dtype and direction, latest first: worth trying before the others."""
+    family = problem.family()
+    close, far = [], []
+    for verdict in reversed(verdicts(settings)):
+        other = verdict.problem
+        if other.family() == family:
+            close.append(verdict.winner)
+        elif (other.dtype, other.needs_grad) == (problem.dtype, problem.needs_grad):
+            far.append(verdict.winner)
+    return list(dict.fromkeys([*close, *far]))
+
+
+def keep(verdict: Verdict, settings: Config, silicon: Device) -> None:
+    """Publish a verdict in memory and on disk."""
+    with state.lock:
+        state.verdicts[(settings.cache_dir, silicon, verdict.problem)] = verdict
+    settings_store(settings).put(verdict, silicon)
+
+
+def complete(problem: Problem, settings: Config) -> Verdict | None:
+    """The stored verdict of a problem if every candidate was tried, none left out for lack of time."""
+    silicon = Device.of(torch.device(problem.device))
+    verdict = _stored(problem, silicon, settings)
+    if verdict is None or tuning.changed(verdict, silicon, settings):
+        return None
+    return None if any(t.reason == tuning.NOT_TRIED for t in verdict.trials) else verdict
+
+
+@contextmanager
+def collected() -> Generator[dict[Problem, None]]:
+    """Collect every problem that is resolved inside, in order."""
+    met: dict[Problem, None] = {}
+    collectors.append(met)
+    try:
+        yield met
+    finally:
+        collectors.remove(met)
+
+
+collectors: list[dict[Problem, None]] = []
+
+
+def record_miss(problem: Problem, why: str, circumstances: guards.Context) -> None:
+    with state.lock:
+        state.misses[problem] = state.misses.get(problem, 0) + 1
+        first = why not in state.warned
+        state.warned.add(why)
+    if not first:
+        return
+    is_rank_0 = not circumstances.distributed or torch.distributed.get_rank() == 0
+    if is_rank_0:
+        log.warning(
+            "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s", why, command_line(problem)
+        )
+
+
+def command_line(p: Problem) -> str:
+    """Arguments of `fastattn tune` that tune this problem."""
+    heads = f"{p.q_heads}" if p.q_heads == p.kv_heads else f"{p.q_heads}/{p.kv_heads}"
+    dims = f"{p.head_dim}" if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
+    words = [f"{p.batch}x{heads}x{p.q_len}x{p.kv_len}x{dims}", f"--dtype {p.dtype}"]
+    words += [f"--causal {p.causal}"] if p.causal else []
+    words += [f"--mask {p.mask}:{p.mask_shape}" + (":grad" if p.mask_grad else "")] if p.mask else []
+    words += [f"--layout {p.layout}"] if p.layout != "bhsd" else []
+    if p.layout != "bhsd" or set(p.strides) != {"contiguous"}:
+        words += ["--strides " + ",".join(p.strides)]
+    words += ["--grad"] if p.needs_grad else []
+    return " ".join(words)
+
+
+def misses() -> dict[Problem, int]:
+    """Problems that were served untuned in this process, and how often they missed."""
+    return dict(state.misses)
+
+
+def share(table: dict[Problem, Verdict]) -> None:
+    """Use this table, the same on every rank, before anything else."""
+    state.shared = table
+    forget_calls()
+
+
+def verdicts(settings: Config) -> list[Verdict]:
+    """The verdicts that this process holds in memory under these settings."""
+    return [v for (directory, _, _), v in state.verdicts.items() if v is not None and directory == settings.cache_dir]
