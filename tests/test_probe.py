@@ -64,7 +64,7 @@ def is_hit(*args, **options):
     resolve.attention = missed
     found = []
     try:
-        for first in (front, api._never):
+        for first in (front, None):
             api.front.first = first
             try:
                 attention(*args, **options)

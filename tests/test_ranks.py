@@ -25,7 +25,7 @@ SCRIPT = """
 import json, logging, os, sys
 import torch, torch.distributed as dist
 import fastattn
-from fastattn import config, device, resolve, tuning
+from fastattn import config, device, learnt, resolve, tuning
 from fastattn.verdict import Trial, Verdict
 
 torch.set_num_threads(1)

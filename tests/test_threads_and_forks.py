@@ -121,7 +121,7 @@ def test_a_scope_is_not_seen_by_other_threads():
 FORK = """
 import os, sys, threading, time
 import torch, fastattn
-from fastattn import api, resolve, tuning
+from fastattn import api, learnt, resolve, tuning
 
 torch.set_num_threads(1)  # a forked child must not use the parent's pool of threads, whoever calls torch
 real, at_work = tuning.tune, threading.Event()

@@ -22,8 +22,9 @@ STREAK = 8  # misses in front after which only the table is asked, and equal hit
 _has_torch_function = device.has_torch_function
 
 
-def _never(q: Any, k: Any, v: Any, m: Any, layout: Any, kw: Any) -> None:
-    return None
+def _address(q_bytes: int, k_bytes: int) -> int:
+    """Where in the table entries with these byte counts stand; equal addresses of other problems only cost a probe."""
+    return q_bytes * 31 + k_bytes
 
 
 class Front:
@@ -37,8 +38,8 @@ class Front:
 
     def clear(self) -> None:
         """Forget all entries; also what makes a lock new after a fork."""
-        self.table: dict[Any, tuple[Probe, ...]] = {}
-        self.first: Probe = _never
+        self.table: dict[int, tuple[Probe, ...]] = {}
+        self.first: Probe | None = None
         self._last: Probe | None = None
         self._hits = self._misses = self._count = 0
 
@@ -51,30 +52,43 @@ class Front:
         if _has_torch_function(q, k, v):
             return None
         table, n = self.table, q.nbytes
-        for name in ((n, k.nbytes), n):  # exact lengths, then entries with a free kv_len
-            for probe in table.get(name, ()):
-                call = probe(q, k, v, m, layout, kw)
-                if call is not None:
-                    if probe is self._last:
-                        self._hits += 1
-                        if self._hits > STREAK:  # one problem again
-                            self.first = probe
-                            self._hits = self._misses = 0
-                    else:
-                        self._last = probe
-                        self._hits = 0
-                        if self.first is not _never:
-                            self._misses += 1
-                            if self._misses > STREAK:  # many problems: do not ask the front first
-                                self.first = _never
-                    return call
+        for probe in table.get(n * 31 + k.nbytes, ()):  # _address, inlined
+            call = probe(q, k, v, m, layout, kw)
+            if call is not None:
+                if probe is self._last:
+                    self._again(probe)
+                else:
+                    self._last, self._hits = probe, 0
+                    if self.first is not None:
+                        self._other()
+                return call
+        for probe in table.get(-n, ()):  # entries with a free kv_len
+            call = probe(q, k, v, m, layout, kw)
+            if call is not None:
+                self._again(probe) if probe is self._last else self._other()
+                self._last = probe
+                return call
         return None
+
+    def _again(self, probe: Probe) -> None:
+        """The same entry as before: after a streak it is asked first."""
+        self._hits += 1
+        if self._hits > STREAK:
+            self.first = probe
+            self._hits = self._misses = 0
+
+    def _other(self) -> None:
+        """Another entry than the one asked first: after a streak of many problems only the table is asked."""
+        self._hits = 0
+        self._misses += 1
+        if self._misses > STREAK:
+            self.first = None
 
     def publish(self, served: resolve.Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:
         """Add an entry made by this very call."""
         bucket = None if k is v else served.bucket  # a free length needs k and v guarded apart
         probe = build(q, k, v, m, layout, kw, served.call, served.reads, bucket)
-        name = q.nbytes if bucket is not None else (q.nbytes, k.nbytes)
+        name = -q.nbytes if bucket is not None else _address(q.nbytes, k.nbytes)
         with self._lock:
             table = {} if self._count >= LIMIT else dict(self.table)
             self._count = 1 if self._count >= LIMIT else self._count + 1
@@ -115,7 +129,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     NotImplementedError for an option that is not done; NoKernelError for an order that cannot be carried out.
     """
     try:
-        call = front.first(q, k, v, mask, layout, options)
+        first = front.first
+        call = first and first(q, k, v, mask, layout, options)
         if call is None:
             call = front.lookup(q, k, v, mask, layout, options)
     except Exception:

@@ -37,7 +37,8 @@ def sdpa(
     """
     options = (dropout_p, is_causal, scale, enable_gqa)
     try:
-        call = _front.first(query, key, value, attn_mask, "sdpa", options)
+        first = _front.first
+        call = first and first(query, key, value, attn_mask, "sdpa", options)
         if call is None:
             call = _front.lookup(query, key, value, attn_mask, "sdpa", options)
     except Exception:
