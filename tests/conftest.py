@@ -22,6 +22,8 @@ def own_store(tmp_path, monkeypatch):
     config.forget()
     fastattn.clear()
     learnt.state.spent_s = 0.0
+    config.log.setLevel("NOTSET")
+    config.log.handlers.clear()
     torch.manual_seed(0)
     before = torch.nn.functional.scaled_dot_product_attention
     yield tmp_path / "store"

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import cli, config, inputs, learnt, masks, presets, resolve
+from fastattn import cli, config, inputs, learnt, masks, presets, resolve, store
 from fastattn.device import Device
 from fastattn.problem import Problem
 
@@ -195,7 +195,7 @@ def test_tune_explain_show_export_and_clear_tell_one_story(own_store, tmp_path):
     assert json.loads(run("cache", "path", "--json"))["written"] == str(own_store)
     manifest = tmp_path / "verdicts.json"
     assert json.loads(run("cache", "export", manifest, "--json"))["verdicts"] == 2
-    assert len(fastattn.api.resolve.store.read_manifest(manifest, Device.of(torch.device("cpu")))) == 2
+    assert len(store.read_manifest(manifest, Device.of(torch.device("cpu")))) == 2
     assert json.loads(run("cache", "clear", "--json")) == {"deleted": 2}
     assert json.loads(run("cache", "show", "--json")) == []
 

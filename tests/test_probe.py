@@ -587,10 +587,10 @@ def test_the_front_is_dropped_while_problems_alternate_and_used_again_after():
     for _ in range(1 + api.STREAK):
         for x in (a, b, c):
             attention(x, x, x)
-    assert api.front.first is api._never
+    assert api.front.first is None
     for _ in range(2 * api.STREAK + 2):
         attention(a, a, a)
-    assert api.front.first is not api._never
+    assert api.front.first is not None
     assert api.front.first(a, a, a, None, "bhsd", {}) is not None
 
 

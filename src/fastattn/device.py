@@ -71,6 +71,7 @@ sdpa: Callable[..., torch.Tensor] = _or("sdpa", torch.nn.functional.scaled_dot_p
 has_torch_function: Callable[..., bool] = _or("has_torch_function", lambda *ts: torch.overrides.has_torch_function(ts))
 dispatch_modes: Callable[[], int] = _or("dispatch_modes", lambda: 0)
 functorch_level: Callable[[], int | None] = _or("functorch_level", lambda: None)
+KNOWS_FUNCTORCH = private("functorch_level") is not None
 forward_ad: Any = _or("forward_ad", _NoForwardAD)
 deterministic: Callable[[], bool] = _or("deterministic", torch.are_deterministic_algorithms_enabled)
 # The four switches of torch.backends.cuda.enable_*_sdp, which hold on the CPU too.

@@ -75,12 +75,22 @@ def may_remember(context: Context) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _has_storage(x: Tensor) -> bool:
+    """Where torch does not tell about torch.func, its wrapped tensors still have no memory of their own."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def context(tensors: list[Tensor], settings: Config, spent: bool) -> Context:
     """The Context of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
     if device.has_torch_function(*tensors):
         plain = all(type(x) in _PLAIN for x in tensors)
         return Context(off=settings.mode == "off", foreign=not plain, function_mode=plain)
     foreign = any(type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided for x in tensors)
+    foreign = foreign or (not device.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))
     kind = "" if foreign else tensors[0].device.type
     return Context(
         off=settings.mode == "off",

@@ -94,8 +94,8 @@ def tune(
     native = planning.default_runs(problem, silicon, found)
     race.admit(entrants[0])
     incumbent = entrants[0]
-    start = clock.now()
     budget = float("inf") if thorough else _budget(incumbent.first_run)
+    start = max(began, clock.now() - 0.5 * budget)  # a slow default uses up half of the time at most
     tried = 0
     for index, entrant in enumerate(_in_order(entrants[1:], prior), 1):
         if progress is not None:
