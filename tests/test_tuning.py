@@ -232,13 +232,13 @@ def library(monkeypatch):
 def tried(monkeypatch):
     """Names that a tuning looked at, in order."""
     names = []
-    admit = tuning._Race.admit
+    admit = tuning.Race.admit
 
     def counted(self, entrant, *args, **named):
         names.append(entrant.candidate.name)
         return admit(self, entrant, *args, **named)
 
-    monkeypatch.setattr(tuning._Race, "admit", counted)
+    monkeypatch.setattr(tuning.Race, "admit", counted)
     return names
 
 

@@ -7,13 +7,17 @@ immutable and tables are copied on write, so a hit takes no lock. Everything els
 from __future__ import annotations
 
 import inspect
+import os
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastattn import config, device, learnt, resolve, traced
+from fastattn import config, device, traced
 from fastattn.probe import Probe, build
+
+if TYPE_CHECKING:
+    from fastattn.resolve import Served
 
 LIMIT = 4096  # entries; beyond it the tables start anew
 SAME_BYTES = 32  # entries kept for one pair of byte counts
@@ -33,18 +37,21 @@ class Front:
     __slots__ = ("_count", "_hits", "_last", "_lock", "_misses", "first", "table")
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self.renew()
         self.clear()
+        config.on_forget(self.clear)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
 
     def clear(self) -> None:
-        """Forget all entries; also what makes a lock new after a fork."""
+        """Forget all entries."""
         self.table: dict[int, tuple[Probe, ...]] = {}
         self.first: Probe | None = None
         self._last: Probe | None = None
         self._hits = self._misses = self._count = 0
 
     def renew(self) -> None:
-        """After a fork: no other thread is left that could hold the lock."""
+        """A new lock; after a fork no other thread is left that could hold the old one."""
         self._lock = Lock()
 
     def lookup(self, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> Any:
@@ -84,7 +91,7 @@ class Front:
         if self._misses > STREAK:
             self.first = None
 
-    def publish(self, served: resolve.Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:
+    def publish(self, served: Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:
         """Add an entry made by this very call."""
         bucket = None if k is v else served.bucket  # a free length needs k and v guarded apart
         probe = build(q, k, v, m, layout, kw, served.call, served.reads, bucket)
@@ -98,9 +105,6 @@ class Front:
 
 
 front = Front()
-config.on_change(front.clear)
-learnt.on_forget(front.clear)
-learnt.on_fork(front.renew)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Tensor:
@@ -141,12 +145,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
 
 
 def _miss(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Tensor:
+    from fastattn import resolve
+
     served = resolve.attention(q, k, v, mask, layout, options)
     out = served.call(q, k, v, mask)
     if served.remember:
         front.publish(served, q, k, v, mask, layout, options)
     return out
 
+
+def _traced_winner(*facts: Any) -> str:
+    from fastattn import resolve
+
+    return resolve.traced_winner(*facts)
+
+
+def _kernel_names() -> tuple[str, ...]:
+    from fastattn import kernels
+
+    return kernels.names()
+
+
+# What only a miss needs is imported by the first one: `import fastattn` stays cheap inside training code.
+traced.find = _traced_winner
+config.kernel_names = _kernel_names
 
 # Dynamo inlines this twin instead, so that the hot path need not ask whether it is being traced.
 attention._torchdynamo_inline = traced.attention  # type: ignore[attr-defined]

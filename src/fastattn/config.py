@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -186,16 +186,20 @@ def _set_process() -> None:
         _changed()
 
 
-_listeners: list[Any] = []
+_listeners: list[Callable[[], None]] = []
 
 
-def on_change(listener: Any) -> None:
-    """Call `listener()` whenever the process's Config is replaced: bound calls were made under the old one."""
+def on_forget(listener: Callable[[], None]) -> None:
+    """Call `listener()` when published Calls are no longer to be trusted."""
     _listeners.append(listener)
 
 
-def _changed() -> None:
-    if scopes_used:
-        return  # entries compare the Config themselves
+def forget_calls() -> None:
+    """Drop every published Call; verdicts stay."""
     for listener in _listeners:
         listener()
+
+
+def _changed() -> None:
+    if not scopes_used:  # else entries compare the Config themselves
+        forget_calls()

@@ -6,7 +6,7 @@ Every change happens under one lock, which is new after a fork. What is read on 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -14,7 +14,7 @@ from threading import RLock
 import torch
 
 from fastattn import buckets, guards, store, tuning
-from fastattn.config import Config, log
+from fastattn.config import Config, forget_calls, log
 from fastattn.device import Device
 from fastattn.problem import Problem
 from fastattn.verdict import Verdict
@@ -37,18 +37,6 @@ class _Process:
 
 
 state = _Process()
-_listeners: list[Callable[[], None]] = []
-
-
-def on_forget(listener: Callable[[], None]) -> None:
-    """Call `listener()` when published Calls are no longer to be trusted."""
-    _listeners.append(listener)
-
-
-def forget_calls() -> None:
-    """Drop every published Call; verdicts stay."""
-    for listener in _listeners:
-        listener()
 
 
 def clear() -> None:
@@ -58,20 +46,10 @@ def clear() -> None:
     forget_calls()
 
 
-_fork_listeners: list[Callable[[], None]] = []
-
-
-def on_fork(listener: Callable[[], None]) -> None:
-    """Call `listener()` in a forked child."""
-    _fork_listeners.append(listener)
-
-
 def _after_fork() -> None:
     """No other thread is left in the child: locks are new, and nobody is tuning."""
     state.lock = RLock()
     state.tuning.clear()
-    for listener in _fork_listeners:
-        listener()
 
 
 if hasattr(os, "register_at_fork"):

@@ -7,15 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import config, learnt, resolve
 from fastattn.api import Front
 from fastattn.config import log
 from fastattn.device import sdpa as torch_sdpa
 
 _front = Front()
-config.on_change(_front.clear)
-learnt.on_forget(_front.clear)
-learnt.on_fork(_front.renew)
 
 
 def sdpa(
@@ -45,6 +41,8 @@ def sdpa(
         call = None
     if call is not None:
         return call(query, key, value, attn_mask)
+    from fastattn import resolve
+
     served = resolve.drop_in(query, key, value, attn_mask, *options)
     out = served.call(query, key, value, attn_mask)
     if served.remember:

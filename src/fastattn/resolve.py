@@ -123,9 +123,6 @@ def traced_winner(
     return name
 
 
-traced.find = traced_winner
-
-
 def spec_of(facts: tuple[Any, ...], layout: str) -> inputs.Spec:
     """A Spec of the (b, h, s, d) view from (shape, stride, dtype, device, requires_grad) in a layout."""
     shape, stride, dtype, on, requires_grad = facts

@@ -76,7 +76,6 @@ def attention(
 CALLS: dict[str, Callable[..., Tensor]] = {}  # Calls that traced code inlines, by a name that is constant in its graph
 
 
-
 def find(*facts: Any) -> str:
     """resolve.py puts its own in this place, as imports only point down."""
     return ""

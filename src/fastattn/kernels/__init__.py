@@ -6,7 +6,6 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fastattn import config
 from fastattn.kernel import Kernel
 
 # Always there, whatever FASTATTN_KERNELS says: what the user would have had, and what accepts every problem.
@@ -40,5 +39,3 @@ def names() -> tuple[str, ...]:
     """Names of all kernels."""
     return tuple(dict.fromkeys(kernel.name for kernel in rows()))
 
-
-config.kernel_names = names

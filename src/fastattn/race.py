@@ -1,0 +1,149 @@
+"""One candidate's way through a tuning: verified, then run once for its memory and a first time, or out with a reason."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn import candidates, memory, planning, samples, timing, verifying
+from fastattn.kernel import Accepted
+from fastattn.problem import Problem
+from fastattn.timing import Stopwatch
+from fastattn.verdict import Trial
+from fastattn.verifying import Errors
+
+HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
+SLOW_S = 0.25  # a run this long is enough to go by
+
+
+@dataclass(slots=True)
+class Entrant:
+    """A candidate on its way through a tuning."""
+
+    candidate: Accepted
+    run: Callable[[], Tensor] = lambda: torch.empty(0)
+    reason: str | None = None
+    errors: Errors | None = None
+    temporary: int | None = None
+    saved: int | None = None
+    first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
+    first_run: float = 0.0  # seconds of the first timed run at the problem's own size
+    timing: timing.Timing = field(default_factory=timing.Timing)
+
+    def trial(self) -> Trial:
+        timed = bool(self.timing.samples) and self.reason is None
+        return Trial(
+            self.candidate.name,
+            self.reason,
+            time_us=round(self.timing.median * 1e6, 2) if timed else None,
+            noise=round(self.timing.noise, 4) if timed else None,
+            forward=_rounded(self.errors.forward) if self.errors else None,
+            backward=_rounded(self.errors.backward) if self.errors else None,
+            temporary_bytes=self.temporary,
+            saved_bytes=self.saved,
+            first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
+            library=library_of(self.candidate),
+        )
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None else round(min(error, 1e9), 4)
+
+
+def library_of(candidate: Accepted) -> str:
+    """The name and version a trial is filed under."""
+    return f"{candidate.kernel.library} {candidates.version(candidate.kernel.library)}"
+
+
+class Race:
+    """The tensors and the reference that all candidates of one problem share."""
+
+    def __init__(self, problem: Problem, device: torch.device, clock: Stopwatch) -> None:
+        self.problem, self.device, self.clock = problem, device, clock
+        self.reduced = samples.reduced(problem)
+        self.scale = None if problem.scale == "positive" else samples.scale_of(problem)
+        self.judged = verifying.judges(problem, device)
+        self.sample = samples.plain(problem, device)
+
+    def admit(self, entrant: Entrant, against: Entrant | None = None) -> None:
+        """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
+        candidate, s = entrant.candidate, self.sample
+        p = self.problem
+        if against is not None and candidate.kernel.unfused and p.unfused_bytes > p.memory_limit:
+            entrant.reason = f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+            return
+        try:
+            entrant.errors = verifying.summary(self.judged, self._timed_once(entrant))
+            if not entrant.errors.passed:
+                entrant.reason = inaccurate(entrant.errors)
+                return
+            call = planning.bind(candidate, self.problem, self.scale)
+            run = self._whole(call)
+            inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+            start = self.clock.now()
+            _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
+            entrant.first_run = self.clock.now() - start
+            limit = self.problem.memory_limit
+            if against is not None and max(entrant.temporary, entrant.saved) > limit:
+                used = max(entrant.temporary, entrant.saved)
+                entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
+                return
+            entrant.run = run
+            if entrant.first_run < SLOW_S:  # else one run is enough to go by
+                entrant.first_run = self.clock.time(run, 1)
+            if against is not None and entrant.first_run > HOPELESS * against.first_run > 0:
+                entrant.reason = f"more than {HOPELESS:g} x slower than the default at the first run"
+        except torch.OutOfMemoryError as error:
+            entrant.reason = f"out of memory: {first_line(error)}"
+            gc.collect()
+        except Exception as error:
+            entrant.reason = f"{type(error).__name__}: {first_line(error)}"
+
+    def _timed_once(self, entrant: Entrant) -> planning.Call:
+        call = planning.bind(entrant.candidate, self.reduced, self.scale)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            if entrant.first_call is not None:
+                return call(q, k, v, mask)
+            start = self.clock.now()
+            out = call(q, k, v, mask)
+            entrant.first_call = self.clock.now() - start
+            return out
+
+        return run
+
+    def _whole(self, call: planning.Call) -> Callable[[], Tensor]:
+        s = self.sample
+        if s.grad is None:
+            return lambda: call(s.q, s.k, s.v, s.mask)
+        wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
+
+        def run() -> Tensor:
+            out = call(s.q, s.k, s.v, s.mask)
+            torch.autograd.grad(out, wanted, s.grad)
+            return out
+
+        return run
+
+    @staticmethod
+    def round_s(alive: list[Entrant]) -> float:
+        """About how long one round of all takes."""
+        return sum(max(e.first_run, timing.SAMPLE_S) for e in alive)
+
+    def close(self) -> None:
+        self.judged.clear()
+
+
+def inaccurate(errors: Errors) -> str:
+    parts = [f"forward error {errors.forward:.3g} budgets > 1"] if not errors.forward <= 1 else []
+    if errors.backward is not None and not errors.backward <= 1:
+        parts.append(f"backward error {errors.backward:.3g} budgets > 1")
+    return "inaccurate: " + ", ".join(parts)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
