@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 import fastattn
-from fastattn import learnt, tuning
+from fastattn import explanation, learnt, tuning
 from fastattn.device import Device
 
 SENTENCES = """
@@ -148,7 +148,7 @@ def one_dtype(name, model, tokenized, reference, given, watch):
     with learnt.collected() as met:
         ours = patched_embed(model, tokenized)
     first_s = time.perf_counter() - start
-    served = [fastattn.explanation.of_problem(problem) for problem in met]
+    served = [explanation.of_problem(problem) for problem in met]
     kernels = {}
     for e in served:
         kernels[e.served_by] = kernels.get(e.served_by, 0) + 1

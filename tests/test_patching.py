@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_earlier
 from torch.overrides import TorchFunctionMode
 
 import fastattn
-from fastattn import learnt, patching, resolve, sdpa
+from fastattn import learnt, resolve, sdpa
 
 ORIGINAL = F.scaled_dot_product_attention
 r = torch.randn
@@ -198,7 +198,7 @@ def spied():
         calls.append("drop_in")
         return real(*args)
 
-    with mock.patch.object(patching.resolve, "drop_in", drop_in):
+    with mock.patch.object(resolve, "drop_in", drop_in):
         yield calls
 
 

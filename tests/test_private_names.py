@@ -30,6 +30,7 @@ sys.modules["fastattn.device"] = module
 exec(compile(source, spec.origin, "exec"), module.__dict__)
 del sys.modules["fastattn"]
 import fastattn
+import fastattn.resolve
 assert fastattn.resolve.Device is module.Device, "another fastattn.device was imported"
 from fastattn import attention, api, device, probe, resolve
 exact = lambda q, k, v, **kw: F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **kw).to(q.dtype)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastattn.device import Device, private
 from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
+from fastattn.scratch import room
 
 __all__ = [
     "Accepted", "Arguments", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "Tensor", "require",
+    "Rejected", "Run", "Tensor", "require", "room",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")

@@ -68,12 +68,13 @@ class Race:
         self.scale = None if problem.scale == "positive" else samples.scale_of(problem)
         self.judged = verifying.judges(problem, device)
         self.sample = samples.plain(problem, device)
+        self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
-    def admit(self, entrant: Entrant, against: Entrant | None = None) -> None:
+    def admit(self, entrant: Entrant, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
         candidate, s = entrant.candidate, self.sample
         p = self.problem
-        if against is not None and candidate.kernel.unfused and p.unfused_bytes > p.memory_limit:
+        if not incumbent and candidate.kernel.unfused and p.unfused_bytes > p.memory_limit:
             entrant.reason = f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
             return
         try:
@@ -88,15 +89,17 @@ class Race:
             _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
             entrant.first_run = self.clock.now() - start
             limit = self.problem.memory_limit
-            if against is not None and max(entrant.temporary, entrant.saved) > limit:
+            if not incumbent and max(entrant.temporary, entrant.saved) > limit:
                 used = max(entrant.temporary, entrant.saved)
                 entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
                 return
             entrant.run = run
             if entrant.first_run < SLOW_S:  # else one run is enough to go by
                 entrant.first_run = self.clock.time(run, 1)
-            if against is not None and entrant.first_run > HOPELESS * against.first_run > 0:
-                entrant.reason = f"more than {HOPELESS:g} x slower than the default at the first run"
+            if self._fastest is None or entrant.first_run < self._fastest[0]:
+                self._fastest = (entrant.first_run, candidate.name)
+            elif entrant.first_run > HOPELESS * self._fastest[0]:
+                entrant.reason = f"more than {HOPELESS:g} x slower than {self._fastest[1]} at the first run"
         except torch.OutOfMemoryError as error:
             entrant.reason = f"out of memory: {first_line(error)}"
             gc.collect()

@@ -37,9 +37,9 @@ def scale_of(p: Problem) -> float:
 def plain(p: Problem, device: torch.device, seed: int = 0) -> Sample:
     """Gaussian tensors at the problem's own size and strides."""
     g = torch.Generator(device).manual_seed(seed)
-    q = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim))
-    k = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim))
-    v = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim_v))
+    q = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim), p.torch_dtype)
+    k = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim), p.torch_dtype)
+    v = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim_v), p.torch_dtype)
     return _sample(p, g, q, k, v, _mask(p, g, None))
 
 
@@ -154,7 +154,7 @@ def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mas
             x.requires_grad_()
         if mask is not None and p.mask_grad:
             mask.requires_grad_()
-        grad = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim_v)).to(p.torch_dtype)
+        grad = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim_v), p.torch_dtype)
         grad = from_bhsd(_strided(grad, p.strides[0]), p.layout)
     q, k, v = parts
     return Sample(p, q, k, v, mask, grad)
@@ -164,10 +164,10 @@ def _normal(g: torch.Generator, shape: Sequence[int]) -> Tensor:
     return torch.randn(shape, generator=g, device=g.device)
 
 
-def _repeated(g: torch.Generator, shape: Sequence[int]) -> Tensor:
+def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Gaussian numbers over and over: drawing each of a large cache's would take longer than timing with it."""
     size = math.prod(shape)
-    drawn = _normal(g, (min(size, 2**20),))
+    drawn = _normal(g, (min(size, 2**20),)).to(dtype)
     return drawn.repeat(-(-size // max(1, drawn.numel())))[:size].view(*shape)
 
 

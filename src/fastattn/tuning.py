@@ -55,7 +55,7 @@ def tune(
     settled = _settled(known, found)
     entrants = [Entrant(d) for d in found if isinstance(d, Accepted) and d.name not in settled]
     native = planning.default_runs(problem, silicon, found)
-    race.admit(entrants[0])
+    race.admit(entrants[0], incumbent=True)
     incumbent = entrants[0]
     budget = float("inf") if thorough else _budget(incumbent.first_run)
     start = max(began, clock.now() - 0.5 * budget)  # a slow default uses up half of the time at most
@@ -71,7 +71,7 @@ def tune(
         elif tried >= TRIED_ANYWAY and clock.now() - start > 0.75 * budget:
             entrant.reason = NOT_TRIED
         else:
-            race.admit(entrant, against=incumbent)
+            race.admit(entrant)
             tried += 1
     alive = [e for e in entrants if e.reason is None]
     if alive:

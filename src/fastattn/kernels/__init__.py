@@ -10,6 +10,11 @@ from fastattn.kernel import Kernel
 
 # Always there, whatever FASTATTN_KERNELS says: what the user would have had, and what accepts every problem.
 FALLBACKS = ("default", "sdpa_math")
+# The fixed order of torch's own: the default first, what is most often best before what seldom is, the last resort last.
+ORDER = (
+    "default", "torch_flash", "torch_cudnn", "torch_efficient", "matmul_mixed", "matmul_shifted", "matmul", "torch_math",
+    "sdpa_math",
+)  # fmt: skip
 _extra: list[Kernel] = []
 
 
@@ -18,7 +23,7 @@ def _shipped() -> tuple[Kernel, ...]:
     rows: list[Kernel] = []
     for module in sorted(m.name for m in iter_modules(__path__)):
         rows += import_module(f"{__name__}.{module}").KERNELS
-    return tuple(sorted(rows, key=lambda k: (k.name != "default", k.library != "torch", k.name == "sdpa_math")))
+    return tuple(sorted(rows, key=lambda k: (k.library != "torch", ORDER.index(k.name) if k.name in ORDER else len(ORDER))))
 
 
 def rows() -> tuple[Kernel, ...]:

@@ -5,7 +5,7 @@ The query group of GQA is folded into rows, so keys and values are never repeate
 
 from __future__ import annotations
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, Run, Tensor
+from fastattn.kernel import Arguments, Kernel, OneOf, Range, Run, Tensor, room
 
 
 def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,12 +16,19 @@ def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.reshape(n, rows, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
 
 
+def in_room(name: str, x: Tensor) -> Tensor:
+    """x in float32."""
+    import torch
+
+    return room(name, x, tuple(x.shape), torch.float32).copy_(x)
+
+
 def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
     """(n, rows, kv_len) scale * q k^T + mask, -inf where a key is hidden; a mask is laid under the product, not added."""
     import torch
 
     n, rows, kv_len = q3.shape[0], q3.shape[1], k3.shape[1]
-    scores = q3.new_empty(n, rows, kv_len)
+    scores = room("scores", q3, (n, rows, kv_len), q3.dtype)
     view = scores.view(*q.shape[:3], kv_len)
     if mask is None:
         torch.baddbmm(scores, q3, k3.mT, beta=0, alpha=a.scale, out=scores)
@@ -78,8 +85,9 @@ def load_mixed() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         q3, k3, v3 = fold(q, k, v)
-        weights = softmax(masked_scores(q, q3.float(), k3.float(), mask, a), mask, a)
-        return torch.bmm(weights.to(v3.dtype), v3).view(*q.shape[:3], v.shape[3])
+        weights = softmax(masked_scores(q, in_room("q", q3), in_room("k", k3), mask, a), mask, a)
+        half = room("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights)
+        return torch.bmm(half, v3).view(*q.shape[:3], v.shape[3])
 
     return run
 
