@@ -34,17 +34,23 @@ def _address(q_bytes: int, k_bytes: int) -> int:
 class Front:
     """The entries of one front door: attention() and sdpa() each have their own."""
 
-    __slots__ = ("_count", "_hits", "_last", "_lock", "_misses", "first", "table")
+    __slots__ = ("_count", "_hits", "_last", "_lock", "_misses", "first", "generation", "table")
 
     def __init__(self) -> None:
         self.renew()
-        self.clear()
+        self.generation = 0
+        self._empty()
         config.on_forget(self.clear)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.renew)
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Forget all entries, and what is being resolved now: it was resolved under what no longer holds."""
+        with self._lock:
+            self.generation += 1
+            self._empty()
+
+    def _empty(self) -> None:
         self.table: dict[int, tuple[Probe, ...]] = {}
         self.first: Probe | None = None
         self._last: Probe | None = None
@@ -91,12 +97,16 @@ class Front:
         if self._misses > STREAK:
             self.first = None
 
-    def publish(self, served: Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> None:
-        """Add an entry made by this very call."""
+    def publish(
+        self, served: Served, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any, generation: int | None = None
+    ) -> None:
+        """Add an entry made by this very call, resolved when the front was of that generation."""
         bucket = None if k is v else served.bucket  # a free length needs k and v guarded apart
         probe = build(q, k, v, m, layout, kw, served.call, served.reads, bucket)
         name = -q.nbytes if bucket is not None else _address(q.nbytes, k.nbytes)
         with self._lock:
+            if generation not in (None, self.generation):
+                return
             table = {} if self._count >= LIMIT else dict(self.table)
             self._count = 1 if self._count >= LIMIT else self._count + 1
             table[name] = (probe, *table.get(name, ())[: SAME_BYTES - 1])
@@ -147,10 +157,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
 def _miss(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Tensor:
     from fastattn import resolve
 
+    generation = front.generation
     served = resolve.attention(q, k, v, mask, layout, options)
     out = served.call(q, k, v, mask)
     if served.remember:
-        front.publish(served, q, k, v, mask, layout, options)
+        front.publish(served, q, k, v, mask, layout, options, generation)
     return out
 
 

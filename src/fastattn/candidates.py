@@ -103,4 +103,5 @@ def version(library: str) -> str | None:
 
 def by_name(name: str, found: Iterable[Decision]) -> list[Accepted]:
     """The candidates an order means: `torch_flash` any of its candidates, `torch_flash+fp32` just that one."""
-    return [d for d in found if isinstance(d, Accepted) and name in (d.name, d.kernel.name)]
+    accepted = [d for d in found if isinstance(d, Accepted)]
+    return [d for d in accepted if d.name == name] or [d for d in accepted if d.kernel.name == name]

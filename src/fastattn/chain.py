@@ -15,7 +15,7 @@ from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.errors import NoKernelError
 from fastattn.inputs import CallKey
-from fastattn.kernel import Accepted, Decision, Rejected
+from fastattn.kernel import Accepted, Rejected
 from fastattn.problem import Problem
 from fastattn.verdict import Verdict
 
@@ -46,9 +46,11 @@ def chain(
     rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type)}
     for name in verdict.ranked() if verdict is not None else ():
         kernel = rows.get(name.split("+")[0])
-        if kernel is None or set(name.split("+")[1:]) & set(but):
+        is_out = verdict is not None and (verdict.problem, name) in learnt.state.buried
+        if kernel is None or is_out or set(name.split("+")[1:]) & set(but):
             continue
-        served += candidates.by_name(name, candidates.decide(kernel, problem, silicon, settings))
+        found = candidates.decide(kernel, problem, silicon, settings)
+        served += [d for d in found if isinstance(d, Accepted) and d.name == name]
         if served and served[0].kernel.name == "default":
             return served
         if served:
@@ -93,7 +95,8 @@ def rescued(
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    return is_hook or isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error)
+    is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    return is_hook or is_memory or "CUDA error" in str(error)
 
 
 def _rescue(
@@ -110,15 +113,25 @@ def _rescue(
     cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     left = verdict.buried(failed.name, cause) if verdict is not None else None
     found = candidates.decisions(problem, silicon, settings)
-    order: list[Decision] = [d for name in (left.ranked() if left else ()) for d in candidates.by_name(name, found)]
-    order += fallbacks(verdict, problem, silicon, settings)
-    for candidate in order:
-        if not isinstance(candidate, Accepted) or candidate == failed:
+    last = fallbacks(verdict, problem, silicon, settings)
+    answers: dict[str, Tensor] = {}
+    for candidate in last[:1]:
+        if candidate.kernel.name == "default":
+            try:
+                answers[candidate.name] = bind(candidate, problem, key, structured)(*given)
+            except Exception:
+                raise error from None  # F.sdpa raises too: it is the caller's own error
+    order = [d for name in (left.ranked() if left else ()) for d in found if isinstance(d, Accepted) and d.name == name]
+    for candidate in (*order, *last):
+        if candidate == failed:
             continue
         try:
-            out = bind(candidate, problem, key, structured)(*given)
+            out = answers.get(candidate.name)
+            out = bind(candidate, problem, key, structured)(*given) if out is None else out
         except Exception:
             continue
+        if verdict is not None:
+            learnt.state.buried[(verdict.problem, failed.name)] = cause
         log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
         if left is not None:
             learnt.keep(left, settings, silicon)

@@ -98,6 +98,16 @@ def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 _lock = Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
 _base: list[Config] = []  # what the environment says, once it was read
 _changes: list[dict[str, Any]] = []  # what options() set for the process, oldest first
 _process: Config | None = None  # both together
@@ -129,7 +139,7 @@ def forget() -> None:
     _base.clear()
     _changes.clear()
     _process = None
-    _changed()
+    forget_calls()
 
 
 class options:
@@ -170,7 +180,9 @@ class options:
             with _lock:
                 _changes[:] = [change for change in _changes if change is not self._change]
             _set_process()
-        scopes_used = True
+        if not scopes_used:
+            scopes_used = True
+            forget_calls()  # entries made so far do not compare the Config
         config = replace(current(), **self._change)
         config = _known.setdefault(config, config)
         self._tokens.append(_scoped.set(config))
@@ -183,7 +195,7 @@ class options:
 def _set_process() -> None:
     before = _process
     if _fold() is not before:
-        _changed()
+        forget_calls()
 
 
 _listeners: list[Callable[[], None]] = []
@@ -198,8 +210,3 @@ def forget_calls() -> None:
     """Drop every published Call; verdicts stay."""
     for listener in _listeners:
         listener()
-
-
-def _changed() -> None:
-    if not scopes_used:  # else entries compare the Config themselves
-        forget_calls()

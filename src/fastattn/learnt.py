@@ -31,6 +31,8 @@ class _Process:
     shared: dict[Problem, Verdict] | None = None  # the table all ranks share
     manifests: dict[str, dict[Problem, Verdict]] = field(default_factory=dict)
     tuning: set[Problem] = field(default_factory=set)
+    untunable: dict[Problem, str] = field(default_factory=dict)  # problems whose tuning raised, and what
+    buried: dict[tuple[Problem, str], str] = field(default_factory=dict)  # candidates that raised here, whoever chose them
     misses: dict[Problem, int] = field(default_factory=dict)
     spent_s: float = 0.0
     warned: set[str] = field(default_factory=set)
@@ -146,7 +148,8 @@ def keep(verdict: Verdict, settings: Config, silicon: Device) -> None:
     """Publish a verdict in memory and on disk."""
     with state.lock:
         state.verdicts[(settings.cache_dir, silicon, verdict.problem)] = verdict
-    settings_store(settings).put(verdict, silicon)
+    if guards.ranks() == 1:
+        settings_store(settings).put(verdict, silicon)
 
 
 def complete(problem: Problem, settings: Config) -> Verdict | None:
@@ -213,4 +216,6 @@ def share(table: dict[Problem, Verdict]) -> None:
 
 def verdicts(settings: Config) -> list[Verdict]:
     """The verdicts that this process holds in memory under these settings."""
-    return [v for (directory, _, _), v in state.verdicts.items() if v is not None and directory == settings.cache_dir]
+    with state.lock:
+        held = list(state.verdicts.items())
+    return [v for (directory, _, _), v in held if v is not None and directory == settings.cache_dir]

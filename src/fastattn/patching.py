@@ -43,10 +43,11 @@ def sdpa(
         return call(query, key, value, attn_mask)
     from fastattn import resolve
 
+    generation = _front.generation
     served = resolve.drop_in(query, key, value, attn_mask, *options)
     out = served.call(query, key, value, attn_mask)
     if served.remember:
-        _front.publish(served, query, key, value, attn_mask, "sdpa", options)
+        _front.publish(served, query, key, value, attn_mask, "sdpa", options, generation)
     return out
 
 

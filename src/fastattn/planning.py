@@ -69,7 +69,7 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call
     fixed = Arguments(scale, 0 if p.causal else None, p.needs_grad)
     wanted = _wanted_order(candidate, p)
 
-    if not (is_view or is_moving or has_mask or wanted or p.cast_from):  # the short way, for decoding above all
+    if not (is_view or is_moving or has_mask or wanted or p.autocast):  # the short way, for decoding above all
         return lambda q, k, v, mask: step(q, k, v, None, fixed)
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call
             out = _densify(out, wanted)
         return out.permute(back) if is_view else out
 
-    return _under_autocast(call, p) if p.cast_from else call
+    return _under_autocast(call, p) if p.autocast else call
 
 
 def _densify(out: Tensor, order: Sequence[int]) -> Tensor:

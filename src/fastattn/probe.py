@@ -122,8 +122,15 @@ def build(
     seen: dict[int, str] = {}
     for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
         if not isinstance(x, Tensor):
-            conditions.append("m is None" if x is None else "m == MASK")
+            conditions.append("m is None" if x is None else "m.__class__ is MASK.__class__ and m == MASK")
             values["MASK"] = x
+        elif name == "m":
+            values["MASK_CLASS"] = type(x)
+            conditions.append("m.__class__ is MASK_CLASS")
+            if id(x) not in seen:
+                unique[name] = x
+            else:
+                conditions.append(f"m is {seen[id(x)]}")
         elif id(x) in seen:
             conditions.append(f"{name} is {seen[id(x)]}")
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import buckets, chain, config, device, guards, inputs, learnt, masks, planning, traced, tuning, verifying
-from fastattn.config import Config
+from fastattn.config import Config, log
 from fastattn.device import Device, has_torch_function, sdpa
 from fastattn.inputs import CallKey, Options
 from fastattn.kernel import Accepted
@@ -44,7 +44,10 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     else:
         circumstances = guards.Context()
     key = inputs.call_key(q, k, v, mask, layout, options)
-    return _resolve(key, settings, circumstances, (q, k, v, mask))
+    served = _resolve(key, settings, circumstances, (q, k, v, mask))
+    # torch's causal biases are a Tensor subclass: no probe could match one
+    is_probed = not isinstance(mask, Tensor) or inputs.as_structured(mask) is mask
+    return served if is_probed else served._replace(remember=False)
 
 
 def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Served:
@@ -67,7 +70,9 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
     circumstances = guards.context(tensors, settings, learnt.is_spent(settings))
     if guards.decide(circumstances)[0] == guards.PASS:
         return own
-    if q.dim() != 4 or (q.shape[1] != k.shape[1] and not enable_gqa) or (mask is not None and is_causal):
+    if not q.dim() == k.dim() == v.dim() == 4 or (mask is not None and is_causal):
+        return own
+    if q.shape[1] != k.shape[1] and not enable_gqa:
         return own
     try:
         key = inputs.call_key(q, k, v, mask, "bhsd", Options(is_causal=is_causal, scale=scale))
@@ -159,6 +164,11 @@ def _tune_once(
     with learnt.state.lock:
         if problem in learnt.state.tuning:
             return None, "another thread is tuning this problem"
+        if problem in learnt.state.untunable:
+            return None, learnt.state.untunable[problem]
+        now_known = learnt.state.verdicts.get((settings.cache_dir, Device.of(key.q.device), problem))
+        if now_known is not None and now_known is not known:
+            return now_known, "another thread has just tuned it"
         learnt.state.tuning.add(problem)
     start = time.perf_counter()
     try:
@@ -167,6 +177,11 @@ def _tune_once(
         look = _look(problem, settings, key, q, k, v, mask, scale)
         prior = learnt.winners_nearby(problem, settings)
         return tune(problem, settings, key.q.device, look=look, known=known, prior=prior), "tuned now"
+    except Exception as error:
+        why = f"tuning failed: {type(error).__name__}: {error}"
+        log.warning("%s on %s; the default serves", why, problem)
+        learnt.state.untunable[problem] = why
+        return None, why
     finally:
         with learnt.state.lock:
             learnt.state.tuning.discard(problem)
@@ -179,12 +194,13 @@ def _look(
     """Check a candidate on a slice of the caller's own tensors."""
     exact = Problem.from_key(key, settings.accuracy)
     dense = mask if isinstance(mask, Tensor) and not isinstance(key.mask, masks.Causal) else None
-    judge: list[verifying.Judge] = []
+    judges: list[verifying.Judge | None] = []
 
     def look(candidate: Accepted) -> verifying.Errors:
-        if not judge:
-            judge.append(verifying.judge_of_call(exact, q, k, v, dense, scale))
-        return judge[0].errors(planning.bind(candidate, judge[0].sample.problem, scale))
+        if not judges:
+            judges.append(verifying.judge_of_call(exact, q, k, v, dense, scale))
+        judge = judges[0]
+        return judge.errors(planning.bind(candidate, judge.sample.problem, scale)) if judge else verifying.Errors(0.0)
 
     return look
 

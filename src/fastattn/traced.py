@@ -70,6 +70,8 @@ def attention(
         name = winner(facts, layout, is_causal, scale, options.kernel, options.accuracy)
         if name:
             return CALLS[name](q, k, v, mask)
+    elif options.kernel is not None:
+        raise NotImplementedError("attention(): kernel= under torch.compile needs static sizes (dynamic=False)")
     return default(q, k, v, mask, layout, is_causal, scale)
 
 
