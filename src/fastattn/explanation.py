@@ -88,8 +88,7 @@ def explain(
     if tune:
         resolve.tune(learnt.lengths(problem), settings, key.q.device, thorough=True)
         learnt.forget_calls()
-    tensors = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
-    circumstances = guards.context(tensors, settings, learnt.is_spent(settings))
+    circumstances = guards.context(inputs.tensors_of(q, k, v, mask), settings, learnt.is_spent(settings))
     return of_problem(problem, parsed.kernel, circumstances)
 
 

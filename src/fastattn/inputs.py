@@ -103,6 +103,11 @@ def as_structured(mask: Any) -> Any:
     return mask
 
 
+def tensors_of(q: Any, k: Any, v: Any, mask: Any) -> list[Any]:
+    """The inputs that circumstances are read from; torch's causal biases are values to us, a Tensor subclass to torch."""
+    return [q, k, v, *([mask] if isinstance(mask, Tensor) and as_structured(mask) is mask else [])]
+
+
 def check_layout(layout: Any) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")

@@ -98,6 +98,11 @@ def memory_order(cls: str) -> tuple[int, int, int, int]:
     return _SBHD if cls == "seq_first" else _BHSD
 
 
+def order_of(q: Tensor) -> tuple[int, int, int, int]:
+    """The same for a query whose class does not say: heads inside the sequence where its strides put them there."""
+    return _BSHD if 0 < q.stride(1) < q.stride(2) else _BHSD
+
+
 def empty_in_order(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
     """An uninitialised (b, h, s, d) view whose memory lies densely in `order`."""
     out = like.new_empty([shape[i] for i in order])

@@ -121,9 +121,14 @@ def _stored(problem: Problem, silicon: Device, settings: Config) -> Verdict | No
     return state.verdicts[name]
 
 
-def is_complete(verdict: Verdict | None, silicon: Device, settings: Config) -> bool:
-    """Whether every candidate there is today was tried, in the version that is installed."""
-    return verdict is not None and not tuning.changed(verdict, silicon, settings)
+def is_complete(verdict: Verdict | None, silicon: Device, settings: Config, problem: Problem) -> bool:
+    """Whether every candidate there is today was tried, in the version that is installed.
+
+    What the user has switched off for now is no reason to tune again: the next candidate of the verdict serves.
+    """
+    if verdict is None:
+        return False
+    return bool(problem.off or settings.kernels) or not tuning.changed(verdict, silicon, settings)
 
 
 def is_spent(settings: Config) -> bool:

@@ -15,7 +15,7 @@ from fastattn.config import Config
 from fastattn.conversions import BY_NAME
 from fastattn.device import Device, sdpa
 from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Run
-from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, to_bhsd
+from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
 from fastattn.problem import INT32, Problem, default_scale
 
 Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -68,8 +68,9 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call
     has_mask = p.mask is not None  # a structured mask has become the corner
     fixed = Arguments(scale, 0 if p.causal else None, p.needs_grad)
     wanted = _wanted_order(candidate, p)
+    by_strides = candidate.kernel.name != "default" and p.strides[0] in ("expanded", "other")
 
-    if not (is_view or is_moving or has_mask or wanted or p.autocast):  # the short way, for decoding above all
+    if not (is_view or is_moving or has_mask or wanted or by_strides or p.autocast):  # the short way, for decoding above all
         return lambda q, k, v, mask: step(q, k, v, None, fixed)
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -81,8 +82,9 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call
         elif mask is not None and mask.dim() == 2:
             mask = mask[None, None]
         out = step(q, k, v, mask, a)
-        if wanted is not None and not is_dense(out, wanted):
-            out = _densify(out, wanted)
+        order_out = order_of(q) if by_strides else wanted
+        if order_out is not None and not is_dense(out, order_out):
+            out = _densify(out, order_out)
         return out.permute(back) if is_view else out
 
     return _under_autocast(call, p) if p.autocast else call

@@ -164,8 +164,10 @@ class Problem:
         if lengths == "kv":
             return replace(self, kv_len=kv_len, lengths="kv")
         q_len = buckets.canonical(self.q_len)
-        if q_len == kv_len and self.q_len != self.kv_len:
-            q_len = max(1, q_len - 1)  # one bucket, yet not square: the causal corner still matters
+        if q_len == kv_len and self.q_len < self.kv_len:  # one bucket, yet not square: the causal corner still matters
+            q_len = max(1, q_len - 1)
+        elif q_len == kv_len and self.q_len > self.kv_len:
+            kv_len = max(1, kv_len - 1)
         batch = buckets.canonical_batch(self.batch)
         return replace(self, q_len=q_len, kv_len=kv_len, batch=batch, lengths="all")
 

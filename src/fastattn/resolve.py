@@ -36,9 +36,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     settings = config.current()
     inputs.check_layout(layout)
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
-        is_bias = inputs.as_structured(mask) is not mask
-        tensors = [q, k, v, *([mask] if isinstance(mask, Tensor) else [])]
-        circumstances = guards.context([q, k, v] if is_bias else tensors, settings, learnt.is_spent(settings))
+        circumstances = guards.context(inputs.tensors_of(q, k, v, mask), settings, learnt.is_spent(settings))
         if guards.decide(circumstances)[0] == guards.PASS and not (options.kernel and not circumstances.off):
             return _passed(guards.decide(circumstances)[1], layout, options)
     else:
@@ -147,7 +145,7 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
         return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), _reads(chosen, problem, settings))
     action, why = guards.decide(circumstances)
     verdict = learnt.find(problem, silicon, settings, circumstances)
-    if action == guards.TUNE and not learnt.is_complete(verdict, silicon, settings):
+    if action == guards.TUNE and not learnt.is_complete(verdict, silicon, settings, problem):
         verdict, why = _tune_once(learnt.lengths(problem), settings, key, given, verdict)
         if verdict is None:  # another thread is at it
             default = chain.fallbacks(None, problem, silicon, settings)[0]
