@@ -111,6 +111,8 @@ class Expected:
     scale: float | None = None
     corners: tuple[str, ...] = ()
     grad: torch.Tensor | None = None  # upstream, in `layout`
+    window: tuple[int, int] | None = None
+    softcap: float = 0.0
 
     def __post_init__(self):
         self.q, self.k, self.v = (back(self.layout, x.detach()) for x in (self.q, self.k, self.v))
@@ -127,6 +129,10 @@ class Expected:
             self.hidden |= j > i
         if "bottom_right" in self.corners:
             self.hidden |= j > i + self.skv - self.sq
+        if self.window is not None:
+            at = self.skv - self.sq if "bottom_right" in self.corners else 0
+            left, right = (n if n is not None and n >= 0 else 10**6 for n in self.window)
+            self.hidden |= (j < i + at - left) | (j > i + at + right)
         self.bias = None
         if self.mask is not None:
             mask = self.mask.detach()
@@ -138,12 +144,16 @@ class Expected:
         bias = None if self.bias is None else self.bias.to(dtype).requires_grad_()
         q, k, v = leaves[0], *(x.repeat_interleave(self.group, 1) for x in leaves[1:])
         scores = q @ k.mT * self.scale
+        cap = torch.tanh(scores / self.softcap) if self.softcap else None
+        scores = scores if cap is None else self.softcap * cap
         scores = scores if bias is None else scores + bias
         empty = self.hidden.all(-1, keepdim=True)
         scores = scores.masked_fill(self.hidden, float("-inf")).masked_fill(empty, 0.0)
         weights = scores.softmax(-1).masked_fill(self.hidden, 0.0)
         out = weights @ v
         found = {"out": out.detach(), "scores": scores.detach(), "weights": weights.detach(), "k": k.detach(), "v": v.detach()}
+        found["slope"] = 1.0 if cap is None else 1 - cap.detach().square()
+        found["lse"] = scores.detach().masked_fill(self.hidden, float("-inf")).logsumexp(-1)
         if self.grad is not None:
             grad = back(self.layout, self.grad).to(dtype)
             wanted = leaves if bias is None else [*leaves, bias]
@@ -165,9 +175,12 @@ class Expected:
 
     @cached_property
     def _noise(self):
-        """S_i: how large the terms of a row's scores are; only float32 inputs feel it."""
-        if self.dtype in HALF:
-            return torch.zeros(self.b, self.hq, self.sq, dtype=torch.float64)
+        """S_i, where it is felt: float32 inputs."""
+        return torch.zeros(self.b, self.hq, self.sq, dtype=torch.float64) if self.dtype in HALF else self._sizes
+
+    @cached_property
+    def _sizes(self):
+        """S_i: how large the terms of a row's scores are."""
         sizes = self.q.double().abs() @ self.exact["k"].abs().mT * abs(self.scale)
         sizes = sizes if self.bias is None else sizes + self.bias.double().abs()
         return (sizes * self.exact["weights"]).sum(-1)
@@ -185,8 +198,17 @@ class Expected:
             budget = 2 * (plain.amax((2, 3), keepdim=True)[..., 0] + self.u * spread)
         else:
             c = 2 if self.dtype in HALF else 4
-            budget = c * (self._e("out").amax(-1) + (self.u + 2**-24 * self._noise) * spread)
+            budget = c * (self._e("out").amax(-1) + (self.u + 2**-23 * self._noise) * spread)
         return _worst((back(self.layout, out.detach()).double() - self.exact["out"]).abs().amax(-1), budget)
+
+    def log_sum(self, lse):
+        """The largest error of a log-sum-exp (b, h, s) in budgets."""
+        assert lse.dtype is torch.float32 and lse.shape == (self.b, self.hq, self.sq) and not lse.requires_grad
+        want, none = self.exact["lse"], self.hidden.all(-1)
+        assert torch.equal(lse == float("-inf"), none)
+        e32 = (self.rounded["lse"].double() - want).masked_fill(none, 0.0).abs()
+        budget = 4 * (e32 + 2**-24 * (1 + want.masked_fill(none, 0.0).abs() + self._sizes))
+        return _worst((lse.double() - want).masked_fill(none, 0.0).abs(), budget)
 
     def backward(self, dq, dk, dv, dmask=None):
         """The largest error of the gradients (in `layout`) in budgets."""
@@ -195,15 +217,22 @@ class Expected:
         lse = x["scores"].logsumexp(-1).abs().masked_fill(self.hidden.all(-1), 0.0)
         size = self._per_kv_head(torch.maximum(lse, self._noise)[..., None])
         terms = grad * x["out"]
-        if self.dtype in HALF:  # delta = sum_d o_d do_d is taken from an output whose terms were rounded one by one
+        dscores = (grad @ x["v"].mT - terms.sum(-1, keepdim=True)) * w
+        if self.dtype in HALF:
+            # delta = sum_d o_d do_d is taken from an output whose terms were rounded, P and dS are rounded before products
             delta = terms.square().sum(-1, keepdim=True).sqrt() * w
-            cancel_q = s * self.u * self._per_kv_head(delta.sum(-1, keepdim=True) * (w @ x["k"]).abs())
-            cancel_k = s * self.u * self._heads_sum(delta.square().mT @ self.q.double().square()).sqrt()
+            both = delta.square() + (dscores * x["slope"]).square()
+            of_q = (delta.sum(-1, keepdim=True) * (w @ x["k"])).square() + (dscores * x["slope"]).square() @ x["k"].square()
+            cancel_q = s * self.u * self._per_kv_head(of_q).sqrt()
+            cancel_k = s * self.u * self._heads_sum(both.mT @ self.q.double().square()).sqrt()
+            cancel_v = self.u * self._heads_sum(w.square().mT @ grad.square(), self.dv).sqrt()
         else:
             delta = (grad.abs() @ x["v"].abs().mT + terms.abs().sum(-1, keepdim=True)) * w
-            cancel_q = s * self.u * (1 + size) * self._per_kv_head(delta @ x["k"].abs())
-            cancel_k = s * self.u * (1 + size) * self._heads_sum(delta.mT @ self.q.double().abs())
-        more = {"dq": cancel_q, "dk": cancel_k, "dv": torch.zeros_like(cancel_k)}
+            most = s * self.u * (1 + size)
+            cancel_q = most * self._per_kv_head(delta @ x["k"].abs())
+            cancel_k = most * self._heads_sum(delta.mT @ self.q.double().abs())
+            cancel_v = self.u * (1 + size) * self._heads_sum(w.mT @ grad.abs(), self.dv)
+        more = {"dq": cancel_q, "dk": cancel_k, "dv": cancel_v}
         worst = 0.0
         for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
             rounding = (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs())
@@ -211,7 +240,6 @@ class Expected:
             error = self._per_kv_head((back(self.layout, got).double() - x[name]).abs())
             worst = max(worst, _worst(error, budget))
         if dmask is not None:
-            dscores = (grad @ x["v"].mT - terms.sum(-1, keepdim=True)) * w
             sizes = (dscores.abs() + delta if self.dtype in HALF else delta).sum_to_size(
                 (1,) * (4 - self.bias.dim()) + self.bias.shape
             )
@@ -225,8 +253,8 @@ class Expected:
         """(b, hkv) maxima of a (b, hq or hkv, rows, dims) tensor."""
         return x.reshape(self.b, self.hkv, -1).amax(-1) if x.numel() else x.new_zeros(self.b, self.hkv)
 
-    def _heads_sum(self, x):
-        return self._per_kv_head(x.reshape(self.b, self.hkv, self.group, self.skv, self.d).sum(2))
+    def _heads_sum(self, x, width=None):
+        return self._per_kv_head(x.reshape(self.b, self.hkv, self.group, self.skv, width or self.d).sum(2))
 
 
 def _worst(error, budget):
@@ -236,7 +264,7 @@ def _worst(error, budget):
     return float(ratio.nan_to_num(nan=float("inf")).max())
 
 
-def expect(q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), cast=None):
+def expect(q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), cast=None, window=None, softcap=0.0):
     """The Expected of a call with these arguments, under autocast to `cast`, with an upstream gradient where q asks for one."""
     dtype = cast or q.dtype
     dense = mask if type(mask) is torch.Tensor else None
@@ -246,12 +274,15 @@ def expect(q, k, v, mask=None, *, layout="bhsd", scale=None, corners=(), cast=No
     if q.requires_grad and torch.is_grad_enabled():
         b, h, s, _ = back(layout, q).shape
         grad = to(layout, torch.randn(b, h, s, back(layout, v).shape[3])).to(dtype)
-    return Expected(q.to(dtype), k.to(dtype), v.to(dtype), dense, layout, scale, corners, grad)
+    return Expected(q.to(dtype), k.to(dtype), v.to(dtype), dense, layout, scale, corners, grad, window, softcap)
 
 
 def hold(want, call, q, k, v, mask=None, rung="exact"):
     """Hold `call(q, k, v, mask)`, with its gradients where there is an upstream one, to float64. Returns the output."""
-    out = call(q, k, v, mask)
+    found = call(q, k, v, mask)
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    if lse is not None:
+        assert (error := want.log_sum(lse)) <= 1.0, f"lse {error:.2f} budgets"
     forward = want.forward(out, rung)
     assert forward <= 1.0, f"forward {forward:.2f} budgets"
     if want.grad is not None:

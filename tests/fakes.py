@@ -93,7 +93,7 @@ def replace_default(monkeypatch: Any, run: Run) -> None:
     def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return run(q, k, v, mask, Arguments(scale, 0 if is_causal else None))
+        return run(q, k, v, mask, Arguments(scale, upper=0 if is_causal else None))
 
     monkeypatch.setattr(planning, "sdpa", sdpa)
 

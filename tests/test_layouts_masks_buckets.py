@@ -78,9 +78,9 @@ def test_memory_order_is_f_sdpas_for_that_query(cls):
 def test_triangles(q_len, kv_len):
     like = torch.zeros(())
     for corner, shift in (("top_left", 0), ("bottom_right", kv_len - q_len)):
-        drawn = masks.triangle(like, q_len, kv_len, masks.diagonal(corner, q_len, kv_len))
+        drawn = masks.visible(like, q_len, kv_len, *masks.band(corner, None, q_len, kv_len))
         assert drawn.tolist() == [[j <= i + shift for j in range(kv_len)] for i in range(q_len)]
-    assert masks.triangle(like, q_len, kv_len, masks.diagonal("bottom_right", q_len, kv_len))[-1].all()
+    assert masks.visible(like, q_len, kv_len, *masks.band("bottom_right", None, q_len, kv_len))[-1].all()
 
 
 def test_additive_and_intersect():
@@ -88,10 +88,10 @@ def test_additive_and_intersect():
     inf = float("inf")
     assert masks.additive(mask, torch.zeros(1)).tolist() == [[0, -inf, 0], [0, 0, 0]]
     assert masks.additive(mask, torch.zeros(1).bfloat16()).dtype is torch.bfloat16
-    assert masks.intersect(mask, mask, 2, 3, 0).tolist() == [[True, False, False], [True, True, False]]
-    assert masks.intersect(None, mask, 2, 3, 1).tolist() == [[True, True, False], [True, True, True]]
+    assert masks.intersect(mask, masks.visible(mask, 2, 3, None, 0)).tolist() == [[True, False, False], [True, True, False]]
+    assert masks.intersect(None, masks.visible(mask, 2, 3, None, 1)).tolist() == [[True, True, False], [True, True, True]]
     bias = torch.tensor([[1.0, 2.0, 3.0]])
-    assert masks.intersect(bias, mask, 2, 3, 0).tolist() == [[1, -inf, -inf], [1, 2, -inf]]
+    assert masks.intersect(bias, masks.visible(mask, 2, 3, None, 0)).tolist() == [[1, -inf, -inf], [1, 2, -inf]]
 
 
 def test_causal_values_are_equal_by_value():

@@ -18,20 +18,20 @@ def two_percent(q, k, v, mask, a):
 
 
 def top_left(q, k, v, mask, a):
-    return honest(q, k, v, mask, a._replace(diagonal=a.diagonal and 0))
+    return honest(q, k, v, mask, a._replace(upper=a.upper and 0))
 
 
 def bottom_right(q, k, v, mask, a):
-    corner = None if a.diagonal is None else k.shape[2] - q.shape[2]
-    return honest(q, k, v, mask, a._replace(diagonal=corner))
+    corner = None if a.upper is None else k.shape[2] - q.shape[2]
+    return honest(q, k, v, mask, a._replace(upper=corner))
 
 
 def no_triangle(q, k, v, mask, a):
-    return honest(q, k, v, mask, a._replace(diagonal=None))
+    return honest(q, k, v, mask, a._replace(upper=None))
 
 
 def one_off_the_diagonal(q, k, v, mask, a):
-    return honest(q, k, v, mask, a._replace(diagonal=a.diagonal and a.diagonal + 1))
+    return honest(q, k, v, mask, a._replace(upper=a.upper and a.upper + 1))
 
 
 def drops_the_last_keys(q, k, v, mask, a):
@@ -102,7 +102,7 @@ def hidden_maximum(q, k, v, mask, a):
     """bfloat16 scores, exact near the row's maximum, which is taken over hidden keys too."""
     scores = q.float() @ k.float().mT
     shifted = ((scores - scores.amax(-1, keepdim=True)) * a.scale).to(q.dtype)
-    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(a.diagonal + 1)
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(a.upper + 1)
     return torch.softmax(shifted.masked_fill(hidden, float("-inf")), -1) @ v
 
 

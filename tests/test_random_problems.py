@@ -13,7 +13,7 @@ import pytest
 import torch
 from building import accepted, expect, hold, rung_of
 
-from fastattn import attention, conversions, samples, verifying
+from fastattn import attention, blocks, conversions, samples, verifying
 from fastattn.layouts import STRIDE_CLASSES
 from fastattn.problem import Problem
 
@@ -24,8 +24,7 @@ DEVICE = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, untuned):
     """Blocks of 4 KiB of scores, so that small problems are cut too."""
-    monkeypatch.setattr(conversions, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(conversions, "block_sizes", partial(conversions.block_sizes, target=4096))
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 4096)
 
 
 def drawn(seed: int) -> tuple[Problem, random.Random]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from building import DTYPES, HALF, MEMORY, accepted, back, corner, expect, hold, mask_of, name_of, qkv, rung_of, to
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fastattn import attention, conversions, masks
+from fastattn import attention, blocks, masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -129,8 +129,7 @@ def test_every_candidate(case, dtype, small_blocks):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 1 KiB of scores, so that small problems are cut too."""
-    monkeypatch.setattr(conversions, "CHUNK_BYTES", 1024)
-    monkeypatch.setattr(conversions, "block_sizes", partial(conversions.block_sizes, target=1024))
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1024)
 
 
 MASKS_4D = ["".join(m) for m in itertools.product("b1", "h1", "q1", "k1")]

@@ -249,7 +249,7 @@ def test_the_reference_equals_an_einsum_and_autograd(kind, diagonal):
         mask = mask if kind == "bool" else torch.randn(3, 20, 27, dtype=torch.float64).masked_fill(~mask, -float("inf"))
     grad = torch.randn(3, 20, 5, dtype=torch.float64)
     with torch.no_grad():
-        found = reference.attend(q, k, v, mask, scale=0.3, diagonal=diagonal, grad=grad)
+        found = reference.attend(q, k, v, mask, scale=0.3, upper=diagonal, grad=grad)
     want = by_einsum(q, k, v, mask, 0.3, diagonal)
     dq, dk, dv = torch.autograd.grad(want, (q, k, v), grad)
     for got, right in ((found.out, want), (found.gradients.dq, dq), (found.gradients.dk, dk), (found.gradients.dv, dv)):
@@ -259,8 +259,8 @@ def test_the_reference_equals_an_einsum_and_autograd(kind, diagonal):
 def test_the_reference_on_chosen_rows_equals_those_of_the_whole():
     q, k, v = (torch.randn(*s, dtype=torch.float64) for s in ((2, 20, 8), (27, 8), (27, 5)))
     rows = torch.tensor([0, 7, 19])
-    whole = reference.attend(q, k, v, scale=0.3, diagonal=2)
-    some = reference.attend(q, k, v, scale=0.3, diagonal=2, rows=rows)
+    whole = reference.attend(q, k, v, scale=0.3, upper=2)
+    some = reference.attend(q, k, v, scale=0.3, upper=2, rows=rows)
     torch.testing.assert_close(some.out, whole.out[:, rows], rtol=1e-13, atol=1e-14)
 
 

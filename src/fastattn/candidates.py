@@ -50,10 +50,21 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         yield f"dtype {p.dtype} is not one of {', '.join(kernel.dtypes)}"
     if p.causal and kernel.corner is None and not kernel.masks:
         yield "causal is not supported"
-    if p.mask and not kernel.masks:
+    if p.mask == "block":
+        if not kernel.custom_mask:
+            yield "a BlockMask is not supported"
+    elif p.mask and not kernel.masks:
         yield f"a mask is not supported ({p.mask} {p.mask_shape})"
     elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
         yield f"a float mask is not supported ({p.mask})"
+    for asked, can, what in (
+        (p.softcap, kernel.softcap, f"softcap ({p.softcap:g})"),
+        (p.dropout, kernel.dropout, "dropout"),
+        (p.lse, kernel.lse, "return_lse: the log-sum-exp"),
+        (p.score_mod, kernel.score_mod, "a score_mod"),
+    ):
+        if asked and not can:
+            yield f"{what} is not supported"
     if p.needs_grad and not kernel.grad:
         yield "gradients are not supported"
     if p.mask_grad and not kernel.mask_grad:

@@ -59,15 +59,29 @@ def chain(
 
 
 def fallbacks(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
-    """planning.fallbacks, without a default that this problem's own tuning found wrong while others were right."""
-    found = planning.fallbacks(problem, silicon, settings, candidates.decisions(problem, silicon, settings))
+    """planning.fallbacks, without a default that this problem's own tuning found wrong while others were right.
+
+    Raises NoKernelError, with every kernel's reasons, where none can do the problem.
+    """
+    decisions = candidates.decisions(problem, silicon, settings)
+    found = planning.fallbacks(problem, silicon, settings, decisions)
+    if not found:
+        why = "; ".join(f"{d.name}: {', '.join(d.reasons)}" for d in decisions if isinstance(d, Rejected))
+        raise NoKernelError(f"no kernel can run {problem}: {why}", decisions)
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and incumbent.reason is not None and verdict and verdict.ranked()
     return [c for c in found if c.kernel.name != "default"] if is_wrong else found
 
 
 def bind(candidate: Accepted, problem: Problem, key: CallKey, structured: bool) -> planning.Call:
-    return planning.bind(candidate, problem, key.options.scale, structured=structured)
+    return planning.bind(
+        candidate,
+        problem,
+        key.options.scale,
+        structured=structured,
+        dropout_p=key.options.dropout_p,
+        score_mod=key.options.score_mod,
+    )
 
 
 def rescued(

@@ -106,7 +106,8 @@ def of_problem(
         served, why = chain.ordered(kernel, problem, silicon, settings).name, "ordered"
     elif action == guards.PASS or verdict is None:
         served = "default" if action == guards.PASS else planning.fallbacks(problem, silicon, settings, found)[0].name
-        why = why if action != guards.TUNE else "not tuned yet: the first call will"
+        untuned = "nothing else can" if problem.is_custom else "not tuned yet: the first call will"
+        why = why if action != guards.TUNE else untuned
         not_default = planning.why_not_default(problem, silicon, found)
         why = not_default if not_default and served != "default" else why
     else:

@@ -6,7 +6,8 @@ F.scaled_dot_product_attention also refuses raise the same type of error here, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,43 +27,67 @@ class Options:
     scale: float | None = None
     kernel: str | None = None
     accuracy: str | float | None = None  # None: the Config's
-    # For options whose issue is not done, any value but the default raises NotImplementedError.
     dropout_p: float = 0.0
-    window: Any = None
+    window: masks.Window | None = None
     softcap: float = 0.0
-    score_mod: Any = None
+    score_mod: Callable[..., Tensor] | None = None
+    return_lse: bool = False
+    # For options whose issue is not done, any value but the default raises NotImplementedError.
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
     max_q_len: Any = None
     max_kv_len: Any = None
     kv_lens: Any = None
     page_table: Any = None
-    return_lse: bool = False
 
 
 NAMES = tuple(f.name for f in fields(Options))
 DEFAULTS = {f.name: f.default for f in fields(Options)}
-_READY = ("is_causal", "scale", "kernel", "accuracy")
+_LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
 
 
 def parse(given: dict[str, Any]) -> Options:
-    """Options from keyword arguments. Raises TypeError, ValueError, or NotImplementedError with the option's name."""
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError, or NotImplementedError with the option's name."""
     for name, value in given.items():
         if name not in DEFAULTS:
             raise TypeError(f"attention() got an unexpected keyword argument {name!r}; valid: layout, {', '.join(NAMES)}")
-        default = DEFAULTS[name]
-        if name not in _READY and not (value is default or (type(value) in Float and value == default)):
+        if name in _LATER and value is not None:
             raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
     options = Options(**given)
-    if type(options.is_causal) is not bool:
-        raise TypeError(f"attention(): is_causal must be bool, got {type(options.is_causal).__name__}")
-    if options.scale is not None and (isinstance(options.scale, bool) or not isinstance(options.scale, Float)):
-        raise TypeError(f"attention(): scale must be float or None, got {type(options.scale).__name__}")
-    if options.kernel is not None and not isinstance(options.kernel, str):
-        raise TypeError(f"attention(): kernel must be a name or None, got {type(options.kernel).__name__}")
+    _check_type("is_causal", options.is_causal, bool, "bool")
+    _check_type("return_lse", options.return_lse, bool, "bool")
+    if options.scale is not None:
+        _check_type("scale", options.scale, Float, "float or None")
+    if options.kernel is not None:
+        _check_type("kernel", options.kernel, str, "a name or None")
+    _check_type("softcap", options.softcap, Float, "float")
+    if not 0 <= options.softcap < float("inf"):
+        raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
+    _check_type("dropout_p", options.dropout_p, Float, "float")
+    if not 0 <= options.dropout_p <= 1:  # F.sdpa's type of error
+        raise RuntimeError(f"attention(): dropout_p must be between 0 and 1, got {options.dropout_p}")
+    if options.score_mod is not None and not callable(options.score_mod):
+        raise TypeError(f"attention(): score_mod must be a function or None, got {type(options.score_mod).__name__}")
+    if options.score_mod is not None and options.softcap:
+        raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
     if options.accuracy is not None:
         config.check_accuracy(options.accuracy)
-    return options
+    return options if options.window is None else replace(options, window=_window(options.window))
+
+
+def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"attention(): {name} must be {wanted}, got {type(value).__name__}")
+
+
+def _window(given: Any) -> masks.Window | None:
+    """(left, right) with -1 for no limit; None where neither side has one."""
+    sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
+        raise ValueError(
+            f"attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit; got {given!r}"
+        )
+    return None if sides == (-1, -1) else sides
 
 
 class Spec(NamedTuple):
@@ -82,7 +107,7 @@ class CallKey(NamedTuple):
     q: Spec
     k: Spec
     v: Spec
-    mask: Spec | masks.Causal | None
+    mask: Any  # a Spec, masks.Causal, a BlockMask or None
     layout: str
     options: Options
     state: device.State
@@ -143,6 +168,10 @@ def check(key: CallKey) -> None:
     """Raise what F.scaled_dot_product_attention raises for the same mistake."""
     _check_tensors(key)
     _check_mask(key)
+    mask, (q_len, kv_len) = key.mask, (key.q.shape[2], key.k.shape[2])
+    both = key.options.is_causal and isinstance(mask, masks.Causal) and mask.corner == "bottom_right"
+    if key.options.window and both and q_len != kv_len:
+        raise ValueError("attention(): window with is_causal and Causal('bottom_right') could mean either diagonal; give one")
 
 
 def _check_tensors(key: CallKey) -> None:
@@ -180,12 +209,13 @@ def _check_mask(key: CallKey) -> None:
     mask = key.mask
     if mask is None or isinstance(mask, masks.Causal):
         return
+    if is_block_mask(mask):
+        _check_block_mask(key)
+        return
     if not isinstance(mask, Spec):
-        if type(mask).__name__ == "BlockMask":
-            raise NotImplementedError("attention(): a BlockMask is not implemented yet")
         raise TypeError(
-            "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks or one of"
-            f" torch.nn.attention.bias's causal biases, got {type(mask).__name__}"
+            "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks, one of"
+            f" torch.nn.attention.bias's causal biases or a flex BlockMask, got {type(mask).__name__}"
         )
     b, hq, sq, _ = key.q.shape
     scores = (b, hq, sq, key.k.shape[2])
@@ -203,6 +233,21 @@ def _check_mask(key: CallKey) -> None:
         raise RuntimeError(f"attention(): mask must be bool, float32 or {q_dtype} as q is, got {mask.dtype}")
     if mask.device != key.q.device:
         raise RuntimeError(f"attention(): mask is on {mask.device}, q on {key.q.device}")
+
+
+def is_block_mask(mask: Any) -> bool:
+    """Whether it is flex_attention's BlockMask; by its name, as importing it takes half a second."""
+    return type(mask).__name__ == "BlockMask" and hasattr(mask, "mask_mod")
+
+
+def _check_block_mask(key: CallKey) -> None:
+    lengths = (key.q.shape[2], key.k.shape[2])
+    if tuple(key.mask.seq_lengths) != lengths:
+        raise RuntimeError(f"attention(): the BlockMask is for (q_len, kv_len) {tuple(key.mask.seq_lengths)}, got {lengths}")
+    if key.mask.kv_num_blocks.device != key.q.device:
+        raise RuntimeError(f"attention(): the BlockMask is on {key.mask.kv_num_blocks.device}, q on {key.q.device}")
+    if key.options.is_causal or key.options.window:
+        raise ValueError("attention(): a BlockMask together with is_causal or window; put them into its mask_mod (and_masks)")
 
 
 def _check_bias_lengths(bias: Any, q: Tensor, k: Tensor, layout: str) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastattn.config import log
 from fastattn.device import Device, private
 from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
 from fastattn.scratch import room
 
 __all__ = [
-    "Accepted", "Arguments", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "Tensor", "require", "room",
+    "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
+    "Rejected", "Run", "Tensor", "log", "require", "room",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -27,16 +28,26 @@ FLOATS = ("float16", "bfloat16", "float32")
 class Arguments(NamedTuple):
     """What a kernel is told beside its tensors.
 
-    scale: multiplies q k^T. diagonal: key j is visible to query i when j <= i + diagonal; None is not causal.
+    scale multiplies q k^T. Key j is visible to query i when i + lower <= j <= i + upper; None is no limit. softcap (0 is off):
+    scores become softcap * tanh(scores / softcap), before a mask is added. dropout_p: share of the weights that are dropped.
+    lse: return (out, lse) with the natural log-sum-exp of each row, (b, h, q_len) float32, -inf where nothing is visible.
+    score_mod(score, b, h, q, kv) changes a score.
     """
 
     scale: float
-    diagonal: int | None = None
+    upper: int | None = None
+    lower: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
     needs_grad: bool = False
+    lse: bool = False
+    score_mod: Callable[..., Tensor] | None = None
 
 
-# run(q, k, v, mask, arguments) -> out; tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1) or None
-Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], Tensor]
+# run(q, k, v, mask, arguments) -> out, or (out, lse); tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1)
+Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
+# backward(q, k, v, mask, out, grad, arguments) -> (dq, dk, dv, dscores) from the inputs alone: the scores are made again
+Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor, Arguments], "tuple[Tensor, ...]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +65,12 @@ class Kernel:
     causal_scales: tuple[str, ...] = ("positive", "zero", "negative")  # signs of the scale it draws a triangle for
     masks: tuple[str, ...] = ()  # of "bool", "additive"
     mask_and_causal: bool = False  # both at once
+    window: bool = False  # draws a window of keys around that diagonal itself
+    softcap: bool = False
+    dropout: bool = False
+    lse: bool = False  # can return the log-sum-exp
+    score_mod: bool = False
+    custom_mask: bool = False  # takes a flex BlockMask
     gqa: bool = True  # takes fewer kv heads as they are
     gqa_fold: bool = False  # worth trying with the query group folded into rows
     equal_head_dims: bool = False  # v must be as wide as q
@@ -66,6 +83,8 @@ class Kernel:
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
     unfused: bool = False  # materialises the scores, some three times over
     chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
+    load_backward: Callable[[], Backward] | None = None  # forward runs without a graph, the backward makes the scores again
+    compiles: bool = False  # takes seconds before its first run: left to `fastattn tune` where anything else can do it
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
     reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
     approximate: bool = False  # quantises its inputs: needs a number from the caller

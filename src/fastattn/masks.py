@@ -29,16 +29,28 @@ class Causal:
             raise ValueError(f"corner must be one of {', '.join(map(repr, CORNERS))}, got {self.corner!r}")
 
 
-def diagonal(corner: str, q_len: int, kv_len: int) -> int:
-    """Key j is visible to query i when j <= i + diagonal."""
-    return 0 if corner == "top_left" else kv_len - q_len
+Window = tuple[int, int]  # (left, right) keys that a query sees beside its own; -1 is no limit
 
 
-def triangle(like: Tensor, q_len: int, kv_len: int, diagonal: int) -> Tensor:
+def band(corner: str | None, window: Window | None, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
+    """(lower, upper): key j is visible to query i when i + lower <= j <= i + upper; None is no limit.
+
+    A window lies around the diagonal of the causal corner, around the top-left one where nothing is causal.
+    """
+    at = kv_len - q_len if corner == "bottom_right" else 0
+    left, right = window or (-1, -1)
+    upper = at if corner is not None else at + right if right >= 0 else None
+    return (at - left if left >= 0 else None), upper
+
+
+def visible(like: Tensor, q_len: int, kv_len: int, lower: int | None, upper: int | None) -> Tensor:
     """(q_len, kv_len) bool, True where the query attends."""
     import torch
 
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=like.device).tril_(diagonal)
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=like.device)
+    if upper is not None:
+        seen.tril_(upper)
+    return seen if lower is None else seen.triu_(lower)
 
 
 def additive(mask: Tensor, like: Tensor) -> Tensor:
@@ -46,11 +58,10 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
 
 
-def intersect(mask: Tensor | None, like: Tensor, q_len: int, kv_len: int, diagonal: int) -> Tensor:
-    """`mask` and the triangle at once, in the form of `mask` (bool if there is none)."""
-    visible = triangle(like, q_len, kv_len, diagonal)
+def intersect(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """`mask` where `seen` is True and hidden elsewhere, in the form of `mask` (bool if there is none)."""
     if mask is None:
-        return visible
-    if mask.dtype is visible.dtype:
-        return mask & visible
-    return mask.masked_fill(visible.logical_not(), float("-inf"))
+        return seen
+    if mask.dtype is seen.dtype:
+        return mask & seen
+    return mask.masked_fill(seen.logical_not(), float("-inf"))

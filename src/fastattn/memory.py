@@ -63,8 +63,8 @@ def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
         yield
 
 
-def measure(run: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor, int, int]:
-    """(output, temporary bytes at the peak, bytes saved for backward), inputs and output left out of both."""
+def measure(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, int, int]:
+    """(what it returned, temporary bytes at the peak, bytes saved for backward), inputs and outputs left out of both."""
     known = {x.untyped_storage().data_ptr() for x in inputs}
     sizes: dict[int, int] = {}
     if inputs[0].device.type == "cuda":
@@ -79,6 +79,6 @@ def measure(run: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor, in
         with _saved(sizes, known), meter:
             out = run()
         peak = meter.peak
-    sizes.pop(out.untyped_storage().data_ptr(), None)
-    own = out.untyped_storage().nbytes()
-    return out, max(0, peak - own), sum(sizes.values())
+    own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tree_leaves(out)}
+    saved = sum(size for place, size in sizes.items() if place not in own)
+    return out, max(0, peak - sum(own.values())), saved

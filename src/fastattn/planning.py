@@ -6,44 +6,57 @@ No Call bakes a length in. The fallback chain lives here too: what runs when not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import candidates
+from fastattn import candidates, masks
 from fastattn.config import Config
-from fastattn.conversions import BY_NAME
+from fastattn.conversions import BY_NAME, on_out
 from fastattn.device import Device, sdpa
 from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Run
 from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
 from fastattn.problem import INT32, Problem, default_scale
 
-Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+# call(q, k, v, mask) -> out, or (out, lse)
+Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
-def bind(candidate: Accepted, p: Problem, scale: float | None, *, structured: bool = False) -> Call:
+def bind(
+    candidate: Accepted,
+    p: Problem,
+    scale: float | None,
+    *,
+    structured: bool = False,
+    dropout_p: float = 0.0,
+    score_mod: Callable[..., Tensor] | None = None,
+) -> Call:
     """The Call of a candidate for the caller's layout.
 
     `scale` is the caller's, None means head_dim ** -0.5; `structured` says that the mask argument is no tensor.
     """
-    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd":
-        return _direct_default(p, scale, structured)
+    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not p.cut:
+        return _direct_default(p, scale, structured, dropout_p)
     step = candidates.load(candidate.kernel)
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p)
-    return _outermost(step, candidate, p, default_scale(p.head_dim) if scale is None else scale)
+    return _outermost(step, candidate, p, Arguments(
+        default_scale(p.head_dim) if scale is None else scale,
+        softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
+    ))  # fmt: skip
 
 
-def _direct_default(p: Problem, scale: float | None, structured: bool) -> Call:
+def _direct_default(p: Problem, scale: float | None, structured: bool, dropout_p: float) -> Call:
     """F.sdpa itself, with as little around it as can be: it is the hot path of every untuned and every tied problem."""
     causal, gqa = p.causal is not None, p.group > 1
     if structured:
-        return lambda q, k, v, mask: sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
+        return lambda q, k, v, mask: sdpa(q, k, v, None, dropout_p, causal, scale=scale, enable_gqa=gqa)
     if scale is not None or gqa:
-        return lambda q, k, v, mask: sdpa(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
-    if causal:
-        return lambda q, k, v, mask: sdpa(q, k, v, mask, 0.0, True)
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
+    if causal or dropout_p:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, causal)
     return sdpa
 
 
@@ -52,40 +65,53 @@ def _in_layout(step: Run, kernel: Kernel) -> Run:
     if layout == "bhsd":
         return step
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q, k, v = from_bhsd(q, layout), from_bhsd(k, layout), from_bhsd(v, layout)
-        return to_bhsd(step(q, k, v, mask, a), layout)
+        return on_out(step(q, k, v, mask, a), lambda out: to_bhsd(out, layout))
 
     return run
 
 
-def _outermost(step: Run, candidate: Accepted, p: Problem, scale: float) -> Call:
+def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call:
     """From (q, k, v, mask) in the caller's layout to the step, and back."""
     order = TO_BHSD[p.layout]
     back = FROM_BHSD[p.layout]
     is_view = p.layout != "bhsd"
-    is_moving = p.causal == "bottom_right"  # the diagonal depends on the lengths
+    is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
+    is_banded, causal, window, cut = p.is_banded, p.causal, p.window, p.cut
     has_mask = p.mask is not None  # a structured mask has become the corner
-    fixed = Arguments(scale, 0 if p.causal else None, p.needs_grad)
+    is_tensor = p.mask != "block"
     wanted = _wanted_order(candidate, p)
     by_strides = candidate.kernel.name != "default" and p.strides[0] in ("expanded", "other")
+    if is_banded and not is_moving:
+        lower, upper = masks.band(causal, window, 0, 0)
+        a = a._replace(lower=lower, upper=upper)
 
-    if not (is_view or is_moving or has_mask or wanted or by_strides or p.autocast):  # the short way, for decoding above all
-        return lambda q, k, v, mask: step(q, k, v, None, fixed)
-
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if is_view:
-            q, k, v = q.permute(order), k.permute(order), v.permute(order)
-        a = fixed._replace(diagonal=k.shape[2] - q.shape[2]) if is_moving else fixed
-        if not has_mask:
-            mask = None
-        elif mask is not None and mask.dim() == 2:
-            mask = mask[None, None]
-        out = step(q, k, v, mask, a)
-        order_out = order_of(q) if by_strides else wanted
+    def in_order(out: Tensor, like: Tensor) -> Tensor:
+        order_out = order_of(like) if by_strides else wanted
         if order_out is not None and not is_dense(out, order_out):
             out = _densify(out, order_out)
         return out.permute(back) if is_view else out
+
+    if not (is_view or is_moving or has_mask or wanted or by_strides or cut or p.autocast):
+        return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        if is_view:
+            q, k, v = q.permute(order), k.permute(order), v.permute(order)
+        if cut is not None:
+            first, last = cut.keys(k.shape[2])
+            k, v = k[:, :, first:last], v[:, :, first:last]
+        now = a
+        if is_moving:
+            lower, upper = masks.band(causal, window, q.shape[2], k.shape[2])
+            now = a._replace(lower=lower, upper=upper)
+        if not has_mask:
+            mask = None
+        elif is_tensor and mask is not None and mask.dim() == 2:
+            mask = mask[None, None]
+        found = step(q, k, v, mask, now)
+        return on_out(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
 
     return _under_autocast(call, p) if p.autocast else call
 
@@ -110,9 +136,9 @@ def _under_autocast(call: Call, p: Problem) -> Call:
     def cast(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype is torch.bool or x.dtype is torch.float64 else x.to(dtype)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         with torch.autocast(device, enabled=False):
-            return call(cast(q), cast(k), cast(v), cast(mask) if isinstance(mask, Tensor) else None)  # type: ignore[arg-type]
+            return call(cast(q), cast(k), cast(v), cast(mask) if isinstance(mask, Tensor) else mask)  # type: ignore[arg-type]
 
     return run
 
@@ -135,12 +161,15 @@ def is_native(candidate: Accepted, kernel: str) -> bool:
 
 
 def fallbacks(p: Problem, device: Device, config: Config, found: Sequence[Decision]) -> list[Accepted]:
-    """What may always be run, in order: the default unless something names what it would run, then sdpa_math."""
+    """What may always be run, in order: the default unless something names what it would run, then sdpa_math.
+
+    Where the caller's own function is part of the problem neither can, and whatever can do it serves.
+    """
     default = candidates.by_name("default", found)
     math = candidates.by_name("sdpa_math", found)
     if why_not_default(p, device, found) is not None:
         default = []
-    return [*default[:1], *math[-1:]]
+    return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
 
 
 def why_not_default(p: Problem, device: Device, found: Sequence[Decision]) -> str | None:

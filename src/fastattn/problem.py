@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn import buckets, config, masks
 from fastattn.device import Device
-from fastattn.inputs import CallKey, Spec, after_autocast, mask_class
+from fastattn.inputs import CallKey, Spec, after_autocast, is_block_mask, mask_class
 from fastattn.layouts import stride_class
 
 INT32 = 2**31 - 1
@@ -42,7 +42,7 @@ class Problem:
     kv_len: int
     lengths: str = "exact"
     strides: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
-    mask: str | None = None  # "bool" or a float dtype
+    mask: str | None = None  # "bool", a float dtype, or "block" (flex's BlockMask)
     mask_shape: str = ""  # letters of (b, h, q, k) where it is not broadcast
     mask_strides: str = ""
     mask_grad: bool = False
@@ -56,20 +56,24 @@ class Problem:
     threads: int = 0
     flash_impl: str = ""
     cast_from: tuple[str, ...] = ()
-    # options of later issues, kept here so that stored files do not change their meaning
-    window: None = None
+    window: masks.Window | None = None  # (left, right) keys around the corner's diagonal, -1 is no limit
     softcap: float = 0.0
     dropout: bool = False
+    lse: bool = False
+    score_mod: bool = False
     # one call's own
     extent: int = field(default=0, compare=False)  # largest element offset into one of its tensors
     aligned: bool = field(default=True, compare=False)  # every tensor starts at a multiple of 16 bytes
     off: tuple[str, ...] = field(default=(), compare=False)  # torch's backends switched off by the user
     autocast: bool = field(default=False, compare=False)  # made under autocast, whether or not it casts anything
     asks_grad: bool = field(default=False, compare=False)  # an input requires grad, whatever grad mode says
+    cut: Cut | None = field(default=None, compare=False)  # one query in a window: k and v stand for the keys it sees
 
     @staticmethod
     def from_key(key: CallKey, default_accuracy: str | float = "exact") -> Problem:
         """The problem of a call; pure."""
+        cut = Cut.of(key)
+        key = cut.key(key) if cut else key
         q, k, v, mask, state = key.q, key.k, key.v, key.mask, key.state
         dtype = after_autocast(q.dtype, state)
         batch, q_heads, q_len, head_dim = q.shape
@@ -82,7 +86,10 @@ class Problem:
             corner = "top_left"
         if corner == "bottom_right" and q_len == kv_len:
             corner = "top_left"
-        if corner == "bottom_right" and q_len == 1:
+        window = key.options.window
+        if window and corner:
+            window = None if window[0] < 0 else (window[0], -1)  # to the right the triangle ends it
+        if corner == "bottom_right" and q_len == 1 and window is None:
             corner = None  # one query at the bottom right sees every key
         tensors = [s for s in (q, k, v, mask) if isinstance(s, Spec)]
         dense = mask if isinstance(mask, Spec) else None
@@ -104,7 +111,7 @@ class Problem:
                 stride_class(k.shape, k.stride),
                 stride_class(v.shape, v.stride),
             ),
-            mask=_name(after_autocast(dense.dtype, state)) if dense else None,
+            mask=_name(after_autocast(dense.dtype, state)) if dense else "block" if is_block_mask(mask) else None,
             mask_shape=shape,
             mask_strides=mask_strides,
             mask_grad=bool(dense and dense.requires_grad and state.grad),
@@ -118,12 +125,28 @@ class Problem:
             threads=state.threads,
             flash_impl=state.flash_impl,
             cast_from=tuple(_name(s.dtype) for s in tensors) if cast else (),
+            window=window,
+            softcap=float(key.options.softcap),
+            dropout=key.options.dropout_p > 0,
+            lse=key.options.return_lse,
+            score_mod=key.options.score_mod is not None,
             extent=max(sum((n - 1) * st for n, st in zip(s.shape, s.stride, strict=True) if n) for s in tensors),
             aligned=all(s.aligned for s in tensors),
             off=state.off,
             autocast=state.autocast is not None,
             asks_grad=any(s.requires_grad for s in tensors),
+            cut=cut,
         )
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether a triangle or a window hides keys."""
+        return self.causal is not None or self.window is not None
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the caller's own function is part of it: its verdict would mean nothing to another process."""
+        return self.score_mod or self.mask == "block"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -193,6 +216,8 @@ class Problem:
             known[name] = tuple(value) if isinstance(value, list) else value
             if not isinstance(known[name], _JSON_FIELDS[name]):
                 raise TypeError(f"{name} is {value!r}")
+        if known["window"] is not None and [type(n) for n in known["window"]] != [int, int]:
+            raise TypeError(f"window is {known['window']!r}")
         problem = Problem(**known)
         config.check_accuracy(problem.accuracy)
         return problem
@@ -210,8 +235,13 @@ class Problem:
         words = [
             f"{self.batch} x {heads} heads x {self.q_len} on {self.kv_len}{about} x d{dims}",
             self.dtype,
-            f"{self.mask} mask {self.mask_shape}" if self.mask else "",
+            f"{self.mask} mask {self.mask_shape}".strip() if self.mask else "",
             f"causal {self.causal}" if self.causal else "",
+            f"window {self.window[0]}, {self.window[1]}" if self.window else "",
+            f"softcap {self.softcap:g}" if self.softcap else "",
+            "dropout" if self.dropout else "",
+            "with lse" if self.lse else "",
+            "score_mod" if self.score_mod else "",
             "scale " + self.scale if self.scale != "positive" else "",
             "+".join(dict.fromkeys(self.strides)) if set(self.strides) != {"contiguous"} else "",
             "forward + backward" if self.needs_grad else "",
@@ -222,9 +252,46 @@ class Problem:
         return ", ".join(word for word in words if word)
 
 
+class Cut(NamedTuple):
+    """One query in a window is a query on a slice of the keys: what decoding with a sliding window comes to."""
+
+    corner: str | None
+    window: masks.Window
+
+    @staticmethod
+    def of(key: CallKey) -> Cut | None:
+        """The cut of a call, None where there is none to make."""
+        window, mask = key.options.window, key.mask
+        if window is None or key.q.shape[2] != 1 or not (mask is None or isinstance(mask, masks.Causal)):
+            return None
+        corner = "top_left" if key.options.is_causal else mask.corner if mask is not None else None
+        cut = Cut(corner, window)
+        first, last = cut.keys(key.k.shape[2])
+        return cut if first < last else None
+
+    def keys(self, kv_len: int) -> tuple[int, int]:
+        """(first, last + 1) visible key."""
+        lower, upper = masks.band(self.corner, self.window, 1, kv_len)
+        return max(0, lower or 0), kv_len if upper is None else min(kv_len, upper + 1)
+
+    def key(self, key: CallKey) -> CallKey:
+        """The call on the keys that are left."""
+        first, last = self.keys(key.k.shape[2])
+        k, v = (
+            s._replace(
+                shape=(*s.shape[:2], last - first, s.shape[3]),
+                aligned=s.aligned and first * s.stride[2] * s.dtype.itemsize % 16 == 0,
+            )
+            for s in (key.k, key.v)
+        )
+        options = replace(key.options, window=None, is_causal=False)
+        return key._replace(k=k, v=v, mask=None, options=options)
+
+
 _KINDS: dict[str, Any] = {
     "str": str, "int": int, "bool": bool, "float": (int, float), "None": type(None), "str | None": (str, type(None)),
     "str | float": (str, int, float), "tuple[str, ...]": tuple, "tuple[str, str, str]": tuple,
+    "masks.Window | None": (tuple, type(None)),
 }  # fmt: skip
 _JSON_FIELDS = {n: _KINDS[str(f.type)] for n, f in Problem.__dataclass_fields__.items() if f.compare}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import candidates, memory, planning, samples, timing, verifying
+from fastattn import candidates, dropping, memory, planning, samples, timing, verifying
 from fastattn.kernel import Accepted
 from fastattn.problem import Problem
 from fastattn.timing import Stopwatch
@@ -25,7 +26,7 @@ class Entrant:
     """A candidate on its way through a tuning."""
 
     candidate: Accepted
-    run: Callable[[], Tensor] = lambda: torch.empty(0)
+    run: Callable[[], Any] = lambda: torch.empty(0)
     reason: str | None = None
     errors: Errors | None = None
     temporary: int | None = None
@@ -68,6 +69,7 @@ class Race:
         self.scale = None if problem.scale == "positive" else samples.scale_of(problem)
         self.judged = verifying.judges(problem, device)
         self.sample = samples.plain(problem, device)
+        self._rate = dropping.RATE if problem.dropout else 0.0
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
     def admit(self, entrant: Entrant, incumbent: bool = False) -> None:
@@ -79,10 +81,12 @@ class Race:
             return
         try:
             entrant.errors = verifying.summary(self.judged, self._timed_once(entrant))
+            if self.problem.dropout:
+                entrant.errors = self._dropped(candidate).worst(entrant.errors)
             if not entrant.errors.passed:
                 entrant.reason = inaccurate(entrant.errors)
                 return
-            call = planning.bind(candidate, self.problem, self.scale)
+            call = planning.bind(candidate, self.problem, self.scale, dropout_p=self._rate)
             run = self._whole(call)
             inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
             start = self.clock.now()
@@ -106,10 +110,15 @@ class Race:
         except Exception as error:
             entrant.reason = f"{type(error).__name__}: {first_line(error)}"
 
+    def _dropped(self, candidate: Accepted) -> Errors:
+        small = dropping.problem_of(self.problem)
+        call, without = (planning.bind(candidate, small, self.scale, dropout_p=p) for p in (dropping.RATE, 0.0))
+        return dropping.check(call, without, small, self.device)
+
     def _timed_once(self, entrant: Entrant) -> planning.Call:
         call = planning.bind(entrant.candidate, self.reduced, self.scale)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
             if entrant.first_call is not None:
                 return call(q, k, v, mask)
             start = self.clock.now()
@@ -119,16 +128,16 @@ class Race:
 
         return run
 
-    def _whole(self, call: planning.Call) -> Callable[[], Tensor]:
+    def _whole(self, call: planning.Call) -> Callable[[], Any]:
         s = self.sample
         if s.grad is None:
             return lambda: call(s.q, s.k, s.v, s.mask)
         wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
 
-        def run() -> Tensor:
-            out = call(s.q, s.k, s.v, s.mask)
-            torch.autograd.grad(out, wanted, s.grad)
-            return out
+        def run() -> Any:
+            found = call(s.q, s.k, s.v, s.mask)
+            torch.autograd.grad(found[0] if s.problem.lse else found, wanted, s.grad)
+            return found
 
         return run
 

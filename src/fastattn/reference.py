@@ -6,6 +6,7 @@ gradients. Works on one kv head at a time, on chosen query rows, so that its mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ class Result:
     """One kv head; g query heads, r rows. Sizes that error budgets are made of stand beside the results.
 
     out (g, r, dv). lse (g, r). spread (g, r): (P|V|)_i = max_d sum_j p_ij |v_jd|. noise (g, r): sum_j p_ij of
-    sum_d |q_id k_jd scale| and the bias, how large the terms are that a row's scores rest on; 0 for half inputs.
+    sum_d |q_id k_jd scale| and the bias, how large the terms are that a row's scores rest on; 0 for half inputs, unless
+    the log-sum-exp is wanted.
     """
 
     out: Tensor
@@ -39,6 +41,7 @@ class Gradients:
     dk: Tensor
     dv: Tensor
     dmask: Tensor
+    dscores: Tensor
     weights: Tensor
     delta: Tensor
     sizes: Tensor | None  # p_ij (sum_d |do_id v_jd| + sum_d |do_id o_id|), float32 inputs and wider
@@ -50,8 +53,9 @@ class Gradients:
     def cancelling(self, u: float, score_size: float) -> tuple[float, float, float]:
         """Error in (dq, dk, dv) by terms that were each rounded by u before they cancelled.
 
-        Half dtypes: delta comes from the rounded output, by independent errors in its terms. Wider ones: a bound by the
-        sizes of all terms, as weights are off by u times the size of their scores.
+        Half dtypes: delta comes from the rounded output, and the weights and dscores are rounded to that dtype before their
+        products, as fused kernels do; independent errors, so squares add up. Wider ones: a bound by the sizes of all terms,
+        as weights are off by u times the size of their scores.
         """
         k, q = self.k.abs(), self.q.flatten(0, 1).abs()
         if self.sizes is not None:
@@ -60,10 +64,13 @@ class Gradients:
             dv = self.weights.flatten(0, 1).mT @ self.grad.flatten(0, 1).abs()
             dq, dk, dv = (float(x.max()) for x in (dq, dk, dv))
             return weight * abs(self.scale) * dq, weight * abs(self.scale) * dk, weight * dv
-        row = u * self.delta[..., None]
-        dq = row * (self.weights @ self.k).abs()
-        dk = (self.weights * row).flatten(0, 1).square().mT @ q.square()
-        return abs(self.scale) * float(dq.max()), abs(self.scale) * float(dk.max()) ** 0.5, 0.0
+        rounded = self.dscores.square()
+        shifted = (self.weights * self.delta[..., None]).square()
+        dq = (self.weights @ self.k * self.delta[..., None]).square() + rounded @ k.square()
+        dk = (shifted + rounded).flatten(0, 1).mT @ q.square()
+        dv = self.weights.square().flatten(0, 1).mT @ self.grad.flatten(0, 1).square()
+        dq, dk, dv = (u * float(x.max()) ** 0.5 for x in (dq, dk, dv))
+        return abs(self.scale) * dq, abs(self.scale) * dk, dv
 
 
 def attend(
@@ -73,15 +80,21 @@ def attend(
     mask: Tensor | None = None,
     *,
     scale: float,
-    diagonal: int | None = None,
+    lower: int | None = None,
+    upper: int | None = None,
+    softcap: float = 0.0,
+    score_mod: Callable[[Tensor], Tensor] | None = None,
+    drop: Tensor | None = None,
+    lse: bool = False,
     rows: Tensor | None = None,
     grad: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Result:
     """Attention of the g query heads of one kv head, computed in `dtype`.
 
-    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float; diagonal: key j is visible
-    to query i when j <= i + diagonal; rows: the query rows wanted, all if None; grad (g, r, dv): upstream gradient of
+    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float; key j is visible to
+    query i when i + lower <= j <= i + upper, None is no limit; softcap: scores are capped by softcap * tanh(. / softcap); score_mod:
+    changes (g, r, kv_len) scores; drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p); rows: the query rows wanted, all if None; grad (g, r, dv): upstream gradient of
     those rows.
     """
     index = torch.arange(q.shape[1], device=q.device) if rows is None else rows
@@ -89,8 +102,14 @@ def attend(
     q, k, v = q[:, index].to(dtype), k.to(dtype), v.to(dtype)
     scores = q @ k.mT * scale
     is_wide = dtype_in.itemsize >= 4  # for half inputs float32 scores are as good as exact
-    sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide else None
+    sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide or lse else None
     hidden: Tensor | None = None
+    slope: Tensor | None = None
+    if score_mod is not None:
+        scores = score_mod(scores)
+    if softcap:
+        capped = torch.tanh(scores / softcap)
+        scores, slope = capped * softcap, 1 - capped.square()
     if mask is not None:
         mask = mask if mask.shape[1] == 1 else mask[:, index]
         if mask.dtype is torch.bool:
@@ -100,28 +119,36 @@ def attend(
             scores += mask
             if sizes is not None:
                 sizes += mask.abs()
-    if diagonal is not None:
-        above = torch.arange(k.shape[0], device=q.device) > (index + diagonal)[:, None]
-        hidden = above.expand_as(scores) if hidden is None else hidden | above
+    keys = torch.arange(k.shape[0], device=q.device)
+    for beyond in (
+        keys > (index + upper)[:, None] if upper is not None else None,
+        keys < (index + lower)[:, None] if lower is not None else None,
+    ):
+        if beyond is not None:
+            hidden = beyond.expand_as(scores) if hidden is None else hidden | beyond
     if hidden is not None:
         scores = scores.masked_fill_(hidden, float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp_().nan_to_num_(nan=0.0)
-    out = weights @ v
-    spread = (weights @ v.abs()).amax(-1)
-    noise = torch.zeros_like(lse) if sizes is None else sizes.mul_(weights).nan_to_num_(nan=0.0).sum(-1)
+    sums = scores.logsumexp(-1)
+    weights = (scores - sums[..., None]).exp_().nan_to_num_(nan=0.0)
+    factors = None if drop is None else drop[:, index].to(dtype)
+    kept = weights if factors is None else weights * factors
+    out = kept @ v
+    spread = (kept @ v.abs()).amax(-1)
+    noise = torch.zeros_like(sums) if sizes is None else sizes.mul_(weights).nan_to_num_(nan=0.0).sum(-1)
     if grad is None:
-        return Result(out, lse, spread, noise)
+        return Result(out, sums, spread, noise)
     grad = grad.to(dtype)
     terms = grad * out
-    dscores = grad @ v.mT
+    dscores = grad @ v.mT if factors is None else grad @ v.mT * factors
     dscores -= terms.sum(-1, keepdim=True)
     dscores *= weights
+    inner = dscores if slope is None else dscores * slope
     gradients = Gradients(
-        dq=dscores @ k * scale,
-        dk=dscores.flatten(0, 1).mT @ q.flatten(0, 1) * scale,
-        dv=weights.flatten(0, 1).mT @ grad.flatten(0, 1),
+        dq=inner @ k * scale,
+        dk=inner.flatten(0, 1).mT @ q.flatten(0, 1) * scale,
+        dv=kept.flatten(0, 1).mT @ grad.flatten(0, 1),
         dmask=dscores,
+        dscores=inner,
         weights=weights,
         delta=terms.square().sum(-1).sqrt(),
         sizes=(grad.abs() @ v.abs().mT + terms.abs().sum(-1, keepdim=True)).mul_(weights) if is_wide else None,
@@ -130,4 +157,4 @@ def attend(
         grad=grad,
         scale=scale,
     )
-    return Result(out, lse, spread, noise, gradients)
+    return Result(out, sums, spread, noise, gradients)

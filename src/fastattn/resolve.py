@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import buckets, chain, config, device, guards, inputs, learnt, masks, planning, traced, tuning, verifying
+from fastattn import buckets, chain, config, device, dropping, guards, inputs, learnt, masks, planning, traced, tuning, verifying
 from fastattn.config import Config, log
 from fastattn.device import Device, has_torch_function, sdpa
 from fastattn.inputs import CallKey, Options
@@ -60,7 +61,7 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
         all(isinstance(x, Tensor) for x in tensors)
         and len(tensors) == 3 + (mask is not None)
         and type(is_causal) is bool and type(enable_gqa) is bool
-        and type(dropout_p) in (float, int) and dropout_p == 0
+        and type(dropout_p) in (float, int) and 0 <= dropout_p <= 1
         and (scale is None or type(scale) is float)
     )  # fmt: skip
     if not plain:
@@ -73,7 +74,7 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
     if q.shape[1] != k.shape[1] and not enable_gqa:
         return own
     try:
-        key = inputs.call_key(q, k, v, mask, "bhsd", Options(is_causal=is_causal, scale=scale))
+        key = inputs.call_key(q, k, v, mask, "bhsd", Options(is_causal=is_causal, scale=scale, dropout_p=dropout_p))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return own  # F.sdpa takes some of these, and says what is wrong with the others
     return _resolve(key, settings, circumstances, (q, k, v, mask))
@@ -81,14 +82,12 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
 
 def _passed(why: str, layout: str, options: Options) -> Served:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        return traced.default(q, k, v, mask, layout, options.is_causal, options.scale)
+        return traced.default(q, k, v, mask, layout, options)
 
     return Served(call, "default", why, remember=False)
 
 
-def traced_winner(
-    facts: Any, layout: str, is_causal: bool, scale: float | None, kernel: str | None, accuracy: Any
-) -> str:
+def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
     """What traced.winner asks for: the name under which the stored winner's Call is left in traced.CALLS, or ""."""
     settings = config.current()
     q, k, v = (spec_of(f, layout) for f in facts[:3])
@@ -103,7 +102,8 @@ def traced_winner(
         distributed=guards.ranks() > 1,
         compiling=True,
     )
-    options = Options(is_causal=is_causal, scale=scale, kernel=kernel, accuracy=accuracy)
+    options = Options(**dict(zip(traced.ASKED, asked, strict=True)))
+    kernel = options.kernel
     action, why = guards.decide(circumstances)
     if action == guards.PASS and not (kernel and not circumstances.off):
         return ""
@@ -117,11 +117,11 @@ def traced_winner(
         if verdict is None:
             learnt.record_miss(problem, why, circumstances)
             return ""
-        order = chain.chain(verdict, problem, silicon, settings, but=("chunks",))  # a loop would be unrolled into the graph
+        order = chain.chain(verdict, problem, silicon, settings, but=("chunks", "recompute"))  # loops would be unrolled
         chosen = order[0]
         if chosen.kernel.name == "default":
             return ""
-    name = f"{problem.digest} {chosen.name} {scale}"
+    name = f"{problem.digest} {chosen.name} {options.scale} {options.dropout_p} {problem.cut}"
     traced.CALLS[name] = chain.bind(chosen, problem, key, isinstance(mask, masks.Causal))
     return name
 
@@ -141,9 +141,16 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
         met[problem] = None
     if key.options.kernel is not None:
         chosen = chain.ordered(key.options.kernel, problem, silicon, settings)
-        call = planning.bind(chosen, problem, key.options.scale, structured=structured)
+        call = chain.bind(chosen, problem, key, structured)
         return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), _reads(chosen, problem, settings))
     action, why = guards.decide(circumstances)
+    if problem.is_custom:
+        chosen = chain.fallbacks(None, problem, silicon, settings)[0]
+        call = chain.bind(chosen, problem, key, structured)
+        if action == guards.TUNE:
+            _check_custom(call, chosen, problem, key, given)
+        remember = guards.may_remember(circumstances)
+        return Served(call, chosen.name, "nothing else can", remember, _reads(chosen, problem, settings))
     verdict = learnt.find(problem, silicon, settings, circumstances)
     if action == guards.TUNE and not learnt.is_complete(verdict, silicon, settings, problem):
         verdict, why = _tune_once(learnt.lengths(problem), settings, key, given, verdict)
@@ -153,6 +160,38 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
     elif verdict is None:
         learnt.record_miss(problem, why, circumstances)
     return _serve(verdict, problem, silicon, settings, key, structured, why, guards.may_remember(circumstances))
+
+
+def _check_custom(call: planning.Call, chosen: Accepted, problem: Problem, key: CallKey, given: tuple[Any, ...]) -> None:
+    """A caller's own function cannot be checked ahead: the kernel's first output is, on the caller's tensors."""
+    heads, keys = (torch.arange(n, device=key.q.device) for n in (problem.group, problem.kv_len))
+    first = heads.new_zeros(())
+    score_mod = key.options.score_mod
+
+    def change(scores: Tensor, rows: Tensor) -> Tensor:
+        if score_mod is not None:
+            scores = _for_each(score_mod, scores)(scores, first, heads, rows, keys)
+        if inputs.is_block_mask(key.mask):
+            seen = _for_each(key.mask.mask_mod)(first, heads, rows, keys)
+            scores = scores.masked_fill(seen.logical_not(), float("-inf"))
+        lower, upper = masks.band(problem.causal, problem.window, problem.q_len, problem.kv_len)
+        if problem.is_banded:
+            seen = masks.visible(scores, problem.q_len, problem.kv_len, lower, upper)[rows]
+            scores = scores.masked_fill(seen.logical_not(), float("-inf"))
+        return scores
+
+    scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
+    with torch.no_grad():
+        errors = verifying.errors_of_custom(call, problem, given, scale, change)
+    if errors is not None and not errors.passed:
+        log.warning("kernel %s is off by %.3g budgets on %s; nothing else can do it", chosen.name, errors.forward, problem)
+
+
+def _for_each(function: Callable[..., Tensor], *scores: Tensor) -> Callable[..., Tensor]:
+    """A function of (score,) b, h, i, j, which are scalars, over all heads, rows and keys."""
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None)):
+        function = torch.vmap(function, in_dims=(*(0 for _ in scores), *dims))
+    return function
 
 
 def _tune_once(
@@ -170,7 +209,7 @@ def _tune_once(
         learnt.state.tuning.add(problem)
     start = time.perf_counter()
     try:
-        q, k, v, mask = given
+        q, k, v, mask = _visible_part(problem, key, given)
         scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         look = _look(problem, settings, key, q, k, v, mask, scale)
         prior = learnt.winners_nearby(problem, settings)
@@ -184,6 +223,17 @@ def _tune_once(
         with learnt.state.lock:
             learnt.state.tuning.discard(problem)
             learnt.state.spent_s += time.perf_counter() - start
+
+
+def _visible_part(problem: Problem, key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The caller's tensors, keys and values as far as the problem's one query sees them."""
+    cut = Problem.from_key(key).cut
+    if cut is None:
+        return given
+    q, k, v, _ = given
+    dim = TO_BHSD[key.layout][2]
+    first, last = cut.keys(k.shape[dim])
+    return q, k.narrow(dim, first, last - first), v.narrow(dim, first, last - first), None
 
 
 def _look(
@@ -209,6 +259,7 @@ def tune(problem: Problem, settings: Config, on: torch.device | None = None, **h
     with (
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
         torch.autocast(on.type, enabled=False),
+        dropping.own_random(on) if problem.dropout else contextlib.nullcontext(),
         # not the caller's hooks (checkpointing, save_on_cpu): they would see, and pay for, our tensors
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
@@ -254,7 +305,13 @@ def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, .
 
 def _bucket(problem: Problem, key: CallKey) -> tuple[int, int, int] | None:
     """A decode's entry serves its whole kv bucket; lengths up to 16 are exact, as there corners may coincide."""
-    if problem.q_len > buckets.DECODE_Q_LEN or problem.kv_len <= buckets.DECODE_Q_LEN or key.mask is not None:
+    dim = TO_BHSD[problem.layout][2]
+    has_mask = key.mask is not None and problem.cut is None
+    if problem.q_len > buckets.DECODE_Q_LEN or problem.kv_len <= buckets.DECODE_Q_LEN or has_mask:
         return None
     low, high = buckets.bounds(problem.kv_len)
-    return TO_BHSD[problem.layout][2], low, high
+    if problem.cut is None:
+        return dim, low, high
+    # a window that is full stays so: every longer cache is the same problem
+    left = problem.cut.window[0]
+    return (dim, left + 1, 2**40) if problem.cut.corner == "bottom_right" and problem.kv_len == left + 1 else None

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from fastattn import masks
 from fastattn.device import sdpa
-from fastattn.inputs import as_structured, check_layout, parse
+from fastattn.inputs import Options, as_structured, check_layout, is_block_mask, parse
+from fastattn.kernel import Arguments
+from fastattn.kernels import matmul
 from fastattn.layouts import from_bhsd, to_bhsd
+from fastattn.problem import default_scale
 
 
 def attention(
@@ -40,7 +43,7 @@ def attention(
     return_lse: bool = False,
     kernel: str | None = None,
     accuracy: str | float | None = None,
-) -> Tensor:
+) -> Any:
     """fastattn.attention, as it is traced."""
     options = parse(
         {
@@ -62,19 +65,29 @@ def attention(
         }
     )
     check_layout(layout)
+    if options.score_mod is not None or is_block_mask(mask):
+        return default(q, k, v, mask, layout, options)
     if _is_static(q, k, v, mask):
         structured = as_structured(mask)
         corner = structured.corner if isinstance(structured, masks.Causal) else None
         dense = _facts(mask) if isinstance(mask, Tensor) and structured is mask else None
-        facts = (_facts(q), _facts(k), _facts(v), dense, corner)
-        name = winner(facts, layout, is_causal, scale, options.kernel, options.accuracy)
+        name = winner((_facts(q), _facts(k), _facts(v), dense, corner), layout, _asked(options))
         if name:
             return CALLS[name](q, k, v, mask)
     elif options.kernel is not None:
         raise NotImplementedError("attention(): kernel= under torch.compile needs static sizes (dynamic=False)")
-    return default(q, k, v, mask, layout, is_causal, scale)
+    return default(q, k, v, mask, layout, options)
 
 
+ASKED = ("is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "return_lse")
+
+
+def _asked(o: Options) -> tuple[Any, ...]:
+    """ASKED of the options: plain values, which a graph can hold."""
+    return o.is_causal, o.scale, o.kernel, o.accuracy, o.dropout_p, o.window, o.softcap, o.return_lse
+
+
+math = matmul.load_math()
 CALLS: dict[str, Callable[..., Tensor]] = {}  # Calls that traced code inlines, by a name that is constant in its graph
 
 
@@ -83,9 +96,9 @@ def find(*facts: Any) -> str:
     return ""
 
 
-def winner(facts: Any, layout: str, is_causal: bool, scale: float | None, kernel: str | None, accuracy: Any) -> str:
+def winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
     """Name in CALLS of the stored winner's Call, "" if the default is to serve. Runs as plain Python while tracing."""
-    return find(facts, layout, is_causal, scale, kernel, accuracy)
+    return find(facts, layout, asked)
 
 
 winner._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without its import
@@ -110,28 +123,44 @@ def _is_static(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
     return True
 
 
-def default(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, is_causal: bool, scale: float | None
-) -> Tensor:
-    """F.sdpa with our semantics, for any kind of tensor: what is served wherever nothing may be learnt."""
+def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: Options) -> Any:
+    """F.sdpa with our semantics, for any kind of tensor: what is served wherever nothing may be learnt.
+
+    What F.sdpa cannot do is plain math, or flex_attention where the caller's own function is part of it.
+    """
     q, k, v = to_bhsd(q, layout), to_bhsd(k, layout), to_bhsd(v, layout)
+    is_custom = o.score_mod is not None or is_block_mask(mask)
+    is_math = o.softcap > 0 or o.return_lse
     structured = as_structured(mask)
+    corner = "top_left" if o.is_causal else None
     if isinstance(structured, masks.Causal):
-        if structured.corner == "top_left":
-            mask, is_causal = None, True
-        else:
-            visible = masks.triangle(q, q.shape[2], k.shape[2], k.shape[2] - q.shape[2])
-            if is_causal:
-                visible = visible & masks.triangle(q, q.shape[2], k.shape[2], 0)
-            mask, is_causal = visible, False
-    elif mask is not None and is_causal:
-        mask, is_causal = masks.intersect(mask, q, q.shape[2], k.shape[2], 0), False
-    if is_causal and scale is not None and scale <= 0:
-        # torch's CPU kernel masks before it scales: -inf * scale is NaN or +inf
-        mask, is_causal = masks.triangle(q, q.shape[2], k.shape[2], 0), False
+        mask = None
+        if structured.corner == "bottom_right" and o.is_causal:
+            mask = masks.visible(q, q.shape[2], k.shape[2], None, 0)
+        corner = structured.corner
+    is_plain = corner == "top_left" and mask is None and o.window is None and not (is_custom or is_math)
+    # torch's CPU kernel masks before it scales: -inf * scale is NaN or +inf
+    is_causal = is_plain and (o.scale is None or o.scale > 0)
+    if (corner is not None or o.window is not None) and not is_causal:
+        lower, upper = masks.band(corner, o.window, q.shape[2], k.shape[2])
+        mask = masks.intersect(mask, masks.visible(q, q.shape[2], k.shape[2], lower, upper))
     if isinstance(q, Tensor):  # a branch, as F.sdpa takes no symbolic bool
         gqa = True if not q.is_nested and q.shape[1] != k.shape[1] else False  # noqa: SIM210
     else:
         gqa = q.shape[1] != k.shape[1]  # torch.fx's proxies: an operation of their graph
-    out = sdpa(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
-    return from_bhsd(out, layout)
+    if is_custom:
+        return from_bhsd(_flex(q, k, v, mask, o, gqa), layout)
+    if not is_math:
+        return from_bhsd(sdpa(q, k, v, mask, o.dropout_p, is_causal, scale=o.scale, enable_gqa=gqa), layout)
+    scale = default_scale(q.shape[3]) if o.scale is None else o.scale
+    mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
+    found = math(q, k, v, mask, Arguments(scale, softcap=o.softcap, dropout_p=o.dropout_p, lse=o.return_lse))
+    return (from_bhsd(found[0], layout), found[1]) if o.return_lse else from_bhsd(found, layout)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Options, gqa: bool) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if o.dropout_p or o.return_lse or (mask is not None and not is_block_mask(mask)):
+        raise NotImplementedError("attention(): score_mod or a BlockMask with dropout_p, return_lse or another mask, traced")
+    return flex_attention(q, k, v, score_mod=o.score_mod, block_mask=mask, scale=o.scale, enable_gqa=gqa)  # type: ignore[return-value]

@@ -24,6 +24,7 @@ BUDGET_FACTOR = 40  # of the incumbent's own time
 THOROUGH_ROUNDS = 10
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 NOT_TRIED = "not tried: budget"
+NOT_COMPILED = "not tried: it must be compiled first, which `fastattn tune --compile` does"
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,13 +38,14 @@ def tune(
     prior: Sequence[str] = (),
     look: Callable[[Accepted], Errors] | None = None,
     thorough: bool = False,
+    compiling: bool = False,
     progress: Progress | None = None,
     known: Verdict | None = None,
 ) -> Verdict:
     """Check every candidate's numbers, time those that are right, and name the winner.
 
     prior: candidate names to try first. look: checks a candidate on a slice of the caller's tensors; the winner must pass it.
-    thorough: no time limit (the CLI's way). known: an older Verdict, of which only what changed is tried again.
+    thorough: no time limit (the CLI's way). compiling: also what takes seconds to compile. known: an older Verdict, of which only what changed is tried again.
     """
     torch_device = torch.device(problem.device) if device is None else device
     silicon = Device.of(torch_device)
@@ -55,17 +57,22 @@ def tune(
     settled = _settled(known, found)
     entrants = [Entrant(d) for d in found if isinstance(d, Accepted) and d.name not in settled]
     native = planning.default_runs(problem, silicon, found)
-    race.admit(entrants[0], incumbent=True)
-    incumbent = entrants[0]
+    first = planning.fallbacks(problem, silicon, config, found)[0]
+    incumbent = next(e for e in entrants if e.candidate == first)
+    race.admit(incumbent, incumbent=True)
     budget = float("inf") if thorough else _budget(incumbent.first_run)
     start = max(began, clock.now() - 0.5 * budget)  # a slow default uses up half of the time at most
     tried = 0
-    for index, entrant in enumerate(_in_order(entrants[1:], prior), 1):
+    for index, entrant in enumerate(_in_order([e for e in entrants if e is not incumbent], prior), 1):
         if progress is not None:
             progress(entrant.candidate.name, index, len(entrants))
         kernel = entrant.candidate.kernel.name
-        if incumbent.reason is None and planning.is_native(entrant.candidate, native):
+        if kernel == "default":
+            entrant.reason = planning.why_not_default(problem, silicon, found)
+        elif first.kernel.name == "default" and incumbent.reason is None and planning.is_native(entrant.candidate, native):
             entrant.reason = "the default runs this kernel"
+        elif entrant.candidate.kernel.compiles and not compiling:
+            entrant.reason = NOT_COMPILED
         elif kernel == "sdpa_math" and any(e.reason is None for e in entrants if e.first_call is not None):
             entrant.reason = "not tried: the last resort"
         elif tried >= TRIED_ANYWAY and clock.now() - start > 0.75 * budget:
@@ -80,7 +87,7 @@ def tune(
         timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
         for entrant in alive:
             entrant.timing = timed[entrant.candidate.name]
-    winner = _choose(entrants, look)
+    winner = _choose(entrants, incumbent, look)
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
     order = (*(e.trial() for e in entrants), *old, *trials)
     result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today())
@@ -124,11 +131,11 @@ def _budget(incumbent_s: float) -> float:
     return min(high, max(low, BUDGET_FACTOR * incumbent_s))
 
 
-def _choose(entrants: list[Entrant], look: Callable[[Accepted], Errors] | None) -> str:
+def _choose(entrants: list[Entrant], default: Entrant, look: Callable[[Accepted], Errors] | None) -> str:
     """The winner's name; a candidate that fails on the caller's own tensors is out."""
     while True:
-        winner = _pick(entrants)
-        if winner is None or winner.candidate.kernel.name == "default" or look is None:
+        winner = _pick(entrants, default)
+        if winner is None or winner is default or look is None:
             break
         try:
             errors = look(winner.candidate)
@@ -137,14 +144,14 @@ def _choose(entrants: list[Entrant], look: Callable[[Accepted], Errors] | None) 
             winner.reason = f"on the caller's tensors {type(error).__name__}: {first_line(error)}"
         if winner.reason is None:
             break
-    return winner.candidate.name if winner is not None else entrants[0].candidate.name
+    return winner.candidate.name if winner is not None else default.candidate.name
 
 
-def _pick(entrants: list[Entrant]) -> Entrant | None:
+def _pick(entrants: list[Entrant], default: Entrant) -> Entrant | None:
     alive = [e for e in entrants if e.reason is None and e.timing.samples]
     if not alive:
         return None
-    incumbent = next((e for e in alive if e.candidate.kernel.name == "default"), None)
+    incumbent = default if default in alive else None
     best = min(alive, key=lambda e: e.timing.median)
     noise = max(best.timing.noise, incumbent.timing.noise if incumbent else 0.0)
     margin = max(MARGIN, 2 * noise, ONE_LOOK if len(best.timing.samples) < timing.MIN_ROUNDS else 0.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastattn.problem import Problem
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)

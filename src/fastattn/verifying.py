@@ -2,26 +2,32 @@
 
 Rung "exact", per output row i of a head:
 
-    max_d |o - o64| <= c (e32_i + (u + 2^-24 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
+    max_d |o - o64| <= c (e32_i + (u + 2^-23 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
 
   e32_i       that row's error of float32 math rounded to the output dtype, under the caller's precision flags
   u           unit roundoff of the output dtype
   (P|V|)_i    max_d sum_j p_ij |v_jd|, the scale of what is summed
-  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, and its
-              weight by as much. e32_i is one draw of that error and can be zero by luck where few keys matter; without
-              this term equally good float32 kernels fail. Taken as 0 for half dtypes, where it cannot matter
+  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, its
+              weight by as much, and so is the sum it is divided by. e32_i is one draw of that error and can be zero by
+              luck where few keys matter; without this term equally good float32 kernels fail. Taken as 0 for half
+              dtypes, where it cannot matter
 
 Gradients, per head:
 
     max |g - g64| <= 3 (e32 + (u + 2^-24 max|lse|) max|g64| + D)
 
   2^-24 max|lse|   what rebuilding P from a float32 log-sum-exp costs every flash backward
-  D                what its taking delta = sum_d o_d do_d from the rounded output costs (reference.Gradients.cancelling):
-                   it matters where the gradient cancels, as with one visible key, or keys with a large common part
+  D                what rounding costs where the gradient cancels, as with one visible key, or keys with a large common part
+                   (reference.Gradients.cancelling): delta = sum_d o_d do_d is taken from the rounded output, P and dS are
+                   rounded before their products
 
 Rung "dtype": max_d |o - o64| <= 2 (e_plain + u (P|V|)_i), e_plain the head's largest error of plain matmul and softmax in the
 input's dtype (the rule of FlashAttention's own tests), gradients likewise.
 A number: max_d |o - o64| <= number x (P|V|)_i.
+The log-sum-exp, float32 whatever the inputs are:
+
+    |lse - lse64| <= 4 (e32 + 2^-24 (1 + |lse| + S_i))
+
 An error is reported in budgets: 1.0 is the most that is allowed.
 """
 
@@ -29,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +49,7 @@ ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 ROWS = 192
 
-Call = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +78,15 @@ class _Head:
     exact: reference.Result
     rows: Tensor  # (g, r) budget of each row
     gradients: dict[str, tuple[Tensor, float]]  # name -> (float64 gradient, budget)
+    lse: Tensor  # (g, r) budget of each row's log-sum-exp
 
 
 class Judge:
     """A sample with its reference, computed once and used for every candidate."""
 
-    def __init__(self, sample: Sample, scale: float) -> None:
-        self.sample = sample
+    def __init__(self, sample: Sample, scale: float, drop: Tensor | None = None) -> None:
+        """drop (q_heads, q_len, kv_len): the factors that a dropout puts on the weights."""
+        self.sample, self.drop = sample, drop
         p = sample.problem
         self.rows = row_sample(p, sample.q.device)
         self.grad = sample.grad
@@ -95,7 +104,8 @@ class Judge:
         q = _bhsd(self.sample.q, p, dtype)[0, h * g : (h + 1) * g]
         k, v = _bhsd(self.sample.k, p, dtype)[0, h], _bhsd(self.sample.v, p, dtype)[0, h]
         mask = _mask_of(self.sample, h * g, g)
-        diagonal = masks.diagonal(p.causal, p.q_len, p.kv_len) if p.causal else None
+        lower, upper = masks.band(p.causal, p.window, p.q_len, p.kv_len)
+        drop = None if self.drop is None else self.drop[h * g : (h + 1) * g]
         grad = None
         if self.grad is not None:
             grad = to_bhsd(self.grad, p.layout)[0, h * g : (h + 1) * g]
@@ -103,8 +113,8 @@ class Judge:
 
         def run(in_dtype: torch.dtype) -> reference.Result:
             return reference.attend(
-                q, k, v, mask, scale=scale, diagonal=diagonal, rows=self.rows, grad=grad, dtype=in_dtype
-            )
+                q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse, rows=self.rows, grad=grad, dtype=in_dtype
+            )  # fmt: skip
 
         exact = run(torch.float64)
         accuracy = p.accuracy
@@ -115,14 +125,7 @@ class Judge:
         def error(got: Tensor, want: Tensor) -> Tensor:
             return (_round(got, dtype if shrink == 1.0 else torch.float32) - want).abs() * shrink
 
-        e_rows = error(rounded.out, exact.out).amax(-1)
-        if accuracy == "dtype":
-            rows = 2 * (e_rows.amax() + u * exact.spread)
-        elif isinstance(accuracy, float):
-            rows = accuracy * exact.spread
-        else:
-            c = 4 if dtype in (torch.float32, torch.float64) else 2
-            rows = c * (e_rows + (u + 2.0**-24 * shrink * exact.noise) * exact.spread)
+        rows = _row_budget(exact, error(rounded.out, exact.out).amax(-1), p, shrink)
         gradients = {}
         if exact.gradients is not None and rounded.gradients is not None:
             most = _score_size(exact)
@@ -134,7 +137,9 @@ class Judge:
                 gradients[name] = (want, 3 * (e32 + allowed * _most(want) + cancelling))
         if not p.mask_grad and exact.gradients is not None:  # its matrices are large, and only a mask's gradient needs them
             exact = replace(exact, gradients=None)
-        return _Head(exact, rows, gradients)
+        e_lse = (rounded.lse - exact.lse).abs().nan_to_num_(nan=0.0) * shrink  # -inf where nothing is visible
+        lse = 4 * (e_lse + 2.0**-24 * shrink * (1 + exact.lse.abs() + exact.noise))
+        return _Head(exact, rows, gradients, lse)
 
     def _whole_mask_grad(self) -> tuple[Tensor, float]:
         p, u = self.sample.problem, ROUNDOFF[self.sample.problem.torch_dtype]
@@ -158,8 +163,9 @@ class Judge:
         s, p = self.sample, self.sample.problem
         inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
         before = [x.detach().clone() for x in inputs]
-        _poison(s, p)
-        out = call(s.q, s.k, s.v, s.mask)
+        _poison(s)
+        found = call(s.q, s.k, s.v, s.mask)
+        out, lse = found if p.lse else (found, None)
         if any(not _same_bits(x, y) for x, y in zip(inputs, before, strict=True)):
             raise ValueError("it changes its inputs")
         got = to_bhsd(out, p.layout).detach()[0]
@@ -171,9 +177,20 @@ class Judge:
         for h, head in enumerate(self.heads):
             error = (got[h * g : (h + 1) * g].double() - head.exact.out).abs().amax(-1)
             forward = max(forward, _in_budgets(error, head.rows))
+            if lse is not None:
+                forward = max(forward, self._lse(lse.detach()[0, h * g : (h + 1) * g], head))
         if self.grad is None:
             return Errors(forward)
         return Errors(forward, self._backward(out))
+
+    def _lse(self, lse: Tensor, head: _Head) -> float:
+        if lse.dtype is not torch.float32 or lse.shape[-1] != self.sample.problem.q_len:
+            raise ValueError(f"its log-sum-exp is {lse.dtype} with rows of {lse.shape[-1]}")
+        lse = lse if self.rows is None else lse[:, self.rows]
+        hidden = head.exact.lse == float("-inf")
+        if not torch.equal(lse == float("-inf"), hidden):
+            return float("inf")
+        return _in_budgets((lse.double() - head.exact.lse).masked_fill(hidden, 0.0).abs(), head.lse)
 
     def _backward(self, out: Tensor) -> float:
         s, p, g = self.sample, self.sample.problem, self.sample.problem.group
@@ -222,6 +239,42 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
     return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
 
 
+def _row_budget(exact: reference.Result, e_rows: Tensor, p: Problem, shrink: float = 1.0) -> Tensor:
+    """(g, r): what each row's error may be; e_rows is that of the rounded computation."""
+    dtype, u = p.torch_dtype, ROUNDOFF[p.torch_dtype]
+    if p.accuracy == "dtype":
+        return 2 * (e_rows.amax() + u * exact.spread)
+    if isinstance(p.accuracy, float):
+        return p.accuracy * exact.spread
+    c = 4 if dtype in (torch.float32, torch.float64) else 2
+    return c * (e_rows + (u + 2.0**-23 * shrink * exact.noise) * exact.spread)
+
+
+def errors_of_custom(
+    call: Call, p: Problem, given: tuple[Any, ...], scale: float, change: Callable[[Tensor, Tensor], Tensor]
+) -> Errors | None:
+    """The forward error of a call with the caller's own function on the caller's tensors, one kv head of the first batch entry.
+
+    change(scores (g, r, kv_len), rows (r)): what that function makes of the scores, -inf where it hides a key. None where the
+    tensors hold values that tell nothing.
+    """
+    q, k, v, mask = given
+    out = call(q, k, v, mask)
+    out = to_bhsd(out[0] if p.lse else out, p.layout)[0, : p.group]
+    dtype = p.torch_dtype
+    q, k, v = (to_bhsd(x.detach(), p.layout)[0, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1)))
+    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+        return None
+    rows = row_sample(p, q.device)
+    rows = torch.arange(p.q_len, device=q.device) if rows is None else rows
+    exact, rounded = (
+        reference.attend(q, k[0], v[0], scale=scale, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide)
+        for wide in (torch.float64, torch.float32)
+    )
+    e_rows = (_round(rounded.out, dtype) - exact.out).abs().amax(-1)
+    return Errors(_in_budgets((out[:, rows].double() - exact.out).abs().amax(-1), _row_budget(exact, e_rows, p)))
+
+
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:
     """The rows the reference looks at: all, or the first and last tile and an even spread between (None is all)."""
     if p.q_len * p.kv_len <= ROW_LIMIT or p.q_len <= ROWS:
@@ -253,7 +306,7 @@ def _out_shape(p: Problem) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in p.layout)
 
 
-def _poison(s: Sample, p: Problem) -> None:
+def _poison(s: Sample) -> None:
     """Leave NaN where the allocator will hand out memory next: a partial write then shows."""
     for x in (s.q, s.k):
         torch.full_like(x, float("nan"), requires_grad=False)

@@ -13,7 +13,7 @@ FALLBACKS = ("default", "sdpa_math")
 # The fixed order of torch's own: the default first, what is most often best before what seldom is, the last resort last.
 ORDER = (
     "default", "torch_flash", "torch_cudnn", "torch_efficient", "matmul_mixed", "matmul_shifted", "matmul", "torch_math",
-    "sdpa_math",
+    "flex", "sdpa_math",
 )  # fmt: skip
 _extra: list[Kernel] = []
 

@@ -6,6 +6,8 @@ The CUDA rows follow aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; the r
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, require
 
 
@@ -14,7 +16,7 @@ def load_default() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         return sdpa(
-            q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, a.dropout_p, a.upper is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
     return run
@@ -22,19 +24,32 @@ def load_default() -> Run:
 
 def load_cpu_flash() -> Run:
     flash = require("cpu_flash")
-    return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, attn_mask=mask, scale=a.scale)[0]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        out, lse = flash(q, k, v, 0.0, a.upper is not None, attn_mask=mask, scale=a.scale)
+        if not a.lse:
+            return out
+        lse = lse.detach()
+        if mask is not None:  # it says 0 for a row that sees nothing, which a real row may also have
+            seen = mask != NEVER
+            if a.upper is not None:
+                seen = seen.expand(*seen.shape[:2], q.shape[2], k.shape[2]).tril(a.upper)
+            lse = lse.masked_fill(seen.any(-1).logical_not(), NEVER)
+        return out, lse
+
+    return run
 
 
 def load_math() -> Run:
     math = require("math")
     return lambda q, k, v, mask, a: math(
-        q, k, v, mask, 0.0, a.diagonal is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, a.dropout_p, a.upper is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
     )[0]
 
 
 def load_cuda_flash() -> Run:
     flash = require("cuda_flash")
-    return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.diagonal is not None, False, scale=a.scale)[0]
+    return lambda q, k, v, mask, a: flash(q, k, v, 0.0, a.upper is not None, False, scale=a.scale)[0]
 
 
 def load_cuda_efficient() -> Run:
@@ -43,7 +58,7 @@ def load_cuda_efficient() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         if mask is not None:
             mask = aligned(mask, q, k)
-        return efficient(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, scale=a.scale)[0]
+        return efficient(q, k, v, mask, a.needs_grad, 0.0, a.upper is not None, scale=a.scale)[0]
 
     def aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # The kernel wants (b, h, q, k) with rows at multiples of 16 bytes: a slice of a padded tensor where they are not.
@@ -64,11 +79,12 @@ def load_cuda_cudnn() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         # A float32 mask beside half inputs is read as garbage (pytorch#191612): cast it.
         mask = mask.to(q.dtype) if mask is not None else None
-        return cudnn(q, k, v, mask, a.needs_grad, 0.0, a.diagonal is not None, False, scale=a.scale)[0]
+        return cudnn(q, k, v, mask, a.needs_grad, 0.0, a.upper is not None, False, scale=a.scale)[0]
 
     return run
 
 
+NEVER = float("-inf")
 NO_EMPTY = Range("kv_len", min=1)
 HALF = ("float16", "bfloat16")
 
@@ -81,6 +97,7 @@ KERNELS = (
         causal_scales=("positive",),  # on the CPU: see torch_flash
         masks=("bool", "additive"),
         mask_grad=True,
+        dropout=True,
         deterministic=True,  # it reads the deterministic switch itself
     ),
     Kernel(
@@ -90,6 +107,7 @@ KERNELS = (
         causal_scales=("positive",),  # it masks before it scales: -inf * 0 is NaN, -inf * -1 is +inf (torch 2.13)
         masks=("additive",),
         mask_and_causal=True,
+        lse=True,
         gqa_fold=True,
         equal_head_dims=True,
         dense_last_dim=True,
@@ -106,6 +124,7 @@ KERNELS = (
         devices=("cpu", "cuda"),
         masks=("additive",),  # the raw op adds a bool mask as 0 and 1
         mask_grad=True,
+        dropout=True,
         switch="math",
         reads=("precision",),
         needs=(NO_EMPTY,),

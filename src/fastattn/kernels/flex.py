@@ -1,0 +1,124 @@
+"""torch.nn.attention.flex_attention: compiled for one problem at a time, and never run unfused above a small size.
+
+The only kernel that takes a caller's score_mod or BlockMask. Windows, triangles and caps become a mask_mod and a score_mod here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from fastattn.kernel import Arguments, Kernel, Range, Run, Tensor, log
+
+EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
+KERNELS_KEPT = 32  # problems that are compiled for themselves in one process; beyond it sizes are dynamic
+
+
+def load_cpu() -> Run:
+    import shutil
+
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512", "AMX"):
+        raise ImportError(f"it needs AVX2, this CPU has {torch.backends.cpu.get_cpu_capability()}")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise ImportError("it is compiled by g++ or clang++, and neither is there")
+    return load()
+
+
+def load() -> Run:
+    import torch
+    from torch.nn.attention import flex_attention as flex
+
+    compiled: dict[Any, Callable[..., Any]] = {}
+
+    def made(sizes: Any, backend: str) -> Callable[..., Any]:
+        """flex_attention compiled for these sizes; a code object of its own, as recompiles are bounded for each."""
+        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else ("dynamic", backend)
+        if sizes not in compiled:
+            log.info("flex_attention: %s makes kernel %d of this process, for %s", backend, len(compiled) + 1, sizes)
+            compiled[sizes] = torch.compile(
+                _own(flex.flex_attention), fullgraph=True, backend=backend, dynamic=sizes[0] == "dynamic"
+            )
+        return compiled[sizes]
+
+    @lru_cache(64)
+    def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if lower is None:
+                return j <= i + upper
+            return (j >= i + lower) if upper is None else (j >= i + lower) & (j <= i + upper)
+
+        return flex.create_block_mask(visible, None, None, q_len, kv_len, device=device)
+
+    @lru_cache(64)
+    def cap(softcap: float) -> Callable[..., Tensor]:
+        return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        if a.lower is not None or a.upper is not None:
+            mask = band_mask(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
+        options: dict[str, Any] = {"block_mask": mask, "scale": a.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        options["score_mod"] = cap(a.softcap) if a.softcap else a.score_mod
+        if a.lse:
+            options["return_aux"] = flex.AuxRequest(lse=True)
+        is_small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EAGER_SCORES
+        if torch.compiler.is_compiling():
+            attend = flex.flex_attention
+        else:
+            sizes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, a.lower, a.upper)
+            attend = made(sizes, "eager" if is_small else "inductor")
+        found = attend(q, k, v, **options)
+        return (found[0], found[1].lse.detach()) if a.lse else found
+
+    return run
+
+
+def _own(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that only calls `attend`, with a code object that no other has."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return attend(q, k, v, **options)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+NEEDS = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
+
+KERNELS = (
+    Kernel(
+        name="flex",
+        summary="torch's flex_attention, compiled: forward only on the CPU",
+        load=load_cpu,
+        dtypes=("float16", "bfloat16", "float32"),
+        corner="any",
+        window=True,
+        softcap=True,
+        score_mod=True,
+        custom_mask=True,
+        grad=False,
+        dense_last_dim=True,
+        compiles=True,
+        reads=("precision",),
+        needs=NEEDS,
+    ),
+    Kernel(
+        name="flex",
+        summary="torch's flex_attention, compiled to Triton",
+        load=load,
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16", "float32"),
+        corner="any",
+        window=True,
+        softcap=True,
+        score_mod=True,
+        custom_mask=True,
+        lse=True,
+        dense_last_dim=True,
+        compiles=True,
+        reads=("precision",),
+        needs=(*NEEDS, Range("capability", min=75), Range("head_dim", min=16), Range("head_dim_v", min=16)),
+    ),
+)
