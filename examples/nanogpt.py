@@ -44,13 +44,16 @@ COPIES = {
     "math": lambda: sdpa_kernel(SDPBackend.MATH),
 }
 SEED = 1337
-WARM_UP = 3  # steps whose times do not count: the first one tunes
+UNTIMED = 3  # steps: the first one tunes
+RATE, WARM_UP = 1e-3, 10  # steps until the full rate
 
 # How far apart the loss curves of two correct kernels may be. Training amplifies rounding by a factor that nobody knows ahead,
 # so it is measured: `math` differs from `stock` by rounding alone, with the same model and batches. While curves are close,
-# their distance is in proportion to the error that each step adds. A kernel of torch's adds about e32, the error of float32 math,
+# their distance is in proportion to the error that each step adds. A kernel of torch's adds about e32, the error of plain math,
 # or u (P|V|), that of a fused kernel, which are alike; fastattn accepts 4 (e32 + u (P|V|)), 8 times that (in half precision 2,
-# of gradients 3: 4 and 6 times). To it comes what the loss itself, a float32 mean of logarithms, is rounded by: 8 ulp.
+# of gradients 3: 4 and 6 times). To it comes what the loss itself, a float32 mean of logarithms, is rounded by: 8 ulp. The
+# proportion needs the rate's warm-up: Adam's first steps move every weight by the whole rate, whatever its gradient's size, so
+# that where a gradient is near zero rounding alone chooses the direction (without it bfloat16 curves were 5e-3 apart, not 5e-4).
 ALLOWED = 8
 FLOOR = 8 * torch.finfo(torch.float32).eps
 
@@ -62,11 +65,12 @@ class Copy:
         torch.manual_seed(SEED)
         self.within, self.dtype, self.losses, self.seconds = within, dtype, [], []
         self.model = GPT(size, ATTEND_IN[dtype])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
         self.scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
 
     def step(self, tokens, targets):
         start = time.perf_counter()
+        self.optimizer.param_groups[0]["lr"] = RATE * min(1.0, (len(self.losses) + 1) / WARM_UP)
         with self.within():
             with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
                 loss = self.model(tokens, targets)
@@ -80,7 +84,7 @@ class Copy:
         self.losses.append(loss.item())
 
     def step_ms(self):
-        return 1e3 * median(self.seconds[WARM_UP:] or self.seconds)
+        return 1e3 * median(self.seconds[UNTIMED:] or self.seconds)
 
     def distance(self, other):
         return max(abs(x - y) for x, y in zip(self.losses, other.losses, strict=True))
