@@ -53,7 +53,7 @@ RATE, WARM_UP = 1e-3, 10  # steps until the full rate
 # or u (P|V|), that of a fused kernel, which are alike; fastattn accepts 4 (e32 + u (P|V|)), 8 times that (in half precision 2,
 # of gradients 3: 4 and 6 times). To it comes what the loss itself, a float32 mean of logarithms, is rounded by: 8 ulp. The
 # proportion needs the rate's warm-up: Adam's first steps move every weight by the whole rate, whatever its gradient's size, so
-# that where a gradient is near zero rounding alone chooses the direction (without it bfloat16 curves were 5e-3 apart, not 5e-4).
+# that where a gradient is near zero rounding alone chooses the direction (bfloat16 curves: 5e-3 apart without, 5e-4 with it).
 ALLOWED = 8
 FLOOR = 8 * torch.finfo(torch.float32).eps
 
