@@ -22,10 +22,12 @@ ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
 THOROUGH_ROUNDS = 10
+DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
+STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 NOT_TRIED = "not tried: budget"
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[Problem, str, int, int], None]  # (problem, candidate, index, count) before each candidate
 
 
 def tune(
@@ -49,12 +51,12 @@ def tune(
     silicon = Device.of(torch_device)
     clock = clock or timing.stopwatch(torch_device)
     began = clock.now()
-    race = Race(problem, torch_device, clock)
     found = candidates.decisions(problem, silicon, config)
+    native = planning.default_runs(problem, silicon, found)
+    race = Race(problem, torch_device, clock, native)
     trials = [Trial(d.name, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
     settled = _settled(known, found)
     entrants = [Entrant(d) for d in found if isinstance(d, Accepted) and d.name not in settled]
-    native = planning.default_runs(problem, silicon, found)
     race.admit(entrants[0], incumbent=True)
     incumbent = entrants[0]
     budget = float("inf") if thorough else _budget(incumbent.first_run)
@@ -62,7 +64,7 @@ def tune(
     tried = 0
     for index, entrant in enumerate(_in_order(entrants[1:], prior), 1):
         if progress is not None:
-            progress(entrant.candidate.name, index, len(entrants))
+            progress(problem, entrant.candidate.name, index, len(entrants))
         kernel = entrant.candidate.kernel.name
         if incumbent.reason is None and planning.is_native(entrant.candidate, native):
             entrant.reason = "the default runs this kernel"
@@ -77,7 +79,11 @@ def tune(
     if alive:
         left = max(0.25 * budget, budget - (clock.now() - start))
         left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
-        timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
+        timed: dict[str, timing.Timing] = {}
+        for _ in range(STEADY_TRIES if thorough else 1):
+            timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
+            if all(t.drift <= DRIFT for t in timed.values()):
+                break
         for entrant in alive:
             entrant.timing = timed[entrant.candidate.name]
     winner = _choose(entrants, look)
@@ -87,6 +93,12 @@ def tune(
     _log(result, clock.now() - began)
     race.close()
     return result
+
+
+def is_steady(verdict: Verdict) -> bool:
+    """Whether the machine kept its speed while the winner was timed; else the next process had better look again."""
+    trial = verdict.trial(verdict.winner)
+    return trial is None or (trial.drift or 0.0) <= DRIFT
 
 
 def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
@@ -164,7 +176,10 @@ def _today() -> str:
 def _log(verdict: Verdict, seconds: float) -> None:
     gain = verdict.speedup()
     log.info(
-        "tuned in %.2f s: %s -> %s%s", seconds, verdict.problem, verdict.winner, f" ({gain:.2f}x)" if gain else ""
+        "tuned in %.2f s: %s -> %s%s%s",
+        seconds,
+        verdict.problem,
+        verdict.winner,
+        f" ({gain:.2f}x)" if gain else "",
+        "" if is_steady(verdict) else "; for this process only: the machine's speed changed meanwhile",
     )
-
-
