@@ -189,7 +189,7 @@ def complete(problem: Problem, settings: Config) -> Verdict | None:
     verdict = _stored(problem, silicon, settings)
     if verdict is None or tuning.changed(verdict, silicon, settings):
         return None
-    return None if any(t.reason == tuning.NOT_TRIED for t in verdict.trials) else verdict
+    return None if any(map(tuning.is_open, verdict.trials)) else verdict
 
 
 @contextmanager

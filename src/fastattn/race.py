@@ -18,6 +18,7 @@ from fastattn.verifying import Errors
 HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
+NO_ROOM = "not tried: too little memory is free"
 
 
 @dataclass(slots=True)
@@ -92,9 +93,10 @@ class Race:
         is_unfused = kernel.unfused or (kernel.chunks and "chunks" not in candidate.conversions)
         if not (is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")):
             return None
-        limit = FREE_SHARE * memory.free(self.device)
-        limit = limit if incumbent else min(limit, p.memory_limit)
-        return f"memory: {p.unfused_bytes} temporary bytes > {limit:.0f}" if p.unfused_bytes > limit else None
+        if p.unfused_bytes > p.memory_limit and not incumbent:
+            return f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+        room = FREE_SHARE * memory.free(self.device)
+        return f"{NO_ROOM}: {p.unfused_bytes} temporary bytes > {room:.0f}" if p.unfused_bytes > room else None
 
     def _admit(self, entrant: Entrant, incumbent: bool) -> None:
         candidate, s = entrant.candidate, self.sample

@@ -214,7 +214,7 @@ def tune(problem: Problem, settings: Config, on: torch.device | None = None, **h
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
         verdict = tuning.tune(problem, settings, device=on, **how)
-    learnt.keep(verdict, settings, Device.of(on), on_disk=tuning.is_steady(verdict))
+    learnt.keep(verdict, settings, Device.of(on), on_disk=tuning.is_lasting(verdict))
     return verdict
 
 

@@ -12,7 +12,7 @@ from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.kernel import Accepted, Decision, Rejected
 from fastattn.problem import Problem
-from fastattn.race import Entrant, Race, first_line, inaccurate, library_of
+from fastattn.race import NO_ROOM, Entrant, Race, first_line, inaccurate, library_of
 from fastattn.timing import Stopwatch
 from fastattn.verdict import Trial, Verdict
 from fastattn.verifying import Errors
@@ -95,10 +95,15 @@ def tune(
     return result
 
 
-def is_steady(verdict: Verdict) -> bool:
-    """Whether the machine kept its speed while the winner was timed; else the next process had better look again."""
+def is_lasting(verdict: Verdict) -> bool:
+    """Whether another process may rely on it: the winner was tried, on a machine that kept its speed meanwhile."""
     trial = verdict.trial(verdict.winner)
-    return trial is None or (trial.drift or 0.0) <= DRIFT
+    return trial is None or ((trial.drift or 0.0) <= DRIFT and not is_open(trial))
+
+
+def is_open(trial: Trial) -> bool:
+    """Whether a candidate was left out for want of time or memory, so that another tuning may try it."""
+    return (trial.reason or "").startswith((NOT_TRIED, NO_ROOM))
 
 
 def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
@@ -181,5 +186,5 @@ def _log(verdict: Verdict, seconds: float) -> None:
         verdict.problem,
         verdict.winner,
         f" ({gain:.2f}x)" if gain else "",
-        "" if is_steady(verdict) else "; for this process only: the machine's speed changed meanwhile",
+        "" if is_lasting(verdict) else "; for this process only: the machine was short of memory, or changed its speed",
     )
