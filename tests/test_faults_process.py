@@ -7,6 +7,7 @@ import builtins
 import gc
 import io
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -386,3 +387,8 @@ def test_fault_56_no_source_fetches_builds_or_asks_for_plugins():
 ])  # fmt: skip
 def test_fault_56_the_guard_would_see_it(bad):
     assert list(reaches_out(bad))
+
+
+def test_fault_56_the_tests_themselves_reach_nobody():
+    with socket.socket() as probe, pytest.raises(OSError, match="wants to reach"):
+        probe.connect(("192.0.2.1", 80))
