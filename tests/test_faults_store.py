@@ -1,4 +1,7 @@
-"""Faults 39, 41 and 57 of reference/faults.md: file systems that fail, and files that want to choose. (37 to 55: test_store.py.)"""
+"""Faults 39, 41 and 57 of reference/faults.md: file systems that fail, and files that want to choose.
+
+The other faults of the store, 37 to 55, are in test_store.py.
+"""
 
 from __future__ import annotations
 
