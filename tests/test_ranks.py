@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import FAST, Clock, add, honest, made_up, qkv, turn
 
 import fastattn
 from fastattn import config, resolve, store
@@ -159,6 +160,22 @@ def test_attention_calls_no_collective(one_rank_of_two, monkeypatch):
     x = torch.randn(1, 2, 24, 16)
     out = fastattn.attention(x, x, x)
     assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(x, x, x))
+
+
+def test_calls_from_before_the_group_are_forgotten_at_the_first_miss_in_it(request, monkeypatch):
+    """They chose by this rank's own clock. No hit asks about groups: the first call of a new kind does."""
+    ran = []
+    add(monkeypatch, made_up("mine", lambda *given: ran.append(1) or honest(*given)))
+    turn(monkeypatch, Clock({"default": 4e-3, "mine": FAST}))
+    q, k, v = qkv(48)
+    fastattn.attention(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "mine"
+    request.getfixturevalue("one_rank_of_two")
+    fastattn.attention(*qkv(40))
+    ran.clear()
+    for _ in range(3):
+        fastattn.attention(q, k, v)
+    assert not ran and fastattn.explain(q, k, v).served_by == "default"
 
 
 def test_a_manifest_made_elsewhere_is_said_once_and_not_used(one_rank_of_two, tmp_path, monkeypatch, caplog):

@@ -1,12 +1,14 @@
-"""A winner that raises is answered in the same call, demoted on disk, and reported once."""
+"""Fault 53, the circuit breaker: a winner that raises is answered in the same call, demoted on disk, reported once."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def stored(directory):
     return json.loads(path.read_text())
 
 
-def test_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragile, own_store, caplog):
+def test_fault_53_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragile, own_store, caplog):
     q, k, v = qkv(64)
     for _ in range(4):
         check(q, k, v)
@@ -58,7 +60,7 @@ def test_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragile, own_st
     assert "fragile" in record.getMessage() and "RuntimeError: illegal instruction" in record.getMessage()
 
 
-def test_it_is_tombstoned_on_disk_with_its_exception(fragile, own_store):
+def test_fault_53_it_is_tombstoned_on_disk_with_its_exception(fragile, own_store):
     q, k, v = qkv(64)
     check(q, k, v)
     fragile.error = RuntimeError("illegal instruction\nat 0x0")
@@ -113,6 +115,64 @@ def test_a_plan_that_raises_is_answered_too(fragile):
     torch.testing.assert_close(plan(q, k, v), want)
 
 
+def test_fault_53_a_plan_that_is_held_does_not_ask_again(fragile, caplog):
+    """Its holder has no miss that would notice the demotion."""
+    q, k, v = qkv(64)
+    plan = fastattn.plan(q, k, v)
+    fragile.error = RuntimeError("broken")
+    plan(q, k, v)
+    calls = fragile.calls
+    for _ in range(5):
+        plan(q, k, v)
+    assert fragile.calls == calls and len(caplog.records) == 1
+
+
+def test_fault_53_both_of_two_failures_stay_on_disk(monkeypatch, own_store):
+    """Also when both happen to one Call, made when neither was known."""
+    first, second = Fragile(), Fragile()
+    add(monkeypatch, made_up("first", first), made_up("second", second))
+    turn(monkeypatch, Clock({"default": 4e-3, "first": FAST, "second": 1.3 * FAST}))
+    q, k, v = qkv(64)
+    plan = fastattn.plan(q, k, v)
+    first.error = RuntimeError("broken")
+    plan(q, k, v)
+    second.error = RuntimeError("broken too")
+    plan(q, k, v)
+    kept = stored(own_store)
+    assert {t["candidate"]: t["tombstone"] for t in kept["trials"] if "tombstone" in t} == {
+        "first": "RuntimeError: broken", "second": "RuntimeError: broken too",
+    }  # fmt: skip
+    assert kept["winner"] not in ("first", "second")
+
+
+def test_fault_53_threads_that_fail_together_are_all_answered_and_reported_once(monkeypatch, caplog):
+    barrier, errors, outputs = threading.Barrier(4), [], [None] * 4
+
+    def run(q, k, v, mask, a):
+        if errors:
+            barrier.wait(60)
+            raise errors[0]
+        return honest(q, k, v, mask, a)
+
+    add(monkeypatch, made_up("together", run))
+    turn(monkeypatch, Clock({"default": 4e-3, "together": FAST}))
+    q, k, v = qkv(64)
+    fastattn.attention(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "together"
+    want = fastattn.attention(q, k, v)
+    errors.append(RuntimeError("broken"))
+
+    def work(index):
+        outputs[index] = fastattn.attention(q, k, v)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    [t.start() for t in threads]
+    [t.join(60) for t in threads]
+    for out in outputs:
+        torch.testing.assert_close(out, want)
+    assert len(caplog.records) == 1
+
+
 def test_other_problems_of_the_same_kernel_keep_their_verdicts(fragile):
     one, other = qkv(64), qkv(80)
     check(*one)
@@ -124,7 +184,7 @@ def test_other_problems_of_the_same_kernel_keep_their_verdicts(fragile):
     assert fastattn.explain(*other).served_by == "fragile"
 
 
-def test_a_new_process_skips_the_tombstoned(fragile, own_store):
+def test_fault_53_a_new_process_skips_the_tombstoned(fragile, own_store):
     q, k, v = qkv(64)
     check(q, k, v)
     fragile.error = RuntimeError("broken")
@@ -143,7 +203,7 @@ def test_a_new_process_skips_the_tombstoned(fragile, own_store):
     """
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": __file__.rpartition("/")[0]},
+        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -158,10 +218,12 @@ def test_a_new_process_skips_the_tombstoned(fragile, own_store):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         KeyboardInterrupt(),
     ],
-    ids=["out of memory", "sticky", "interrupt"],
+    ids=["out of memory", "out of memory on the CPU", "out of Python's memory", "sticky", "interrupt"],
 )
 def test_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store, caplog):
     q, k, v = qkv(64)
@@ -193,6 +255,40 @@ def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_stor
     with pytest.raises(ValueError, match="^the caller's own$"):
         fastattn.attention(q, k, v)
     assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
+
+
+class BreaksInBackward(torch.autograd.Function):
+    error: Exception | None = None
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if BreaksInBackward.error is not None:
+            raise BreaksInBackward.error
+        return grad
+
+
+def test_an_error_in_the_backward_is_raised_as_it_is_and_nobody_is_demoted(monkeypatch, own_store, caplog):
+    """By then the call was answered long ago, and what the kernel saved is no other kernel's."""
+    add(monkeypatch, made_up("later", lambda q, k, v, mask, a: BreaksInBackward.apply(honest(q, k, v, mask, a))))
+    turn(monkeypatch, Clock({"default": 4e-3, "later": FAST}))
+    q, k, v = qkv(64, grad=True)
+    check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "later"
+    error = ValueError("no gradient today")
+    monkeypatch.setattr(BreaksInBackward, "error", error)
+    out = fastattn.attention(q, k, v)
+    with pytest.raises(ValueError) as raised:
+        out.sum().backward()
+    assert raised.value is error and q.grad is None
+    assert fastattn.explain(q, k, v).served_by == "later"
+    assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
+    with fastattn.options(kernels=["-later"]):  # what the user can do
+        fastattn.attention(q, k, v).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), ValueError("head_dim 32")], ids=lambda e: type(e).__name__)

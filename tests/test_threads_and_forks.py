@@ -50,7 +50,7 @@ def tunings(monkeypatch):
     return seen
 
 
-def test_32_threads_on_one_new_problem_tune_once(tunings):
+def test_fault_51_32_threads_on_one_new_problem_tune_once(tunings):
     q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
     want, outputs = F_sdpa(q.double(), k.double(), v.double()), [None] * 32
 
@@ -65,7 +65,7 @@ def test_32_threads_on_one_new_problem_tune_once(tunings):
     assert len(tunings) == 1, "the verdict of the first tuning was lost"
 
 
-def test_threads_on_different_problems_tune_each_once(tunings):
+def test_fault_51_threads_on_different_problems_tune_each_once(tunings):
     inputs = [torch.randn(1, 2, 24 + i // 2, 16) for i in range(8)]
     in_threads(8, lambda i: attention(inputs[i], inputs[i], inputs[i]))
     for x in inputs:
@@ -170,7 +170,7 @@ os._exit(os.waitstatus_to_exitcode(status))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("how", ["tuning", "locked"])
-def test_fork_during_a_tuning_the_child_works(how, tmp_path):
+def test_fault_51_fork_during_a_tuning_the_child_works(how, tmp_path):
     environment = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "forked")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK, how], env=environment, timeout=TIMEOUT_S, capture_output=True, text=True

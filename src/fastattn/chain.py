@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastattn import candidates, kernels, learnt, planning
+from fastattn import candidates, kernels, learnt, memory, planning
 from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.errors import NoKernelError
@@ -55,10 +54,10 @@ def chain(
             return served
         if served:
             break
-    return served or fallbacks(verdict, problem, silicon, settings)
+    return served or last_resorts(verdict, problem, silicon, settings)
 
 
-def fallbacks(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
+def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
     """planning.fallbacks, without a default that this problem's own tuning found wrong while others were right.
 
     Raises NoKernelError, with every kernel's reasons, where none can do the problem.
@@ -93,15 +92,23 @@ def rescued(
     key: CallKey,
     structured: bool,
 ) -> planning.Call:
-    """The Call, with the fallback chain behind it: a winner that raises is answered in the same call and demoted."""
+    """The Call, with the fallback chain behind it: a winner that raises is answered in the same call and demoted.
+
+    What answered serves this Call from then on, should somebody hold it (a plan): nothing that raised is asked again.
+    """
+    serving = (call, chosen)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        nonlocal serving
+        call, chosen = serving
         try:
             return call(q, k, v, mask)
         except Exception as error:
             if _is_not_its_own(error):
                 raise
-            return _rescue(error, chosen, verdict, problem, settings, key, structured, (q, k, v, mask))
+            out, *now = _rescue(error, chosen, verdict, problem, settings, key, structured, (q, k, v, mask))
+            serving = (now[0], now[1])
+            return out
 
     return run
 
@@ -109,8 +116,7 @@ def rescued(
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-    return is_hook or is_memory or "CUDA error" in str(error)
+    return is_hook or memory.is_exhausted(error) or "CUDA error" in str(error)
 
 
 def _rescue(
@@ -122,12 +128,13 @@ def _rescue(
     key: CallKey,
     structured: bool,
     given: tuple[Any, ...],
-) -> Tensor:
+) -> tuple[Tensor, planning.Call, Accepted]:
+    """What answers in place of a candidate that raised: (the answer, the Call it came from, its candidate)."""
     silicon = Device.of(given[0].device)
     cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    left = verdict.buried(failed.name, cause) if verdict is not None else None
+    left = learnt.latest(verdict, settings, silicon).ranked() if verdict is not None else []
     found = candidates.decisions(problem, silicon, settings)
-    last = fallbacks(verdict, problem, silicon, settings)
+    last = last_resorts(verdict, problem, silicon, settings)
     answers: dict[str, Tensor] = {}
     for candidate in last[:1]:
         if candidate.kernel.name == "default":
@@ -135,20 +142,17 @@ def _rescue(
                 answers[candidate.name] = bind(candidate, problem, key, structured)(*given)
             except Exception:
                 raise error from None  # F.sdpa raises too: it is the caller's own error
-    order = [d for name in (left.ranked() if left else ()) for d in found if isinstance(d, Accepted) and d.name == name]
+    order = [d for name in left for d in found if isinstance(d, Accepted) and d.name == name]
     for candidate in (*order, *last):
         if candidate == failed:
             continue
         try:
+            call = bind(candidate, problem, key, structured)
             out = answers.get(candidate.name)
-            out = bind(candidate, problem, key, structured)(*given) if out is None else out
+            out = call(*given) if out is None else out
         except Exception:
             continue
-        if verdict is not None:
-            learnt.state.buried[(verdict.problem, failed.name)] = cause
-        log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
-        if left is not None:
-            learnt.keep(left, settings, silicon)
-        learnt.forget_calls()
-        return out
+        if verdict is None or learnt.bury(verdict, failed.name, cause, settings, silicon):
+            log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
+        return out, call, candidate
     raise error

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -274,9 +274,10 @@ def tune(as_json: bool, force: bool, **asked: Any) -> None:
     """
     wanted = problems(**asked)
     found: list[tuple[str, Verdict]] = []
-    columns = (SpinnerColumn(), BarColumn(20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    counts = (SpinnerColumn(), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     what = TextColumn("{task.description}", markup=False)
-    with Progress(*columns, what, console=Console(stderr=True), transient=True, disable=as_json) as bar:
+    with Progress(*counts, *times, what, console=Console(stderr=True), transient=True, disable=as_json) as bar:
         task = bar.add_task("", total=len(wanted))
 
         def step(problem: Problem, candidate: str, index: int, count: int) -> None:

@@ -116,7 +116,6 @@ class State(NamedTuple):
     math_reduction: bool
     flash_impl: str
     off: tuple[str, ...]  # backends switched off
-    unrestricted: bool  # False inside sdpa_kernel(...)
 
 
 def state(device_type: str) -> State:
@@ -130,7 +129,6 @@ def state(device_type: str) -> State:
         math_reduction=math_reduction(),
         flash_impl=flash_impl(),
         off=tuple(name for name, is_on in BACKEND_SWITCHES.items() if not is_on()),
-        unrestricted=unrestricted(),
     )
 
 

@@ -36,6 +36,7 @@ class _Process:
     misses: dict[Problem, int] = field(default_factory=dict)
     spent_s: float = 0.0
     warned: set[str] = field(default_factory=set)
+    distributed: bool = False  # at the last miss
 
 
 state = _Process()
@@ -88,37 +89,38 @@ def find(
         problem = problem.replace(deterministic=False)
     named_so = [problem, problem.bucketed("kv"), problem.bucketed("all")]
     named_so = named_so[1:] if problem.q_len <= buckets.DECODE_Q_LEN else named_so[::2]
-    for table in _tables(settings, silicon):
+    may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
+    for table in _tables(settings, silicon, may_read):
         for named in named_so:
             if named in table:
                 return table[named]
     if circumstances.distributed:
         return None  # a private store is not consulted: all ranks must choose alike
     names = [lengths(problem, register=register)] if guards.decide(circumstances)[0] == guards.TUNE else named_so
-    return next((v for named in names if (v := _stored(named, silicon, settings)) is not None), None)
+    return next((v for named in names if (v := _stored(named, silicon, settings, may_read)) is not None), None)
 
 
-def _tables(settings: Config, silicon: Device) -> list[dict[Problem, Verdict]]:
+def _tables(settings: Config, silicon: Device, may_read: bool = True) -> list[dict[Problem, Verdict]]:
     tables = [state.shared] if state.shared is not None else []
     if settings.manifest is not None:
-        if settings.manifest not in state.manifests:
+        if settings.manifest not in state.manifests and may_read:
             try:
                 state.manifests[settings.manifest] = store.read_manifest(settings.manifest, silicon)
             except (OSError, ValueError) as error:
                 state.manifests[settings.manifest] = {}
                 log.warning("%s", error)
-        tables.append(state.manifests[settings.manifest])
+        tables.append(state.manifests.get(settings.manifest, {}))
     return tables
 
 
-def _stored(problem: Problem, silicon: Device, settings: Config) -> Verdict | None:
+def _stored(problem: Problem, silicon: Device, settings: Config, may_read: bool = True) -> Verdict | None:
     """From memory, else from disk; an absence is remembered too, until this process tunes the problem."""
     name = (settings.cache_dir, silicon, problem)
-    if name not in state.verdicts:
+    if name not in state.verdicts and may_read:
         verdict = settings_store(settings).get(problem, silicon)
         with state.lock:
             state.verdicts.setdefault(name, verdict)
-    return state.verdicts[name]
+    return state.verdicts.get(name)
 
 
 def is_complete(verdict: Verdict | None, silicon: Device, settings: Config, problem: Problem) -> bool:
@@ -129,6 +131,13 @@ def is_complete(verdict: Verdict | None, silicon: Device, settings: Config, prob
     if verdict is None:
         return False
     return bool(problem.off or settings.kernels) or not tuning.changed(verdict, silicon, settings)
+
+
+def notice(circumstances: guards.Context) -> None:
+    """A process group that came or went since the last miss: the Calls published before it chose by other rules."""
+    if circumstances.distributed != state.distributed:
+        state.distributed = circumstances.distributed
+        forget_calls()
 
 
 def is_spent(settings: Config) -> bool:
@@ -149,12 +158,29 @@ def winners_nearby(problem: Problem, settings: Config) -> list[str]:
     return list(dict.fromkeys([*close, *far]))
 
 
-def keep(verdict: Verdict, settings: Config, silicon: Device) -> None:
-    """Publish a verdict in memory and on disk."""
+def keep(verdict: Verdict, settings: Config, silicon: Device, on_disk: bool = True) -> None:
+    """Publish a verdict in memory and, unless it is for this process only, on disk."""
     with state.lock:
         state.verdicts[(settings.cache_dir, silicon, verdict.problem)] = verdict
-    if guards.ranks() == 1:
+    if on_disk and guards.ranks() == 1:
         settings_store(settings).put(verdict, silicon)
+
+
+def latest(verdict: Verdict, settings: Config, silicon: Device) -> Verdict:
+    """What is held by now in place of a verdict that an older Call was made by."""
+    return state.verdicts.get((settings.cache_dir, silicon, verdict.problem)) or verdict
+
+
+def bury(verdict: Verdict, candidate: str, cause: str, settings: Config, silicon: Device) -> bool:
+    """Demote a candidate that raised, in memory and on disk; False if another call has done so already."""
+    with state.lock:
+        if (verdict.problem, candidate) in state.buried:
+            return False
+        state.buried[(verdict.problem, candidate)] = cause
+        left = latest(verdict, settings, silicon).buried(candidate, cause)
+    keep(left, settings, silicon)
+    forget_calls()
+    return True
 
 
 def complete(problem: Problem, settings: Config) -> Verdict | None:
@@ -163,7 +189,7 @@ def complete(problem: Problem, settings: Config) -> Verdict | None:
     verdict = _stored(problem, silicon, settings)
     if verdict is None or tuning.changed(verdict, silicon, settings):
         return None
-    return None if any(t.reason == tuning.NOT_TRIED for t in verdict.trials) else verdict
+    return None if any(map(tuning.is_open, verdict.trials)) else verdict
 
 
 @contextmanager

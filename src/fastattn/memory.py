@@ -1,4 +1,4 @@
-"""How many bytes a call uses beyond its inputs and output, and keeps for its backward.
+"""How many bytes a call uses beyond its inputs and output, and keeps for its backward; and how many there are.
 
 On the CPU torch.profiler would tell, but its first use costs 1.6 s and prints; so the tensors that operators make are
 followed through a dispatch mode instead (benchmarks/cpu.py compares both). Scratch inside one operator is not seen: for
@@ -7,6 +7,7 @@ the CPU's fused kernel that is some hundred KiB a thread.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,6 +17,30 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def free(device: torch.device) -> float:
+    """Bytes that may still be had on a device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return float("inf")
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, in whichever of torch's ways."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give back what failed attempts left behind, so that it does not stand in the way of the next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Meter(TorchDispatchMode):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from fastattn import config, learnt, resolve
 from fastattn.problem import Problem
+from fastattn.tuning import Progress
 from fastattn.verdict import Verdict
-
-Progress = Callable[[Problem, str, int, int], None]
 
 
 def tune(
@@ -44,14 +43,7 @@ def tune(
 def _tune_one(problem: Problem, settings: config.Config, progress: Progress | None, force: bool) -> Verdict:
     problem = learnt.lengths(problem)
     known = None if force else learnt.complete(problem, settings)
-    if known is not None:
-        return known
-
-    def step(candidate: str, index: int, count: int) -> None:
-        if progress is not None:
-            progress(problem, candidate, index, count)
-
-    return resolve.tune(problem, settings, thorough=True, progress=step)
+    return known or resolve.tune(problem, settings, thorough=True, progress=progress)
 
 
 def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,9 @@ from fastattn.verdict import Trial
 from fastattn.verifying import Errors
 
 HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
-SLOW_S = 0.25  # a run this long is enough to go by
+ONE_RUN_S = 0.25  # a run this long is enough to go by
+FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
+NO_ROOM = "not tried: too little memory is free"
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Entrant:
             self.reason,
             time_us=round(self.timing.median * 1e6, 2) if timed else None,
             noise=round(self.timing.noise, 4) if timed else None,
+            drift=round(self.timing.drift, 4) if timed else None,
             forward=_rounded(self.errors.forward) if self.errors else None,
             backward=_rounded(self.errors.backward) if self.errors else None,
             temporary_bytes=self.temporary,
@@ -63,8 +65,8 @@ def library_of(candidate: Accepted) -> str:
 class Race:
     """The tensors and the reference that all candidates of one problem share."""
 
-    def __init__(self, problem: Problem, device: torch.device, clock: Stopwatch) -> None:
-        self.problem, self.device, self.clock = problem, device, clock
+    def __init__(self, problem: Problem, device: torch.device, clock: Stopwatch, default_runs: str) -> None:
+        self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
         self.reduced = samples.reduced(problem)
         self.scale = None if problem.scale == "positive" else samples.scale_of(problem)
         self.judged = verifying.judges(problem, device)
@@ -74,41 +76,54 @@ class Race:
 
     def admit(self, entrant: Entrant, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
-        candidate, s = entrant.candidate, self.sample
-        p = self.problem
-        if not incumbent and candidate.kernel.unfused and p.unfused_bytes > p.memory_limit:
-            entrant.reason = f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+        entrant.reason = self._too_large(entrant.candidate, incumbent)
+        if entrant.reason is not None:
             return
         try:
-            entrant.errors = verifying.summary(self.judged, self._timed_once(entrant))
-            if self.problem.dropout:
-                entrant.errors = self._dropped(candidate).worst(entrant.errors)
-            if not entrant.errors.passed:
-                entrant.reason = inaccurate(entrant.errors)
-                return
-            call = planning.bind(candidate, self.problem, self.scale, dropout_p=self._rate)
-            run = self._whole(call)
-            inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
-            start = self.clock.now()
-            _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
-            entrant.first_run = self.clock.now() - start
-            limit = self.problem.memory_limit
-            if not incumbent and max(entrant.temporary, entrant.saved) > limit:
-                used = max(entrant.temporary, entrant.saved)
-                entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
-                return
-            entrant.run = run
-            if entrant.first_run < SLOW_S:  # else one run is enough to go by
-                entrant.first_run = self.clock.time(run, 1)
-            if self._fastest is None or entrant.first_run < self._fastest[0]:
-                self._fastest = (entrant.first_run, candidate.name)
-            elif entrant.first_run > HOPELESS * self._fastest[0]:
-                entrant.reason = f"more than {HOPELESS:g} x slower than {self._fastest[1]} at the first run"
-        except torch.OutOfMemoryError as error:
-            entrant.reason = f"out of memory: {first_line(error)}"
-            gc.collect()
+            self._admit(entrant, incumbent)
         except Exception as error:
-            entrant.reason = f"{type(error).__name__}: {first_line(error)}"
+            is_memory = memory.is_exhausted(error)
+            entrant.reason = f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
+        else:
+            return
+        if is_memory:  # only now: the exception held what the kernel had made
+            memory.release(self.device)
+
+    def _too_large(self, candidate: Accepted, incumbent: bool) -> str | None:
+        """Why a kernel that writes the scores down is not even tried: to find out may be what breaks the process."""
+        p, kernel = self.problem, candidate.kernel
+        is_unfused = kernel.unfused or (kernel.chunks and not {"chunks", "recompute"} & set(candidate.conversions))
+        if not (is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")):
+            return None
+        if p.unfused_bytes > p.memory_limit and not incumbent:
+            return f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+        room = FREE_SHARE * memory.free(self.device)
+        return f"{NO_ROOM}: {p.unfused_bytes} temporary bytes > {room:.0f}" if p.unfused_bytes > room else None
+
+    def _admit(self, entrant: Entrant, incumbent: bool) -> None:
+        candidate, s = entrant.candidate, self.sample
+        entrant.errors = verifying.summary(self.judged, self._timed_once(entrant))
+        if self.problem.dropout:
+            entrant.errors = self._dropped(candidate).worst(entrant.errors)
+        if not entrant.errors.passed:
+            entrant.reason = inaccurate(entrant.errors)
+            return
+        run = self._whole(planning.bind(candidate, self.problem, self.scale, dropout_p=self._rate))
+        inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+        start = self.clock.now()
+        _, entrant.temporary, entrant.saved = memory.measure(run, inputs)
+        entrant.first_run = self.clock.now() - start
+        used, limit = max(entrant.temporary, entrant.saved), self.problem.memory_limit
+        if not incumbent and used > limit:
+            entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
+            return
+        entrant.run = run
+        if entrant.first_run < ONE_RUN_S:
+            entrant.first_run = self.clock.time(run, 1)
+        if self._fastest is None or entrant.first_run < self._fastest[0]:
+            self._fastest = (entrant.first_run, candidate.name)
+        elif entrant.first_run > HOPELESS * self._fastest[0]:
+            entrant.reason = f"more than {HOPELESS:g} x slower than {self._fastest[1]} at the first run"
 
     def _dropped(self, candidate: Accepted) -> Errors:
         small = dropping.problem_of(self.problem)

@@ -134,6 +134,7 @@ def spec_of(facts: tuple[Any, ...], layout: str) -> inputs.Spec:
 
 
 def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, given: tuple[Any, ...]) -> Served:
+    learnt.notice(circumstances)
     problem = Problem.from_key(key, settings.accuracy)
     silicon = Device.of(key.q.device)
     structured = isinstance(key.mask, masks.Causal)
@@ -145,7 +146,7 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
         return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), _reads(chosen, problem, settings))
     action, why = guards.decide(circumstances)
     if problem.is_custom:
-        chosen = chain.fallbacks(None, problem, silicon, settings)[0]
+        chosen = chain.last_resorts(None, problem, silicon, settings)[0]
         call = chain.bind(chosen, problem, key, structured)
         if action == guards.TUNE:
             _check_custom(call, chosen, problem, key, given)
@@ -155,7 +156,7 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
     if action == guards.TUNE and not learnt.is_complete(verdict, silicon, settings, problem):
         verdict, why = _tune_once(learnt.lengths(problem), settings, key, given, verdict)
         if verdict is None:  # another thread is at it
-            default = chain.fallbacks(None, problem, silicon, settings)[0]
+            default = chain.last_resorts(None, problem, silicon, settings)[0]
             return Served(chain.bind(default, problem, key, structured), default.name, why, remember=False)
     elif verdict is None:
         learnt.record_miss(problem, why, circumstances)
@@ -264,7 +265,7 @@ def tune(problem: Problem, settings: Config, on: torch.device | None = None, **h
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
         verdict = tuning.tune(problem, settings, device=on, **how)
-    learnt.keep(verdict, settings, Device.of(on))
+    learnt.keep(verdict, settings, Device.of(on), on_disk=tuning.is_lasting(verdict))
     return verdict
 
 

@@ -8,6 +8,7 @@ or used as a path. Every failing system call means: this store does not help, wo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -25,6 +26,8 @@ MAX_FILE = 64 * 2**10
 MAX_FILES = 10_000
 MAX_BYTES = 64 * 2**20
 _TRIM_EVERY = 100  # puts
+ABSENT = (errno.ENOENT, errno.ENOTDIR)
+IN_MEMORY = "verdicts are kept in memory only"
 
 
 def default_directory() -> Path | None:
@@ -73,7 +76,7 @@ class Store:
     def put(self, verdict: Verdict, device: Device) -> Path | None:
         """Publish a verdict; None, and one warning a process, where that is not possible."""
         if self.root is None:
-            self._warn("there is no home directory to cache in; set FASTATTN_CACHE_DIR")
+            self._warn(f"{IN_MEMORY}: there is no home directory to cache in; set FASTATTN_CACHE_DIR")
             return None
         path = self._path(self.root, verdict.problem, device)
         text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)
@@ -81,7 +84,7 @@ class Store:
             _make_directory(path.parent)
             _publish(path, text.encode())
         except OSError as error:
-            self._warn(f"cannot write {path.parent}: {error.strerror or error}")
+            self._warn(f"{IN_MEMORY}: cannot write {path.parent}: {error.strerror or error}")
             return None
         self._puts += 1
         if self._puts % _TRIM_EVERY == 1:
@@ -102,10 +105,11 @@ class Store:
             with contextlib.suppress(OSError):
                 path.unlink()
                 count += 1
-        if self.root is not None and self.root.is_dir():
-            for directory in (self.root / f"v{SCHEMA}").glob("*"):
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
+        if self.root is not None:
+            with contextlib.suppress(OSError):
+                for directory in list((self.root / f"v{SCHEMA}").glob("*")):
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
         return count
 
     def trim(self) -> None:
@@ -134,12 +138,15 @@ class Store:
     def _path(layer: Path, problem: Problem, device: Device) -> Path:
         return layer / f"v{SCHEMA}" / device.slug / f"{problem.digest}.json"
 
-    @staticmethod
-    def _read(path: Path, problem: Problem | None) -> Verdict | None:
+    def _read(self, path: Path, problem: Problem | None) -> Verdict | None:
         """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
         try:
             verdict = Verdict.from_json(json.loads(_read_safely(path), parse_constant=_refuse))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except OSError as error:
+            if error.errno not in (None, *ABSENT):
+                self._warn(f"stored verdicts cannot be read: {path}: {error.strerror}")
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         if problem is not None and verdict.problem != problem:
             return None
@@ -150,7 +157,7 @@ class Store:
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("verdicts are kept in memory only: %s", text)
+            log.warning("%s", text)
 
 
 def export(verdicts: Iterator[tuple[Path, Verdict]], device: Device) -> str:

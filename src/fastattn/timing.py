@@ -15,7 +15,7 @@ import torch
 
 SAMPLE_S = 200e-6  # a sample repeats a short call until it is about this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-SLOW_S = 2.0
+LONG_S = 2.0  # rounds that took this long together, and twice what was allowed, end the comparison
 
 
 class Stopwatch(Protocol):
@@ -82,6 +82,16 @@ class Timing:
         middle = self.median
         return median(abs(s - middle) for s in self.samples) / middle if middle else 0.0
 
+    @property
+    def drift(self) -> float:
+        """By how much the last third of the samples lies apart from the first; 0 where they overlap or are too few."""
+        third = len(self.samples) // 3
+        if third < 2:
+            return 0.0
+        first, last = self.samples[:third], self.samples[-third:]
+        lower, upper = (first, last) if median(first) < median(last) else (last, first)
+        return max(0.0, min(upper) / max(lower) - 1.0) if max(lower) else 0.0
+
 
 def compare(
     calls: Mapping[str, Callable[[], object]], clock: Stopwatch, seconds: float, keep_within: float = 1.5
@@ -107,6 +117,6 @@ def compare(
         elapsed = clock.now() - start
         if index + 1 >= MIN_ROUNDS and elapsed + elapsed / (index + 1) > seconds:
             break
-        if elapsed > max(2 * seconds, SLOW_S):  # of calls this slow a single round may be all there is time for
+        if elapsed > max(2 * seconds, LONG_S):  # of calls this slow a single round may be all there is time for
             break
     return found

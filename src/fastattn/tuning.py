@@ -12,7 +12,7 @@ from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.kernel import Accepted, Decision, Rejected
 from fastattn.problem import Problem
-from fastattn.race import Entrant, Race, first_line, inaccurate, library_of
+from fastattn.race import NO_ROOM, Entrant, Race, first_line, inaccurate, library_of
 from fastattn.timing import Stopwatch
 from fastattn.verdict import Trial, Verdict
 from fastattn.verifying import Errors
@@ -22,11 +22,13 @@ ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
 THOROUGH_ROUNDS = 10
+DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
+STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 NOT_TRIED = "not tried: budget"
 NOT_COMPILED = "not tried: it must be compiled first, which `fastattn tune --compile` does"
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[Problem, str, int, int], None]  # (problem, candidate, index, count) before each candidate
 
 
 def tune(
@@ -45,18 +47,19 @@ def tune(
     """Check every candidate's numbers, time those that are right, and name the winner.
 
     prior: candidate names to try first. look: checks a candidate on a slice of the caller's tensors; the winner must pass it.
-    thorough: no time limit (the CLI's way). compiling: also what takes seconds to compile. known: an older Verdict, of which only what changed is tried again.
+    thorough: no time limit (the CLI's way). compiling: also what takes seconds to compile first. known: an older Verdict, of
+    which only what changed is tried again.
     """
     torch_device = torch.device(problem.device) if device is None else device
     silicon = Device.of(torch_device)
     clock = clock or timing.stopwatch(torch_device)
     began = clock.now()
-    race = Race(problem, torch_device, clock)
     found = candidates.decisions(problem, silicon, config)
+    native = planning.default_runs(problem, silicon, found)
+    race = Race(problem, torch_device, clock, native)
     trials = [Trial(d.name, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
     settled = _settled(known, found)
     entrants = [Entrant(d) for d in found if isinstance(d, Accepted) and d.name not in settled]
-    native = planning.default_runs(problem, silicon, found)
     first = planning.fallbacks(problem, silicon, config, found)[0]
     incumbent = next(e for e in entrants if e.candidate == first)
     race.admit(incumbent, incumbent=True)
@@ -65,7 +68,7 @@ def tune(
     tried = 0
     for index, entrant in enumerate(_in_order([e for e in entrants if e is not incumbent], prior), 1):
         if progress is not None:
-            progress(entrant.candidate.name, index, len(entrants))
+            progress(problem, entrant.candidate.name, index, len(entrants))
         kernel = entrant.candidate.kernel.name
         if kernel == "default":
             entrant.reason = planning.why_not_default(problem, silicon, found)
@@ -84,7 +87,11 @@ def tune(
     if alive:
         left = max(0.25 * budget, budget - (clock.now() - start))
         left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
-        timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
+        timed: dict[str, timing.Timing] = {}
+        for _ in range(STEADY_TRIES if thorough else 1):
+            timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
+            if all(t.drift <= DRIFT for t in timed.values()):
+                break
         for entrant in alive:
             entrant.timing = timed[entrant.candidate.name]
     winner = _choose(entrants, incumbent, look)
@@ -94,6 +101,17 @@ def tune(
     _log(result, clock.now() - began)
     race.close()
     return result
+
+
+def is_lasting(verdict: Verdict) -> bool:
+    """Whether another process may rely on it: the winner was tried, on a machine that kept its speed meanwhile."""
+    trial = verdict.trial(verdict.winner)
+    return trial is None or ((trial.drift or 0.0) <= DRIFT and not is_open(trial))
+
+
+def is_open(trial: Trial) -> bool:
+    """Whether a candidate was left out for want of time or memory, so that another tuning may try it."""
+    return (trial.reason or "").startswith((NOT_TRIED, NO_ROOM))
 
 
 def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
@@ -171,7 +189,10 @@ def _today() -> str:
 def _log(verdict: Verdict, seconds: float) -> None:
     gain = verdict.speedup()
     log.info(
-        "tuned in %.2f s: %s -> %s%s", seconds, verdict.problem, verdict.winner, f" ({gain:.2f}x)" if gain else ""
+        "tuned in %.2f s: %s -> %s%s%s",
+        seconds,
+        verdict.problem,
+        verdict.winner,
+        f" ({gain:.2f}x)" if gain else "",
+        "" if is_lasting(verdict) else "; for this process only: the machine was short of memory, or changed its speed",
     )
-
-

@@ -19,6 +19,7 @@ class Trial:
     reason: str | None = None
     time_us: float | None = None  # median of one run, backward included where gradients are wanted
     noise: float | None = None  # median absolute deviation over the median
+    drift: float | None = None  # how far its later times lie apart from its earlier ones
     forward: float | None = None  # largest error, in budgets
     backward: float | None = None
     temporary_bytes: int | None = None
