@@ -32,11 +32,15 @@ def doctor(as_json: bool, timeout: float) -> None:
     if as_json:
         print_json(report.to_json())
     else:
-        out = console()
-        out.print(_head(report), soft_wrap=True)  # what is soft-wrapped can be copied whole
-        out.print(_facts(report))
-        out.print(_libraries(report.libraries), soft_wrap=True)
+        show(report, console())
     raise SystemExit(0 if report.works else 1)
+
+
+def show(report: Report, out: Console) -> None:
+    """Print a Report. What is soft-wrapped can be copied whole: commands, and the sentences of faults."""
+    out.print(_head(report), soft_wrap=True)
+    out.print(_facts(report))
+    out.print(_libraries(report.libraries), soft_wrap=True)
 
 
 def _head(report: Report) -> Text:
@@ -106,7 +110,7 @@ def _by_reason(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 def _libraries(rows: Sequence[Row]) -> Text:
     """What is installed, each with its version and reasons; then what is not, each with the command that installs it."""
-    text = Text("\n" if any(row.found for row in rows) else "")
+    text = Text()
     width = max(len(row.name) for row in rows)
     for row in sorted((row for row in rows if row.found), key=lambda row: not row.usable):
         mark, style = ("✓", "green") if row.usable else ("✗", "red") if row.fix else ("-", "dim")
@@ -115,7 +119,8 @@ def _libraries(rows: Sequence[Row]) -> Text:
         text.append(f"\n  {'':<{width}}  {row.fix}" if row.fix else "", "cyan")
     absent = [row for row in rows if not row.found]
     shared = [reason for reason in absent[0].why_not if all(reason in row.why_not for row in absent)] if absent else []
-    text.append(f"\nkernel libraries: {'; '.join(shared)}" if absent else "", "dim")
+    if absent:
+        text.append("\n\n" if text else "\n").append(f"kernel libraries: {'; '.join(shared)}", "dim")
     for row in absent:
         own = "; ".join(reason for reason in row.why_not if reason not in shared)
         text.append(f"\n  {row.name:<{width}}  ").append(row.fix or "", "cyan").append(f"  ({own})" if own else "", "dim")
