@@ -184,7 +184,28 @@ def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site,
     assert own["other"].why_not == ("not installed",)
 
 
-# --- torch's kernels, the compiler, the answer
+# --- the machine, torch's kernels, the answer
+
+
+@pytest.mark.parametrize(("number", "version"), [(None, None), (8907, "8.9.7"), (91002, "9.10.2")])
+def test_the_version_of_cudnn_is_read_from_its_number(number, version, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert this_machine().cudnn == version
+
+
+def test_why_there_is_no_cuda(monkeypatch, tmp_path):
+    def no_driver():
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert this_machine().why_no_cuda == "this machine has none"
+    (tmp_path / "nvidia-smi").touch(0o755)
+    assert this_machine().why_no_cuda == "this torch is built without it, for a CPU alone"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    assert this_machine().why_no_cuda == "Found no NVIDIA driver on your system."
 
 
 def test_torchs_own_kernels_are_rows():
