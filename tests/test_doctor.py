@@ -18,13 +18,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cache_health, cli, config, doctor, kernels, libraries, redaction, store, units
-from fastattn.cache_health import Layer
+from fastattn import cli, config, doctor, kernels, libraries, store, units
 from fastattn.cli import diagnosing
 from fastattn.device import Device
-from fastattn.doctor import Fault, Report, Row
+from fastattn.doctor import Fault, Layer, Report, Row, cache, faults, redaction
+from fastattn.doctor.machine import Machine, this_machine
 from fastattn.kernel import Range
-from fastattn.machine import Machine, this_machine
 from fastattn.store import Store
 
 H100 = Device("cuda", "NVIDIA H100 132sm", 90, cuda="12.8", cudnn=91002)
@@ -229,7 +228,7 @@ def test_attention_that_does_not_work_is_a_fault(break_it, monkeypatch):
             raise RuntimeError("no such operator\nmore")
         return q * float("nan")
 
-    monkeypatch.setattr(doctor.api, "attention", broken)
+    monkeypatch.setattr(faults.api, "attention", broken)
     said = {"raise": "RuntimeError: no such operator", "lie": "its answer is off by nan"}[break_it]
     assert f"attention() does not work on cpu: {said}" in run(code=1)
 
@@ -238,7 +237,7 @@ def test_attention_that_does_not_work_is_a_fault(break_it, monkeypatch):
 
 
 def layers_of(*paths):
-    return cache_health.layers(Store([Path(p) for p in paths]))
+    return cache.layers(Store([Path(p) for p in paths]))
 
 
 def test_a_cache_that_is_not_made_yet_is_healthy_and_still_not_made(own_store):
@@ -291,7 +290,7 @@ def test_a_disk_that_cannot_be_written_is_a_fault_where_verdicts_are_written(num
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no files")
 def test_a_real_file_system_that_takes_no_files_is_told():
-    assert cache_health.why_not_written(Path("/proc/fastattn")).startswith("cannot write /proc/fastattn: ")
+    assert cache.why_not_written(Path("/proc/fastattn")).startswith("cannot write /proc/fastattn: ")
 
 
 def test_layers_that_are_only_read_must_be_there(tmp_path):

@@ -1,4 +1,4 @@
-"""`fastattn doctor`: the Report of doctor.py on one screen, made to be pasted into an issue."""
+"""`fastattn doctor`: the doctor's Report on one screen, made to be pasted into an issue."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from rich.text import Text
 
 import fastattn
 from fastattn import importing, units
-from fastattn.cache_health import Layer
 from fastattn.cli.tables import console, print_json
-from fastattn.doctor import Report, Row, examine
+from fastattn.doctor import Layer, Report, Row, examine
 
 
 @click.command()
