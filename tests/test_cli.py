@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import fastattn
 from fastattn import cli, config, inputs, learnt, masks, presets, resolve, store
+from fastattn.cli import asking, tables
 from fastattn.device import Device
 from fastattn.problem import Problem
 
@@ -31,7 +32,7 @@ def run(*words, code=0):
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with cli.tune.make_context("tune", " ".join(words).split()) as context:
-        return list(cli.problems(**{k: v for k, v in context.params.items() if k not in ("as_json", "force")}))
+        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in ("as_json", "force")}))
 
 
 def of_call(q, k, v, mask=None, layout="bhsd", **options):
@@ -245,7 +246,7 @@ def test_version_is_the_package_version():
 
 
 def test_the_geometric_mean_is_the_root_of_the_product():
-    assert cli.geomean([2.0, 8.0]) == pytest.approx(4.0, rel=1e-12)
+    assert tables.geomean([2.0, 8.0]) == pytest.approx(4.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("cls", ["contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed",

@@ -20,6 +20,7 @@ from typing import Any
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
 LEVELS = ("debug", "info", "warning", "error")
+VARIABLES = ("FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_MANIFEST", "FASTATTN_LOG")
 
 log = logging.getLogger("fastattn")
 

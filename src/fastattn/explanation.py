@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, chain, config, guards, inputs, learnt, planning, resolve, tuning
+from fastattn import candidates, chain, config, guards, inputs, learnt, planning, resolve, tuning, units
 from fastattn.device import Device
 from fastattn.kernel import Accepted, Rejected
 from fastattn.problem import Problem
@@ -59,19 +59,11 @@ def describe(trial: Trial, incumbent: Trial | None = None) -> str:
         return (trial.reason or "can do it; not measured") + error
     gain = f" {incumbent.time_us / trial.time_us:5.2f}x" if incumbent and incumbent.time_us else ""
     back = f", backward {trial.backward:.2f}" if trial.backward is not None else ""
-    kept = f", keeps {_bytes(trial.saved_bytes)}" if trial.saved_bytes else ""
+    kept = f", keeps {units.size(trial.saved_bytes)}" if trial.saved_bytes else ""
     return (
         f"{trial.time_us:10.1f} us{gain}  error {trial.forward:.2f}{back} of budget,"
-        f" {_bytes(trial.temporary_bytes or 0)} temporary{kept}"
+        f" {units.size(trial.temporary_bytes or 0)} temporary{kept}"
     )
-
-
-def _bytes(n: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}"
-        n /= 1024  # type: ignore[assignment]
-    return f"{n:.1f} GiB"
 
 
 def explain(

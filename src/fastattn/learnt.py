@@ -29,7 +29,7 @@ class _Process:
     families: dict[Problem, set[tuple[int, int, int]]] = field(default_factory=dict)
     stores: dict[str | None, store.Store] = field(default_factory=dict)
     shared: dict[Problem, Verdict] | None = None  # the table all ranks share
-    manifests: dict[str, dict[Problem, Verdict]] = field(default_factory=dict)
+    manifests: dict[tuple[str, Device], dict[Problem, Verdict]] = field(default_factory=dict)
     tuning: set[Problem] = field(default_factory=set)
     untunable: dict[Problem, str] = field(default_factory=dict)  # problems whose tuning raised, and what
     buried: dict[tuple[Problem, str], str] = field(default_factory=dict)  # candidates that raised here, whoever chose them
@@ -183,13 +183,17 @@ def bury(verdict: Verdict, candidate: str, cause: str, settings: Config, silicon
     return True
 
 
-def complete(problem: Problem, settings: Config) -> Verdict | None:
-    """The stored verdict of a problem if every candidate was tried, none left out for lack of time."""
+def complete(problem: Problem, settings: Config, compiling: bool = False) -> Verdict | None:
+    """The stored verdict of a problem if every candidate was tried and timed in peace, none left out for lack of time.
+
+    compiling: nor because it would have to compile.
+    """
     silicon = Device.of(torch.device(problem.device))
     verdict = _stored(problem, silicon, settings)
     if verdict is None or tuning.changed(verdict, silicon, settings):
         return None
-    return None if any(map(tuning.is_open, verdict.trials)) else verdict
+    is_open = any(tuning.is_open(t) or (compiling and t.reason == tuning.NOT_COMPILED) for t in verdict.trials)
+    return None if is_open or tuning.is_crowded(verdict) else verdict
 
 
 @contextmanager

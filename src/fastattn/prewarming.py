@@ -18,13 +18,15 @@ def tune(
     *inputs: Any,
     progress: Progress | None = None,
     force: bool = False,
+    compiling: bool = False,
     **named_inputs: Any,
 ) -> list[Verdict]:
     """Tune problems thoroughly (no time limit) and store the verdicts.
 
     what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
     every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.
-    force: tune again what has a complete verdict. Returns the verdicts, in the order of the problems.
+    force: tune again what has a complete verdict. compiling: also try kernels that take seconds to compile first.
+    Returns the verdicts, in the order of the problems.
     """
     if isinstance(what, torch.nn.Module):
         what = _problems_of(what, inputs, named_inputs)
@@ -35,15 +37,19 @@ def tune(
     for problem in [what] if isinstance(what, Problem) else list(what):
         if not isinstance(problem, Problem):
             raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
-        found.append(_tune_one(problem, settings, progress, force))
+        if problem.is_custom:
+            raise ValueError(f"fastattn.tune: {problem} has the caller's own function, which no verdict can stand for")
+        found.append(_tune_one(problem, settings, progress, force, compiling))
     learnt.forget_calls()
     return found
 
 
-def _tune_one(problem: Problem, settings: config.Config, progress: Progress | None, force: bool) -> Verdict:
+def _tune_one(
+    problem: Problem, settings: config.Config, progress: Progress | None, force: bool, compiling: bool
+) -> Verdict:
     problem = learnt.lengths(problem)
-    known = None if force else learnt.complete(problem, settings)
-    return known or resolve.tune(problem, settings, thorough=True, progress=progress)
+    known = None if force else learnt.complete(problem, settings, compiling)
+    return known or resolve.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
 
 
 def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:
@@ -53,4 +59,4 @@ def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     learnt.forget_calls()
     with config.options(mode="cached"), patch(), learnt.collected() as met:
         model(*inputs, **named)
-    return list(met)
+    return [problem for problem in met if not problem.is_custom]

@@ -25,6 +25,7 @@ from fastattn.verdict import SCHEMA, Verdict
 MAX_FILE = 64 * 2**10
 MAX_FILES = 10_000
 MAX_BYTES = 64 * 2**20
+VERSION = f"v{SCHEMA}"  # the directory inside a layer that holds what this fastattn can read
 _TRIM_EVERY = 100  # puts
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
 IN_MEMORY = "verdicts are kept in memory only"
@@ -93,7 +94,7 @@ class Store:
 
     def verdicts(self, device: Device | None = None) -> Iterator[tuple[Path, Verdict]]:
         """Every readable verdict of the writable layer, of one device or all."""
-        for path in self._files(device):
+        for path in self.files(device):
             verdict = self._read(path, None)
             if verdict is not None:
                 yield path, verdict
@@ -101,13 +102,13 @@ class Store:
     def clear(self) -> int:
         """Delete this store's files (nothing else in the directory); how many."""
         count = 0
-        for path in list(self._files(None)):
+        for path in list(self.files()):
             with contextlib.suppress(OSError):
                 path.unlink()
                 count += 1
         if self.root is not None:
             with contextlib.suppress(OSError):
-                for directory in list((self.root / f"v{SCHEMA}").glob("*")):
+                for directory in list((self.root / VERSION).glob("*")):
                     with contextlib.suppress(OSError):
                         directory.rmdir()
         return count
@@ -115,7 +116,7 @@ class Store:
     def trim(self) -> None:
         """Keep at most MAX_FILES files and MAX_BYTES bytes: the least recently used go first."""
         entries: list[tuple[float, int, Path]] = []
-        for path in self._files(None):
+        for path in self.files():
             with contextlib.suppress(OSError):
                 found = path.stat()
                 entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
@@ -127,16 +128,17 @@ class Store:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def _files(self, device: Device | None) -> Iterator[Path]:
+    def files(self, device: Device | None = None) -> Iterator[Path]:
+        """Every file of the writable layer, readable or not, of one device or all."""
         if self.root is None:
             return
         pattern = f"{device.slug if device else '*'}/*.json"
         with contextlib.suppress(OSError):
-            yield from sorted((self.root / f"v{SCHEMA}").glob(pattern))
+            yield from sorted((self.root / VERSION).glob(pattern))
 
     @staticmethod
     def _path(layer: Path, problem: Problem, device: Device) -> Path:
-        return layer / f"v{SCHEMA}" / device.slug / f"{problem.digest}.json"
+        return layer / VERSION / device.slug / f"{problem.digest}.json"
 
     def _read(self, path: Path, problem: Problem | None) -> Verdict | None:
         """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
@@ -193,11 +195,16 @@ def _make_directory(path: Path) -> None:
     path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
     for part in (path.parent.parent, path.parent, path):
         part.mkdir(mode=0o700, exist_ok=True)
-        found = part.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise OSError(f"{part} is not a directory of its own (a link?)")
-        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
-            raise OSError(f"{part} may be written by others")
+        check_directory(part)
+
+
+def check_directory(part: Path) -> None:
+    """Raises OSError if that is a link, or no directory, or one that others may write or that is not ours."""
+    found = part.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"{part} is not a directory of its own (a link?)")
+    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+        raise OSError(f"{part} may be written by others")
 
 
 def _publish(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from fastattn import candidates, planning, timing
 from fastattn.config import Config, log
+from fastattn.crowding import Crowd
 from fastattn.device import Device
 from fastattn.kernel import Accepted, Decision, Rejected
 from fastattn.problem import Problem
@@ -23,6 +24,7 @@ BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
 THOROUGH_ROUNDS = 10
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
+CROWDED = 0.25  # cores lacking, beyond which a verdict is marked, and `fastattn tune` measures again
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 NOT_TRIED = "not tried: budget"
@@ -84,20 +86,23 @@ def tune(
             race.admit(entrant)
             tried += 1
     alive = [e for e in entrants if e.reason is None]
+    lacking = 0.0
     if alive:
         left = max(0.25 * budget, budget - (clock.now() - start))
         left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
         timed: dict[str, timing.Timing] = {}
+        crowd = Crowd(torch.get_num_threads() if silicon.type == "cpu" else 1)
         for _ in range(STEADY_TRIES if thorough else 1):
             timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
             if all(t.drift <= DRIFT for t in timed.values()):
                 break
+        lacking = crowd.lacking()
         for entrant in alive:
             entrant.timing = timed[entrant.candidate.name]
     winner = _choose(entrants, incumbent, look)
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
     order = (*(e.trial() for e in entrants), *old, *trials)
-    result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today())
+    result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today(), crowded=round(lacking, 2))
     _log(result, clock.now() - began)
     race.close()
     return result
@@ -112,6 +117,11 @@ def is_lasting(verdict: Verdict) -> bool:
 def is_open(trial: Trial) -> bool:
     """Whether a candidate was left out for want of time or memory, so that another tuning may try it."""
     return (trial.reason or "").startswith((NOT_TRIED, NO_ROOM))
+
+
+def is_crowded(verdict: Verdict) -> bool:
+    """Whether other programs used cores that the timing needed: its times say little."""
+    return verdict.crowded > CROWDED
 
 
 def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:

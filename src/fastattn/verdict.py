@@ -38,6 +38,7 @@ class Verdict:
     trials: tuple[Trial, ...]
     incumbent: str = "default"
     created: str = ""
+    crowded: float = 0.0  # cores that it lacked while it was timed, as other programs used them
 
     def trial(self, candidate: str) -> Trial | None:
         """The trial of a candidate, if it had one."""
@@ -69,6 +70,7 @@ class Verdict:
             "winner": self.winner,
             "incumbent": self.incumbent,
             "created": self.created,
+            "crowded": self.crowded,
             "trials": [{k: v for k, v in asdict(t).items() if v is not None} for t in self.trials],
         }
 
@@ -84,6 +86,7 @@ class Verdict:
             trials=trials,
             incumbent=_text(data["incumbent"]),
             created=_text(data["created"]),
+            crowded=_number("crowded", data.get("crowded", 0.0)),
         )
         if verdict.trial(verdict.winner) is None:
             raise ValueError("its winner was not tried")
@@ -97,9 +100,15 @@ def _trial(data: Any) -> Trial:
     for name, value in data.items():
         if name in _TEXTS:
             _text(value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} is {value!r}")
+        else:
+            _number(name, value)
     return Trial(**data)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def _text(value: Any) -> str:

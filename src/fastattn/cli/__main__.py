@@ -1,0 +1,5 @@
+"""`python -m fastattn.cli`."""
+
+from fastattn.cli import main
+
+main()

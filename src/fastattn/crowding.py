@@ -1,0 +1,48 @@
+"""Whether other programs took the cores that a timing needed: interleaved rounds and medians do not show that they did."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Seconds of CPU time since some moment, by all programs and by this process, and the time then."""
+
+    everyone: float
+    own: float
+    now: float
+
+
+def usage() -> Usage | None:
+    """Read now; None where the system does not tell (anything but Linux)."""
+    try:
+        with open("/proc/stat", encoding="ascii") as lines:
+            ticks = [int(n) for n in lines.readline().split()[1:9]]
+        ticks_a_second = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if len(ticks) < 8:
+        return None
+    user, nice, system, _idle, _waiting, interrupts, soft, stolen = ticks  # stolen: the machine's other guests
+    everyone = (user + nice + system + interrupts + soft + stolen) / ticks_a_second
+    own = os.times()
+    return Usage(everyone, own.user + own.system, time.perf_counter())
+
+
+class Crowd:
+    """How crowded the machine was since this was made."""
+
+    def __init__(self, threads: int, cores: int | None = None, read: Callable[[], Usage | None] = usage) -> None:
+        self._threads, self._cores, self._read = threads, cores or os.cpu_count() or 1, read
+        self._start = read()
+
+    def lacking(self) -> float:
+        """Cores that `threads` busy threads lacked on average, as others used them; 0 where that cannot be told."""
+        start, end = self._start, self._read()
+        if start is None or end is None or end.now - start.now < 0.05:  # clock ticks of 10 ms
+            return 0.0
+        others = (end.everyone - start.everyone - (end.own - start.own)) / (end.now - start.now)
+        return max(0.0, min(self._threads, self._threads + max(0.0, others) - self._cores))

@@ -1,0 +1,153 @@
+"""The kernel libraries fastattn knows of, one row each, and how one is found without importing it.
+
+Found means: a distribution of that name is installed. A module of that name proves nothing: FlashAttention 2 and 4 share
+`flash_attn`, and asking for a submodule imports its parent. Whether a found library can be imported is for importing.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """One library. All of them need CUDA; `sm` is the first and last compute capability it has kernels for."""
+
+    name: str  # what people call it
+    distributions: tuple[str, ...]  # any of them means that it is there
+    module: str  # what to import ...
+    entry: str  # ... and the name it must have then
+    install: str
+    sm: tuple[int, int] = (80, 121)
+    is_tool: bool = False  # others need it; it has no attention kernel of its own
+
+    @property
+    def repair(self) -> str:
+        """The command for an installation that cannot be imported: mostly it was built for another torch."""
+        return self.install.replace("pip install", "pip install --force-reinstall --no-deps", 1)
+
+
+FROM_SOURCE = "pip install --no-build-isolation"
+SAGE = "git+https://github.com/thu-ml/SageAttention"
+
+LIBRARIES = (
+    Library(
+        name="FlashAttention 2",
+        distributions=("flash-attn",),
+        module="flash_attn",
+        entry="flash_attn_func",
+        install=f"{FROM_SOURCE} flash-attn",
+    ),
+    Library(
+        name="FlashAttention 3",
+        distributions=("flash-attn-3",),
+        module="flash_attn_interface",
+        entry="flash_attn_func",
+        install=f"{FROM_SOURCE} git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper",
+        sm=(80, 90),
+    ),
+    Library(
+        name="FlashAttention 3 fwd",
+        distributions=("fa3-fwd",),
+        module="fa3_fwd_interface",
+        entry="flash_attn_func",
+        install="pip install fa3-fwd",
+        sm=(80, 90),
+    ),
+    Library(
+        name="FlashAttention 4",
+        distributions=("flash-attn-4",),
+        module="flash_attn.cute",
+        entry="flash_attn_func",
+        install="pip install --pre flash-attn-4",
+    ),
+    Library(
+        name="xFormers",
+        distributions=("xformers",),
+        module="xformers.ops",
+        entry="memory_efficient_attention",
+        install="pip install xformers",
+        sm=(50, 121),
+    ),
+    Library(
+        name="MSLK",
+        distributions=("mslk-cuda", "mslk"),  # mslk on PyPI is a placeholder
+        module="mslk.attention.fmha",
+        entry="memory_efficient_attention",
+        install="pip install mslk-cuda",
+    ),
+    Library(
+        name="Transformer Engine",
+        distributions=("transformer-engine", "transformer-engine-torch"),
+        module="transformer_engine.pytorch",
+        entry="DotProductAttention",
+        install=f'{FROM_SOURCE} "transformer-engine[pytorch]"',
+    ),
+    Library(
+        name="SageAttention",
+        distributions=("sageattention",),
+        module="sageattention",
+        entry="sageattn",
+        install=f"{FROM_SOURCE} {SAGE}",  # PyPI has 1.0.6 alone, which changes the caller's k
+    ),
+    Library(
+        name="SageAttention 3",
+        distributions=("sageattn3",),
+        module="sageattn3",
+        entry="sageattn3_blackwell",
+        install=f"{FROM_SOURCE} {SAGE}#subdirectory=sageattention3_blackwell",
+        sm=(100, 121),
+    ),
+    Library(
+        name="FlashInfer",
+        distributions=("flashinfer-python",),
+        module="flashinfer",
+        entry="single_prefill_with_kv_cache",
+        install="pip install flashinfer-python",
+        sm=(75, 121),
+    ),
+    Library(
+        name="cuDNN frontend",
+        distributions=("nvidia-cudnn-frontend",),
+        module="cudnn",
+        entry="sdpa_torch",  # older ones have the graph API alone
+        install="pip install nvidia-cudnn-frontend",
+    ),
+    Library(
+        name="NATTEN",
+        distributions=("natten",),
+        module="natten",
+        entry="attention",
+        install=f"{FROM_SOURCE} natten",
+        sm=(60, 121),
+    ),
+    Library(
+        name="Hugging Face kernels",
+        distributions=("kernels",),
+        module="kernels",
+        entry="get_kernel",
+        install="pip install kernels",
+        is_tool=True,  # it brings some of the others; fastattn itself downloads nothing
+    ),
+    Library(
+        name="Triton",
+        distributions=("triton", "triton-windows"),
+        module="triton",
+        entry="jit",
+        install="pip install triton",
+        is_tool=True,
+    ),
+)
+
+
+def installed(library: Library) -> tuple[str, str] | None:
+    """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
+    for name in library.distributions:
+        try:
+            return name, importlib.metadata.version(name) or "?"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        except Exception:  # a METADATA that cannot be read
+            return name, "?"
+    return None
