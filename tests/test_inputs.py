@@ -91,9 +91,8 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options():
 
 
 NOT_READY = {
-    "dropout_p": 0.1, "window": (4, 0), "softcap": 20.0, "score_mod": lambda s, *_: s, "cu_seqlens_q": torch.arange(3),
+    "cu_seqlens_q": torch.arange(3),
     "cu_seqlens_kv": torch.arange(3), "max_q_len": 5, "max_kv_len": 5, "kv_lens": torch.ones(2), "page_table": torch.ones(2, 2),
-    "return_lse": True,
 }  # fmt: skip
 
 
@@ -106,8 +105,8 @@ def test_an_option_that_is_not_ready_says_so_by_name(name):
 def test_options_not_ready_may_be_given_their_defaults():
     defaults = {name: inputs.DEFAULTS[name] for name in NOT_READY}
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
-    assert set(NOT_READY) | {"is_causal", "scale", "kernel", "accuracy"} == set(inputs.NAMES)
-    attention(Q, Q, Q, dropout_p=0, softcap=0)
+    ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
+    assert set(NOT_READY) | ready == set(inputs.NAMES)
 
 
 @pytest.mark.parametrize("layout", ["bhds", "BHSD", "", None, 4, ["bhsd"]])
@@ -166,7 +165,7 @@ CANNOT = {
     "dtype": ("matmul_shifted", Q, None, {}, ["float32", "bfloat16"]),
     "float mask": ("matmul_shifted", Q.bfloat16(), r(5, 5).bfloat16(), {}, ["float mask", "bfloat16"]),
     "scale": ("matmul_shifted", Q.bfloat16(), None, {"scale": -1.0}, ["scale negative", "positive"]),
-    "gradient": ("matmul", Q.clone().requires_grad_(), None, {}, ["gradients are not supported"]),
+    "gradient": ("flex", Q.clone().requires_grad_(), None, {}, ["gradients are not supported"]),
     "mask gradient": ("torch_flash", Q, r(5, 5).requires_grad_(), {}, ["gradient for the mask"]),
     "several": ("matmul_shifted", Q.clone().requires_grad_(), None, {"scale": -1.0}, ["float32", "gradients", "negative"]),
 }

@@ -47,7 +47,7 @@ _LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens",
 
 
 def parse(given: dict[str, Any]) -> Options:
-    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError, or NotImplementedError with the option's name."""
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option."""
     for name, value in given.items():
         if name not in DEFAULTS:
             raise TypeError(f"attention() got an unexpected keyword argument {name!r}; valid: layout, {', '.join(NAMES)}")
@@ -85,7 +85,8 @@ def _window(given: Any) -> masks.Window | None:
     sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
         raise ValueError(
-            f"attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit; got {given!r}"
+            "attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit;"
+            f" got {given!r}"
         )
     return None if sides == (-1, -1) else sides
 
