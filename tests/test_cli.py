@@ -32,7 +32,7 @@ def run(*words, code=0):
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with cli.tune.make_context("tune", " ".join(words).split()) as context:
-        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in ("as_json", "force")}))
+        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in ("as_json", "force", "compiling")}))
 
 
 def of_call(q, k, v, mask=None, layout="bhsd", **options):
