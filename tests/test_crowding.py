@@ -48,7 +48,7 @@ def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog
     monkeypatch.setattr(Crowd, "lacking", lambda self: cores[0])
     [verdict] = fastattn.tune(p)
     assert tuning.is_crowded(verdict) and verdict.crowded == 1.5
-    assert "used 1.5 of the cores" in caplog.text
+    assert "other programs used 1.5 of the cores" in caplog.text
     cores[0] = 0.0
     fastattn.clear()
     [again] = fastattn.tune(p)
