@@ -212,6 +212,6 @@ def _log(verdict: Verdict, seconds: float) -> None:
     )
     if is_crowded(verdict):
         log.warning(
-            "other programs used %.1f of the cores that were timed on: the verdict on %s may be wrong, and `fastattn tune` measures"
+            "other programs used %.1f of the cores that were timed on: the verdict on %s may be wrong, `fastattn tune` measures"
             " it again", verdict.crowded, verdict.problem,
         )  # fmt: skip
