@@ -136,7 +136,7 @@ def candidates_of(r: Any) -> Grid:
 
 
 def summary(results: Sequence[Any]) -> Grid:
-    """Geometric means and the worst over problems of 100 us and more, forward and training apart; the other columns over all."""
+    """Means and the worst over problems of 100 us and more, forward and training apart; the other columns over all."""
     headings = ("geometric means", "problems", "gain", "aim", "regret", "first call", "disk", "error", "slower", "worst regret")
     rows = []
     for of_kind in ("forward", "training"):

@@ -311,6 +311,19 @@ def rung_of(candidate: str, dtype: torch.dtype) -> str:
     return "dtype" if dtype in HALF and parts[0] == "matmul" and "fp32" not in parts else "exact"
 
 
+def lse_is_coarse(candidate: str, dtype: torch.dtype) -> bool:
+    """Whether the gate refuses its log-sum-exp in half dtypes, measured: torch's CPU flash takes a cheap exp there (3e-5 off),
+    plain matmul has scores in half precision.
+    """
+    parts = candidate.split("+")
+    return dtype in HALF and parts[0] in ("matmul", "torch_flash") and "fp32" not in parts
+
+
+def without_lse(call):
+    """The call, but for its log-sum-exp."""
+    return lambda *given: call(*given)[0]
+
+
 def corner(mask, is_causal=False) -> tuple[str, ...]:
     """The triangles that a call draws."""
     value = inputs.as_structured(mask)

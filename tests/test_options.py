@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from building import DTYPES, accepted, corner, expect, hold, mask_of, name_of, qkv, rung_of
+from building import DTYPES, accepted, corner, expect, hold, lse_is_coarse, mask_of, name_of, qkv, rung_of, without_lse
 
 from fastattn import NoKernelError, attention, blocks, kernels, masks, sdpa
 from fastattn.explanation import explain
@@ -83,20 +83,9 @@ def held(q, k, v, mask, options, layout, names):
     for name in names:
         rung = rung_of(name or "", q.dtype)
         call = partial(attention, layout=layout, kernel=name, **options)
-        if rung == "dtype" and options.get("return_lse"):
-            call = no_lse(call)  # scores in half precision: the gate refuses its log-sum-exp, measured
-        if options.get("return_lse") and is_coarse(name):
-            call = no_lse(call)
+        if name and options.get("return_lse") and lse_is_coarse(name, q.dtype):
+            call = without_lse(call)
         hold(want, call, q, k, v, mask, rung)
-
-
-def no_lse(call):
-    return lambda *given: call(*given)[0]
-
-
-def is_coarse(name):
-    """torch's CPU flash takes a cheap exp in half dtypes: 3e-5 off in the log-sum-exp, which the gate refuses, measured."""
-    return bool(name) and name.startswith("torch_flash") and "fp32" not in name
 
 
 @by_dtype

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from building import accepted, expect, hold, rung_of
+from building import accepted, expect, hold, lse_is_coarse, rung_of, without_lse
 
 from fastattn import attention, blocks, conversions, samples, verifying
 from fastattn.layouts import STRIDE_CLASSES
@@ -55,7 +55,16 @@ def drawn(seed: int) -> tuple[Problem, random.Random]:
         scale=r.choice(["positive"] * 4 + ["zero", "negative"]),
         needs_grad=grad,
         layout=r.choice(["bhsd", "bshd", "sbhd"]),
+        window=r.choice([None] * 4 + [(r.randint(0, 40), -1), (-1, r.randint(0, 9)), (r.randint(0, 20), r.randint(0, 20))]),
+        softcap=r.choice([0.0] * 4 + [0.5, 5.0]),
+        lse=r.random() < 0.15,
     ), r
+
+
+def one_of(names: list[str], r: random.Random) -> str:
+    """A candidate, each kernel as likely as the others."""
+    kernel = r.choice(sorted({name.split("+")[0] for name in names}))
+    return r.choice([name for name in names if name.split("+")[0] == kernel])
 
 
 def run(seed: int) -> str | None:
@@ -63,20 +72,24 @@ def run(seed: int) -> str | None:
     p, r = drawn(seed)
     plain, probes = samples.plain(p, DEVICE, seed), samples.probes(p, DEVICE, seed)
     scale = samples.scale_of(p)
-    options = {"layout": p.layout, "is_causal": p.causal is not None, "scale": scale}
+    options = {"layout": p.layout, "is_causal": p.causal is not None, "scale": scale, "window": p.window, "softcap": p.softcap}
+    options["return_lse"] = p.lse
     with torch.set_grad_enabled(p.needs_grad):
-        name = r.choice(accepted(plain.q, plain.k, plain.v, plain.mask, **options))
+        name = one_of(accepted(plain.q, plain.k, plain.v, plain.mask, **options), r)
         rung = rung_of(name, p.torch_dtype)
         call = partial(attention, kernel=name, accuracy=rung, **options)
+        is_coarse = p.lse and lse_is_coarse(name, p.torch_dtype)
+        call = without_lse(call) if is_coarse else call
         corners = ("top_left",) if p.causal else ()
-        want = expect(plain.q, plain.k, plain.v, plain.mask, layout=p.layout, scale=scale, corners=corners)
+        more = {"window": p.window, "softcap": p.softcap}
+        want = expect(plain.q, plain.k, plain.v, plain.mask, layout=p.layout, scale=scale, corners=corners, **more)
         try:
             hold(want, call, plain.q, plain.k, plain.v, plain.mask, rung)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {name} on {p}") from error
         if name not in accepted(probes.q, probes.k, probes.v, probes.mask, **options):
             return None  # one batch entry needs other conversions
-        probes = samples.Sample(probes.problem.replace(accuracy=rung), *_parts(probes))
+        probes = samples.Sample(probes.problem.replace(accuracy=rung, lse=p.lse and not is_coarse), *_parts(probes))
         errors = verifying.Judge(probes, scale).errors(call)
     return None if errors.passed else f"seed {seed}: {name} on {p}: {errors}"
 
@@ -109,8 +122,9 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         s = samples.plain(p, DEVICE, seed)
         with torch.set_grad_enabled(p.needs_grad):
             names = accepted(
-                s.q, s.k, s.v, s.mask, p.layout, is_causal=p.causal is not None, scale=samples.scale_of(p)
-            )
-        pinned |= set(r.choice(names).split("+"))
-    assert pinned >= {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "sdpa_math"}
+                s.q, s.k, s.v, s.mask, p.layout, is_causal=p.causal is not None, scale=samples.scale_of(p),
+                window=p.window, softcap=p.softcap, return_lse=p.lse,
+            )  # fmt: skip
+        pinned |= set(one_of(names, r).split("+"))
+    assert pinned >= {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
     assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand"}
