@@ -224,7 +224,7 @@ def _tune_once(
         learnt.state.tuning.add(problem)
     start = time.perf_counter()
     try:
-        q, k, v, mask = _visible_part(problem, key, given)
+        q, k, v, mask = _visible_part(key, given)
         scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         look = _look(problem, settings, key, q, k, v, mask, scale)
         prior = learnt.winners_nearby(problem, settings)
@@ -240,7 +240,7 @@ def _tune_once(
             learnt.state.spent_s += time.perf_counter() - start
 
 
-def _visible_part(problem: Problem, key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _visible_part(key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The caller's tensors, keys and values as far as the problem's one query sees them."""
     cut = Problem.from_key(key).cut
     if cut is None:
@@ -255,7 +255,7 @@ def _look(
     problem: Problem, settings: Config, key: CallKey, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
 ) -> Callable[[Accepted], verifying.Errors]:
     """Check a candidate on a slice of the caller's own tensors."""
-    exact = Problem.from_key(key, settings.accuracy)
+    exact = Problem.from_key(key, settings.accuracy).replace(cut=None)
     dense = mask if isinstance(mask, Tensor) and not isinstance(key.mask, masks.Causal) else None
     judges: list[verifying.Judge | None] = []
 
@@ -270,6 +270,7 @@ def _look(
 
 def tune(problem: Problem, settings: Config, on: torch.device | None = None, **how: Any) -> Verdict:
     """Tune a problem and publish the verdict in memory and on disk. Keyword arguments as fastattn.tuning.tune."""
+    problem = problem.replace(cut=None)  # what is tuned is the slice itself
     on = on or torch.device(problem.device)
     with (
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
