@@ -45,10 +45,11 @@ def test_the_reading_of_this_system_moves_on(monkeypatch):
 def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog):
     p = problem(q_len=32, kv_len=32)
     cores = [1.5]
+    tuning._said.clear()
     monkeypatch.setattr(Crowd, "lacking", lambda self: cores[0])
     [verdict] = fastattn.tune(p)
     assert tuning.is_crowded(verdict) and verdict.crowded == 1.5
-    assert "other programs used 1.5 of the cores" in caplog.text
+    assert "other programs used 1.5 of the cores" in caplog.text and caplog.records[-1].levelname == "WARNING"
     cores[0] = 0.0
     fastattn.clear()
     [again] = fastattn.tune(p)

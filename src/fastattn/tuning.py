@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -211,7 +212,10 @@ def _log(verdict: Verdict, seconds: float) -> None:
         "" if is_lasting(verdict) else "; for this process only: the machine was short of memory, or changed its speed",
     )
     if is_crowded(verdict):
-        log.warning(
-            "other programs used %.1f of the cores that were timed on: the verdict on %s may be wrong, `fastattn tune` measures"
-            " it again", verdict.crowded, verdict.problem,
-        )  # fmt: skip
+        level = logging.INFO if "crowded" in _said else logging.WARNING
+        _said.add("crowded")
+        text = "other programs used %.1f of the cores that were timed on: verdicts may be wrong, `fastattn tune` takes them again"
+        log.log(level, text, verdict.crowded)
+
+
+_said: set[str] = set()  # what is said once a process
