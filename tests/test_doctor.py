@@ -304,7 +304,8 @@ def test_layers_that_are_only_read_must_be_there(tmp_path):
 
 def test_no_home_to_cache_in_is_a_fault(monkeypatch):
     monkeypatch.delenv("FASTATTN_CACHE_DIR")
-    monkeypatch.setattr(store, "default_directory", lambda: None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/")
     config.forget()
     output = run(code=1)
     assert "there is no home directory to cache in" in output and "export FASTATTN_CACHE_DIR" in output

@@ -471,7 +471,10 @@ def test_fault_54_a_directory_or_device_as_entry(kept):
 def test_fault_54_never_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/somebody")
-    assert store.default_directory() is None
+    with pytest.raises(OSError, match="home directory /tmp/somebody is under /tmp, where nothing is cached by default"):
+        store.default_directory()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
+    assert store.default_directory() == Path("/tmp/asked-for/fastattn")
 
 
 # --- fault 55: no code in files
