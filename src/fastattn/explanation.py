@@ -106,7 +106,10 @@ def _folded(text: str, width: int | None, indent: int) -> list[str]:
     if width is None:
         return [text]
     indent = indent if indent <= width // 2 else 4
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False) or [text]
+    whole_names = textwrap.TextWrapper(
+        width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
+    )
+    return whole_names.wrap(text) or [text]
 
 
 def explain(

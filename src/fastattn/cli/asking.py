@@ -144,12 +144,12 @@ class Group(click.Group):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            having = [name for name, command in self.commands.items() if any(error.option_name in p.opts for p in command.params)]
+            wrong = error.option_name
+            having = [name for name, c in self.commands.items() if any(wrong in p.opts for p in c.params)]
             if not having:
                 raise
-            raise click.UsageError(
-                f"{error.option_name} goes behind the command: {ctx.command_path} {having[0]} {error.option_name}", ctx
-            ) from None
+            example = f"{ctx.command_path} {having[0]} {wrong}"
+            raise click.UsageError(f"{wrong} goes behind the command: {example}", ctx) from None
 
 
 device_option = click.option(

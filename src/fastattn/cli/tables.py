@@ -85,7 +85,8 @@ def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) 
     unsure = " " if any(explanation.doubt_of(v) for _, v in found) else ""
     table.add_column("problem", footer=Text("geometric mean", "bold"))
     table.add_column("served by")
-    table.add_column("speed", justify="right", footer=_gain(geomean(v.speedup() or 1.0 for _, v in found), unsure), no_wrap=True)
+    mean = _gain(geomean(v.speedup() or 1.0 for _, v in found), unsure)
+    table.add_column("speed", justify="right", footer=mean, no_wrap=True)
     last = [name for name in ("default", "winner", "error") if name not in dropped]
     for name in last:
         table.add_column(name, justify="right", no_wrap=True)
