@@ -125,6 +125,10 @@ CASES = {
     "bottom right": ({"mask": masks.Causal("bottom_right")}, seen(6, 9, 3), None),
     "both corners": ({"mask": masks.Causal("bottom_right"), "is_causal": True}, seen(6, 9, 0), None),
     "accuracy": ({"accuracy": "dtype"}, None, None),
+    "window": ({"window": (2, 1)}, seen(6, 9, 1) & ~seen(6, 9, -3), None),
+    "window, bottom right": ({"mask": masks.Causal("bottom_right"), "window": (2, 0)}, seen(6, 9, 3) & ~seen(6, 9, 0), None),
+    "window and mask": ({"mask": HIDE, "window": (9, 1)}, HIDE & seen(6, 9, 1), None),
+    "dropout of nothing": ({"dropout_p": 0.0}, None, None),
 }
 
 
@@ -139,6 +143,32 @@ def test_options_and_layouts(case, layout):
     out = run(*given)
     want = exact(q, k, v, mask, scale).permute(order)
     assert torch.allclose(out, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_softcap_and_the_log_sum_exp(dynamic, monkeypatch):
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    options = {"softcap": 1.5, "return_lse": True, "window": (3, 3)}
+
+    def call(q, k, v):
+        return attention(q, k, v, **options)
+
+    out, lse = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)(q, k, v)
+    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    for ours, want in zip((out, lse), call(q, k, v), strict=True):
+        assert torch.allclose(ours, want, atol=1e-5)
+
+
+def test_the_drop_in_takes_the_stored_winner_too(monkeypatch):
+    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
+    problem = fastattn.explain(q, k, v).problem
+    verdict = Verdict(problem, "matmul", (Trial("default", time_us=9.0), Trial("matmul", time_us=1.0)))
+    learnt.settings_store(config.current()).put(verdict, Device.of(q.device))
+    fastattn.clear()
+    with fastattn.patch():
+        found = targets(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v), q, k, v)
+    assert any("bmm" in t for t in found) and not any("scaled_dot_product" in t for t in found)
 
 
 def test_a_causal_bias_of_torch():
@@ -173,7 +203,7 @@ def test_automatic_dynamic_lengths_recompile_no_more_than_sdpa():
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"dropout_p": 0.1}, "dropout_p"), ({"layout": "bhds"}, "layout must be"), ({"is_causal": 1}, "is_causal must be")],
+    [({"max_q_len": 5}, "max_q_len"), ({"layout": "bhds"}, "layout must be"), ({"is_causal": 1}, "is_causal must be")],
 )
 def test_bad_options_are_refused_while_tracing(options, error):
     q = torch.randn(1, 2, 6, 8)

@@ -124,6 +124,8 @@ def test_an_option_that_is_not_ready_says_so_by_name(name):
 def test_options_not_ready_may_be_given_their_defaults():
     defaults = {name: inputs.DEFAULTS[name] for name in NOT_READY}
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
+    ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
+    assert set(NOT_READY) | ready == set(inputs.NAMES)
     attention(Q, Q, Q, dropout_p=0, softcap=0)
 
 
@@ -183,7 +185,7 @@ CANNOT = {
     "dtype": ("matmul_shifted", Q, None, {}, ["float32", "bfloat16"]),
     "float mask": ("matmul_shifted", Q.bfloat16(), r(5, 5).bfloat16(), {}, ["float mask", "bfloat16"]),
     "scale": ("matmul_shifted", Q.bfloat16(), None, {"scale": -1.0}, ["scale negative", "positive"]),
-    "gradient": ("matmul", Q.clone().requires_grad_(), None, {}, ["gradients are not supported"]),
+    "gradient": ("flex", Q.clone().requires_grad_(), None, {}, ["gradients are not supported"]),
     "mask gradient": ("torch_flash", Q, r(5, 5).requires_grad_(), {}, ["gradient for the mask"]),
     "several": ("matmul_shifted", Q.clone().requires_grad_(), None, {"scale": -1.0}, ["float32", "gradients", "negative"]),
 }

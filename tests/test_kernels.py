@@ -25,6 +25,12 @@ BIAS = {"mask": "float32", "mask_shape": "1hqk"}
 GRAD = {"needs_grad": True}
 BF16 = {"dtype": "bfloat16"}
 GQA = {"q_heads": 8, "kv_heads": 2}
+WINDOW = {"window": (8, 8)}
+SOFTCAP = {"softcap": 30.0}
+DROPOUT = {"dropout": True}
+LSE = {"lse": True}
+BLOCK = {"mask": "block"}
+SCORE_MOD = {"score_mod": True}
 
 
 @dataclass
@@ -38,7 +44,28 @@ class Case:
 
 
 TABLE = [
-    Case("default", accepts=[{}, CAUSAL, BOTTOM, BOOL, {**BIAS, "mask_grad": True}, GRAD, GQA, {"kv_len": 0}]),
+    Case(
+        "default",
+        accepts=[{}, CAUSAL, BOTTOM, BOOL, {**BIAS, "mask_grad": True}, GRAD, GQA, {"kv_len": 0}, WINDOW, DROPOUT],
+        refuses={"softcap (30) is not supported": SOFTCAP, "return_lse: the log-sum-exp is not supported": LSE},
+    ),
+    Case(
+        "flex",
+        accepts=[{}, CAUSAL, BOTTOM, GQA, BF16, WINDOW, SOFTCAP, BLOCK, SCORE_MOD],
+        refuses={
+            "gradients are not supported": GRAD,
+            "dropout is not supported": DROPOUT,
+            "return_lse: the log-sum-exp is not supported": LSE,
+            "a mask is not supported (bool 11qk)": BOOL,
+            "kv_len 0 < 1": {"kv_len": 0},
+        },
+    ),
+    Case(
+        "flex",
+        device="cuda",
+        accepts=[{}, BF16, CAUSAL, GRAD, LSE, WINDOW, SOFTCAP, BLOCK, SCORE_MOD],
+        refuses={"head_dim 8 < 16": {"head_dim": 8}, "dropout is not supported": DROPOUT},
+    ),
     Case(
         "torch_flash",
         accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}, {"head_dim_v": 40}, {"dtype": "float64"}],
@@ -59,8 +86,10 @@ TABLE = [
     ),
     Case(
         "matmul",
-        accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GQA, BF16],
-        refuses={"gradients are not supported": GRAD},
+        accepts=[
+            {}, CAUSAL, BOTTOM, BOOL, BIAS, GQA, BF16, GRAD, {**BIAS, **GRAD, "mask_grad": True}, WINDOW, SOFTCAP, LSE,
+        ],
+        refuses={"dropout is not supported": DROPOUT, "a BlockMask is not supported": BLOCK},
     ),
     Case(
         "matmul_mixed",
@@ -68,19 +97,27 @@ TABLE = [
         refuses={
             "dtype float32 is not one of bfloat16": {},
             "dtype float16 is not one of bfloat16": {"dtype": "float16"},
-            "gradients are not supported": {**BF16, **GRAD},
+            "dropout is not supported": {**BF16, **DROPOUT},
         },
     ),
     Case(
         "matmul_shifted",
-        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}],
+        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}, {**BF16, **WINDOW}],
         refuses={
+            "softcap (30) is not supported": {**BF16, **SOFTCAP},
+            "return_lse: the log-sum-exp is not supported": {**BF16, **LSE},
             "dtype float32 is not one of bfloat16": {},
             "scale negative is not one of positive": {**BF16, "scale": "negative"},
             "gradients are not supported": {**BF16, **GRAD},
         },
     ),
-    Case("sdpa_math", accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"kv_len": 0}, {"deterministic": True}]),
+    Case(
+        "sdpa_math",
+        accepts=[
+            {}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"kv_len": 0}, {"deterministic": True}, WINDOW, SOFTCAP, DROPOUT, LSE,
+        ],
+        refuses={"a score_mod is not supported": SCORE_MOD, "a BlockMask is not supported": BLOCK},
+    ),
     Case(
         "torch_flash",
         device="cuda",
@@ -221,8 +258,9 @@ def test_limits_written_out_name_both_numbers():
 
 def test_every_reason_in_the_table_names_what_it_met():
     """A number or a name from the problem, beside the limit; words alone only where the kernel cannot do a thing at all."""
-    whole = ("gradients are", "a gradient for", "causal is", "not deterministic", "switched off", "needs ")
+    whole = ("gradients are", "a gradient for", "causal is", "not deterministic", "switched off", "needs ",
+             "dropout is", "return_lse: ", "a BlockMask is", "a score_mod is")  # fmt: skip
     for case in TABLE:
         for reason, changes in case.refuses.items():
-            met = {str(v) for v in changes.values()} | {"float32", "64", "70"}
+            met = {f"{v:g}" if isinstance(v, float) else str(v) for v in changes.values()} | {"float32", "64", "70"}
             assert reason.startswith(whole) or any(word.strip("(),") in met for word in reason.split()), reason

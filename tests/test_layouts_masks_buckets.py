@@ -11,7 +11,7 @@ from building import CPU, problem_of, qkv
 
 from fastattn import buckets, inputs, kernels, layouts, masks, samples
 from fastattn.needs import Forbid, OneOf, Range, RefuseWhen
-from fastattn.problem import Problem
+from fastattn.problem import Cut, Problem
 
 BASE = Problem("cpu", "float32", 16, 16, 4, 4, 2, 37, 37)
 
@@ -209,6 +209,7 @@ def test_every_field_changes_the_digest(name):
 @pytest.mark.parametrize("name", [f.name for f in fields(Problem) if not f.compare])
 def test_what_is_one_calls_own_does_not(name):
     other = {"extent": 9, "aligned": False, "off": ("flash",), "asks_grad": True, "autocast": True}
+    other["cut"] = Cut("bottom_right", (4, -1))
     changed = BASE.replace(**{name: other[name]})
     assert changed == BASE and changed.digest == BASE.digest and name not in changed.to_json()
 

@@ -21,7 +21,7 @@ def race(costs, jitter=lambda name, now: 1.0, seconds=0.2, order=None):
 def pick(timed, order=None):
     """The name tuning picks from {name: Timing}; `order` is the fixed order."""
     rows = {n: tuning.Entrant(Accepted(made_up(n, honest)), timing=timed[n]) for n in order or timed}
-    return tuning._pick(list(rows.values())).candidate.name
+    return tuning._pick(list(rows.values()), rows.get("default")).candidate.name
 
 
 # --- rounds

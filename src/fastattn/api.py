@@ -127,19 +127,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     in layout "bhsd"; float64, float32, float16 or bfloat16, all alike. Any strides. q_heads is a multiple of kv_heads (GQA,
     MQA). Under autocast they are cast as F.scaled_dot_product_attention casts them.
     mask: None; a bool tensor (True attends) or a float tensor (added), 2-D or 4-D, broadcast to [batch, q_heads, q_len,
-    kv_len]; `masks.Causal(corner)`; or a causal bias of torch.nn.attention.bias. A row that may attend to nothing gives
-    zeros, and zero gradients.
+    kv_len]; `masks.Causal(corner)`; a causal bias of torch.nn.attention.bias; or flex_attention's BlockMask. A row that may
+    attend to nothing gives zeros, and zero gradients.
     layout: of q, k, v and the output: "bhsd", "bshd" or "sbhd".
 
     is_causal: torch's top-left triangle, together with any mask. scale: None means head_dim ** -0.5.
+    window: (left, right), keys that a query sees beside its own; -1 or None is no limit. Around the diagonal of the causal
+    corner, the top-left one where nothing is causal.
+    softcap: above 0, scores become softcap * tanh(scores / softcap), before the mask (Gemma 2, arXiv 2408.00118).
+    dropout_p: share of the weights that are dropped, the others scaled by 1 / (1 - dropout_p); drawn from torch's generator.
+    score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score, as flex_attention takes it; only that kernel can.
+    return_lse: return (out, lse), the natural log-sum-exp of each row's scores, float32 [batch, q_heads, q_len] in every
+    layout, -inf where a row sees nothing; no gradient flows through it.
     kernel: an order: that kernel ("torch_flash", or one candidate, "torch_flash+fp32") runs or NoKernelError says why not.
     accuracy: "exact" (what a fused kernel with float32 accumulation achieves), "dtype" (plain matmul in the input's
     dtype), or the largest row error over max_d sum_j p_ij |v_jd| that is accepted. Default: `options(accuracy=)`, "exact".
-    dropout_p, window, softcap, score_mod, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table and
-    return_lse are not implemented yet.
+    cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens and page_table are not implemented yet.
 
     Returns [batch, q_heads, q_len, head_dim_v] in `layout`. Raises RuntimeError, TypeError or IndexError where
-    F.scaled_dot_product_attention does; ValueError for a bad layout or accuracy or an ambiguous 3-D mask;
+    F.scaled_dot_product_attention does; ValueError for a bad layout, accuracy, window or softcap or an ambiguous mask;
     NotImplementedError for an option that is not done; NoKernelError for an order that cannot be carried out.
     """
     try:

@@ -181,22 +181,22 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
         q, k, v, mask, out = ctx.saved_tensors
-        needs_mask = mask is not None and ctx.needs_input_grad[7]
-        dq = torch.empty_like(q)
         # several blocks add to the same keys: their sum is rounded once
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        dmask = torch.zeros_like(mask, dtype=wide) if needs_mask else None
-        for block in blocks_of(q, k, ctx.a):
-            given = block.inputs(q, k, v, mask, ctx.a)
-            found = ctx.step_back(*given[:4], out[block.query], grad[block.query], given[4])
-            kv = (block.batch, block.kv_heads, block.keys)
-            dq[block.query] = found[0]
-            dk[kv] += found[1]
-            dv[kv] += found[2]
-            if dmask is not None:
-                part = block.of_mask(dmask)
-                assert part is not None
-                part += found[3].sum_to_size(part.shape)
-        dmask = None if dmask is None else dmask.to(mask.dtype)
-        return None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), dmask
+        dmask = torch.zeros(mask.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[7] else None
+        with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
+            for block in blocks_of(q, k, ctx.a):
+                given = block.inputs(q, k, v, mask, ctx.a)
+                found = ctx.step_back(*given[:4], out[block.query], grad[block.query], given[4])
+                kv = (block.batch, block.kv_heads, block.keys)
+                dq[block.query] = found[0]
+                dk[kv] += found[1]
+                dv[kv] += found[2]
+                if dmask is not None:
+                    part = block.of_mask(dmask)
+                    assert part is not None
+                    part += found[3].sum_to_size(part.shape)
+        of_mask = dmask.to(mask.dtype) if dmask is not None else None
+        return None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask

@@ -73,6 +73,8 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         yield "not deterministic, and torch.use_deterministic_algorithms is on"
     if kernel.approximate and isinstance(p.accuracy, str):
         yield f"quantises its inputs: accuracy {p.accuracy!r} asks for more, pass a number"
+    if kernel.compiles and p.lengths != "exact":
+        yield "compiled for each length, and lengths change here"
     for need in kernel.needs:
         reason = need.why_not(p, device)
         if reason:

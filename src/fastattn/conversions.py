@@ -19,6 +19,7 @@ from fastattn.blocks import NO, OPTIONAL, REQUIRED
 from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.problem import Problem
 
+
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """`when(kernel, problem)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap(step, kernel, problem)` makes the step."""
@@ -106,7 +107,8 @@ def _gqa_fold(step: Run, kernel: Kernel, p: Problem) -> Run:
         folded = q.reshape(b, h // group, group * s, d)
         if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], h // group, group, mask.shape[3])
-        return on_out(step(folded, k, v, mask, a), lambda out: out.reshape(b, h, s, v.shape[3]), lambda lse: lse.reshape(b, h, s))
+        found = step(folded, k, v, mask, a)
+        return on_out(found, lambda out: out.reshape(b, h, s, v.shape[3]), lambda lse: lse.reshape(b, h, s))
 
     return run
 

@@ -1,4 +1,4 @@
-"""Whether a kernel's dropout is one: weights dropped at the rate asked for, the others scaled up, and a backward of the same mask.
+"""Whether a kernel's dropout is one: weights dropped at the rate asked for, the others scaled up, and so in its backward.
 
 A value matrix of ones on a diagonal returns the weights themselves, so the factors that were used can be read off; with the
 same seed the kernel draws them again, and its output and gradients are judged with those factors known.

@@ -123,7 +123,7 @@ def explain(
     parsed = inputs.parse(options)
     key = inputs.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
-    if tune:
+    if tune and not problem.is_custom:  # with the caller's own function there is nothing to choose
         resolve.tune(learnt.lengths(problem), settings, key.q.device, thorough=True)
         learnt.forget_calls()
     circumstances = guards.context(inputs.tensors_of(q, k, v, mask), settings, learnt.is_spent(settings))

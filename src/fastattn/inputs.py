@@ -59,7 +59,7 @@ _HINTS = {
 
 
 def parse(given: dict[str, Any]) -> Options:
-    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError, or NotImplementedError with the option's name."""
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option."""
     for name, value in given.items():
         if name not in DEFAULTS:
             raise config.unexpected("attention", name, _VALID, _HINTS.get(name, ""))
@@ -97,7 +97,8 @@ def _window(given: Any) -> masks.Window | None:
     sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
         raise ValueError(
-            f"attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit; got {given!r}"
+            "attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit;"
+            f" got {given!r}"
         )
     return None if sides == (-1, -1) else sides
 

@@ -103,13 +103,14 @@ def find(
 def _tables(settings: Config, silicon: Device, may_read: bool = True) -> list[dict[Problem, Verdict]]:
     tables = [state.shared] if state.shared is not None else []
     if settings.manifest is not None:
-        if settings.manifest not in state.manifests and may_read:
+        name = (settings.manifest, silicon)
+        if name not in state.manifests and may_read:
             try:
-                state.manifests[settings.manifest] = store.read_manifest(settings.manifest, silicon)
+                state.manifests[name] = store.read_manifest(settings.manifest, silicon)
             except (OSError, ValueError) as error:
-                state.manifests[settings.manifest] = {}
+                state.manifests[name] = {}
                 log.warning("%s", error)
-        tables.append(state.manifests.get(settings.manifest, {}))
+        tables.append(state.manifests.get(name, {}))
     return tables
 
 

@@ -76,6 +76,13 @@ class _Meter(TorchDispatchMode):
         self.live -= size
 
 
+def _profiled(run: Callable[[], Any]) -> tuple[Any, int]:
+    """(what it returned, bytes it allocated: no less than its peak)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = run()
+    return out, sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+
+
 @contextmanager
 def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
     def pack(x: Tensor) -> Tensor:
@@ -88,8 +95,11 @@ def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
         yield
 
 
-def measure(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, int, int]:
-    """(what it returned, temporary bytes at the peak, bytes saved for backward), inputs and outputs left out of both."""
+def measure(run: Callable[[], Any], inputs: list[Tensor], compiles: bool = False) -> tuple[Any, int, int]:
+    """(what it returned, temporary bytes at the peak, bytes saved for backward), inputs and outputs left out of both.
+
+    compiles: what it runs is compiled, which a dispatch mode would switch off.
+    """
     known = {x.untyped_storage().data_ptr() for x in inputs}
     sizes: dict[int, int] = {}
     if inputs[0].device.type == "cuda":
@@ -99,6 +109,9 @@ def measure(run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, int, int
         with _saved(sizes, known):
             out = run()
         peak = torch.cuda.max_memory_allocated(inputs[0].device) - before
+    elif compiles:
+        with _saved(sizes, known):
+            out, peak = _profiled(run)
     else:
         meter = _Meter(inputs)
         with _saved(sizes, known), meter:

@@ -7,9 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import traced
 from fastattn.api import Front
 from fastattn.config import log
 from fastattn.device import sdpa as torch_sdpa
+from fastattn.inputs import Options
 
 _front = Front()
 
@@ -62,6 +64,15 @@ def _traced(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if (
+        isinstance(query, Tensor) and query.dim() == key.dim() == value.dim() == 4 and not query.is_nested
+        and not (attn_mask is not None and (is_causal or attn_mask.dim() == 3))
+        and (enable_gqa or query.shape[1] == key.shape[1])
+    ):  # fmt: skip
+        options = Options(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+        name = traced.stored(query, key, value, attn_mask, "bhsd", options)
+        if name:
+            return traced.CALLS[name](query, key, value, attn_mask)
     return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 

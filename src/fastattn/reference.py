@@ -92,10 +92,10 @@ def attend(
 ) -> Result:
     """Attention of the g query heads of one kv head, computed in `dtype`.
 
-    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float; key j is visible to
-    query i when i + lower <= j <= i + upper, None is no limit; softcap: scores are capped by softcap * tanh(. / softcap); score_mod:
-    changes (g, r, kv_len) scores; drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p); rows: the query rows wanted, all if None; grad (g, r, dv): upstream gradient of
-    those rows.
+    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float. Key j is visible to query i
+    when i + lower <= j <= i + upper; None is no limit. softcap: scores become softcap * tanh(scores / softcap). score_mod:
+    changes (g, r, kv_len) scores. drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p). lse: whether the
+    log-sum-exp is judged too. rows: the query rows wanted, all if None. grad (g, r, dv): upstream gradient of those rows.
     """
     index = torch.arange(q.shape[1], device=q.device) if rows is None else rows
     dtype_in = q.dtype

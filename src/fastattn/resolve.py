@@ -10,7 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import buckets, chain, config, device, dropping, guards, inputs, learnt, masks, planning, traced, tuning, verifying
+from fastattn import (
+    buckets,
+    chain,
+    config,
+    device,
+    dropping,
+    guards,
+    inputs,
+    learnt,
+    masks,
+    planning,
+    traced,
+    tuning,
+    verifying,
+)
 from fastattn.config import Config, log
 from fastattn.device import Device, has_torch_function, sdpa
 from fastattn.inputs import CallKey, Options

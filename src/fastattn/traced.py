@@ -67,16 +67,22 @@ def attention(
     check_layout(layout)
     if options.score_mod is not None or is_block_mask(mask):
         return default(q, k, v, mask, layout, options)
-    if _is_static(q, k, v, mask):
-        structured = as_structured(mask)
-        corner = structured.corner if isinstance(structured, masks.Causal) else None
-        dense = _facts(mask) if isinstance(mask, Tensor) and structured is mask else None
-        name = winner((_facts(q), _facts(k), _facts(v), dense, corner), layout, _asked(options))
-        if name:
-            return CALLS[name](q, k, v, mask)
-    elif options.kernel is not None:
-        raise NotImplementedError("attention(): kernel= under torch.compile needs static sizes (dynamic=False)")
+    name = stored(q, k, v, mask, layout, options)
+    if name:
+        return CALLS[name](q, k, v, mask)
     return default(q, k, v, mask, layout, options)
+
+
+def stored(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: Options) -> str:
+    """Name in CALLS of what the store says, "" where it says nothing, or a size is a symbol."""
+    if not _is_static(q, k, v, mask):
+        if options.kernel is not None:
+            raise NotImplementedError("attention(): kernel= under torch.compile needs static sizes (dynamic=False)")
+        return ""
+    structured = as_structured(mask)
+    corner = structured.corner if isinstance(structured, masks.Causal) else None
+    dense = _facts(mask) if isinstance(mask, Tensor) and structured is mask else None
+    return winner((_facts(q), _facts(k), _facts(v), dense, corner), layout, _asked(options))
 
 
 ASKED = ("is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "return_lse")

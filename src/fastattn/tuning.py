@@ -86,26 +86,30 @@ def tune(
             race.admit(entrant)
             tried += 1
     alive = [e for e in entrants if e.reason is None]
-    lacking = 0.0
-    if alive:
-        left = max(0.25 * budget, budget - (clock.now() - start))
-        left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
-        timed: dict[str, timing.Timing] = {}
-        crowd = Crowd(torch.get_num_threads() if silicon.type == "cpu" else 1)
-        for _ in range(STEADY_TRIES if thorough else 1):
-            timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, left)
-            if all(t.drift <= DRIFT for t in timed.values()):
-                break
-        lacking = crowd.lacking()
-        for entrant in alive:
-            entrant.timing = timed[entrant.candidate.name]
+    left = max(0.25 * budget, budget - (clock.now() - start))
+    left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
+    crowded = _time(alive, clock, left, Crowd(torch.get_num_threads() if silicon.type == "cpu" else 1), thorough)
     winner = _choose(entrants, incumbent, look)
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
     order = (*(e.trial() for e in entrants), *old, *trials)
-    result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today(), crowded=round(lacking, 2))
+    result = Verdict(problem, winner, order, incumbent=incumbent.candidate.name, created=_today(), crowded=crowded)
     _log(result, clock.now() - began)
     race.close()
     return result
+
+
+def _time(alive: list[Entrant], clock: Stopwatch, seconds: float, crowd: Crowd, thorough: bool) -> float:
+    """Time those that passed, all together; cores that were lacking meanwhile."""
+    if not alive:
+        return 0.0
+    timed: dict[str, timing.Timing] = {}
+    for _ in range(STEADY_TRIES if thorough else 1):
+        timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, seconds)
+        if all(t.drift <= DRIFT for t in timed.values()):
+            break
+    for entrant in alive:
+        entrant.timing = timed[entrant.candidate.name]
+    return round(crowd.lacking(), 2)
 
 
 def is_lasting(verdict: Verdict) -> bool:
@@ -175,7 +179,7 @@ def _choose(entrants: list[Entrant], default: Entrant, look: Callable[[Accepted]
     return winner.candidate.name if winner is not None else default.candidate.name
 
 
-def _pick(entrants: list[Entrant], default: Entrant) -> Entrant | None:
+def _pick(entrants: list[Entrant], default: Entrant | None) -> Entrant | None:
     alive = [e for e in entrants if e.reason is None and e.timing.samples]
     if not alive:
         return None

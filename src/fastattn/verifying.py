@@ -113,7 +113,8 @@ class Judge:
 
         def run(in_dtype: torch.dtype) -> reference.Result:
             return reference.attend(
-                q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse, rows=self.rows, grad=grad, dtype=in_dtype
+                q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse,
+                rows=self.rows, grad=grad, dtype=in_dtype,
             )  # fmt: skip
 
         exact = run(torch.float64)
@@ -265,8 +266,8 @@ def errors_of_custom(
     q, k, v = (to_bhsd(x.detach(), p.layout)[0, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1)))
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):
         return None
-    rows = row_sample(p, q.device)
-    rows = torch.arange(p.q_len, device=q.device) if rows is None else rows
+    sampled = row_sample(p, q.device)
+    rows = torch.arange(p.q_len, device=q.device) if sampled is None else sampled
     exact, rounded = (
         reference.attend(q, k[0], v[0], scale=scale, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide)
         for wide in (torch.float64, torch.float32)

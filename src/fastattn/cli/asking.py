@@ -11,6 +11,7 @@ import click
 import torch
 
 from fastattn import config, presets
+from fastattn.device import Device
 from fastattn.layouts import TO_BHSD
 from fastattn.masks import CORNERS, Window
 from fastattn.problem import Problem
@@ -132,7 +133,8 @@ def _is_here(context: click.Context, parameter: click.Parameter, device: str) ->
     """The device, if it is here."""
     if device == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        why = "torch.cuda.is_available() is False" if built else f"torch {torch.__version__} is built without CUDA"
+        mine = Device.of(torch.device("cpu")).torch
+        why = "torch.cuda.is_available() is False" if built else f"torch {mine} is built without CUDA"
         raise click.ClickException(f"no CUDA device here ({why})")
     return device
 

@@ -1,6 +1,6 @@
 """torch.nn.attention.flex_attention: compiled for one problem at a time, and never run unfused above a small size.
 
-The only kernel that takes a caller's score_mod or BlockMask. Windows, triangles and caps become a mask_mod and a score_mod here.
+The only kernel that takes a caller's score_mod or BlockMask. Windows and triangles become a mask_mod here, a cap a score_mod.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def load() -> Run:
     @lru_cache(64)
     def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            if lower is None:
-                return j <= i + upper
-            return (j >= i + lower) if upper is None else (j >= i + lower) & (j <= i + upper)
+            seen = j >= 0
+            if lower is not None:
+                seen = seen & (j >= i + lower)
+            return seen if upper is None else seen & (j <= i + upper)
 
         return flex.create_block_mask(visible, None, None, q_len, kv_len, device=device)
 

@@ -1,0 +1,132 @@
+"""flex_attention as a kernel: a score_mod or a BlockMask of the caller's, compiled only above a size, never tuned unasked."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from building import Expected, qkv
+from fakes import problem
+from torch.nn.attention.flex_attention import create_block_mask
+
+import fastattn
+from fastattn import NoKernelError, attention, config, resolve, tuning
+from fastattn.kernels import flex
+
+
+def alibi(score, b, h, i, j):
+    return score - 0.1 * (h + 1) * (i - j).abs()
+
+
+def prefix(b, h, i, j):
+    return (j <= i) | (j < 7)
+
+
+def expected(q, k, v, score_mod=None, mask_mod=None):
+    b, h, sq, _ = q.shape
+    skv = k.shape[2]
+    i, j = torch.arange(sq)[:, None], torch.arange(skv)[None]
+    heads = torch.arange(h)[:, None, None]
+    bias = score_mod(torch.zeros(()), 0, heads, i, j)[None].expand(b, -1, -1, -1) if score_mod else None
+    if mask_mod is not None:
+        seen = mask_mod(0, heads, i, j).expand(h, sq, skv)[None].expand(b, -1, -1, -1)
+        bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) + (0 if bias is None else bias)
+    return Expected(q, k, v, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [{"hq": 4, "hkv": 2, "sq": 19, "skv": 30}, {"sq": 8}], ids=["GQA", "MHA"])
+def test_score_mod_and_block_mask(sizes, dtype):
+    q, k, v = qkv(**sizes, dtype=dtype)
+    mask = create_block_mask(prefix, None, None, q.shape[2], k.shape[2], device="cpu")
+    assert expected(q, k, v, alibi).forward(attention(q, k, v, score_mod=alibi)) <= 1
+    assert expected(q, k, v, None, prefix).forward(attention(q, k, v, mask)) <= 1
+    assert expected(q, k, v, alibi, prefix).forward(attention(q, k, v, mask, score_mod=alibi)) <= 1
+
+
+def test_above_the_size_it_is_compiled_once_and_said(caplog):
+    caplog.set_level(logging.INFO, "fastattn")
+    q, k, v = qkv(b=1, hq=2, sq=300, d=16)
+    assert q.shape[1] * 300 * 300 > flex.EAGER_SCORES
+    for _ in range(3):
+        assert expected(q, k, v, alibi).forward(attention(q, k, v, score_mod=alibi)) <= 1
+    said = [r.getMessage() for r in caplog.records if "inductor makes kernel" in r.getMessage()]
+    assert len(said) == 1, said
+
+
+def test_other_layouts_and_a_hit(monkeypatch):
+    q, k, v = qkv(sq=12, layout="bshd")
+    first = attention(q, k, v, layout="bshd", score_mod=alibi)
+    monkeypatch.setattr(resolve, "attention", None)  # a miss would call it
+    assert torch.equal(first, attention(q, k, v, layout="bshd", score_mod=alibi))
+
+
+def test_a_function_that_was_changed_is_another_call():
+    q, k, v = qkv(sq=12)
+    first = attention(q, k, v, score_mod=alibi)
+    other = attention(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs())
+    assert (first - other).abs().max() > 1e-2
+
+
+def test_what_it_cannot_do_on_the_cpu_is_refused_with_every_reason():
+    q, k, v = qkv(sq=12, grad=True)
+    with pytest.raises(NoKernelError, match="flex: gradients are not supported") as error:
+        attention(q, k, v, score_mod=alibi)
+    assert "default: a score_mod is not supported" in str(error.value)
+    with pytest.raises(NoKernelError, match="flex: .*log-sum-exp"):
+        attention(*qkv(sq=12), score_mod=alibi, return_lse=True)
+
+
+WRONG = {
+    "lengths": (64, {}, RuntimeError, r"\(64, 64\), got \(12, 12\)"),
+    "causal too": (12, {"is_causal": True}, ValueError, "and_masks"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_block_mask_that_does_not_fit(what):
+    length, options, kind, text = WRONG[what]
+    mask = create_block_mask(prefix, None, None, length, length, device="cpu")
+    with pytest.raises(kind, match=text):
+        attention(*qkv(sq=12), mask, **options)
+
+
+def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
+    """The caller's function cannot be checked ahead, so its first output is."""
+    from fastattn import candidates
+
+    q, k, v = qkv(sq=13)
+    row = next(r for r in fastattn.kernels.rows_for("cpu") if r.name == "flex")
+    run = candidates.load(row)
+    load = candidates.load
+    monkeypatch.setattr(candidates, "load", lambda kernel: (lambda *a: run(*a) * 1.02) if kernel is row else load(kernel))
+    attention(q, k, v, score_mod=alibi)
+    assert "flex is off by" in caplog.text
+
+
+def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeypatch):
+    monkeypatch.setattr(flex, "EAGER_SCORES", 2**30)  # its math will do here
+    p = problem(q_len=40, kv_len=40, window=(8, 8))
+    verdict = tuning.tune(p, config.current())
+    assert verdict.trial("flex").reason == tuning.NOT_COMPILED
+    assert "fastattn tune --compile" in tuning.NOT_COMPILED
+    verdict = tuning.tune(p, config.current(), thorough=True, compiling=True)
+    assert verdict.trial("flex").forward is not None and verdict.trial("flex").forward <= 1
+
+
+def test_a_problem_with_the_callers_function_is_not_stored():
+    q, k, v = qkv(sq=12)
+    attention(q, k, v, score_mod=alibi)
+    assert not list(fastattn.learnt.settings_store(config.current()).verdicts())
+    found = fastattn.explain(q, k, v, score_mod=alibi)
+    assert found.served_by == "flex" and found.why == "nothing else can"
+    with pytest.raises(ValueError, match="the caller's own function"):
+        fastattn.tune(found.problem)
+
+
+def test_under_compile_it_is_traced_into_the_graph():
+    q, k, v = qkv(sq=24)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, score_mod=alibi), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, score_mod=alibi))
