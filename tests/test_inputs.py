@@ -34,7 +34,9 @@ SAME_MISTAKE = {
     "mask too wide": (Q, Q, Q, r(2, 4, 5, 6), ["(2, 4, 5, 6)", "(2, 4, 5, 5)"]),
     "mask of heads that repeat": (Q, Q, Q, r(2, 2, 5, 5), ["(2, 2, 5, 5)", "(2, 4, 5, 5)"]),
     "mask of 5 dimensions": (Q, Q, Q, r(1, 2, 4, 5, 5), ["(1, 2, 4, 5, 5)"]),
-    "mask of another half dtype": (Q.half(), Q.half(), Q.half(), r(5, 5).bfloat16(), ["must be bool, float32 or float16 as q is, got bfloat16"]),
+    "mask of another half dtype": (
+        Q.half(), Q.half(), Q.half(), r(5, 5).bfloat16(), ["must be bool, float32 or float16 as q is, got bfloat16"]
+    ),
     "mask of float64": (Q, Q, Q, r(5, 5).double(), ["must be bool or float32, got float64"]),
     "mask of integers": (Q, Q, Q, torch.ones(5, 5, dtype=torch.long), ["must be bool or float32, got int64"]),
     "padding mask of two dimensions": (Q, Q[:, :, :3], Q[:, :, :3], r(2, 3), ["(2, 3)", "(2, 4, 5, 3)", "mask[:, None, None]"]),
