@@ -168,7 +168,8 @@ def reaches_out(source):
         names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from (n for n in names if n.split(".")[0] in FOREIGN or n.rpartition(".")[2] in FOREIGN_NAMES)
-        if isinstance(node, ast.Attribute) and (node.attr in FOREIGN_NAMES or ast.unparse(node) == "torch.hub"):
+        whole = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if whole in ("torch.hub", "os.system") or whole.rpartition(".")[2] in FOREIGN_NAMES - {"system"}:
             yield node.attr
 
 

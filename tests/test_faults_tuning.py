@@ -90,11 +90,13 @@ def test_fault_48_scores_that_would_take_most_of_what_is_free_are_not_tried(monk
 
 
 def test_fault_48_nor_is_a_default_that_would_write_them_down(monkeypatch, own_store):
-    """A float mask with a gradient is for torch's unfused math alone. Another process may find more memory."""
+    """A mask's gradient is for torch's unfused math where nothing works in blocks. Another process may find room."""
     p = problem(needs_grad=True, mask="float32", mask_shape="bhqk", mask_grad=True)
     free = [p.unfused_bytes, 10 * p.unfused_bytes]
     monkeypatch.setattr(memory, "free", lambda device: free[0])
     clock = turn(monkeypatch, Clock({"default": FAST}))
+    monkeypatch.setenv("FASTATTN_KERNELS", "torch_math")
+    config.forget()
     verdict = resolve.tune(p, config.current())
     assert not clock.ran and verdict.winner == "default"
     assert verdict.trial("default").reason.startswith(race.NO_ROOM)

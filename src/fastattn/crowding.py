@@ -26,8 +26,8 @@ def usage() -> Usage | None:
         return None
     if len(ticks) < 8:
         return None
-    user, nice, system, _idle, _waiting, interrupts, soft, stolen = ticks  # stolen: the machine's other guests
-    everyone = (user + nice + system + interrupts + soft + stolen) / ticks_a_second
+    user, nice, kernel, _idle, _waiting, interrupts, soft, stolen = ticks  # stolen: the machine's other guests
+    everyone = (user + nice + kernel + interrupts + soft + stolen) / ticks_a_second
     own = os.times()
     return Usage(everyone, own.user + own.system, time.perf_counter())
 
@@ -35,9 +35,10 @@ def usage() -> Usage | None:
 class Crowd:
     """How crowded the machine was since this was made."""
 
-    def __init__(self, threads: int, cores: int | None = None, read: Callable[[], Usage | None] = usage) -> None:
-        self._threads, self._cores, self._read = threads, cores or os.cpu_count() or 1, read
-        self._start = read()
+    def __init__(self, threads: int, cores: int | None = None, read: Callable[[], Usage | None] | None = None) -> None:
+        self._threads, self._cores = threads, cores or os.cpu_count() or 1
+        self._read = read or usage
+        self._start = self._read()
 
     def lacking(self) -> float:
         """Cores that `threads` busy threads lacked on average, as others used them; 0 where that cannot be told."""

@@ -80,7 +80,7 @@ def _profiled(run: Callable[[], Any]) -> tuple[Any, int]:
     """(what it returned, bytes it allocated: no less than its peak)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         out = run()
-    return out, sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    return out, sum(max(0, event.self_cpu_memory_usage) for event in profile.events() or ())
 
 
 @contextmanager

@@ -210,3 +210,8 @@ def _log(verdict: Verdict, seconds: float) -> None:
         f" ({gain:.2f}x)" if gain else "",
         "" if is_lasting(verdict) else "; for this process only: the machine was short of memory, or changed its speed",
     )
+    if is_crowded(verdict):
+        log.warning(
+            "other programs used %.1f of the cores that were timed on: the verdict on %s may be wrong, `fastattn tune` measures"
+            " it again", verdict.crowded, verdict.problem,
+        )  # fmt: skip

@@ -28,20 +28,26 @@ def load_cpu() -> Run:
 
 
 def load() -> Run:
+    import warnings
+
     import torch
     from torch.nn.attention import flex_attention as flex
 
+    attend: Callable[..., Any] = flex.flex_attention
     compiled: dict[Any, Callable[..., Any]] = {}
 
-    def made(sizes: Any, backend: str) -> Callable[..., Any]:
-        """flex_attention compiled for these sizes; a code object of its own, as recompiles are bounded for each."""
-        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else ("dynamic", backend)
+    def fused(sizes: Any) -> Callable[..., Any]:
+        """flex_attention compiled for these sizes; a code object of its own, as torch bounds the recompiles of each."""
+        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else "changing sizes"
         if sizes not in compiled:
-            log.info("flex_attention: %s makes kernel %d of this process, for %s", backend, len(compiled) + 1, sizes)
-            compiled[sizes] = torch.compile(
-                _own(flex.flex_attention), fullgraph=True, backend=backend, dynamic=sizes[0] == "dynamic"
-            )
+            log.info("flex_attention is compiled: kernel %d of this process, for %s", len(compiled) + 1, sizes)
+            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes == "changing sizes")
         return compiled[sizes]
+
+    def unfused(*given: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():  # it warns that it is not compiled, which is what is wanted here
+            warnings.simplefilter("ignore")
+            return attend(*given, **options)
 
     @lru_cache(64)
     def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
@@ -66,11 +72,12 @@ def load() -> Run:
             options["return_aux"] = flex.AuxRequest(lse=True)
         is_small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EAGER_SCORES
         if torch.compiler.is_compiling():
-            attend = flex.flex_attention
+            found = attend(q, k, v, **options)
+        elif is_small:
+            found = unfused(q, k, v, **options)
         else:
-            sizes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, a.lower, a.upper)
-            attend = made(sizes, "eager" if is_small else "inductor")
-        found = attend(q, k, v, **options)
+            tensors = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))
+            found = fused((tensors, a._replace(score_mod=None)))(q, k, v, **options)
         return (found[0], found[1].lse.detach()) if a.lse else found
 
     return run

@@ -1,0 +1,58 @@
+"""A verdict that was timed while other programs used the cores says so, and `fastattn tune` measures it again."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import problem
+
+import fastattn
+from fastattn import config, crowding, tuning
+from fastattn.crowding import Crowd, Usage
+
+
+def crowd(others, own, *, threads=2, cores=2, seconds=1.0):
+    """What is lacking after `seconds` in which others and this process used so many cores."""
+    readings = iter([Usage(100.0, 10.0, 5.0), Usage(100.0 + (others + own) * seconds, 10.0 + own * seconds, 5.0 + seconds)])
+    return Crowd(threads, cores, lambda: next(readings)).lacking()
+
+
+@pytest.mark.parametrize(
+    "others, own, threads, cores, lacking",
+    [
+        (0.0, 2.0, 2, 2, 0.0), (1.0, 1.0, 2, 2, 1.0), (0.3, 1.7, 2, 2, 0.3), (1.0, 1.0, 1, 2, 0.0), (10.0, 2.0, 2, 64, 0.0),
+        (64.0, 1.0, 4, 64, 4.0), (0.0, 0.5, 2, 2, 0.0),
+    ],
+)  # fmt: skip
+def test_cores_are_lacking_where_others_leave_too_few(others, own, threads, cores, lacking):
+    assert crowd(others, own, threads=threads, cores=cores) == pytest.approx(lacking)
+
+
+def test_where_nothing_can_be_told_nothing_is_lacking():
+    assert crowd(2.0, 1.0, seconds=0.01) == 0.0  # shorter than the system's clock ticks
+    assert Crowd(2, 2, lambda: None).lacking() == 0.0
+
+
+def test_the_reading_of_this_system_moves_on(monkeypatch):
+    monkeypatch.undo()
+    first = crowding.usage()
+    if first is None:
+        pytest.skip("no /proc/stat here")
+    sum(range(3_000_000))
+    second = crowding.usage()
+    assert second.now > first.now and second.own > first.own and second.everyone >= first.everyone
+
+
+def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog):
+    p = problem(q_len=32, kv_len=32)
+    cores = [1.5]
+    monkeypatch.setattr(Crowd, "lacking", lambda self: cores[0])
+    [verdict] = fastattn.tune(p)
+    assert tuning.is_crowded(verdict) and verdict.crowded == 1.5
+    assert "other programs used 1.5 of the cores" in caplog.text
+    cores[0] = 0.0
+    fastattn.clear()
+    [again] = fastattn.tune(p)
+    assert not tuning.is_crowded(again)
+    [third] = fastattn.tune(p)
+    assert third is again  # measured in peace: no more reason to
+    assert config.current().mode == "auto"
