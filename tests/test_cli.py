@@ -21,9 +21,8 @@ TINY = "1x2x16x8"
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """A machine that is never crowded and keeps its speed, whatever else runs on it."""
-    monkeypatch.setattr(tuning, "CROWDED", math.inf)
+def steady(monkeypatch):
+    """A machine that keeps its speed, whatever else runs on it: every verdict is stored."""
     monkeypatch.setattr(tuning, "DRIFT", math.inf)
 
 
