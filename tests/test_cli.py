@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import building
@@ -11,12 +12,18 @@ import torch
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import cli, config, inputs, learnt, masks, presets, resolve, store
+from fastattn import cli, config, explanation, inputs, learnt, masks, presets, prewarming, resolve, store, tuning
 from fastattn.cli import asking, tables
 from fastattn.device import Device
 from fastattn.problem import Problem
 
 TINY = "1x2x16x8"
+
+
+@pytest.fixture(autouse=True)
+def steady(monkeypatch):
+    """A machine that keeps its speed, whatever else runs on it: every verdict is stored."""
+    monkeypatch.setattr(tuning, "DRIFT", math.inf)
 
 
 def qkv(**how):
@@ -32,7 +39,8 @@ def run(*words, code=0):
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with cli.tune.make_context("tune", " ".join(words).split()) as context:
-        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in ("as_json", "force", "compiling")}))
+        own = ("as_json", "force", "compiling")
+        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in own}))
 
 
 def of_call(q, k, v, mask=None, layout="bhsd", **options):
@@ -85,6 +93,47 @@ def test_a_mask_means_exactly_the_problem_that_the_call_asks(word, causal):
 @pytest.mark.parametrize("corner", masks.CORNERS)
 def test_causal_is_the_corner_named(corner):
     assert asked("2x4x5x33x16", "--causal", corner) == [of_call(*qkv(sq=5, skv=33), masks.Causal(corner))]
+
+
+def test_causal_without_a_corner_is_torchs_triangle():
+    assert asked("2x4x5x33x16 --causal") == [of_call(*qkv(sq=5, skv=33), is_causal=True)]
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_a_dtype_has_a_short_name(word, dtype):
+    assert asked("2x4x37x16 --dtype", word) == [of_call(*qkv(dtype=dtype))]
+
+
+OPTIONS = {
+    "2x4x37x16 --window 4,-1": (None, {"window": (4, None)}),
+    "2x4x37x16 --window -1,3": (None, {"window": (-1, 3)}),
+    "2x4x37x16 --causal --window 4,2": (None, {"window": (4, 0), "is_causal": True}),
+    "2x4x5x37x16 --causal bottom_right --window 4,-1": (masks.Causal("bottom_right"), {"window": (4, 0)}),
+    "2x4x1x37x16 --causal bottom_right --window 4,0": (masks.Causal("bottom_right"), {"window": (4, 0)}),
+    "2x4x37x16 --softcap 30": (None, {"softcap": 30.0}),
+    "2x4x37x16 --softcap 0.3 --causal top_left": (None, {"softcap": 0.3, "is_causal": True}),
+    "2x4x37x16 --dropout": (None, {"dropout_p": 0.1}),
+    "2x4x37x16 --lse": (None, {"return_lse": True}),
+    "2x4x37x16 --accuracy dtype": (None, {"accuracy": "dtype"}),
+    "2x4x37x16 --accuracy 1e-05": (None, {"accuracy": 1e-5}),
+}
+
+
+def of_options(words):
+    mask, options = OPTIONS[words]
+    length = words.split()[0].split("x")[2:-1]
+    return of_call(*qkv(sq=int(length[0]), skv=int(length[-1])), mask, **options)
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_an_option_means_exactly_the_problem_that_the_call_asks(words):
+    assert asked(words) == [of_options(words)]
+
+
+@pytest.mark.parametrize("words", OPTIONS)
+def test_the_command_line_of_an_option_gives_the_problem_back(words):
+    problem = of_options(words)
+    assert asked(learnt.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("accuracy", ["dtype", "0.01"])
@@ -162,7 +211,11 @@ BAD = [
     ([TINY, "--strides", "packed,packed"], "one class, or three"),
     ([TINY, "--accuracy", "perfect"], "accuracy must be 'exact', 'dtype' or a number above 0"),
     ([TINY, "--causal", "middle"], "'top_left', 'bottom_right'"),
+    (["--causal", TINY], "'top_left', 'bottom_right'"),
     ([TINY, "--dtype", "int8"], "'float32'"),
+    ([TINY, "--window", "4"], "--window '4' must be LEFT,RIGHT, as in 256,0; -1 is no limit"),
+    ([TINY, "--window", "4,-2"], "window must be (left, right)"),
+    ([TINY, "--softcap", "-1"], "softcap must be >= 0"),
     (["--preset", "gpt-9"], "--preset 'gpt-9' is not known; there are all, vit-b16"),
     (["--preset", "vit-b16", "--causal", "top_left"], "--causal does not go with --preset"),
     ([], "nothing to do: give a SHAPE"),
@@ -218,18 +271,23 @@ def test_what_has_a_verdict_is_tuned_again_only_by_force():
         assert len(tunings) == 1
 
 
-@pytest.mark.parametrize("columns", [80, 100])
-def test_tables_fit_the_width_and_show_every_problem(columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    shapes = (TINY, "1x4/2x16x8", "1x2x1x40x8")
-    outputs = [run("tune", *shapes), run("explain", *shapes), run("cache", "show")]
-    for output in outputs[:2]:
-        assert max(map(len, output.splitlines())) <= columns
-    for text in ("1 x 2 x 16 d8", "1 x 4/2 x 16 d8", "1 x 2 x 1 on ~47 d8", "geometric mean"):
-        assert text in outputs[0]
-    for name in ("default", "torch_flash", "sdpa_math", "torch_cudnn"):
-        assert name in outputs[1]
-    assert "3 verdicts" in outputs[2]
+def test_explain_measures_again_when_told():
+    run("tune", "1x2x20x8")
+    tuned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "tune", lambda problem, *_, **__: tuned.append(problem))
+        run("explain", "1x2x20x8", "--tune")
+    assert tuned == asked("1x2x20x8")
+
+
+def test_a_crowded_verdict_is_tuned_again(monkeypatch):
+    run("tune", "1x2x20x8")
+    monkeypatch.setattr(tuning, "CROWDED", -1.0)
+    tuned = []
+    real = resolve.tune
+    monkeypatch.setattr(prewarming.resolve, "tune", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k))
+    assert explanation.IN_DOUBT in run("tune", "1x2x20x8")
+    assert tuned == asked("1x2x20x8")
 
 
 def test_explain_measures_only_when_told():
@@ -254,3 +312,75 @@ def test_the_geometric_mean_is_the_root_of_the_product():
 def test_strides_of_a_class_are_of_that_class(cls):
     size = (2, 3, 5, 7)
     assert fastattn.problem.stride_class(size, presets.strides(size, cls)) == cls
+
+
+# --- where nothing can be done
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A home directory under /tmp, and no other word on where to cache."""
+    monkeypatch.delenv("FASTATTN_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/tmp/nobody-in-particular")
+    config.forget()
+    return (
+        "the home directory /tmp/nobody-in-particular is under /tmp, where nothing is cached by default;"
+        " set FASTATTN_CACHE_DIR"
+    )
+
+
+@pytest.mark.parametrize("words", ["path", "show", "clear", "export {}/verdicts.json", "show --json", "clear --json"])
+def test_a_cache_that_is_nowhere_is_an_error_that_says_why(words, homeless, tmp_path):
+    assert run("cache", *words.format(tmp_path).split(), code=1) == f"Error: {homeless}\n"
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_tuning_for_nothing_is_an_error(json_too, homeless):
+    output = run("tune", TINY, *json_too, code=1)
+    assert output.splitlines()[-1] == f"Error: no verdict was stored: {homeless}"
+
+
+def test_tuning_into_a_directory_that_cannot_be_written_is_an_error(own_store):
+    own_store.write_text("a file in its place")
+    assert f"Error: no verdict was stored: cannot write {own_store}" in run("tune", TINY, code=1)
+
+
+def test_what_a_machine_kept_from_being_stored_is_counted(monkeypatch):
+    """The second of two problems is tuned while the machine changes its speed: it stays in memory."""
+    real = tuning.tune
+
+    def drifting(problem, *args, **how):
+        verdict = real(problem, *args, **how)
+        trials = tuple(replace(t, drift=9.0) for t in verdict.trials) if problem.q_heads == 4 else verdict.trials
+        return replace(verdict, trials=trials)
+
+    monkeypatch.setattr(tuning, "DRIFT", 8.0)
+    monkeypatch.setattr(resolve.tuning, "tune", drifting)
+    assert "1 of 2 verdicts were not stored: the machine changed its speed" in run("tune", TINY, "1x4x16x8")
+    assert "Error: no verdict was stored: the machine changed" in run("tune", "1x4x16x8", "--force", code=1)
+
+
+@pytest.mark.parametrize("command", ["tune 1x2x16x8", "explain 1x2x16x8", "cache export x.json"])
+@pytest.mark.parametrize(("built", "why"), [
+    (None, f"torch {torch.__version__} is built without CUDA"), ("13.0", "torch.cuda.is_available() is False"),
+])  # fmt: skip
+def test_a_device_that_is_not_here_is_one_line(command, built, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    assert run(*command.split(), "--device", "cuda", code=1) == f"Error: no CUDA device here ({why})\n"
+
+
+@pytest.mark.parametrize(("words", "hint"), [("--json", "tune --json"), ("cache --json", "cache path --json")])
+def test_an_option_before_its_command_is_told_where_it_goes(words, hint):
+    assert f"--json goes behind the command: main {hint}" in run(*words.split(), code=2)
+
+
+@pytest.mark.parametrize("words", ["--help", "cache --help"])
+def test_no_help_line_is_cut(words):
+    assert "..." not in run(*words.split()).replace("ARGS]...", "")
+
+
+@pytest.mark.parametrize("command", ["tune", "explain"])
+def test_help_explains_shapes(command):
+    assert "8x16x196x64 is batch x heads x length x head_dim" in run(command, "--help")

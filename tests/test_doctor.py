@@ -304,7 +304,8 @@ def test_layers_that_are_only_read_must_be_there(tmp_path):
 
 def test_no_home_to_cache_in_is_a_fault(monkeypatch):
     monkeypatch.delenv("FASTATTN_CACHE_DIR")
-    monkeypatch.setattr(store, "default_directory", lambda: None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/")
     config.forget()
     output = run(code=1)
     assert "there is no home directory to cache in" in output and "export FASTATTN_CACHE_DIR" in output
@@ -371,8 +372,8 @@ def test_fault_58_neither_the_home_directory_nor_a_secret_is_in_a_report(monkeyp
     machine = replace(doctor.this_machine(), executable=str(home / "venv/bin/python"), compiler=str(home / "bin/g++"))
     monkeypatch.setattr(doctor, "this_machine", lambda: machine)
     texts = [run("--json", code=1)]
-    for columns in ("80", "120"):
-        monkeypatch.setenv("COLUMNS", columns)
+    for columns in (80, 120):
+        monkeypatch.setattr(diagnosing, "console", lambda width=columns: Console(width=width))
         texts.append(run(code=1))
     for text in texts:
         whole = text.replace("\n", "")
@@ -482,7 +483,7 @@ def test_faults_come_first_each_with_its_fix():
 
 
 def test_a_healthy_report_is_one_screen_of_80_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(diagnosing, "console", lambda: Console(width=80))
     lines = run().splitlines()
     assert len(lines) <= 32
     assert max(len(line) for line in lines if "pip install" not in line) <= 80

@@ -160,3 +160,9 @@ def test_private_names_of_torch_are_reached_from_device_alone():
                 found.add((path.name, node.module))
     found = {(file, name) for file, name in found if not name.startswith("torch._dynamo")}
     assert found <= allowed
+
+
+def test_dir_shows_what_is_public_and_nothing_else():
+    shown = dir(fastattn)
+    assert {name for name in shown if not name.startswith("__")} == set(fastattn.__all__)
+    assert {"__version__", "__doc__", "__file__"} <= set(shown)

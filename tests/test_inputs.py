@@ -25,8 +25,8 @@ SAME_MISTAKE = {
     "batch": (Q, r(3, 4, 6, 8), r(3, 4, 6, 8), None, ["(2, 4, 5, 8)", "(3, 4, 6, 8)"]),
     "heads that do not divide": (Q, r(2, 3, 6, 8), r(2, 3, 6, 8), None, ["(2, 4, 5, 8)", "(2, 3, 6, 8)"]),
     "more kv heads than q heads": (Q, r(2, 8, 6, 8), r(2, 8, 6, 8), None, ["(2, 4, 5, 8)", "(2, 8, 6, 8)"]),
-    "dtypes": (Q, Q.half(), Q, None, ["torch.float32", "torch.float16"]),
-    "integers": (Q.long(), Q.long(), Q.long(), None, ["torch.int64"]),
+    "dtypes": (Q, Q.half(), Q, None, ["got float32, float16, float32"]),
+    "integers": (Q.long(), Q.long(), Q.long(), None, ["got int64"]),
     "devices": (Q, Q.to("meta"), Q, None, ["cpu", "meta"]),
     "no tensor": (Q, None, Q, None, ["NoneType", "k"]),
     "a list": ([1.0], Q, Q, None, ["list", "q"]),
@@ -34,9 +34,12 @@ SAME_MISTAKE = {
     "mask too wide": (Q, Q, Q, r(2, 4, 5, 6), ["(2, 4, 5, 6)", "(2, 4, 5, 5)"]),
     "mask of heads that repeat": (Q, Q, Q, r(2, 2, 5, 5), ["(2, 2, 5, 5)", "(2, 4, 5, 5)"]),
     "mask of 5 dimensions": (Q, Q, Q, r(1, 2, 4, 5, 5), ["(1, 2, 4, 5, 5)"]),
-    "mask of another half dtype": (Q.half(), Q.half(), Q.half(), r(5, 5).bfloat16(), ["bfloat16", "float16"]),
-    "mask of float64": (Q, Q, Q, r(5, 5).double(), ["float64", "float32"]),
-    "mask of integers": (Q, Q, Q, torch.ones(5, 5, dtype=torch.long), ["int64"]),
+    "mask of another half dtype": (
+        Q.half(), Q.half(), Q.half(), r(5, 5).bfloat16(), ["must be bool, float32 or float16 as q is, got bfloat16"]
+    ),
+    "mask of float64": (Q, Q, Q, r(5, 5).double(), ["must be bool or float32, got float64"]),
+    "mask of integers": (Q, Q, Q, torch.ones(5, 5, dtype=torch.long), ["must be bool or float32, got int64"]),
+    "padding mask of two dimensions": (Q, Q[:, :, :3], Q[:, :, :3], r(2, 3), ["(2, 3)", "(2, 4, 5, 3)", "mask[:, None, None]"]),
     "mask that is a list": (Q, Q, Q, [[True]], ["list", "mask"]),
 }
 
@@ -84,15 +87,33 @@ def test_a_layout_puts_the_shapes_in_order():
         attention(q, k, v)
 
 
-def test_an_unknown_option_is_a_type_error_that_lists_the_options():
-    with pytest.raises(TypeError, match="'causal'.*is_causal") as error:
-        attention(Q, Q, Q, causal=True)
-    assert all(name in str(error.value) for name in inputs.NAMES)
+def test_a_mask_that_no_reading_fits_gets_no_hint():
+    with pytest.raises(RuntimeError) as error:
+        attention(Q, Q, Q, r(3, 5))
+    assert "mask[" not in str(error.value)
+
+
+UNKNOWN = {
+    "causal": "did you mean 'is_causal'?", "attn_mask": "did you mean 'mask'?", "softmax_scale": "did you mean 'scale'?",
+    "windows": "did you mean 'window'?", "window_size": "did you mean 'window'?", "dropout": "did you mean 'dropout_p'?",
+    "enable_gqa": "it is not needed, GQA follows from the shapes;", "zzz": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_option_is_a_type_error_that_lists_the_options(name):
+    hint = f" {UNKNOWN[name]}" if UNKNOWN[name] else ""
+    with pytest.raises(TypeError) as error:
+        attention(Q, Q, Q, **{name: True})
+    assert str(error.value) == (
+        f"attention() got an unexpected keyword argument {name!r};{hint} valid: mask, layout, is_causal, scale, kernel,"
+        " accuracy, dropout_p, window, softcap, score_mod, return_lse"
+    )
 
 
 NOT_READY = {
-    "cu_seqlens_q": torch.arange(3),
-    "cu_seqlens_kv": torch.arange(3), "max_q_len": 5, "max_kv_len": 5, "kv_lens": torch.ones(2), "page_table": torch.ones(2, 2),
+    "cu_seqlens_q": torch.arange(3), "cu_seqlens_kv": torch.arange(3), "max_q_len": 5, "max_kv_len": 5,
+    "kv_lens": torch.ones(2), "page_table": torch.ones(2, 2),
 }  # fmt: skip
 
 
@@ -107,6 +128,7 @@ def test_options_not_ready_may_be_given_their_defaults():
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
     ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
     assert set(NOT_READY) | ready == set(inputs.NAMES)
+    attention(Q, Q, Q, dropout_p=0, softcap=0)
 
 
 @pytest.mark.parametrize("layout", ["bhds", "BHSD", "", None, 4, ["bhsd"]])
@@ -213,6 +235,10 @@ def test_good_variables_are_read():
     assert config.from_environment({}) == config.Config()
 
 
+def test_an_empty_variable_is_not_set():
+    assert config.from_environment(dict.fromkeys(config.VARIABLES, "")) == config.Config()
+
+
 def test_a_bad_variable_does_not_break_the_import_but_the_first_call_says_so():
     code = "import torch, fastattn; x = torch.ones(1, 1, 2, 2); print('imported', flush=True); fastattn.attention(x, x, x)"
     bad = subprocess.run(
@@ -235,8 +261,13 @@ def test_a_bad_option_lists_the_valid_values_and_changes_nothing(what):
     with pytest.raises(ValueError, match=words):
         fastattn.options(**{what.split()[0]: value})
     assert config.current() == before
-    with pytest.raises(TypeError, match="speed"):
-        fastattn.options(speed="high")
+    with pytest.raises(TypeError) as error:
+        fastattn.options(modus="high", speed=1)
+    assert str(error.value) == (
+        "fastattn.options() got an unexpected keyword argument 'modus'; did you mean 'mode'?"
+        " valid: mode, kernels, accuracy, cache_dir, tune_budget"
+    )
+    assert config.current() == before
 
 
 def test_no_mistake_is_remembered():

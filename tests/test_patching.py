@@ -265,3 +265,16 @@ def test_a_patched_model_compiles_fullgraph():
     assert torch.equal(out, want)
     out.sum().backward()
     assert model.qkv.weight.grad.isfinite().all()
+
+
+def test_a_handle_says_how_it_stands():
+    first = fastattn.patch()
+    try:
+        second = fastattn.patch()
+        assert repr(first) == "<fastattn.patch: in place>"
+        assert repr(second) == "<fastattn.patch: nothing to undo, fastattn was in place already>"
+        with mock.patch.object(F, "scaled_dot_product_attention", ORIGINAL):
+            assert repr(first) == "<fastattn.patch: patched over>"
+    finally:
+        first.undo()
+    assert repr(first) == "<fastattn.patch: undone>"

@@ -279,7 +279,7 @@ def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, capl
     assert mine.root is None
     assert mine.put(verdict(), DEVICE) is None and mine.get(PROBLEM, DEVICE) is None
     assert list(mine.verdicts()) == [] and mine.clear() == 0
-    assert "FASTATTN_CACHE_DIR" in caplog.text
+    assert "there is no home directory to cache in; set FASTATTN_CACHE_DIR" in caplog.text
     x = torch.randn(1, 2, 24, 16)
     fastattn.attention(x, x, x)
     assert fastattn.explain(x, x, x).verdict is not None
@@ -471,7 +471,10 @@ def test_fault_54_a_directory_or_device_as_entry(kept):
 def test_fault_54_never_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/somebody")
-    assert store.default_directory() is None
+    with pytest.raises(OSError, match="home directory /tmp/somebody is under /tmp, where nothing is cached by default"):
+        store.default_directory()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
+    assert store.default_directory() == Path("/tmp/asked-for/fastattn")
 
 
 # --- fault 55: no code in files

@@ -5,17 +5,19 @@ FASTATTN_CACHE_DIR   one directory, or several joined by os.pathsep: the first i
 FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one
 FASTATTN_MANIFEST    a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
 FASTATTN_LOG         debug | info | warning | error: the level of the logger "fastattn"
+
+A variable that is empty is not set.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
@@ -37,6 +39,18 @@ def check_accuracy(value: Any) -> str | float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
         return float(value)
     raise ValueError(f"accuracy must be 'exact', 'dtype' or a number above 0, got {value!r}")
+
+
+def unexpected(function: str, name: str, valid: Iterable[str], hint: str = "") -> TypeError:
+    """The error for an argument that a function does not take; without a hint, the name that is nearest is one."""
+    from difflib import get_close_matches
+
+    valid = list(valid)
+    near = get_close_matches(name, valid, 1)
+    hint = hint or (f"did you mean {near[0]!r}?" if near else "")
+    return TypeError(
+        f"{function}() got an unexpected keyword argument {name!r};{hint and f' {hint}'} valid: {', '.join(valid)}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,7 @@ class Config:
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
     """The Config that the FASTATTN_* variables ask for. Raises ValueError that lists the valid values."""
-    mode = environment.get("FASTATTN_MODE", "auto")
+    mode = environment.get("FASTATTN_MODE") or "auto"
     if mode not in MODES:
         raise ValueError(f"FASTATTN_MODE must be one of {', '.join(MODES)}, got {mode!r}")
     level = environment.get("FASTATTN_LOG", "")
@@ -149,7 +163,7 @@ class options:
     `options(mode="cached")` sets; `with options(kernels=["torch_flash"]): ...` scopes and restores.
     mode: "auto", "cached" or "off". kernels: the only kernel names to consider, "-name" excludes one. accuracy: the
     default rung of calls that name none. cache_dir: where verdicts are stored. tune_budget: seconds of tuning for the
-    whole process. Raises ValueError on a bad value and lists the valid ones.
+    whole process. Raises ValueError on a bad value and lists the valid ones, TypeError on another name.
     """
 
     def __init__(
@@ -160,6 +174,7 @@ class options:
         accuracy: str | float | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         tune_budget: float | None = None,
+        **unknown: NoReturn,
     ) -> None:
         given = {
             "mode": mode,
@@ -168,6 +183,8 @@ class options:
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
             "tune_budget": tune_budget,
         }
+        for name in unknown:
+            raise unexpected("fastattn.options", name, given)
         self._change = {name: value for name, value in given.items() if value is not None}
         replace(current(), **self._change)  # raises on a bad value before anything is set
         self._tokens: list[Token[Config | None]] = []

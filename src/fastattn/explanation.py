@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,35 +37,79 @@ class Explanation:
             "served_by": self.served_by,
             "why": self.why,
             "speedup": self.verdict.speedup() if self.verdict else None,
+            "crowded": self.verdict.crowded if self.verdict else None,
             "candidates": rows,
         }
 
     def __str__(self) -> str:
-        lines = [f"problem  {self.problem}", f"device   {self.device}", f"served by {self.served_by}: {self.why}", ""]
-        width = max(len(t.candidate) for t in self.rows)
-        base = self.verdict.trial(self.verdict.incumbent) if self.verdict else None
-        for t in self.rows:
-            mark = "*" if t.candidate == self.served_by else " "
-            lines.append(f"{mark} {t.candidate:<{width}}  {describe(t, base)}")
-        return "\n".join(lines)
+        return "\n".join(text for _, text in self.lines())
 
     __repr__ = __str__
 
+    def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
+        """(kind, text) of every line that is printed; kind is "head", "served", "timed", "out" or "note".
 
-def describe(trial: Trial, incumbent: Trial | None = None) -> str:
-    """One candidate's line: its time against the default's, error in budgets and memory, or its reason."""
+        width: what is longer goes on in the next line, below where its text begins.
+        """
+        served = f"served by {self.served_by}: {self.why}"
+        for text in (f"problem  {self.problem}", f"device   {self.device}", served, ""):
+            yield from (("head", line) for line in _folded(text, width, 9))
+        names = max(len(t.candidate) for t in self.rows)
+        base = self.verdict.trial(self.verdict.incumbent) if self.verdict else None
+        doubt = doubt_of(self.verdict)
+        for t in self.rows:
+            is_timed = t.time_us is not None and t.tombstone is None
+            kind = "served" if t.candidate == self.served_by else "timed" if is_timed else "out"
+            mark = "*" if kind == "served" else " "
+            text = _measured(t, base, doubt) if is_timed else _why_out(t)
+            for line in _folded(f"{mark} {t.candidate:<{names}}  {text}", width, names + 4):
+                yield kind, line
+        if doubt:
+            yield "note", ""
+            yield from (("note", line) for line in _folded(IN_DOUBT, width, 2))
+
+
+IN_DOUBT = "? measured while other programs used the CPU; run again when the machine is quiet"
+
+
+def doubt_of(verdict: Verdict | None) -> str:
+    """The mark behind a speed that is worth little; IN_DOUBT says what it means."""
+    return "?" if verdict is not None and tuning.is_crowded(verdict) else ""
+
+
+def errors_of(trial: Trial | None) -> str:
+    """The largest error in budgets, forward and, where there is one, backward: "0.23 / 0.41"."""
+    if trial is None or trial.forward is None:
+        return ""
+    return f"{trial.forward:.2f}" + (f" / {trial.backward:.2f}" if trial.backward is not None else "")
+
+
+def _measured(trial: Trial, incumbent: Trial | None, doubt: str) -> str:
+    """A candidate's time, speed against the default, error in budgets, and memory."""
+    gain = ""
+    if incumbent is not None and incumbent.time_us and trial.time_us:
+        gain = f"{incumbent.time_us / trial.time_us:6.2f}x{doubt}"
+    kept = f", keeps {units.size(trial.saved_bytes)}" if trial.saved_bytes else ""
+    memory = f"{units.size(trial.temporary_bytes or 0)} temporary{kept}"
+    return f"{units.duration(trial.time_us):>7}{gain}  error {errors_of(trial)} of budget, {memory}"
+
+
+def _why_out(trial: Trial) -> str:
+    """Why a candidate has no time."""
     if trial.tombstone is not None:
         return f"demoted: it raised {trial.tombstone}"
-    if trial.time_us is None:
-        error = f" (forward {trial.forward:.2f} budgets)" if trial.forward is not None and not trial.reason else ""
-        return (trial.reason or "can do it; not measured") + error
-    gain = f" {incumbent.time_us / trial.time_us:5.2f}x" if incumbent and incumbent.time_us else ""
-    back = f", backward {trial.backward:.2f}" if trial.backward is not None else ""
-    kept = f", keeps {units.size(trial.saved_bytes)}" if trial.saved_bytes else ""
-    return (
-        f"{trial.time_us:10.1f} us{gain}  error {trial.forward:.2f}{back} of budget,"
-        f" {units.size(trial.temporary_bytes or 0)} temporary{kept}"
+    error = f" (error {errors_of(trial)} of budget)" if trial.forward is not None and not trial.reason else ""
+    return (trial.reason or "can do it; not measured") + error
+
+
+def _folded(text: str, width: int | None, indent: int) -> list[str]:
+    if width is None:
+        return [text]
+    indent = indent if indent <= width // 2 else 4
+    whole_names = textwrap.TextWrapper(
+        width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False
     )
+    return whole_names.wrap(text) or [text]
 
 
 def explain(
@@ -130,8 +176,21 @@ def _why(verdict: Verdict, served: str) -> str:
         failed = verdict.trial(served)
         if failed is not None and failed.reason:
             return f"nothing passed; the default itself: {failed.reason}"
-        return f"nothing was faster by more than {tuning.MARGIN:.0%} and twice the noise"
+        return _why_kept(verdict)
     return f"{gain:.2f}x the default's speed" if gain else "the default is out of the race"
+
+
+def _why_kept(verdict: Verdict) -> str:
+    """Why nothing replaced the default: what came nearest, and what that measurement was worth."""
+    base = verdict.trial(verdict.incumbent)
+    others = [t for t in verdict.trials if t.candidate != verdict.incumbent and t.time_us and t.tombstone is None]
+    best = min(others, key=lambda t: t.time_us or 0.0, default=None)
+    gain = base.time_us / best.time_us if base and best and base.time_us and best.time_us else 0.0
+    if base is None or best is None or gain <= 1 + tuning.MARGIN:
+        return f"nothing was faster by more than {tuning.MARGIN:.0%}"
+    noise = 2 * max(base.noise or 0.0, best.noise or 0.0)
+    worth = f"within the noise of {noise:.0%}" if gain <= 1 + noise else "in too few rounds to be sure"
+    return f"{best.candidate} measured {gain:.2f}x, {worth}"
 
 
 class Plan:

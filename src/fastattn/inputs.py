@@ -44,13 +44,25 @@ class Options:
 NAMES = tuple(f.name for f in fields(Options))
 DEFAULTS = {f.name: f.default for f in fields(Options)}
 _LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
+_VALID = ("mask", "layout", *(name for name in NAMES if name not in _LATER))
+# What other attention functions call it.
+_ELSEWHERE = {
+    **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
+    **dict.fromkeys(("softmax_scale", "sm_scale"), "scale"),
+    "window_size": "window",
+    "logits_soft_cap": "softcap",
+}
+_HINTS = {
+    "enable_gqa": "it is not needed, GQA follows from the shapes;",
+    **{name: f"did you mean {ours!r}?" for name, ours in _ELSEWHERE.items()},
+}
 
 
 def parse(given: dict[str, Any]) -> Options:
     """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option."""
     for name, value in given.items():
         if name not in DEFAULTS:
-            raise TypeError(f"attention() got an unexpected keyword argument {name!r}; valid: layout, {', '.join(NAMES)}")
+            raise config.unexpected("attention", name, _VALID, _HINTS.get(name, ""))
         if name in _LATER and value is not None:
             raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
     options = Options(**given)
@@ -182,9 +194,10 @@ def _check_tensors(key: CallKey) -> None:
         raise RuntimeError(f"attention(): q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
         kind = NotImplementedError if q.dtype.is_complex or q.dtype.is_floating_point else RuntimeError
-        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {q.dtype}")
+        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {_name(q.dtype)}")
     if not _one_dtype(key, (q.dtype, k.dtype, v.dtype)):
-        raise RuntimeError(f"attention(): q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        dtypes = ", ".join(_name(x.dtype) for x in (q, k, v))
+        raise RuntimeError(f"attention(): q, k and v must have one dtype, got {dtypes}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise RuntimeError(f"attention(): batch sizes differ: {shapes}")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
@@ -193,6 +206,10 @@ def _check_tensors(key: CallKey) -> None:
         raise RuntimeError(f"attention(): q and k must have the same head_dim: {shapes}")
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise RuntimeError(f"attention(): q_heads must be a multiple of kv_heads: {shapes}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _one_dtype(key: CallKey, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -228,10 +245,13 @@ def _check_mask(key: CallKey) -> None:
     if len(mask.shape) not in (2, 4):
         raise RuntimeError(f"attention(): mask must be 2-D or 4-D, got shape {mask.shape}")
     if any(n not in (1, full) for n, full in zip(mask.shape, scores[-len(mask.shape) :], strict=True)):
-        raise RuntimeError(f"attention(): mask {mask.shape} does not broadcast to (b, h, q_len, kv_len) = {scores}")
+        is_padding = mask.shape == (b, key.k.shape[2])
+        hint = "; a padding mask (b, kv_len) is passed as mask[:, None, None]" if is_padding else ""
+        raise RuntimeError(f"attention(): mask {mask.shape} does not broadcast to (b, h, q_len, kv_len) = {scores}{hint}")
     dtype, q_dtype = after_autocast(mask.dtype, key.state), after_autocast(key.q.dtype, key.state)
     if dtype not in (torch.bool, torch.float32, q_dtype):
-        raise RuntimeError(f"attention(): mask must be bool, float32 or {q_dtype} as q is, got {mask.dtype}")
+        wanted = "bool or float32" if q_dtype is torch.float32 else f"bool, float32 or {_name(q_dtype)} as q is"
+        raise RuntimeError(f"attention(): mask must be {wanted}, got {_name(mask.dtype)}")
     if mask.device != key.q.device:
         raise RuntimeError(f"attention(): mask is on {mask.device}, q on {key.q.device}")
 

@@ -235,6 +235,11 @@ def command_line(p: Problem) -> str:
     words += [f"--layout {p.layout}"] if p.layout != "bhsd" else []
     if p.layout != "bhsd" or set(p.strides) != {"contiguous"}:
         words += ["--strides " + ",".join(p.strides)]
+    words += [f"--window {p.window[0]},{p.window[1]}"] if p.window else []
+    words += [f"--softcap {p.softcap!r}"] if p.softcap else []
+    words += ["--dropout"] if p.dropout else []
+    words += ["--lse"] if p.lse else []
+    words += [f"--accuracy {p.accuracy}"] if p.accuracy != "exact" else []
     words += ["--grad"] if p.needs_grad else []
     return " ".join(words)
 

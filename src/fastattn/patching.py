@@ -80,9 +80,10 @@ sdpa._torchdynamo_inline = _traced  # type: ignore[attr-defined]
 
 
 class Patch:
-    """The handle of patch(): `undo()` it, or use it as a context manager.
+    """The handle of patch(): `undo()` it, or let a `with` block undo it at its end.
 
-    It undoes itself only if it is still the one in place; otherwise somebody patched over it, and what they put there stays.
+    It patches when it is made, not at `with`. It undoes itself only if it is still the one in place; otherwise somebody
+    patched over it, and what they put there stays.
     """
 
     def __init__(self) -> None:
@@ -101,6 +102,15 @@ class Patch:
         self._done = True
         return True
 
+    def __repr__(self) -> str:
+        if self._done:
+            state = "undone"
+        elif F.scaled_dot_product_attention is not sdpa:
+            state = "patched over"
+        else:
+            state = "nothing to undo, fastattn was in place already" if self._before is sdpa else "in place"
+        return f"<fastattn.patch: {state}>"
+
     def __enter__(self) -> Patch:
         return self
 
@@ -111,7 +121,7 @@ class Patch:
 def patch() -> Patch:
     """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the whole process.
 
-    Code that imported the function by name before keeps the old one. Patching twice is harmless: the second handle has
-    nothing to undo.
+    It takes effect when it is called; `with` only undoes it at the end of the block. Code that imported the function by
+    name before keeps the old one. Patching twice is harmless: the second handle has nothing to undo.
     """
     return Patch()

@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from fastattn import config, device, masks
-from fastattn.inputs import CallKey, Options, Spec, check_layout
+from fastattn.inputs import CallKey, Spec, check_layout, parse
 from fastattn.layouts import STRIDE_CLASSES, TO_BHSD
 from fastattn.problem import Problem
 
@@ -40,6 +40,10 @@ class Shape:
     strides: tuple[str, ...] | None = None
     layout: str = "bhsd"
     accuracy: str | float | None = None  # None: the Config's
+    window: masks.Window | None = None
+    softcap: float = 0.0
+    dropout: bool = False
+    lse: bool = False
 
 
 def of(
@@ -87,7 +91,8 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
 def problem(shape: Shape, dtype: torch.dtype, *, grad: bool = False, on: str = "cpu") -> Problem:
     """The Problem that attention() asks for such a call now, in this process: device, threads and precision are torch's.
 
-    Raises ValueError for a layout, corner, stride class or mask pattern that does not exist, or heads that do not divide.
+    Raises ValueError for a layout, corner, stride class, mask pattern, window or softcap that does not exist, or heads that
+    do not divide.
     """
     check_layout(shape.layout)
     s, where = shape, torch.device(on)
@@ -102,20 +107,18 @@ def problem(shape: Shape, dtype: torch.dtype, *, grad: bool = False, on: str = "
         Spec(size, strides(size, cls), dtype, where, grad) for size, cls in zip(sizes, _classes(s), strict=True)
     )
     mask = _mask(s, dtype, where, grad) if s.mask else None
-    if s.causal is not None:
-        corner = masks.Causal(s.causal)
-        if mask is not None and s.causal == "bottom_right":
+    is_causal = s.causal is not None and masks.Causal(s.causal).corner == "top_left"
+    if s.causal is not None and not is_causal:
+        if mask is not None:
             raise ValueError("causal bottom_right cannot be combined with a mask: attention() takes one or the other")
-        options = Options(is_causal=s.causal == "top_left", accuracy=_accuracy(s))
-        mask = corner if s.causal == "bottom_right" else mask
-    else:
-        options = Options(accuracy=_accuracy(s))
+        mask = masks.Causal(s.causal)
+    options = parse({
+        "is_causal": is_causal, "accuracy": s.accuracy, "window": s.window, "softcap": s.softcap,
+        "dropout_p": 0.5 if s.dropout else 0.0, "return_lse": s.lse,
+    })  # fmt: skip
     state = device.state(where.type)._replace(grad=grad, autocast=None)
-    return Problem.from_key(CallKey(q, k, v, mask, s.layout, options, state), config.current().accuracy)
-
-
-def _accuracy(s: Shape) -> str | float | None:
-    return None if s.accuracy is None else config.check_accuracy(s.accuracy)
+    found = Problem.from_key(CallKey(q, k, v, mask, s.layout, options, state), config.current().accuracy)
+    return found.replace(cut=None)  # a query in a window is tuned on the keys it sees, which is what this is
 
 
 _DENSE = {"bhsd": "contiguous", "bshd": "transposed", "sbhd": "seq_first"}

@@ -29,35 +29,48 @@ VERSION = f"v{SCHEMA}"  # the directory inside a layer that holds what this fast
 _TRIM_EVERY = 100  # puts
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
 IN_MEMORY = "verdicts are kept in memory only"
+SET_ONE = "set FASTATTN_CACHE_DIR"
+NO_HOME = "there is no home directory to cache in"
 
 
-def default_directory() -> Path | None:
-    """The user's cache directory; None where there is no home to put it in. Never /tmp."""
+def default_directory() -> Path:
+    """The user's cache directory. Raises OSError, which says why, where there is none.
+
+    Never in /tmp, where anybody could have put files, unless XDG_CACHE_HOME says so.
+    """
     import platformdirs
 
     try:
         found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
         home = Path(os.path.expanduser("~"))
     except (RuntimeError, KeyError, OSError):  # a user without an entry in passwd
-        return None
-    if not found.is_absolute() or home in (Path("/"), Path("~")) or found.parts[:2] == ("/", "tmp"):
-        return None if "XDG_CACHE_HOME" not in os.environ else found
+        raise OSError(NO_HOME) from None
+    if os.environ.get("XDG_CACHE_HOME"):
+        return found
+    if not found.is_absolute() or home in (Path("/"), Path("~")):
+        raise OSError(NO_HOME)
+    if found.parts[:2] == ("/", "tmp"):
+        raise OSError(f"the home directory {home} is under /tmp, where nothing is cached by default")
     return found
 
 
 def of(config: Config) -> Store:
     """The store that a Config asks for: the first directory is written, the others are only read."""
     if config.cache_dir is None:
-        root = default_directory()
-        return Store([root] if root else [])
-    return Store([Path(part).expanduser() for part in config.cache_dir.split(os.pathsep) if part])
+        try:
+            return Store([default_directory()])
+        except OSError as error:
+            return Store([], str(error))
+    layers = [Path(part).expanduser() for part in config.cache_dir.split(os.pathsep) if part]
+    return Store(layers, f"FASTATTN_CACHE_DIR {config.cache_dir!r} names no directory")
 
 
 class Store:
-    """Layers of directories; the first is the user's own."""
+    """Layers of directories; the first is the user's own. why_none: why there are none, where there are none."""
 
-    def __init__(self, layers: list[Path]) -> None:
+    def __init__(self, layers: list[Path], why_none: str = NO_HOME) -> None:
         self.layers = layers
+        self.why_none = why_none
         self._warned = False
         self._puts = 0
 
@@ -77,7 +90,7 @@ class Store:
     def put(self, verdict: Verdict, device: Device) -> Path | None:
         """Publish a verdict; None, and one warning a process, where that is not possible."""
         if self.root is None:
-            self._warn(f"{IN_MEMORY}: there is no home directory to cache in; set FASTATTN_CACHE_DIR")
+            self._warn(f"{IN_MEMORY}: {self.why_none}; {SET_ONE}")
             return None
         path = self._path(self.root, verdict.problem, device)
         text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)

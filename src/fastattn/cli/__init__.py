@@ -9,6 +9,7 @@ import click
 
 import fastattn
 from fastattn import config
+from fastattn.cli.asking import Group
 from fastattn.cli.caching import cache
 from fastattn.cli.diagnosing import doctor
 from fastattn.cli.tuning import explain, tune
@@ -16,7 +17,7 @@ from fastattn.cli.tuning import explain, tune
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(fastattn.__version__, prog_name="fastattn")
 @click.pass_context
 def main(context: click.Context) -> None:

@@ -11,11 +11,16 @@ import click
 import torch
 
 from fastattn import config, presets
-from fastattn.masks import CORNERS
+from fastattn.device import Device
+from fastattn.layouts import TO_BHSD
+from fastattn.masks import CORNERS, Window
 from fastattn.problem import Problem
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 EXAMPLES = "8x16x196x64 is batch x heads x length x head_dim, 1x32/8x1x1024x128 has q_heads/kv_heads and q_len x kv_len"
+SHAPES = """SHAPES are words: 8x16x196x64 is batch x heads x length x head_dim; 1x32/8x1x1024x128 is batch x q_heads/kv_heads
+    x q_len x kv_len x head_dim; head_dim may be head_dim/head_dim_v."""
 NUMBER, PAIR = r"[1-9]\d*", r"[1-9]\d*(?:/[1-9]\d*)?"
 WORD = re.compile(rf"({NUMBER})x({PAIR})x({NUMBER})x(?:({NUMBER})x)?({PAIR})")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,7 +54,16 @@ def _mask(text: str | None) -> tuple[tuple[str, str] | None, bool]:
             f"--mask {text!r} must be DTYPE:PATTERN, as in bool:b11k (padding) or same:1hqk (a bias in q's dtype);"
             " :grad behind it gives it a gradient"
         )
-    return (parts[0], parts[1]), len(parts) == 3
+    return (ALIASES.get(parts[0], parts[0]), parts[1]), len(parts) == 3
+
+
+def _window(text: str | None) -> Window | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?\d+,-?\d+", text):
+        raise click.UsageError(f"--window {text!r} must be LEFT,RIGHT, as in 256,0; -1 is no limit")
+    left, right = text.split(",")
+    return int(left), int(right)
 
 
 def problems(
@@ -63,10 +77,15 @@ def problems(
     strides: str | None = None,
     accuracy: str | None = None,
     device: str = "cpu",
+    **more: Any,
 ) -> dict[Problem, str]:
-    """The problems that these arguments mean, each with the preset it comes from. Raises click.UsageError."""
+    """The problems that these arguments mean, each with the preset it comes from. Raises click.UsageError.
+
+    more: window, softcap, dropout and lse.
+    """
     kind, mask_grad = _mask(mask)
-    extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy)}
+    extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy), **more}
+    extra["window"] = _window(more.get("window"))
     own = {
         "causal": causal,
         "mask": kind,
@@ -92,7 +111,7 @@ def problems(
             try:
                 problem = presets.problem(shape, getattr(torch, each), grad=grad, on=device)
             except (ValueError, NotImplementedError) as error:
-                raise click.UsageError(f"{name}: {error}") from None
+                raise click.UsageError(f"{name}: {str(error).removeprefix('attention(): ')}") from None
             found.setdefault(problem, name if name in presets.PRESETS else "")
     return found
 
@@ -106,20 +125,62 @@ def _accuracy(text: str | None) -> str | float | None:
         raise click.UsageError(f"--accuracy: {error}") from None
 
 
+def _in_full(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(ALIASES.get(name, name) for name in names)
+
+
+def _is_here(context: click.Context, parameter: click.Parameter, device: str) -> str:
+    """The device, if it is here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        mine = Device.of(torch.device("cpu")).torch
+        why = "torch.cuda.is_available() is False" if built else f"torch {mine} is built without CUDA"
+        raise click.ClickException(f"no CUDA device here ({why})")
+    return device
+
+
+class Group(click.Group):
+    """Commands. An option of theirs in front of the command is told to go behind it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            wrong = error.option_name
+            having = [name for name, c in self.commands.items() if any(wrong in p.opts for p in c.params)]
+            if not having:
+                raise
+            example = f"{ctx.command_path} {having[0]} {wrong}"
+            raise click.UsageError(f"{wrong} goes behind the command: {example}", ctx) from None
+
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), callback=_is_here
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Data instead of text.")
+
+
 def asking(command: F) -> F:
     """The options that name problems, the same for tune and explain."""
+    command.__doc__ = f"{(command.__doc__ or '').rstrip()}\n\n    {SHAPES}\n    "
     for option in reversed((
         click.argument("shapes", nargs=-1, metavar="[SHAPES]..."),
         click.option("--preset", multiple=True, metavar="NAME", help=f"all, or any of: {', '.join(presets.PRESETS)}."),
-        click.option("--dtype", multiple=True, type=click.Choice(DTYPES), help="Several may be given. Default: float32."),
+        click.option("--dtype", multiple=True, type=click.Choice((*DTYPES, *ALIASES)), callback=_in_full, metavar="DTYPE",
+                     help="float32 (the default), bfloat16, float16, float64, or fp32, bf16, ...; several may be given."),
         click.option("--grad", is_flag=True, help="Forward and backward."),
-        click.option("--causal", type=click.Choice(CORNERS), help="The triangle's corner."),
+        click.option("--causal", is_flag=False, flag_value="top_left", type=click.Choice(CORNERS),
+                     help="The triangle's corner; top_left where none is named."),
         click.option("--mask", metavar="DTYPE:PATTERN", help="bool:b11k (padding), same:1hqk (a bias in q's dtype), ..."),
-        click.option("--layout", type=click.Choice(["bhsd", "bshd", "sbhd"]), default="bhsd", show_default=True),
+        click.option("--window", metavar="LEFT,RIGHT", help="Keys beside a query's own; -1 is no limit."),
+        click.option("--softcap", type=float, default=0.0, metavar="CAP", help="Scores are capped: CAP * tanh(score / CAP)."),
+        click.option("--dropout", is_flag=True, help="With dropout, at any rate."),
+        click.option("--lse", is_flag=True, help="The log-sum-exp is returned too."),
+        click.option("--layout", type=click.Choice(list(TO_BHSD)), default="bhsd", show_default=True),
         click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory, or Q,K,V: transposed, packed, cache, ..."),
         click.option("--accuracy", metavar="RUNG", help="exact, dtype, or the largest row error over |P||V|."),
-        click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])),
-        click.option("--json", "as_json", is_flag=True, help="Data instead of tables."),
+        device_option,
+        json_option,
     )):  # fmt: skip
         command = option(command)
     return command

@@ -6,32 +6,31 @@ from pathlib import Path
 
 import click
 import torch
-from rich.text import Text
 
 from fastattn import config, learnt, store
-from fastattn.cli.tables import console, print_json, tuned_table
+from fastattn.cli.asking import Group, device_option, json_option
+from fastattn.cli.tables import console, print_json, print_tuned
 from fastattn.device import Device
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
     """The verdicts on disk (docs/cache.md)."""
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Data instead of text.")
-
-
 def _store() -> store.Store:
-    return learnt.settings_store(config.current())
+    """The store that is written. Raises click.ClickException where there is none."""
+    found = learnt.settings_store(config.current())
+    if found.root is None:
+        raise click.ClickException(f"{found.why_none}; {store.SET_ONE}")
+    return found
 
 
 @cache.command()
-@_json_option
+@json_option
 def path(as_json: bool) -> None:
     """Print the directories, the one that is written first."""
     layers = [str(layer) for layer in _store().layers]
-    if not layers:
-        raise click.ClickException("there is no home directory to cache in; set FASTATTN_CACHE_DIR")
     if as_json:
         print_json({"written": layers[0], "read": layers})
     else:
@@ -39,37 +38,39 @@ def path(as_json: bool) -> None:
 
 
 @cache.command()
-@_json_option
+@json_option
 def show(as_json: bool) -> None:
     """List the stored verdicts of the directory that is written."""
-    found = list(_store().verdicts())
+    mine = _store()
+    found = list(mine.verdicts())
     if as_json:
         print_json([{**v.to_json(), "file": str(file), "speedup": v.speedup()} for file, v in found])
         return
-    out = console()
-    if found:
-        found.sort(key=lambda pair: (pair[1].problem.dtype, str(pair[1].problem)))
-        out.print(tuned_table([("", v) for _, v in found]))
-    out.print(Text(f"{len(found)} verdicts in {_store().root}", "dim"), soft_wrap=True)
+    found.sort(key=lambda pair: (pair[1].problem.dtype, str(pair[1].problem)))
+    print_tuned([("", v) for _, v in found], console(), f"{len(found)} verdicts in {mine.root}")
 
 
 @cache.command()
-@_json_option
+@json_option
 def clear(as_json: bool) -> None:
     """Delete the stored verdicts, and nothing else in the directory."""
-    count = _store().clear()
+    mine = _store()
+    count = mine.clear()
     if as_json:
         print_json({"deleted": count})
     else:
-        click.echo(f"deleted {count} verdicts from {_store().root}")
+        click.echo(f"deleted {count} verdicts from {mine.root}")
 
 
 @cache.command()
 @click.argument("file", type=click.Path(dir_okay=False, writable=True, path_type=Path))
-@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-@_json_option
+@device_option
+@json_option
 def export(file: Path, device: str, as_json: bool) -> None:
-    """Write the verdicts that hold on this machine into one FILE, for FASTATTN_MANIFEST."""
+    """Write the verdicts into one FILE.
+
+    They are those that hold on this machine; FASTATTN_MANIFEST=FILE reads them.
+    """
     silicon = Device.of(torch.device(device))
     found = list(_store().verdicts(silicon))
     file.write_text(store.export(iter(found), silicon) + "\n", encoding="utf-8")

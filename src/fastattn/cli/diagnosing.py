@@ -20,7 +20,7 @@ from fastattn.doctor import Layer, Report, Row, examine
 @click.option("--json", "as_json", is_flag=True, help="Data instead of text.")
 @click.option("--timeout", default=importing.TIMEOUT_S, show_default=True, metavar="SECONDS", help="For importing a library.")
 def doctor(as_json: bool, timeout: float) -> None:
-    """Say what is here, what of it is usable, and what would fix the rest.
+    """Say what is usable here, and what would fix the rest.
 
     Exit code 1 where fastattn does not work as it was asked to. The home directory is shown as ~, and nothing of the
     environment but fastattn's own settings.

@@ -1,10 +1,10 @@
-"""What the command line shows: tables of verdicts and of candidates, and how a number stands in them."""
+"""What the command line shows: a table of verdicts, an explanation, and how a number stands in them."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any
 
@@ -15,30 +15,21 @@ from rich.text import Text
 
 from fastattn import explanation, units
 from fastattn.problem import Problem
-from fastattn.verdict import Trial, Verdict
+from fastattn.verdict import Verdict
+
+ONE_LINE: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
+WIDE = 10_000  # columns: what is piped is never wrapped, so that grep finds it
+Named = tuple[str, Verdict]  # the preset that a verdict's problem comes from, or ""
 
 
 def console() -> Console:
-    """A terminal's own width, else COLUMNS, else 100."""
+    """As wide as the terminal; without end where the output is none."""
     plain = Console()
-    return plain if plain.is_terminal else Console(width=min(plain.width, 120) if "COLUMNS" in os.environ else 100)
+    return plain if plain.is_terminal else Console(width=WIDE)
 
 
 def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=1))
-
-
-def _error(t: Trial | None) -> str:
-    if t is None or t.forward is None:
-        return ""
-    return f"{t.forward:.2f}" + (f" / {t.backward:.2f}" if t.backward is not None else "")
-
-
-def _gain(ratio: float | None) -> Text:
-    if ratio is None:
-        return Text("")
-    style = "bold green" if ratio >= 1.03 else "dim" if ratio >= 0.97 else "red"
-    return Text(f"{ratio:.2f}x", style)
 
 
 def short(p: Problem) -> str:
@@ -49,9 +40,17 @@ def short(p: Problem) -> str:
     ))  # fmt: skip
     length = q_len if q_len == kv_len else f"{q_len} on {kv_len}"
     dims = f"{p.head_dim}" if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
-    causal = {None: "", "top_left": " causal", "bottom_right": " causal↘"}[p.causal]
-    mask = f" {'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else ""
-    return f"{p.batch} x {heads} x {length} d{dims}{causal}{mask}{' fwd+bwd' if p.needs_grad else ''}"
+    words = [
+        f"{p.batch} x {heads} x {length} d{dims}",
+        {None: "", "top_left": "causal", "bottom_right": "causal↘"}[p.causal],
+        f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else "",
+        f"window {p.window[0]},{p.window[1]}" if p.window else "",
+        f"softcap {p.softcap:g}" if p.softcap else "",
+        "dropout" if p.dropout else "",
+        "lse" if p.lse else "",
+        "fwd+bwd" if p.needs_grad else "",
+    ]
+    return " ".join(word for word in words if word)
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -60,55 +59,71 @@ def geomean(values: Iterable[float]) -> float:
     return exp(sum(logs) / len(logs)) if logs else 1.0
 
 
-def tuned_table(found: list[tuple[str, Verdict]]) -> Table:
-    """One line per verdict, in blocks of one dtype, and the geometric means below."""
+def _gain(ratio: float | None, mark: str = "") -> Text:
+    if ratio is None:
+        return Text("")
+    style = "bold green" if ratio >= 1.03 else "dim" if ratio >= 0.97 else "red"
+    return Text(f"{ratio:.2f}x{mark}", style)
+
+
+DROPPED = ("error", "winner", "default")  # columns that go, in this order, where a terminal is too narrow for all
+
+
+def tuned_table(found: Sequence[Named], width: int) -> Table:
+    """One line per verdict, in blocks of one dtype, and the geometric means below, with as many columns as the width has."""
+    table = _tuned_table(found, (), in_full=True)
+    for count in range(len(DROPPED) + 1):
+        if Console(width=WIDE).measure(table).maximum <= width:
+            break
+        table = _tuned_table(found, DROPPED[:count], in_full=False)
+    return table
+
+
+def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) -> Table:
+    """in_full: a preset's name and its shape; else the shape only where the name does not tell."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), show_footer=True)
-    all_gains = [v.speedup() or 1.0 for _, v in found]
-    table.add_column("problem", footer=Text("geometric mean", "bold"), ratio=1)
-    table.add_column("served by", style="cyan", overflow="fold")
-    table.add_column("speed", justify="right", footer=_gain(geomean(all_gains)))
-    table.add_column("default", justify="right")
-    table.add_column("winner", justify="right")
-    table.add_column("error", justify="right")
+    unsure = " " if any(explanation.doubt_of(v) for _, v in found) else ""
+    table.add_column("problem", footer=Text("geometric mean", "bold"))
+    table.add_column("served by")
+    mean = _gain(geomean(v.speedup() or 1.0 for _, v in found), unsure)
+    table.add_column("speed", justify="right", footer=mean, no_wrap=True)
+    last = [name for name in ("default", "winner", "error") if name not in dropped]
+    for name in last:
+        table.add_column(name, justify="right", no_wrap=True)
     for dtype in dict.fromkeys(v.problem.dtype for _, v in found):
         rows = [(name, v) for name, v in found if v.problem.dtype == dtype]
+        times = Counter(name for name, _ in rows)
         mean = geomean(v.speedup() or 1.0 for _, v in rows)
-        table.add_row(Text(dtype, "bold"), "", Text(f"{mean:.2f}x", "bold"))
+        table.add_row(Text(dtype, "bold"), "", Text(f"{mean:.2f}x{unsure}", "bold"))
         for name, v in rows:
-            before, after = v.trial(v.incumbent), v.trial(v.winner)
-            about = Text(f"  {name or short(v.problem)}")
-            if name:
+            about = Text(f"  {name or short(v.problem)}", **ONE_LINE)
+            if name and (in_full or times[name] > 1):
                 about.append(f"  {short(v.problem)}", "dim")
-            table.add_row(
-                about,
-                v.winner,
-                _gain(v.speedup()),
-                units.duration(before.time_us if before else None),
-                units.duration(after.time_us if after else None),
-                _error(after),
-            )
+            before, after = v.trial(v.incumbent), v.trial(v.winner)
+            cells = {
+                "default": units.duration(before.time_us if before else None),
+                "winner": units.duration(after.time_us if after else None),
+                "error": explanation.errors_of(after),
+            }
+            gain = _gain(v.speedup(), explanation.doubt_of(v) or unsure)
+            table.add_row(about, Text(v.winner, "cyan", **ONE_LINE), gain, *(cells[column] for column in last))
         table.add_section()
     return table
 
 
-def explained(e: explanation.Explanation) -> Table:
-    """Every candidate of a problem: its numbers, or its reason in their place."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("")
-    table.add_column("candidate", overflow="fold", max_width=34)
-    for name in ("time", "speed", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", ratio=1)
-    base = e.verdict.trial(e.verdict.incumbent) if e.verdict else None
-    for t in e.rows:
-        is_serving = t.candidate == e.served_by
-        mark = "▸" if is_serving else ""
-        style = "bold green" if is_serving else "" if t.time_us is not None else "dim"
-        if t.time_us is not None and t.tombstone is None:
-            gain = base.time_us / t.time_us if base is not None and base.time_us else None
-            said = f"{units.size(t.temporary_bytes or 0)} temporary"
-            said += f", keeps {units.size(t.saved_bytes)}" if t.saved_bytes else ""
-            table.add_row(mark, t.candidate, units.duration(t.time_us), _gain(gain), _error(t), said, style=style)
-        else:
-            table.add_row(mark, t.candidate, "", "", _error(t), explanation.describe(t), style=style)
-    return table
+def print_tuned(found: Sequence[Named], out: Console, *notes: str) -> None:
+    """The table, and the notes below it."""
+    if found:
+        out.print(tuned_table(found, out.width))
+        out.print()
+    for note in (*notes, *([explanation.IN_DOUBT] if any(explanation.doubt_of(v) for _, v in found) else ())):
+        out.print(Text(note, "yellow" if note == explanation.IN_DOUBT else "dim"), soft_wrap=True)
+
+
+STYLES = {"head": "", "served": "bold green", "timed": "", "out": "dim", "note": "yellow"}
+
+
+def print_explained(e: explanation.Explanation, out: Console) -> None:
+    """What `print(fastattn.explain(...))` prints, in colours, folded at the terminal's width."""
+    for kind, line in e.lines(None if out.width == WIDE else out.width):
+        out.print(Text(line, STYLES[kind]), soft_wrap=True)

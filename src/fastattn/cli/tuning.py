@@ -8,11 +8,10 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
-from fastattn import config, explanation, guards, prewarming
+from fastattn import config, explanation, guards, learnt, prewarming, store, tuning
 from fastattn.cli.asking import asking, problems
-from fastattn.cli.tables import console, explained, print_json, short, tuned_table
+from fastattn.cli.tables import console, print_explained, print_json, print_tuned, short
 from fastattn.device import Device
 from fastattn.problem import Problem
 from fastattn.verdict import Verdict
@@ -23,10 +22,9 @@ from fastattn.verdict import Verdict
 @click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
 @click.option("--compile", "compiling", is_flag=True, help="Also kernels that compile first (flex: 5 to 20 s a problem).")
 def tune(as_json: bool, force: bool, compiling: bool, **asked: Any) -> None:
-    """Tune problems now, without a time limit, and store the verdicts.
+    """Tune problems now and store the verdicts.
 
-    SHAPES are words: 8x16x196x64 is batch x heads x length x head_dim; 1x32/8x1x1024x128 is batch x q_heads/kv_heads x q_len x
-    kv_len x head_dim; head_dim may be head_dim/head_dim_v.
+    There is no time limit. Exit code 1 where no verdict could be stored.
     """
     wanted = problems(**asked)
     found: list[tuple[str, Verdict]] = []
@@ -43,27 +41,48 @@ def tune(as_json: bool, force: bool, compiling: bool, **asked: Any) -> None:
             bar.update(task, description=f"{short(problem)} {problem.dtype}")
             found.append((name, prewarming.tune(problem, progress=step, force=force, compiling=compiling)[0]))
             bar.advance(task)
+    silicon = Device.of(torch.device(asked["device"]))
     if as_json:
         print_json([{**v.to_json(), "preset": name or None, "speedup": v.speedup()} for name, v in found])
+    else:
+        print_tuned(
+            found,
+            console(),
+            f"speed against F.scaled_dot_product_attention on {silicon.name}, {torch.get_num_threads()} threads",
+            f"error of what serves, 1.00 is the most allowed{' (forward / backward)' if asked['grad'] else ''};"
+            " ~ stands for its bucket of lengths",
+        )
+    _tell_what_is_not_stored([v for _, v in found], silicon)
+
+
+def _tell_what_is_not_stored(found: list[Verdict], silicon: Device) -> None:
+    """Raises click.ClickException where nothing is: then the next process tunes again."""
+    verdicts = learnt.settings_store(config.current())
+    lost = [v for v in found if verdicts.get(v.problem, silicon) != v]
+    if not lost:
         return
-    out = console()
-    out.print(tuned_table(found))
-    out.print(
-        Text(f"\nspeed against F.scaled_dot_product_attention on {Device.of(torch.device(asked['device'])).name}, "
-             f"{torch.get_num_threads()} threads; error of what serves, 1.00 is the most allowed"
-             f"{' (forward / backward)' if asked['grad'] else ''}; ~ stands for its bucket of lengths", "dim")
-    )  # fmt: skip
+    if any(tuning.is_lasting(v) for v in lost):  # it should have been written
+        why = f"{verdicts.why_none}; {store.SET_ONE}" if verdicts.root is None else f"cannot write {verdicts.root}"
+    else:
+        why = "the machine changed its speed, or was short of memory, while it was timed; run again when it is quiet"
+    what = "no verdict was stored" if len(lost) == len(found) else f"{len(lost)} of {len(found)} verdicts were not stored"
+    if len(lost) == len(found):
+        raise click.ClickException(f"{what}: {why}")
+    click.echo(f"{what}: {why}", err=True)
 
 
 @click.command()
 @asking
-@click.option("--tune", "tune_first", is_flag=True, help="Measure now.")
+@click.option("--tune", "tune_first", is_flag=True, help="Measure now, whatever is stored.")
 def explain(as_json: bool, tune_first: bool, **asked: Any) -> None:
-    """Show which kernel serves a problem, and why: every known kernel with its numbers or its reason."""
+    """Show what serves a problem, and why.
+
+    Every known kernel is named, with its numbers or its reason.
+    """
     wanted = problems(**asked)
     if tune_first:
         for problem in wanted:
-            prewarming.tune(problem)
+            prewarming.tune(problem, force=True)
     settings = config.current()
     now = guards.Context(off=settings.mode == "off", cached=settings.mode == "cached")
     found = [explanation.of_problem(problem, None, now) for problem in wanted]
@@ -74,6 +93,4 @@ def explain(as_json: bool, tune_first: bool, **asked: Any) -> None:
     for index, e in enumerate(found):
         if index:
             out.print()
-        out.print(Text(str(e.problem), "bold"))
-        out.print(Text.assemble("served by ", (e.served_by, "bold green"), f": {e.why}"))
-        out.print(explained(e), soft_wrap=False)
+        print_explained(e, out)

@@ -51,8 +51,9 @@ def examine(version: str, timeout_s: float = importing.TIMEOUT_S) -> Report:
     with ThreadPoolExecutor(min(4, machine.cpus)) as several:
         held = tuple(several.map(lambda library: rows.of_library(library, machine, timeout_s), libraries.LIBRARIES))
     own = tuple(rows.of_kernel(name, machine, settings, held) for name in kernels.names())
-    layers = cache.layers(store.of(settings))
+    verdicts = store.of(settings)
+    layers = cache.layers(verdicts)
     found += [*faults.of_answers(machine), *faults.of_kernels(settings, own)]
-    found += [*faults.of_cache(settings, layers), *faults.of_manifest(settings, machine)]
+    found += [*faults.of_cache(settings, layers, verdicts.why_none), *faults.of_manifest(settings, machine)]
     in_force = {**asdict(settings), "log": logging.getLevelName(config.log.getEffectiveLevel()).lower()}
     return redacted(Report(version, machine, own, held, layers, in_force, tuple(found)))

@@ -78,12 +78,12 @@ def of_kernels(settings: Config, own: Sequence[Row]) -> list[Fault]:
     ]  # fmt: skip
 
 
-def of_cache(settings: Config, layers: Sequence[Layer]) -> list[Fault]:
-    """A cache is written in mode "auto" alone."""
+def of_cache(settings: Config, layers: Sequence[Layer], why_none: str) -> list[Fault]:
+    """A cache is written in mode "auto" alone. why_none: why there are no layers, where there are none."""
     again = "every process will tune again"
     is_written = settings.mode == "auto"
     if not layers and is_written:
-        return [Fault(f"there is no home directory to cache in: {again}", ELSEWHERE)]
+        return [Fault(f"{why_none}: {again}", ELSEWHERE)]
     faults = []
     for layer in layers:
         if layer.why_not and layer.is_written and is_written:
