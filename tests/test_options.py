@@ -252,7 +252,6 @@ def test_the_drop_in_never_takes_more_than_f_sdpa_does():
     assert torch.equal(sdpa(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-@pytest.mark.xfail(strict=True, reason="resolve.tune passes a problem with its cut on: bucketed keys are cut a second time")
 def test_decoding_in_a_window_is_tuned_on_the_keys_it_sees():
     q, k, v = qkv(hq=4, hkv=2, sq=1, skv=90)
     e = explain(q, k, v, BOTTOM, window=(50, 0), tune=True)
