@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cli, config, doctor, kernels, libraries, store, units
+from fastattn import cli, config, doctor, files, kernels, libraries, store, units
 from fastattn.cli import diagnosing
 from fastattn.device import Device
 from fastattn.doctor import Fault, Layer, Report, Row, cache, faults, redaction
@@ -271,7 +271,7 @@ def test_a_file_in_the_way_and_a_directory_for_all_to_write_are_faults(tmp_path,
             report = examined()
         assert not report.works and why in report.faults[0].what and "tune again" in report.faults[0].what
         with pytest.raises(OSError):  # what a real put meets
-            store._make_directory(tmp_path / path / store.VERSION / "slug")
+            files.make_directory(tmp_path / path / store.VERSION / "slug")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])

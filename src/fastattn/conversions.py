@@ -132,13 +132,18 @@ def _gqa_expand(step: Run, kernel: Kernel, p: Problem) -> Run:
 def _when_contiguous(kernel: Kernel, p: Problem) -> str:
     if kernel.dense_last_dim and "other" in p.strides:
         return REQUIRED
+    if kernel.aligned and not (p.aligned and p.aligned_rows) and not _pads_all(kernel, p):
+        return REQUIRED
     # A copy pays only if keys and values are read more than a few times.
     worth = kernel.contiguous and p.q_len >= 64 and set(p.strides) != {"contiguous"}
     return OPTIONAL if worth else NO
 
 
 def _contiguous(step: Run, kernel: Kernel, p: Problem) -> Run:
-    return lambda q, k, v, mask, a: step(q.contiguous(), k.contiguous(), v.contiguous(), mask, a)
+    def dense(x: Tensor) -> Tensor:  # dense memory may still start where it should not
+        return x.contiguous() if p.aligned else x.clone(memory_format=torch.contiguous_format)
+
+    return lambda q, k, v, mask, a: step(dense(q), dense(k), dense(v), mask, a)
 
 
 # --- dtypes
@@ -167,6 +172,11 @@ def _widths(kernel: Kernel, p: Problem) -> tuple[int, int]:
     width, width_v = (-(-d // multiple) * multiple for d in (p.head_dim, p.head_dim_v))
     widest = max(width, width_v)
     return (widest, widest) if kernel.equal_head_dims else (width, width_v)
+
+
+def _pads_all(kernel: Kernel, p: Problem) -> bool:
+    width, width_v = _widths(kernel, p)
+    return width > p.head_dim and width_v > p.head_dim_v
 
 
 def _when_pad(kernel: Kernel, p: Problem) -> str:

@@ -146,7 +146,7 @@ def of_problem(
         served = "default" if action == guards.PASS else planning.fallbacks(problem, silicon, settings, found)[0].name
         untuned = "nothing else can" if problem.is_custom else "not tuned yet: the first call will"
         why = why if action != guards.TUNE else untuned
-        not_default = planning.why_not_default(problem, silicon, found)
+        not_default = planning.why_not_default(problem, silicon, settings, found)
         why = not_default if not_default and served != "default" else why
     else:
         served = chain.chain(verdict, problem, silicon, settings)[0].name

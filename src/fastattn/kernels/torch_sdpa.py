@@ -175,10 +175,6 @@ KERNELS = (
             Range("batch", max=65535),
             Range("q_heads", max=65535),
             OneOf("aligned", (True,)),
-            RefuseWhen(
-                "wrong with a mask or causal and q_len {p.q_len} > 65536 (pytorch#162588)",
-                lambda p, _: p.q_len > 65536 and bool(p.mask or p.causal),
-            ),
         ),
     ),
     Kernel(

@@ -1,0 +1,90 @@
+"""FlashAttention 2, package flash-attn: half dtypes, sm80 and newer, no masks.
+
+Needs 2.6: causal turned from the top-left to the bottom-right corner in 2.1, windows came in 2.3, `deterministic` in 2.4,
+softcap in 2.6. Where no key is visible it gives a zero row and a log-sum-exp of +inf.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+
+INF = float("inf")
+
+
+def load() -> Run:
+    from flash_attn import flash_attn_func
+
+    attend = by_keyword(
+        flash_attn_func, "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
+        "return_attn_probs",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.beside(q.shape[1], k.shape[1])
+        found = attend(
+            q=q,
+            k=k,
+            v=v,
+            dropout_p=a.dropout_p,
+            softmax_scale=a.scale,
+            causal=right == 0,
+            window_size=(-1 if left is None else left, -1 if right is None else right),
+            softcap=a.softcap,
+            deterministic=a.deterministic,
+            return_attn_probs=a.lse,
+        )
+        if not a.lse:
+            return found
+        out, lse, _ = found
+        lse = lse.detach()
+        return out, lse.masked_fill(lse == INF, -INF)
+
+    return run
+
+
+KERNELS = (
+    Kernel(
+        name="flash_attn_2",
+        summary="FlashAttention 2 (package flash-attn)",
+        load=load,
+        library="flash-attn",
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16"),
+        layout="bshd",
+        corner="bottom_right",
+        causal_scales=("positive",),
+        window=True,
+        softcap=True,
+        dropout=True,
+        lse=True,
+        equal_head_dims=True,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        aligned=True,
+        needs=(
+            Range("capability", min=80, max=121),
+            Range("head_dim", min=1, max=256),
+            Range("head_dim_v", max=256),
+            # batch and heads are grid dimensions
+            Range("batch", min=1, max=65535),
+            Range("q_heads", min=1, max=65535),
+            Range("q_len", min=1),
+            Range("kv_len", min=1),
+            OneOf("scale", ("positive",)),
+            RefuseWhen(  # flash_api.cpp takes such a side for no limit
+                "window right {p.window[1]} >= kv_len {p.kv_len} with q_len {p.q_len} > kv_len",
+                lambda p, _: p.window is not None and p.window[1] >= p.kv_len and p.q_len > p.kv_len,
+            ),
+            RefuseWhen("softcap {p.softcap:g} together with dropout", lambda p, _: bool(p.softcap and p.dropout)),
+            RefuseWhen(
+                "training with dropout and head_dim {p.head_dim} > 192 on sm{device.capability} (86, 89, 120, 121 cannot)",
+                lambda p, device: (
+                    p.needs_grad and p.dropout and max(p.head_dim, p.head_dim_v) > 192
+                    and device.capability in (86, 89, 120, 121)
+                ),
+            ),
+        ),
+    ),
+)  # fmt: skip
