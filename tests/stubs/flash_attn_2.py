@@ -32,7 +32,7 @@ STUB = Stub(
     version="2.8.3",
     modules=lambda: {"flash_attn": module("flash_attn", flash_attn_func=flash_attn_func)},
     refuses={
-        "flash_attn_2": "top_left_wide top_left_tall window_right_past_keys scale_zero scale_negative bool_mask bool_mask_keys float_mask"
+        "flash_attn_2": "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32",
     },
     mutations=(
