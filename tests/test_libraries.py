@@ -119,8 +119,8 @@ def forget() -> None:
         remembered.cache_clear()
 
 
-def silicon(stub: stubs.Stub) -> Device:
-    return Device("cuda", "made-up GPU", stub.capability, cuda="12.8", cudnn=92300)
+def silicon(stub: stubs.Stub, kernel: str) -> Device:
+    return Device("cuda", "made-up GPU", stub.capabilities.get(kernel, stub.capability), cuda="12.8", cudnn=92300)
 
 
 def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dtype | None = None) -> list[str]:
@@ -142,7 +142,7 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     if kernel.approximate:
         options["accuracy"] = 0.5
     p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0)
-    found = candidates.decide(kernel, p, silicon(stub), Config(kernels=(f"+{kernel.name}",)))
+    found = candidates.decide(kernel, p, silicon(stub, kernel.name), Config(kernels=(f"+{kernel.name}",)))
     if isinstance(found[0], Rejected):
         return list(found[0].reasons)
     asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
@@ -156,9 +156,10 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     return []
 
 
-def rows_of(stub: stubs.Stub) -> list[Kernel]:
+def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:
     """The stubbed kernels of its file; what runs on the CPU is tested with the real thing."""
-    return [kernel for kernel in import_module(f"fastattn.kernels.{stub.file}").KERNELS if kernel.devices == ("cuda",)]
+    found = (file or import_module(f"fastattn.kernels.{stub.file}")).KERNELS
+    return [k for k in found if k.devices == ("cuda",) and (not stub.kernels or k.name in stub.kernels)]
 
 
 EACH = [pytest.param(stub, kernel.name, id=kernel.name) for stub in STUBS for kernel in rows_of(stub)]
@@ -213,7 +214,7 @@ def test_nothing_is_copied_where_the_library_takes_strides(stub, name, layout, m
     options = {"accuracy": 0.5} if kernel.approximate else {}
     with installed(stub, monkeypatch):
         p = problem_of(q, k, v, None, layout, **options).replace(device="cuda", threads=0)
-        found = candidates.decide(kernel, p, silicon(stub), Config(kernels=(f"+{name}",)))
+        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
         assert found[0].name == name, "a plain call needs no conversion"
         call = planning.bind(found[0], p, None)
         with Copies() as copies:
@@ -235,9 +236,8 @@ def test_a_broken_convention_turns_the_grid_red(stub, text, other, monkeypatch):
     broken = ModuleType(f"broken_{stub.file}")
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
     exec(compile(source.replace(text, other), f"<{stub.file} broken>", "exec"), broken.__dict__)
-    rows = [kernel for kernel in broken.KERNELS if kernel.devices == ("cuda",)]
     with installed(stub, monkeypatch):
-        assert any(_is_red(kernel, stub, name, call) for kernel in rows for name, call in GRID.items())
+        assert any(_is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in GRID.items())
 
 
 def _is_red(kernel: Kernel, stub: stubs.Stub, name: str, call: dict[str, Any]) -> bool:
@@ -260,7 +260,7 @@ def test_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
     q, k, v = qkv(dtype=getattr(torch, kernel.dtypes[0]), grad=True, **sizes_for(kernel))
     with installed(stub, monkeypatch):
         p = problem_of(q, k, v).replace(device="cuda", threads=0, deterministic=True)
-        found = candidates.decide(kernel, p, silicon(stub), Config(kernels=(f"+{name}",)))
+        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
         if not kernel.deterministic:
             assert "not deterministic, and torch.use_deterministic_algorithms is on" in found[0].reasons
             return

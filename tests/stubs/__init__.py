@@ -36,6 +36,8 @@ class Stub:
     modules: Callable[[], dict[str, ModuleType]] = dict  # name -> module, to be put into sys.modules
     patch: Callable[[Any], None] = lambda monkeypatch: None  # whatever else has to be replaced
     capability: int = 90
+    capabilities: dict[str, int] = field(default_factory=dict)  # kernel -> its own, where that is another
+    kernels: tuple[str, ...] = ()  # those of the file that this library brings; all of them where nothing is said
     refuses: dict[str, str] = field(default_factory=dict)  # kernel -> names of grid cases it refuses, no more and no fewer
     mutations: tuple[tuple[str, str], ...] = ()  # (text, other text) of the file: each must turn the grid red
 
