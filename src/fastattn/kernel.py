@@ -86,6 +86,7 @@ class Kernel:
     equal_head_dims: bool = False  # v must be as wide as q
     head_dim_multiple: int = 1
     dense_last_dim: bool = False  # the last stride must be 1
+    dense: bool = False  # reads q, k and v as dense memory in its layout, whatever their strides say
     aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
     grad: bool = True
     mask_grad: bool = False

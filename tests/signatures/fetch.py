@@ -30,8 +30,12 @@ def main(wanted: list[str]) -> None:
 
 
 def parameters(tree: ast.AST, name: str) -> str:
-    """The parameters of a function, or of Class.method, without annotations."""
+    """The parameters of a function, of Class.method, or of a dataclass, without annotations."""
     *outer, last = name.split(".")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            return ", ".join(ast.unparse(f.target) + (f"={ast.unparse(f.value)}" if f.value else "") for f in fields)
     for part in outer:
         tree = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == part)
     [*_, function] = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == last)
