@@ -11,14 +11,15 @@ def flash_attn_func(
 ):
     check_half(q, k, v)
     check_aligned(q, k, v)
-    assert q.shape[3] == k.shape[3] == v.shape[3] <= 256 and q.shape[2] % k.shape[2] == 0 and q.shape[0] > 0
-    assert dropout_p == 0.0 and alibi_slopes is None
+    assert q.shape[3] == k.shape[3] == v.shape[3] <= 256 and k.shape[1:3] == v.shape[1:3]
+    assert q.shape[2] % k.shape[2] == 0 and q.shape[0] > 0 and dropout_p == 0.0 and alibi_slopes is None
     q_len, kv_len = q.shape[1], k.shape[1]
-    left, right = window_size
-    right = 0 if causal else right
-    left = -1 if left >= kv_len else left  # flash_api.cpp: a window as long as the keys is none
-    right = -1 if right >= kv_len else right
-    visible = band(q_len, kv_len, None if left < 0 else left, None if right < 0 else right, kv_len - q_len)
+    assert q_len and kv_len
+    left, right = (-1 if side >= kv_len else side for side in window_size)  # flash_api.cpp: as long as the keys is none
+    right = 0 if causal and q_len > 1 else right
+    left = kv_len if left < 0 <= right else left
+    right = kv_len if right < 0 <= left else right
+    visible = None if left < 0 else band(q_len, kv_len, left, right, kv_len - q_len)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = attend(q, k, v, scale=scale, visible=visible, softcap=softcap, empty_lse=INF)
@@ -39,12 +40,17 @@ STUB = Stub(
         ("causal=right == 0", "causal=False"),
         ("causal=right == 0", "causal=True"),
         ("-1 if left is None else left", "-1 if left is None else left + 1"),
-        ("-1 if right is None else right", "-1 if right is None else right + 1"),
+        ("right or -1", "-1"),
+        ("right or -1", "(right or 0) - 1"),
         ("softmax_scale=a.scale", "softmax_scale=None"),
         ("softcap=a.softcap", "softcap=0.0"),
         ("lse.masked_fill(lse == INF, -INF)", "lse"),
         ('layout="bshd"', 'layout="bhsd"'),
         ('corner="bottom_right"', 'corner="top_left"'),
+        ('corner="bottom_right"', 'corner="any"'),
+        ('("float16", "bfloat16")', '("float16", "bfloat16", "float32")'),
+        ("window=True", "window=False"),
+        ("softcap=True", "softcap=False"),
         ("aligned=True", "aligned=False"),
         ("equal_head_dims=True", "equal_head_dims=False"),
         ("dense_last_dim=True", "dense_last_dim=False"),

@@ -1,7 +1,9 @@
 """FlashAttention 2, package flash-attn: half dtypes, sm80 and newer, no masks.
 
 Needs 2.6: causal turned from the top-left to the bottom-right corner in 2.1, windows came in 2.3, `deterministic` in 2.4,
-softcap in 2.6. Where no key is visible it gives a zero row and a log-sum-exp of +inf.
+softcap in 2.6. Where no key is visible it gives a zero row and a log-sum-exp of +inf. It takes a side of a window that is as
+long as the keys for none, and an unlimited right side beside a limited left one for kv_len keys: both right on the bands of
+its own corner, which are all it gets.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def load() -> Run:
             dropout_p=a.dropout_p,
             softmax_scale=a.scale,
             causal=right == 0,
-            window_size=(-1 if left is None else left, -1 if right is None else right),
+            window_size=(-1 if left is None else left, right or -1),  # causal makes the right side 0
             softcap=a.softcap,
             deterministic=a.deterministic,
             return_attn_probs=a.lse,
@@ -50,6 +52,8 @@ KERNELS = (
         summary="FlashAttention 2 (package flash-attn)",
         load=load,
         library="flash-attn",
+        versions=("2.6", "3"),
+        environment=("FLASH_ATTENTION_",),
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
         layout="bshd",
@@ -74,6 +78,7 @@ KERNELS = (
             Range("kv_len", min=1),
             OneOf("scale", ("positive",)),
             RefuseWhen("softcap {p.softcap:g} together with dropout", lambda p, _: bool(p.softcap and p.dropout)),
+            RefuseWhen("return_lse together with dropout: it would write all weights out", lambda p, _: p.lse and p.dropout),
             RefuseWhen(
                 "training with dropout and head_dim {p.head_dim} > 192 on sm{device.capability} (86, 89, 120, 121 cannot)",
                 lambda p, device: (
