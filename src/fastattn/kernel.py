@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastattn.config import log
 from fastattn.device import Device, private
+from fastattn.masks import as_bias, sees_nothing
 from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
 from fastattn.scratch import room
 
 __all__ = [
     "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "Tensor", "by_keyword", "log", "require", "room",
+    "Rejected", "Run", "Tensor", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -146,9 +147,13 @@ def by_keyword(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
 
     Raises ImportError naming those it lacks; one that **kwargs would swallow is lacking.
     """
-    known = inspect.signature(function).parameters
+    schema = getattr(function, "_schema", None)  # of torch's operators
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [name for name in names if name not in known or known[name].kind not in kinds]
+    if schema is not None:
+        known = {argument.name for argument in schema.arguments}
+    else:
+        known = {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds}
+    missing = [name for name in names if name not in known]
     if missing:
         raise ImportError(f"its {function.__name__} takes no {', '.join(missing)}: another version is needed")
     return function

@@ -71,6 +71,16 @@ def signature(file: str, name: str) -> inspect.Signature:
     return inspect.signature(scope["function"])
 
 
+def of_operator(name: str) -> inspect.Signature:
+    """The signature of one of torch's operators, as this torch says."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    given = [
+        (a.name, kinds[a.kwarg_only], a.default_value if a.has_default_value() else inspect.Parameter.empty)
+        for a in getattr(torch.ops.aten, name).default._schema.arguments
+    ]
+    return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, kind, default in given])
+
+
 class _Anything(dict):
     """Defaults that name something of the library's own."""
 
@@ -97,9 +107,11 @@ def library_at_work():
         _inside -= 1
 
 
-def signed(file: str, name: str, *, keywords_only: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def signed(
+    file: str, name: str, *, keywords_only: bool = True, real: inspect.Signature | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a stub function the real one's signature; it gets every argument, defaults filled in. Calls are recorded."""
-    real = signature(file, name)
+    real = signature(file, name) if real is None else real
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
