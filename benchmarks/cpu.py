@@ -22,7 +22,7 @@ import report
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rounds import environment, interleave, is_busy, peak_bytes, spread
+from rounds import environment, interleave, is_busy, peak_bytes, settle, spread
 from workload import SMALL, Case, Inputs, cases, inputs
 
 import fastattn
@@ -92,10 +92,10 @@ class GateOnly:
         return 0.0
 
 
-def measure(case: Case, rounds: int, seconds: float) -> Result:
+def measure(case: Case, rounds: int, seconds: float, device: str = "cpu") -> Result:
     """One problem from an empty store to its medians."""
     start = time.perf_counter()
-    x = inputs(case)
+    x = inputs(case, device)
     options = case.options
     sdpa = x.run(x.sdpa())
     ours = x.run(lambda q, k, v, mask: fastattn.attention(q, k, v, mask, **options))
@@ -133,8 +133,10 @@ def measure(case: Case, rounds: int, seconds: float) -> Result:
 def _once(run: Callable[[], object], clear: bool = False) -> float:
     if clear:
         fastattn.clear()
+    settle()
     start = time.perf_counter()
     run()
+    settle()
     return time.perf_counter() - start
 
 
