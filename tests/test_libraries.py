@@ -151,7 +151,8 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         assert isinstance(candidate, Accepted)
         call = planning.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
-        hold(want, call, q, k, v, mask if isinstance(mask, torch.Tensor) else None)
+        rung = "dtype" if kernel.approximate else "exact"
+        hold(want, call, q, k, v, mask if isinstance(mask, torch.Tensor) else None, rung)
         assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), f"{candidate.name} changed its inputs"
     return []
 
