@@ -38,7 +38,7 @@ def _shipped() -> tuple[Kernel, ...]:
 
 def rows() -> tuple[Kernel, ...]:
     """All kernels known, the default first; a plugin's as far as its metadata tells."""
-    return (*_shipped(), *_plugins(), *_extra)
+    return (*_shipped(), *plugins(), *_extra)
 
 
 def rows_for(device_type: str, named: Collection[str] = ()) -> list[Kernel]:
@@ -48,7 +48,7 @@ def rows_for(device_type: str, named: Collection[str] = ()) -> list[Kernel]:
     """
     by_name: dict[str, Kernel] = {}
     for kernel in rows():
-        row = _loaded(kernel) if kernel.name in named and kernel in _plugins() else kernel
+        row = _loaded(kernel) if kernel.name in named and kernel in plugins() else kernel
         if row.name not in by_name or device_type in row.devices:
             by_name[row.name] = row
     return list(by_name.values())
@@ -70,7 +70,8 @@ def _entry_points() -> dict[str, Any]:
 
 
 @cache
-def _plugins() -> tuple[Kernel, ...]:
+def plugins() -> tuple[Kernel, ...]:
+    """The kernels that other packages bring, as far as their metadata tells."""
     taken = {kernel.name for kernel in _shipped()}
     return tuple(_unloaded(point) for name, point in _entry_points().items() if name not in taken)
 
