@@ -22,7 +22,7 @@ F.sdpa as well. `FASTATTN_QUIRKS` names a file with more of them.
 
 | kernel | fault | where | reported |
 |---|---|---|---|"""
-CORNERS = {"top_left": "top left", "bottom_right": "bottom right", "any": "both corners", None: ""}
+CORNERS = {"top_left": "top left", "bottom_right": "bottom right", "any": "both corners", "square": "equal lengths", None: ""}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 SAID = {"lse": "return_lse", "custom_mask": "BlockMask"}
 
