@@ -174,7 +174,7 @@ def row_of(stub: stubs.Stub, name: str) -> Kernel:
 def test_every_call_of_the_grid_is_right_or_refused_as_listed(stub, name, monkeypatch):
     refused = {}
     with installed(stub, monkeypatch):
-        for case, call in GRID.items():
+        for case, call in {**GRID, **stub.cases}.items():
             try:
                 reasons = run(row_of(stub, name), stub, call)
             except Exception as error:
@@ -239,7 +239,8 @@ def test_a_broken_convention_turns_the_grid_red(stub, text, other, monkeypatch):
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
     exec(compile(source.replace(text, other), f"<{stub.file} broken>", "exec"), broken.__dict__)
     with installed(stub, monkeypatch):
-        assert any(_is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in GRID.items())
+        calls = {**GRID, **stub.cases}
+        assert any(_is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in calls.items())
 
 
 def _is_red(kernel: Kernel, stub: stubs.Stub, name: str, call: dict[str, Any]) -> bool:
