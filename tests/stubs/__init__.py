@@ -86,7 +86,15 @@ class _Anything(dict):
     """Defaults that name something of the library's own."""
 
     def __missing__(self, key: str) -> str:
-        return key
+        return _Name(key)
+
+
+class _Name(str):
+    def __getattr__(self, name: str) -> str:
+        return _Name(f"{self}.{name}")
+
+    def __call__(self, *given: Any) -> str:
+        return _Name(f"{self}{given}")
 
 
 calls: list[tuple[str, dict[str, Any]]] = []  # (function, its arguments) of every call of a signed function
