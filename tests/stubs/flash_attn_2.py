@@ -21,6 +21,7 @@ def flash_attn_func(
     right = kv_len if right < 0 <= left else right
     visible = None if left < 0 else band(q_len, kv_len, left, right, kv_len - q_len)
     scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    assert scale > 0  # a row's maximum is taken before it is scaled
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = attend(q, k, v, scale=scale, visible=visible, softcap=softcap, empty_lse=INF)
     out = out.transpose(1, 2).contiguous()
@@ -43,6 +44,7 @@ STUB = Stub(
         ("right or -1", "-1"),
         ("right or -1", "(right or 0) - 1"),
         ("softmax_scale=a.scale", "softmax_scale=None"),
+        ('OneOf("scale", ("positive",))', 'OneOf("scale", ("positive", "negative"))'),
         ("softcap=a.softcap", "softcap=0.0"),
         ("lse.masked_fill(lse == INF, -INF)", "lse"),
         ('layout="bshd"', 'layout="bhsd"'),

@@ -58,7 +58,6 @@ KERNELS = (
         dtypes=("float16", "bfloat16"),
         layout="bshd",
         corner="bottom_right",
-        causal_scales=("positive",),
         window=True,
         softcap=True,
         dropout=True,
