@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from fastattn.masks import Causal
 from stubs import Stub, attend, band, check_aligned, check_half, module, signed
 
 FILE = "transformer_engine"
@@ -196,6 +197,10 @@ STUB = Stub(
     library="transformer-engine",
     version="2.18.0",
     modules=modules,
+    cases={
+        "window_past_first_key": {"sq": 5, "skv": 19, "window": (16, 2), "mask": Causal("bottom_right")},
+        "misaligned_bshd": {"memory": "misaligned", "layout": "bshd"},
+    },
     refuses={
         "te_fused": "bottom_right_tall grad_bottom_right window_tall window_left_past_keys bool_mask_keys float32"
         + NO_SCALES + NO_EXTRAS,
@@ -207,6 +212,7 @@ STUB = Stub(
         ("return mask.logical_not(), None", "return mask, None"),
         ('"causal_bottom_right" if bottom_right else "causal"', '"causal"'),
         ('"causal_bottom_right" if bottom_right else "causal"', '"causal_bottom_right"'),
+        ("right == 0 or not", "not"),
         ("(-1 if left is None else left, 0)", "(-1, 0)"),
         ("(far if left is None else left, far", "(-1 if left is None else left, far"),
         ("left, right = None if a.lower is None else -a.lower, a.upper", "pass"),
@@ -220,6 +226,7 @@ STUB = Stub(
         ("max_seqlen=kv_len", "max_seqlen=q_len"),
         ("dense=True", "dense=False"),
         ("dense_last_dim=True, aligned=True", "dense_last_dim=True"),
+        ("dense=True, aligned=True", "dense=True"),
         ("equal_head_dims=True", "equal_head_dims=False"),
         ("head_dim_multiple=8", "head_dim_multiple=1"),
         ('layout="bshd"', 'layout="sbhd"'),

@@ -61,7 +61,7 @@ def load(which: int) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         (b, q_len, heads, head_dim), kv_len = q.shape, k.shape[1]
         hidden, bias = _parts(mask, finite=which == FUSED)
-        kind, window, bottom_right = _band(a, q_len, kv_len, which)
+        kind, window, bottom_right = _band(a, q_len, kv_len)
         kind = "arbitrary" if which == UNFUSED and hidden is not None else kind
         bias_type, shape = "no_bias", None
         if bias is not None:
@@ -87,12 +87,12 @@ def load(which: int) -> Run:
     return run
 
 
-def _band(a: Arguments, q_len: int, kv_len: int, which: int) -> tuple[str, tuple[int, int], bool]:
-    """(attn_mask_type, window_size, bottom_right_diagonal); FlashAttention knows the bottom-right corner alone."""
+def _band(a: Arguments, q_len: int, kv_len: int) -> tuple[str, tuple[int, int], bool]:
+    """(attn_mask_type, window_size, bottom_right_diagonal)."""
     if a.lower is None and a.upper is None:
         return "no_mask", (-1, -1), True
     left, right = a.beside(q_len, kv_len)
-    bottom_right = which == FLASH or right == 0 or not (a.lower or 0) <= 0 <= (a.upper or 0)
+    bottom_right = right == 0 or not (a.lower or 0) <= 0 <= (a.upper or 0)
     if not bottom_right:
         left, right = None if a.lower is None else -a.lower, a.upper
     if right == 0:
