@@ -72,7 +72,8 @@ class Kernel:
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = (*FLOATS, "float64")
     layout: str = "bhsd"  # what `run` takes and returns
-    corner: str | None = "top_left"  # which causal corner it draws: "top_left", "bottom_right", "any", None
+    # which causal corner it draws: "top_left", "bottom_right", "any", "square" (neither, but q_len == kv_len), None
+    corner: str | None = "top_left"
     causal_scales: tuple[str, ...] = ("positive", "zero", "negative")  # signs of the scale it draws a triangle for
     masks: tuple[str, ...] = ()  # of "bool", "additive"
     mask_and_causal: bool = False  # both at once
