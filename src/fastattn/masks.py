@@ -69,7 +69,8 @@ def intersect(mask: Tensor | None, seen: Tensor) -> Tensor:
 
 def sees_nothing(mask: Tensor, q_len: int, kv_len: int, lower: int | None = None, upper: int | None = None) -> Tensor:
     """(b|1, h|1, q_len) bool: the queries that a float mask within the band leaves no key."""
-    seen = (mask != float("-inf")).expand(*mask.shape[:2], q_len, kv_len)
+    seen = _four(mask) != float("-inf")
+    seen = seen.expand(*seen.shape[:2], q_len, kv_len)
     if upper is not None:
         seen = seen.tril(upper)
     return (seen if lower is None else seen.triu(lower)).any(-1).logical_not()
@@ -80,17 +81,20 @@ def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
 
     Where they are not it becomes a slice of a padded tensor.
     """
-    mask, kv_len = mask.to(like.dtype), shape[3]
+    mask, kv_len = _four(mask).to(like.dtype), shape[3]
     step = 16 // mask.itemsize
     pitch = -(-kv_len // step) * step  # a row is read to the end of its last vector
-    steps = [st for n, st in zip(mask.shape[:3], mask.stride()[:3], strict=True) if n > 1]
     if not (
         mask.shape[3] == kv_len
         and (mask.stride(3) == 1 and mask.storage_offset() % step == 0)
-        and all(st % step == 0 for st in steps)
+        and all(st % step == 0 for st in mask.stride()[:3])
         and (kv_len == pitch or mask.stride(2) >= pitch)
     ):
         padded = mask.new_zeros((*mask.shape[:3], pitch))
         padded[..., :kv_len] = mask
         mask = padded[..., :kv_len]
     return mask.expand(shape)
+
+
+def _four(mask: Tensor) -> Tensor:
+    return mask if mask.dim() == 4 else mask[None, None]
