@@ -8,6 +8,7 @@ its own corner, which are all it gets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
@@ -18,8 +19,13 @@ INF = float("inf")
 def load() -> Run:
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
+    return of(flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
     attend = by_keyword(
-        flash_attn_func, "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
+        function, "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
         "return_attn_probs",
     )  # fmt: skip
 

@@ -20,9 +20,13 @@ INF = float("inf")
 
 
 def load(module: str) -> Run:
+    return of(import_module(module).flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
     import torch
 
-    function = import_module(module).flash_attn_func
     attend = by_keyword(
         function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic",
     )  # fmt: skip

@@ -8,6 +8,7 @@ of -inf.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastattn.kernel import Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
@@ -16,8 +17,13 @@ from fastattn.kernel import Arguments, Device, Kernel, OneOf, Range, RefuseWhen,
 def load() -> Run:
     from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
+    return of(flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
     attend = by_keyword(
-        flash_attn_func, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
+        function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
