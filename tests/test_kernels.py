@@ -248,14 +248,14 @@ def test_the_edges_of_a_range_are_just_that():
 def test_limits_written_out_name_both_numbers():
     sm86 = replace(H100, capability=86)
     texts = {
-        "torch_flash": "training with head_dim 200 and dropout False on sm86"
+        "torch_flash": "training with head dims 200 and 200, dropout False, on sm86"
         " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
         "torch_efficient": "wrong with a mask or causal and q_len > 65536 (https://github.com/pytorch/pytorch/issues/162588)",
     }
     p = problem(device="cuda", dtype="float16", head_dim=200, needs_grad=True, q_len=70_000, causal="top_left")
     reasons = {d.name: d.reasons for d in candidates.decisions(p, sm86, config.Config()) if isinstance(d, Rejected)}
     assert all(text in reasons[name] for name, text in texts.items()), reasons
-    p = p.replace(head_dim=192, q_len=65_536, kv_len=65_536)
+    p = p.replace(head_dim=192, head_dim_v=192, q_len=65_536, kv_len=65_536)
     found = candidates.decisions(p, sm86, config.Config())
     assert set(texts) <= {d.kernel.name for d in found if isinstance(d, Accepted)}
 

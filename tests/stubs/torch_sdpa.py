@@ -100,6 +100,7 @@ def private(ops):
 
 
 LSE_WITH_MASK = {
+    "lse_grad": {"return_lse": True, "grad": True},
     "lse_mask": {"mask": ("bhqk", torch.bool), "return_lse": True},
     "lse_zero": {"mask": ("b11k", torch.bool), "skv": 1, "scale": 0.0, "return_lse": True},  # one that is really 0
     "lse_mask_and_window": {"mask": ("bhqk", torch.bool), "is_causal": True, "window": (0, 0), "return_lse": True},
@@ -128,6 +129,12 @@ STUB = Stub(
         ("lse.masked_fill(sees_nothing(mask, s, kv_len, upper=a.upper), NEVER)", "lse.masked_fill(lse == 0, NEVER)"),
         ("lse = lse.masked_fill(sees_nothing(mask, q.shape[2], k.shape[2], upper=a.upper), NEVER)", "pass"),
         ("lse[..., :s].detach()", "lse.detach()"),
+        ("lse[..., :s].detach()", "lse[..., :s]"),
+        (
+            "lse = lse.detach()\n        return out, lse.masked_fill(lse == -NEVER",
+            "return out, lse.masked_fill(lse == -NEVER",
+        ),
+        ("lse = lse.detach().reshape", "lse = lse.reshape"),
         ("lse.detach().reshape(q.shape[:3])", "lse.detach()"),
         ("compute_log_sumexp=a.needs_grad or a.lse", "compute_log_sumexp=a.lse"),
         ("compute_log_sumexp=a.needs_grad or a.lse", "compute_log_sumexp=a.needs_grad"),

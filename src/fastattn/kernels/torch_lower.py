@@ -7,6 +7,7 @@ query's own key. Where no key is visible flash says a log-sum-exp of +inf, the e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastattn.kernel import (
@@ -33,22 +34,12 @@ def load_flash() -> Run:
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        left, right = a.beside(q.shape[1], k.shape[1])
+        q_len, kv_len = q.shape[1], k.shape[1]
+        left, right = (-1 if n is None else n for n in a.beside(q_len, kv_len))
         out, lse, *_ = flash(
-            query=q,
-            key=k,
-            value=v,
-            cum_seq_q=None,
-            cum_seq_k=None,
-            max_q=q.shape[1],
-            max_k=k.shape[1],
-            dropout_p=a.dropout_p,
-            is_causal=right == 0,
-            return_debug_mask=False,
-            scale=a.scale,
-            window_size_left=-1 if left is None else left,
-            window_size_right=-1 if right is None else right,
-        )
+            query=q, key=k, value=v, cum_seq_q=None, cum_seq_k=None, max_q=q_len, max_k=kv_len, dropout_p=a.dropout_p,
+            is_causal=right == 0, return_debug_mask=False, scale=a.scale, window_size_left=left, window_size_right=right,
+        )  # fmt: skip
         return (out, natural(lse)) if a.lse else out
 
     return run
@@ -65,21 +56,14 @@ def load_varlen() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-        left, right = a.beside(q_len, kv_len)
+        left, right = (-1 if n is None else n for n in a.beside(q_len, kv_len))
         found = attend(
-            query=q.flatten(0, 1),
-            key=k.flatten(0, 1),
-            value=v.flatten(0, 1),
-            cu_seq_q=arange(0, (batch + 1) * q_len, q_len, dtype=int32, device=q.device),
-            cu_seq_k=arange(0, (batch + 1) * kv_len, kv_len, dtype=int32, device=q.device),
-            max_q=q_len,
-            max_k=kv_len,
-            return_aux=AuxRequest(lse=a.lse),
-            scale=a.scale,
-            # a tuple: its triangle is meant where this equals (-1, 0)
-            window_size=(-1 if left is None else left, -1 if right is None else right),
-            enable_gqa=True,
-        )
+            query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1),
+            cu_seq_q=arange(0, (batch + 1) * q_len, q_len, dtype=int32, device=q.device), max_q=q_len,
+            cu_seq_k=arange(0, (batch + 1) * kv_len, kv_len, dtype=int32, device=q.device), max_k=kv_len,
+            window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
+            scale=a.scale, enable_gqa=True, return_aux=AuxRequest(lse=a.lse),
+        )  # fmt: skip
         if not a.lse:
             return found.unflatten(0, (batch, q_len))
         out, lse = found
@@ -102,20 +86,12 @@ def load_efficient() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         b, s, h, kv_len = *q.shape[:3], k.shape[1]
         out, lse, *_ = efficient(
-            query=q,
-            key=k,
-            value=v,
-            bias=None if mask is None else as_bias(mask, q, (b, h, s, kv_len)),
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            max_seqlen_q=None,
-            max_seqlen_k=None,
-            dropout_p=a.dropout_p,
+            query=q, key=k, value=v, bias=None if mask is None else as_bias(mask, q, (b, h, s, kv_len)),
+            cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, dropout_p=a.dropout_p,
             custom_mask_type=0 if a.upper is None else 1 if a.upper == 0 else 2,  # none, top-left, bottom-right
-            compute_log_sumexp=a.needs_grad or a.lse,
-            scale=a.scale,
             window_size=None if a.lower is None or a.upper is None else a.upper - a.lower + 1,
-        )
+            scale=a.scale, compute_log_sumexp=a.needs_grad or a.lse,
+        )  # fmt: skip
         if not a.lse:
             return out
         lse = lse[..., :s].detach()  # padded to a multiple of 32
@@ -135,7 +111,7 @@ FLASH_NEEDS = (
     *GRID_LIMITS,
     OneOf("scale", ("positive",)),
     RefuseWhen(
-        "training with head_dim {p.head_dim} and dropout {p.dropout} on sm{device.capability}"
+        "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
         " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
         lambda p, device: (
             p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
@@ -148,26 +124,28 @@ FLASH_NEEDS = (
     ),
 )  # fmt: skip
 
+FLASH = Kernel(
+    name="aten_flash",
+    summary="torch's copy of FlashAttention 2 below SDPA: with windows",
+    load=load_flash,
+    devices=("cuda",),
+    dtypes=HALF,
+    layout="bshd",
+    corner="bottom_right",
+    causal_scales=("positive",),
+    window=True,
+    dropout=True,
+    lse=True,
+    equal_head_dims=True,
+    head_dim_multiple=8,
+    dense_last_dim=True,
+    aligned=True,
+    switch="flash",
+    needs=FLASH_NEEDS,
+)
+
 KERNELS = (
-    Kernel(
-        name="aten_flash",
-        summary="torch's copy of FlashAttention 2 below SDPA: with windows",
-        load=load_flash,
-        devices=("cuda",),
-        dtypes=HALF,
-        layout="bshd",
-        corner="bottom_right",
-        causal_scales=("positive",),
-        window=True,
-        dropout=True,
-        lse=True,
-        equal_head_dims=True,
-        head_dim_multiple=8,
-        dense_last_dim=True,
-        aligned=True,
-        switch="flash",
-        needs=FLASH_NEEDS,
-    ),
+    FLASH,
     Kernel(
         name="aten_efficient",
         summary="torch's memory-efficient kernel (cutlass) below SDPA: with the other corner and causal windows",
@@ -215,22 +193,11 @@ KERNELS = (
             ),
         ),
     ),
-    Kernel(
+    replace(
+        FLASH,
         name="torch_varlen",
         summary="torch.nn.attention.varlen, every sequence of one length",
         load=load_varlen,
-        devices=("cuda",),
-        dtypes=HALF,
-        layout="bshd",
-        corner="bottom_right",
-        causal_scales=("positive",),
-        window=True,
-        lse=True,
-        equal_head_dims=True,
-        head_dim_multiple=8,
-        dense_last_dim=True,
-        aligned=True,
-        switch="flash",
-        needs=FLASH_NEEDS,
+        dropout=False,
     ),
 )

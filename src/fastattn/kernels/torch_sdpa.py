@@ -199,7 +199,7 @@ KERNELS = (
             *GRID_LIMITS,
             OneOf("scale", ("positive",)),
             RefuseWhen(
-                "training with head_dim {p.head_dim} and dropout {p.dropout} on sm{device.capability}"
+                "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
                 " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
                 lambda p, device: (
                     p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
