@@ -40,8 +40,14 @@ def load_1() -> Run:
 
 def load_2(name: str, built: str = "", **more: Any) -> Run:
     """built: the name in sageattention.core that says whether its extension could be loaded."""
-    import torch
     from sageattention import core  # type: ignore[attr-defined]
+
+    return of_2(core, name, built, **more)
+
+
+def of_2(core: Any, name: str, built: str = "", **more: Any) -> Run:
+    """A function of sageattention.core, wherever that comes from."""
+    import torch
 
     if built and not getattr(core, built, True):
         raise ImportError(f"{name} was not built for this GPU: sageattention.core.{built} is False")
