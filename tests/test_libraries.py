@@ -152,7 +152,9 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         call = planning.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
         rung = "dtype" if kernel.approximate else "exact"
-        hold(want, call, q, k, v, mask if isinstance(mask, torch.Tensor) else None, rung)
+        dense = mask if isinstance(mask, torch.Tensor) else None
+        hold(want, call, q, k, v, dense, rung)
+        assert isinstance(call(q, k, v, dense), tuple) is p.lse, "with a log-sum-exp where it is asked for, and only there"
         assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), f"{candidate.name} changed its inputs"
     return []
 
