@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import stubs
@@ -100,12 +99,12 @@ def test_what_a_build_raises_is_a_reason(cache, monkeypatch):
     assert "aaa: ImportError" in reason and "softmax_scale" in reason
 
 
-def test_the_hubs_own_cache_is_looked_at_where_kernels_has_none(monkeypatch, tmp_path):
-    with installed(stub.STUB, monkeypatch):
-        monkeypatch.delenv("KERNELS_CACHE")
-        constants = stubs.module("huggingface_hub.constants", HF_HUB_CACHE=str(tmp_path))
-        monkeypatch.setitem(sys.modules, "huggingface_hub", stubs.module("huggingface_hub", constants=constants))
-        stub.put(tmp_path, FLASH_2, "aaa", 1)
-        before = dict(os.environ)
-        assert loaded() == ["aaa"]
-        assert dict(os.environ) == before and "HF_HUB_OFFLINE" not in before
+@pytest.mark.parametrize("name, below", [*hf_kernels.WHERE, ("HOME", ".cache/huggingface/hub")])
+def test_the_cache_is_where_huggingface_hub_has_it(cache, monkeypatch, tmp_path, name, below):
+    for other, _ in hf_kernels.WHERE:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(tmp_path))
+    stub.put(tmp_path / below, FLASH_2, "aaa", 1)
+    before = dict(os.environ)
+    assert loaded() == ["aaa"]
+    assert dict(os.environ) == before and "HF_HUB_OFFLINE" not in before

@@ -19,6 +19,14 @@ from typing import Any
 from fastattn.kernel import Kernel, OneOf, Run, by_keyword
 from fastattn.kernels import flash_attn_2, flash_attn_3, flash_attn_4, sageattention
 
+WHERE = (
+    ("KERNELS_CACHE", ""),
+    ("HF_HUB_CACHE", ""),
+    ("HUGGINGFACE_HUB_CACHE", ""),
+    ("HF_HOME", "hub"),
+    ("XDG_CACHE_HOME", "huggingface/hub"),
+)
+
 
 def load(repository: str, of: Callable[[Any], Run]) -> Run:
     """of: what makes a run of the kernel's module."""
@@ -39,11 +47,11 @@ def load(repository: str, of: Callable[[Any], Run]) -> Run:
 
 
 def _cache() -> Path:
-    if os.environ.get("KERNELS_CACHE"):
-        return Path(os.environ["KERNELS_CACHE"])
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
+    """Where huggingface_hub keeps its cache, or `kernels` its own."""
+    for name, below in WHERE:
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / below
+    return Path("~/.cache/huggingface/hub").expanduser()
 
 
 def snapshots(repository: str, cache: Path) -> list[Path]:
@@ -68,7 +76,7 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
     return replace(
         base, name=name, summary=f"{what} from the Hugging Face hub ({repository}), where it is in the local cache",
         load=partial(load, repository, of), library="kernels", versions=("0.17", ""), opt_in=True,
-        environment=(*base.environment, "KERNELS_CACHE", "LOCAL_KERNELS", "HF_HOME", "HF_HUB_CACHE"), **changes,
+        environment=(*base.environment, "LOCAL_KERNELS", *(name for name, _ in WHERE)), **changes,
     )  # fmt: skip
 
 
