@@ -146,6 +146,11 @@ def _under_autocast(call: Call, p: Problem) -> Call:
 # --- the fallback chain
 
 
+def plain_name(is_math: bool, is_custom: bool) -> str:
+    """What serves where nothing may be learnt: F.sdpa, or what takes a softcap, or the caller's own function."""
+    return "flex" if is_custom else "sdpa_math" if is_math else "default"
+
+
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
     plain = {d.kernel.name for d in found if isinstance(d, Accepted) and is_native(d, d.kernel.name)}
