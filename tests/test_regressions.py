@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
 import fastattn
-from fastattn import api, attention, config, learnt, race, resolve, tuning
+from fastattn import api, attention, config, inputs, learnt, masks, race, resolve, tuning
 from fastattn.errors import NoKernelError
 
 
@@ -131,3 +132,156 @@ def test_threads_that_read_no_verdict_just_before_one_was_found_do_not_tune_agai
     assert len(count) == 1
 
 
+
+
+# --- what a reviewer of the options found
+
+BOTTOM = masks.Causal("bottom_right")
+
+
+def every_third(score, b, h, i, j):
+    return score + torch.where(j % 3 == 0, 2.0, 0.0)
+
+
+def by_hand(q, k, v, seen=None, softcap=0.0, change=lambda scores: scores):
+    scores = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    scores = change(softcap * torch.tanh(scores / softcap) if softcap else scores)
+    scores = scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+@pytest.mark.parametrize("mode", ["auto", "cached", "off"])
+def test_a_score_mod_is_told_each_keys_own_number_in_a_window(mode):
+    q, k, v = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, 40, 16)
+    j = torch.arange(40)
+    want = by_hand(q, k, v, (j >= 34)[None], change=lambda s: s + torch.where(j % 3 == 0, 2.0, 0.0))
+    with fastattn.options(mode=mode):
+        torch.testing.assert_close(attention(q, k, v, BOTTOM, window=(5, 0), score_mod=every_third), want)
+
+
+@pytest.mark.parametrize("how", ["eager", "off", "compiled"])
+def test_a_block_mask_keeps_its_softcap(how, caplog):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    block = create_block_mask(lambda b, h, i, j: j <= i, None, None, 64, 64, device="cpu")
+    want = by_hand(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril(), softcap=2.0)
+
+    def call(q, k, v):
+        return attention(q, k, v, block, softcap=2.0)
+
+    with fastattn.options(mode="off" if how == "off" else "auto"):
+        torch.testing.assert_close((torch.compile(call, fullgraph=True) if how == "compiled" else call)(q, k, v), want)
+    assert "budgets" not in caplog.text
+
+
+def test_a_traced_score_mod_takes_bands_and_refuses_an_order_it_cannot_carry_out():
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    i, j = torch.arange(64)[:, None], torch.arange(64)
+    want = by_hand(q, k, v, (j <= i) & (j >= i - 5), change=lambda s: s + torch.where(j % 3 == 0, 2.0, 0.0))
+    banded = torch.compile(lambda *x: attention(*x, is_causal=True, window=(5, 0), score_mod=every_third), fullgraph=True)
+    torch.testing.assert_close(banded(q, k, v), want)
+    ordered = torch.compile(lambda *x: attention(*x, kernel="torch_flash", score_mod=every_third))
+    with pytest.raises(fastattn.NoKernelError, match="torch_flash"):
+        ordered(q, k, v)
+
+
+@pytest.mark.parametrize("how", ["off", "compiled"])
+def test_plain_math_is_cast_by_autocast_as_f_sdpa_is(how):
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+
+    def call(q, k, v):
+        return attention(q, k, v, softcap=2.0, return_lse=True)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = call(q, k, v)
+        with fastattn.options(mode="off" if how == "off" else "auto"):
+            out_2, lse_2 = (torch.compile(call, fullgraph=True) if how == "compiled" else call)(q, k, v)
+    assert out.dtype is out_2.dtype is torch.bfloat16 and lse.dtype is lse_2.dtype is torch.float32
+    torch.testing.assert_close(lse, lse_2, atol=0.01, rtol=0)
+
+
+def test_a_window_in_a_list_may_change_between_calls():
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    window = [3, 0]
+    first = attention(q, k, v, window=window)
+    window[0] = 40
+    assert not torch.equal(first, attention(q, k, v, window=window))
+
+
+def test_explain_says_so_where_no_kernel_can():
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    found = fastattn.explain(q.requires_grad_(), k, v, score_mod=every_third)
+    assert found.served_by == "nothing" and "NoKernelError" in found.why and len(found.rows) > 5
+    with pytest.raises(fastattn.NoKernelError):
+        attention(q, k, v, score_mod=every_third)
+
+
+def test_a_whole_number_is_an_accuracy_too():
+    assert type(inputs.parse({"accuracy": 1}).accuracy) is float
+
+
+def test_a_recomputing_backward_takes_many_gradients_at_once_and_can_be_differentiated():
+    q, k, v = (torch.randn(2, 4, 64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, kernel="matmul_mixed")
+    grads = torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, (q, k, v), grads, is_grads_batched=True, retain_graph=True)
+    single = torch.autograd.grad(out, (q, k, v), grads[1], retain_graph=True)
+    for many, one in zip(batched, single, strict=True):
+        torch.testing.assert_close(many[1], one, atol=2e-2, rtol=2e-2)
+    first = torch.autograd.grad(out, q, grads[0], create_graph=True)[0]
+    found = torch.autograd.grad(first.sum(), (q, k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    want = torch.autograd.grad(torch.autograd.grad(plain, q, grads[0], create_graph=True)[0].sum(), (q, k, v))
+    for got, right in zip(found, want, strict=True):
+        torch.testing.assert_close(got, right, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"window": (100, 0)}, {"window": (10, 0)}, {"kernel": "torch_flash"}], ids=str)
+def test_a_decode_loop_under_a_causal_mask_hits(q_len, options, monkeypatch):
+    misses = []
+    resolved = resolve.attention
+    monkeypatch.setattr(resolve, "attention", lambda *given: misses.append(1) or resolved(*given))
+    q, k, v = torch.randn(1, 8, q_len, 64), *torch.randn(2, 1, 2, 260, 64)
+    i, j = torch.arange(q_len)[:, None], torch.arange(260)
+    for kv_len in range(188, 250):
+        out = attention(q, k[:, :, :kv_len], v[:, :, :kv_len], BOTTOM, **options)
+        at = i + kv_len - q_len
+        seen = (j <= at) & (j >= at - options.get("window", (1000, 0))[0])
+        want = by_hand(q, *(x[:, :, :kv_len].repeat_interleave(4, 1) for x in (k, v)), seen[:, :kv_len])
+        torch.testing.assert_close(out, want)
+    assert len(misses) <= 8  # bucket edges, and the family's first lengths
+
+
+def test_under_a_default_device_calls_are_served_and_hit():
+    q, k, v = torch.randn(3, 2, 4, 64, 32, dtype=torch.float16).unbind()
+    padding = torch.ones(2, 1, 1, 64, dtype=torch.bool)
+    calls = [{}, {"is_causal": True}, {"window": (3, 2)}, {"mask": padding}, {"return_lse": True, "softcap": 3.0}]
+    want = [attention(q, k, v, **call) for call in calls]
+    fastattn.clear()
+    with torch.device("meta"):  # whatever is made without a device is good for nothing
+        for call, right in zip(calls, want, strict=True):
+            for _ in range(2):
+                torch.testing.assert_close(attention(q, k, v, **call), right)
+            assert fastattn.explain(q, k, v, **call).verdict is not None
+    assert api.front.table
+
+
+def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
+    from fastattn.cli import main
+
+    q, k, v = torch.randn(3, 1, 2, 64, 32).unbind()
+    with fastattn.options(mode="cached"), torch.autocast("cpu", torch.bfloat16):
+        attention(q, k, v, is_causal=True)
+    [missed] = fastattn.misses() if hasattr(fastattn, "misses") else learnt.misses()
+    CliRunner().invoke(main, ["tune", *learnt.command_line(missed).split()], catch_exceptions=False)
+    assert learnt.complete(missed, config.current()) is not None
+
+
+def test_a_tensor_that_a_score_mod_holds_may_want_a_gradient():
+    slope = torch.ones(2, requires_grad=True)
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    with pytest.raises(fastattn.NoKernelError, match="gradients are not supported"):
+        attention(q, k, v, score_mod=lambda s, b, h, i, j: s * slope[h])

@@ -24,6 +24,7 @@ SAME_BYTES = 32  # entries kept for one pair of byte counts
 STREAK = 8  # misses in front after which only the table is asked, and equal hits after which the front is used again
 
 _has_torch_function = device.has_torch_function
+_only_default_device = device.only_default_device
 
 
 def _address(q_bytes: int, k_bytes: int) -> int:
@@ -62,7 +63,7 @@ class Front:
 
     def lookup(self, q: Tensor, k: Tensor, v: Tensor, m: Any, layout: Any, kw: Any) -> Any:
         """The Call of the entry whose probe matches, or None. Byte counts only narrow the search."""
-        if _has_torch_function(q, k, v):
+        if _has_torch_function(q, k, v) and not _only_default_device():
             return None
         table, n = self.table, q.nbytes
         for probe in table.get(n * 31 + k.nbytes, ()):  # _address, inlined

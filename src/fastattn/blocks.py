@@ -6,13 +6,15 @@ stand on it: `chunks` cuts the forward, `recompute` cuts the forward and a backw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.device import functorch_level, is_batched
 from fastattn.kernel import Arguments, Backward, Kernel, Run
+from fastattn.kernels.matmul import load_math
 from fastattn.layouts import empty_in_order, memory_order
 from fastattn.problem import Problem
 
@@ -161,6 +163,19 @@ def recompute(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
+def _followed_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The gradients by operations that autograd follows, for what is wanted of q, k, v and the mask."""
+    inputs = (q, k, v, mask)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        out = load_math()(q, k, v, mask, a)
+        asked = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+        found = iter(torch.autograd.grad(out, asked, grad, create_graph=create_graph))
+    return (next(found) if is_wanted else None for is_wanted in wanted)
+
+
 class _Recomputed(torch.autograd.Function):
     """Saves q, k, v, mask and the output; no scores."""
 
@@ -178,9 +193,12 @@ class _Recomputed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
         q, k, v, mask, out = ctx.saved_tensors
+        # to be differentiated again, or many gradients at once
+        if torch.is_grad_enabled() or is_batched(grad) or functorch_level() is not None:
+            wanted = ctx.needs_input_grad[4:]
+            return None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
         # several blocks add to the same keys: their sum is rounded once
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)

@@ -30,8 +30,10 @@ PRIVATE = {
     "math": "torch._scaled_dot_product_attention_math",
     "tensor_guards": "torch._C._dynamo.guards.TensorGuards",
     "has_torch_function": "torch._C._has_torch_function_variadic",
+    "function_modes": "torch.overrides._get_current_function_mode_stack",
     "dispatch_modes": "torch._C._len_torch_dispatch_stack",
     "functorch_level": "torch._C._functorch.maybe_current_level",
+    "is_batched": "torch._C._functorch.is_legacy_batchedtensor",
     "forward_ad": "torch.autograd.forward_ad",
     "deterministic": "torch._C._get_deterministic_algorithms",
     "precision": "torch._C._get_fp32_precision_getter",
@@ -71,8 +73,10 @@ class _NoForwardAD:
 
 sdpa: Callable[..., torch.Tensor] = _or("sdpa", torch.nn.functional.scaled_dot_product_attention)
 has_torch_function: Callable[..., bool] = _or("has_torch_function", lambda *ts: torch.overrides.has_torch_function(ts))
+_function_modes: Callable[[], list[Any]] = _or("function_modes", list)
 dispatch_modes: Callable[[], int] = _or("dispatch_modes", lambda: 0)
 functorch_level: Callable[[], int | None] = _or("functorch_level", lambda: None)
+is_batched: Callable[[torch.Tensor], bool] = _or("is_batched", lambda x: False)  # torch.autograd.grad(is_grads_batched=True)
 KNOWS_FUNCTORCH = private("functorch_level") is not None
 forward_ad: Any = _or("forward_ad", _NoForwardAD)
 deterministic: Callable[[], bool] = _or("deterministic", torch.are_deterministic_algorithms_enabled)
@@ -105,6 +109,12 @@ def flash_impl() -> str:
     """Which flash implementation torch.nn.attention.activate_flash_attention_impl chose, "" for its own."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return str(current() or "") if current else ""
+
+
+def only_default_device() -> bool:
+    """Whether torch.set_default_device, or `with torch.device(...)`, is all that stands on the function mode stack."""
+    modes = _function_modes()
+    return bool(modes) and all(type(mode).__name__ == "DeviceContext" for mode in modes)
 
 
 class State(NamedTuple):

@@ -143,11 +143,14 @@ def of_problem(
     if kernel is not None:
         served, why = chain.ordered(kernel, problem, silicon, settings).name, "ordered"
     elif action == guards.PASS or verdict is None:
-        served = "default" if action == guards.PASS else planning.fallbacks(problem, silicon, settings, found)[0].name
+        last = planning.fallbacks(problem, silicon, settings, found)
+        plain = planning.plain_name(problem.softcap > 0 or problem.lse, problem.is_custom)
+        served = plain if action == guards.PASS else last[0].name if last else "nothing"
         untuned = "nothing else can" if problem.is_custom else "not tuned yet: the first call will"
         why = why if action != guards.TUNE else untuned
         not_default = planning.why_not_default(problem, silicon, settings, found)
-        why = not_default if not_default and served != "default" else why
+        why = not_default if not_default and served != "default" and not problem.is_custom else why
+        why = why if last or action == guards.PASS else "no kernel can do this call: it raises NoKernelError"
     else:
         served = chain.chain(verdict, problem, silicon, settings)[0].name
         why = _why(verdict, served)
@@ -196,8 +199,8 @@ def _why_kept(verdict: Verdict) -> str:
 class Plan:
     """A bound Call for loops that want no dispatch at all: `plan(q, k, v, mask)`, with tensors like those it was made of.
 
-    It checks nothing: other shapes of the same heads and head dims work, other dtypes or options do not. `explanation` says
-    why this kernel.
+    It checks nothing: dtypes, options and shapes must be those it was made of. Only the batch may differ and, where q_len is
+    up to 16 and the mask is no tensor, kv_len may grow. `explanation` says why this kernel.
     """
 
     __slots__ = ("_call", "candidate", "explanation")

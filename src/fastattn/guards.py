@@ -86,8 +86,8 @@ def _has_storage(x: Tensor) -> bool:
 
 def context(tensors: list[Tensor], settings: Config, spent: bool) -> Context:
     """The Context of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
-    if device.has_torch_function(*tensors):
-        plain = all(type(x) in _PLAIN for x in tensors)
+    plain = all(type(x) in _PLAIN for x in tensors)
+    if device.has_torch_function(*tensors) and not (plain and device.only_default_device()):
         return Context(off=settings.mode == "off", foreign=not plain, function_mode=plain)
     foreign = any(type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided for x in tensors)
     foreign = foreign or (not device.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))

@@ -83,7 +83,7 @@ def parse(given: dict[str, Any]) -> Options:
     if options.score_mod is not None and options.softcap:
         raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
     if options.accuracy is not None:
-        config.check_accuracy(options.accuracy)
+        options = replace(options, accuracy=config.check_accuracy(options.accuracy))
     return options if options.window is None else replace(options, window=_window(options.window))
 
 
@@ -267,7 +267,25 @@ def _check_block_mask(key: CallKey) -> None:
         raise RuntimeError(f"attention(): the BlockMask is for (q_len, kv_len) {tuple(key.mask.seq_lengths)}, got {lengths}")
     if key.mask.kv_num_blocks.device != key.q.device:
         raise RuntimeError(f"attention(): the BlockMask is on {key.mask.kv_num_blocks.device}, q on {key.q.device}")
-    if key.options.is_causal or key.options.window:
+    check_block_mask_alone(key.options)
+
+
+def captures_grad(function: Any) -> bool:
+    """Whether a caller's function holds a tensor that requires grad."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in held)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def check_block_mask_alone(options: Options) -> None:
+    """Raises ValueError where a BlockMask comes with what it could hold itself."""
+    if options.is_causal or options.window:
         raise ValueError("attention(): a BlockMask together with is_causal or window; put them into its mask_mod (and_masks)")
 
 

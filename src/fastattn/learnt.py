@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class _Process:
     misses: dict[Problem, int] = field(default_factory=dict)
     spent_s: float = 0.0
     warned: set[str] = field(default_factory=set)
+    looked: set[tuple[Any, ...]] = field(default_factory=set)  # a caller's own functions that were checked
+    whole: dict[tuple[str | None, Device, Problem], Verdict] = field(default_factory=dict)  # nothing new to try for them
     distributed: bool = False  # at the last miss
 
 
@@ -131,7 +134,24 @@ def is_complete(verdict: Verdict | None, silicon: Device, settings: Config, prob
     """
     if verdict is None:
         return False
-    return bool(problem.off or settings.kernels) or not tuning.changed(verdict, silicon, settings)
+    if problem.off or settings.kernels:
+        return True
+    name = (settings.cache_dir, silicon, verdict.problem)
+    if state.whole.get(name) is not verdict:  # installed libraries do not change while a process runs
+        if tuning.changed(verdict, silicon, settings):
+            return False
+        state.whole[name] = verdict
+    return True
+
+
+def is_first_look(problem: Problem, score_mod: Any, mask: Any) -> bool:
+    """Whether a caller's own function is new for this problem: by its code, as a closure may be made anew for each call."""
+    functions = (score_mod, getattr(mask, "mask_mod", None))
+    name = (problem, *(getattr(f, "__code__", type(f)) for f in functions))
+    with state.lock:
+        is_new = name not in state.looked
+        state.looked.add(name)
+    return is_new
 
 
 def notice(circumstances: guards.Context) -> None:
@@ -239,6 +259,8 @@ def command_line(p: Problem) -> str:
     words += [f"--softcap {p.softcap!r}"] if p.softcap else []
     words += ["--dropout"] if p.dropout else []
     words += ["--lse"] if p.lse else []
+    words += [f"--cast-from {','.join(p.cast_from)}"] if p.cast_from else []
+    words += [f"--device {p.device}"] if p.device != "cpu" else []
     words += [f"--accuracy {p.accuracy}"] if p.accuracy != "exact" else []
     words += ["--grad"] if p.needs_grad else []
     return " ".join(words)

@@ -147,6 +147,11 @@ def _under_autocast(call: Call, p: Problem) -> Call:
 # --- the fallback chain
 
 
+def plain_name(is_math: bool, is_custom: bool) -> str:
+    """What serves where nothing may be learnt: F.sdpa, or what takes a softcap, or the caller's own function."""
+    return "flex" if is_custom else "sdpa_math" if is_math else "default"
+
+
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
     could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our quirks

@@ -44,6 +44,7 @@ class Shape:
     softcap: float = 0.0
     dropout: bool = False
     lse: bool = False
+    cast_from: tuple[str, ...] = ()  # under autocast: dtypes of q, k, v and a mask before it casts them
 
 
 def of(
@@ -118,6 +119,10 @@ def problem(shape: Shape, dtype: torch.dtype, *, grad: bool = False, on: str = "
     })  # fmt: skip
     state = device.state(where.type)._replace(grad=grad, autocast=None)
     found = Problem.from_key(CallKey(q, k, v, mask, s.layout, options, state), config.current().accuracy)
+    unknown = set(s.cast_from) - {"float32", "float16", "bfloat16", "float64", "bool"}
+    if unknown:
+        raise ValueError(f"cast_from must be dtypes such as float32, got {', '.join(sorted(unknown))}")
+    found = found.replace(cast_from=s.cast_from)
     return found.replace(cut=None)  # a query in a window is tuned on the keys it sees, which is what this is
 
 

@@ -138,7 +138,9 @@ def build(
             unique[name] = x
     conditions += ["layout == LAYOUT", *_option_conditions(kw, values)]
     names = ", ".join(unique)
-    conditions += [f"not has_torch_function({names})", "not dispatch_modes()", "forward_ad._current_level < 0"]
+    # a default device changes where tensors are made, which no Call leaves to chance
+    mode = "only_default_device()" if device.only_default_device() else f"not has_torch_function({names})"
+    conditions += [mode, "not dispatch_modes()", "forward_ad._current_level < 0"]
     conditions += [f"not {name}.is_nested" for name in unique]
     free: Sizes = {}
     if bucket is not None:
@@ -163,8 +165,10 @@ def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
     """Equal options of the same class: 1 == True and a Tensor may equal a float, yet they are other calls."""
     if not kw:
         return ["not kw"]
-    values["KW"] = kw
     items = kw.items() if isinstance(kw, dict) else enumerate(kw)
+    if isinstance(kw, dict):  # a list stays the caller's, who may change it
+        kw = {name: list(value) if type(value) is list else value for name, value in items}
+    values["KW"] = kw
     classes = []
     for name, value in items:
         if value is None or value is True or value is False:
@@ -188,6 +192,7 @@ def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
 _CONSTANTS = {
     "has_torch_function": device.has_torch_function,
     "dispatch_modes": device.dispatch_modes,
+    "only_default_device": device.only_default_device,
     "forward_ad": device.forward_ad,
 }
 

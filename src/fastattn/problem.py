@@ -11,7 +11,7 @@ import torch
 
 from fastattn import buckets, config, masks
 from fastattn.device import Device
-from fastattn.inputs import CallKey, Spec, after_autocast, is_block_mask, mask_class
+from fastattn.inputs import CallKey, Spec, after_autocast, captures_grad, is_block_mask, mask_class
 from fastattn.layouts import stride_class
 
 INT32 = 2**31 - 1
@@ -118,7 +118,7 @@ class Problem:
             mask_grad=bool(dense and dense.requires_grad and state.grad),
             causal=corner,
             scale="positive" if scale is None or scale > 0 else "zero" if scale == 0 else "negative",
-            needs_grad=state.grad and any(s.requires_grad for s in tensors),
+            needs_grad=state.grad and (any(s.requires_grad for s in tensors) or captures_grad(key.options.score_mod)),
             deterministic=state.deterministic,
             precision=state.precision + (",reduced" if state.math_reduction else ""),
             accuracy=key.options.accuracy if key.options.accuracy is not None else default_accuracy,
@@ -271,6 +271,8 @@ class Cut(NamedTuple):
         window, mask = key.options.window, key.mask
         if window is None or key.q.shape[2] != 1 or not (mask is None or isinstance(mask, masks.Causal)):
             return None
+        if key.options.score_mod is not None:
+            return None  # it is told each key's own number
         corner = "top_left" if key.options.is_causal else mask.corner if mask is not None else None
         cut = Cut(corner, window)
         first, last = cut.keys(key.k.shape[2])

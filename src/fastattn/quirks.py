@@ -12,6 +12,7 @@ It rules the kernel out where all of it holds. Nothing in a file is run.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +34,9 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": lambda a, b: a < b,
     ">": lambda a, b: a > b,
 }
+
+
+SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*")  # a part of what "versions" asks for
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,24 @@ def _read(path: str) -> tuple[Quirk, ...]:
 def _why_invalid(row: Any) -> str | None:
     if not isinstance(row, dict) or not {"kernel", "reason", "link"} <= set(row) <= set(KEYS):
         return f"must be an object with kernel, reason and link, and of {', '.join(KEYS)} alone"
+    for name in KEYS:
+        kind = dict if name in ("versions", "when") else str
+        if not isinstance(row.get(name, kind()), kind):
+            return f"{name} must be {'an object' if kind is dict else 'a string'}, got {row[name]!r}"
     for name, spec in row.get("versions", {}).items():
         if name not in ("torch", "cuda", "cudnn", "library"):
             return f"versions speaks of {name!r}, not of torch, cuda, cudnn or library"
-        if not all(part.strip().startswith(tuple(COMPARE)) for part in spec.split(",")):
+        if not isinstance(spec, str) or not all(SPEC.fullmatch(part.strip()) for part in spec.split(",")):
             return f"versions of {name} must look like '>=2.11,<2.14', got {spec!r}"
     for name, wanted in row.get("when", {}).items():
         if name not in OF_DEVICE and not hasattr(Problem, name) and name not in Problem.__dataclass_fields__:
             return f"when speaks of {name!r}, which no Problem has"
         if isinstance(wanted, dict) and not set(wanted) <= set(BOUNDS):
             return f"when of {name} must use {', '.join(BOUNDS)}, got {', '.join(wanted)}"
+        if isinstance(wanted, dict) and not all(type(n) in (int, float) for n in wanted.values()):
+            return f"when of {name} must have numbers, got {wanted}"
+        if isinstance(wanted, dict) and wanted.get("multiple_of") == 0:
+            return f"when of {name} must be a multiple of more than 0"
     return None
 
 
@@ -118,11 +130,11 @@ def _in_versions(version: str, spec: str) -> bool:
 
 def _is_met(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
-        step = wanted.get("multiple_of", 1)
-        return (
-            wanted.get("min", value) <= value <= wanted.get("max", value)
-            and value % step == wanted.get("remainder", 0) % step
-        )
+        if not isinstance(value, (int, float)):
+            return False
+        step = wanted.get("multiple_of")
+        is_on = step is None or value % step == wanted.get("remainder", 0) % step
+        return is_on and wanted.get("min", value) <= value <= wanted.get("max", value)
     if isinstance(wanted, list):
         return value in wanted
     return bool(value) is wanted if isinstance(wanted, bool) else value == wanted

@@ -105,11 +105,11 @@ def attend(
     sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide or lse else None
     hidden: Tensor | None = None
     slope: Tensor | None = None
-    if score_mod is not None:
-        scores = score_mod(scores)
     if softcap:
         capped = torch.tanh(scores / softcap)
         scores, slope = capped * softcap, 1 - capped.square()
+    if score_mod is not None:
+        scores = score_mod(scores)
     if mask is not None:
         mask = mask if mask.shape[1] == 1 else mask[:, index]
         if mask.dtype is torch.bool:

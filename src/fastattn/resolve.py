@@ -53,7 +53,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = guards.context(inputs.tensors_of(q, k, v, mask), settings, learnt.is_spent(settings))
         if guards.decide(circumstances)[0] == guards.PASS and not (options.kernel and not circumstances.off):
-            return _passed(guards.decide(circumstances)[1], layout, options)
+            is_custom = options.score_mod is not None or inputs.is_block_mask(mask)
+            return _passed(guards.decide(circumstances)[1], layout, options, is_custom)
     else:
         circumstances = guards.Context()
     key = inputs.call_key(q, k, v, mask, layout, options)
@@ -94,11 +95,11 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
     return _resolve(key, settings, circumstances, (q, k, v, mask))
 
 
-def _passed(why: str, layout: str, options: Options) -> Served:
+def _passed(why: str, layout: str, options: Options, is_custom: bool) -> Served:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         return traced.default(q, k, v, mask, layout, options)
 
-    return Served(call, "default", why, remember=False)
+    return Served(call, planning.plain_name(options.softcap > 0 or options.return_lse, is_custom), why, remember=False)
 
 
 def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
@@ -133,7 +134,7 @@ def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
             return ""
         order = chain.chain(verdict, problem, silicon, settings, but=("chunks", "recompute"))  # loops would be unrolled
         chosen = order[0]
-        if chosen.kernel.name == "default":
+        if chosen.kernel.name == "default" or {"chunks", "recompute"} & set(chosen.conversions):
             return ""
     name = f"{problem.digest} {chosen.name} {options.scale} {options.dropout_p} {problem.cut}"
     traced.CALLS[name] = chain.bind(chosen, problem, key, isinstance(mask, masks.Causal))
@@ -157,12 +158,13 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
     if key.options.kernel is not None:
         chosen = chain.ordered(key.options.kernel, problem, silicon, settings)
         call = chain.bind(chosen, problem, key, structured)
-        return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), _reads(chosen, problem, settings))
+        reads, bucket = _reads(chosen, problem, settings), _bucket(problem, key)
+        return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), reads, bucket)
     action, why = guards.decide(circumstances)
     if problem.is_custom:
         chosen = chain.last_resorts(None, problem, silicon, settings)[0]
         call = chain.bind(chosen, problem, key, structured)
-        if action == guards.TUNE:
+        if action == guards.TUNE and learnt.is_first_look(problem, key.options.score_mod, key.mask):
             _check_custom(call, chosen, problem, key, given)
         remember = guards.may_remember(circumstances)
         return Served(call, chosen.name, "nothing else can", remember, _reads(chosen, problem, settings))
@@ -196,8 +198,11 @@ def _check_custom(call: planning.Call, chosen: Accepted, problem: Problem, key: 
         return scores
 
     scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
-    with torch.no_grad():
+    try:  # in the caller's grad mode: what is compiled here is what the call runs
         errors = verifying.errors_of_custom(call, problem, given, scale, change)
+    except Exception as error:
+        log.warning("kernel %s could not be checked on %s: %s: %s", chosen.name, problem, type(error).__name__, error)
+        return
     if errors is not None and not errors.passed:
         log.warning("kernel %s is off by %.3g budgets on %s; nothing else can do it", chosen.name, errors.forward, problem)
 
@@ -322,12 +327,16 @@ def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, .
 def _bucket(problem: Problem, key: CallKey) -> tuple[int, int, int] | None:
     """A decode's entry serves its whole kv bucket; lengths up to 16 are exact, as there corners may coincide."""
     dim = TO_BHSD[problem.layout][2]
-    has_mask = key.mask is not None and problem.cut is None
-    if problem.q_len > buckets.DECODE_Q_LEN or problem.kv_len <= buckets.DECODE_Q_LEN or has_mask:
+    left = None
+    if problem.cut is not None:
+        left = problem.cut.window[0]
+        if problem.cut.corner != "bottom_right" or left < 0:
+            return None
+        if problem.kv_len == left + 1:  # a window that is full stays so: every longer cache is the same problem
+            return dim, left + 1, 2**40
+    if problem.q_len > buckets.DECODE_Q_LEN or problem.kv_len <= buckets.DECODE_Q_LEN:
+        return None
+    if not (key.mask is None or isinstance(key.mask, masks.Causal)):
         return None
     low, high = buckets.bounds(problem.kv_len)
-    if problem.cut is None:
-        return dim, low, high
-    # a window that is full stays so: every longer cache is the same problem
-    left = problem.cut.window[0]
-    return (dim, left + 1, 2**40) if problem.cut.corner == "bottom_right" and problem.kv_len == left + 1 else None
+    return dim, low, high if left is None else min(high, left)

@@ -89,7 +89,7 @@ def tune(
     alive = [e for e in entrants if e.reason is None]
     left = max(0.25 * budget, budget - (clock.now() - start))
     left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
-    crowded = _time(alive, clock, left, Crowd(torch.get_num_threads() if silicon.type == "cpu" else 1), thorough)
+    crowded = _time(alive, clock, left, torch.get_num_threads() if silicon.type == "cpu" else 1, thorough)
     winner = _choose(entrants, incumbent, look)
     old = [t for t in known.trials if t.candidate in settled] if known is not None else []
     order = (*(e.trial() for e in entrants), *old, *trials)
@@ -99,12 +99,14 @@ def tune(
     return result
 
 
-def _time(alive: list[Entrant], clock: Stopwatch, seconds: float, crowd: Crowd, thorough: bool) -> float:
+def _time(alive: list[Entrant], clock: Stopwatch, seconds: float, cores: int, thorough: bool) -> float:
     """Time those that passed, all together; cores that were lacking meanwhile."""
     if not alive:
         return 0.0
     timed: dict[str, timing.Timing] = {}
+    crowd = Crowd(cores)
     for _ in range(STEADY_TRIES if thorough else 1):
+        crowd = Crowd(cores)
         timed = timing.compare({e.candidate.name: e.run for e in alive}, clock, seconds)
         if all(t.drift <= DRIFT for t in timed.values()):
             break

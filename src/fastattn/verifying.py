@@ -261,7 +261,7 @@ def errors_of_custom(
     """
     q, k, v, mask = given
     out = call(q, k, v, mask)
-    out = to_bhsd(out[0] if p.lse else out, p.layout)[0, : p.group]
+    out = to_bhsd((out[0] if p.lse else out).detach(), p.layout)[0, : p.group]
     dtype = p.torch_dtype
     q, k, v = (to_bhsd(x.detach(), p.layout)[0, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1)))
     if not all(bool(x.isfinite().all()) for x in (q, k, v)):
@@ -269,7 +269,9 @@ def errors_of_custom(
     sampled = row_sample(p, q.device)
     rows = torch.arange(p.q_len, device=q.device) if sampled is None else sampled
     exact, rounded = (
-        reference.attend(q, k[0], v[0], scale=scale, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide)
+        reference.attend(
+            q, k[0], v[0], scale=scale, softcap=p.softcap, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide
+        )
         for wide in (torch.float64, torch.float32)
     )
     e_rows = (_round(rounded.out, dtype) - exact.out).abs().amax(-1)

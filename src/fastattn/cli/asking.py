@@ -81,11 +81,12 @@ def problems(
 ) -> dict[Problem, str]:
     """The problems that these arguments mean, each with the preset it comes from. Raises click.UsageError.
 
-    more: window, softcap, dropout and lse.
+    more: window, softcap, dropout, lse and cast_from.
     """
     kind, mask_grad = _mask(mask)
     extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy), **more}
     extra["window"] = _window(more.get("window"))
+    extra["cast_from"] = tuple((more.get("cast_from") or "").split(",")) if more.get("cast_from") else ()
     own = {
         "causal": causal,
         "mask": kind,
@@ -176,6 +177,7 @@ def asking(command: F) -> F:
         click.option("--softcap", type=float, default=0.0, metavar="CAP", help="Scores are capped: CAP * tanh(score / CAP)."),
         click.option("--dropout", is_flag=True, help="With dropout, at any rate."),
         click.option("--lse", is_flag=True, help="The log-sum-exp is returned too."),
+        click.option("--cast-from", metavar="DTYPES", help="Under autocast: the dtypes of q,k,v and a mask before its casts."),
         click.option("--layout", type=click.Choice(list(TO_BHSD)), default="bhsd", show_default=True),
         click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory, or Q,K,V: transposed, packed, cache, ..."),
         click.option("--accuracy", metavar="RUNG", help="exact, dtype, or the largest row error over |P||V|."),

@@ -12,7 +12,11 @@ from typing import Any
 from fastattn.kernel import Arguments, Kernel, Range, Run, Tensor, log
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
+DECODE = 16  # up to so many queries, sizes are dynamic: lengths grow with every token
 KERNELS_KEPT = 32  # problems that are compiled for themselves in one process; beyond it sizes are dynamic
+
+
+CHANGING = ("changing sizes",)
 
 
 def load_cpu() -> Run:
@@ -38,11 +42,22 @@ def load() -> Run:
 
     def fused(sizes: Any) -> Callable[..., Any]:
         """flex_attention compiled for these sizes; a code object of its own, as torch bounds the recompiles of each."""
-        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else "changing sizes"
+        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else CHANGING
         if sizes not in compiled:
             log.info("flex_attention is compiled: kernel %d of this process, for %s", len(compiled) + 1, sizes)
-            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes == "changing sizes")
+            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes[0] == CHANGING[0])
         return compiled[sizes]
+
+    def run_fused(sizes: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
+        try:
+            return fused(sizes)(q, k, v, **options)
+        except Exception as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":
+                raise
+        # each function of the caller's compiles anew, and torch allows a code object only so many
+        compiled.pop(sizes, None)
+        compiled.pop(CHANGING, None)
+        return fused(sizes)(q, k, v, **options)
 
     def unfused(*given: Any, **options: Any) -> Any:
         with warnings.catch_warnings():  # it warns that it is not compiled, which is what is wanted here
@@ -77,7 +92,8 @@ def load() -> Run:
             found = unfused(q, k, v, **options)
         else:
             tensors = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))
-            found = fused((tensors, a._replace(score_mod=None)))(q, k, v, **options)
+            sizes = CHANGING if q.shape[2] <= DECODE else (tensors, a._replace(score_mod=None))
+            found = run_fused(sizes, q, k, v, options)
         return (found[0], found[1].lse.detach()) if a.lse else found
 
     return run

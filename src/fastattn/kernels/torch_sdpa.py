@@ -41,7 +41,7 @@ def load_cpu_flash() -> Run:
         out, lse = flash(q, k, v, 0.0, a.upper is not None, attn_mask=mask, scale=a.scale)
         if not a.lse:
             return out
-        lse = lse.detach()
+        lse = lse.detach().float()
         if mask is not None:  # it says 0 for a row that sees nothing, which a real row may also have
             lse = lse.masked_fill(sees_nothing(mask, q.shape[2], k.shape[2], upper=a.upper), NEVER)
         return out, lse
