@@ -105,6 +105,8 @@ def measure(case: Case, rounds: int, seconds: float, device: str = "cpu") -> Res
         fastattn.clear()
         cold = _once(ours)
         disk = median(_once(ours, clear=True) for _ in range(3 if cold < 2 else 1))
+        if device != "cpu":  # what `fastattn tune --compile` does: kernels that must compile first
+            fastattn.explain(x.q, x.k, x.v, x.mask, tune=True, compiling=True, **options)
         why = fastattn.explain(x.q, x.k, x.v, x.mask, **options)
         candidates, runs = _pinned(x, why.verdict, why.rows)
         found = interleave(
