@@ -235,7 +235,7 @@ def test_a_limit_accepts_just_inside_and_refuses_just_outside_with_both_numbers(
         numbers = {int(n) for n in re.findall(r"\d+", reason)}
         assert reason.startswith(f"{need.field} {value} ")
         assert value in numbers and numbers & {need.min, need.max, need.multiple_of} - {None}
-        found = candidates.decide(kernel, p, silicon, config.Config())
+        found = candidates.decide(kernel, p, silicon, config.Config().naming(kernel.name))
         assert any(reason in d.reasons for d in found if isinstance(d, Rejected)), found
 
 

@@ -133,7 +133,7 @@ def test_fault_37_a_failing_system_call_keeps_the_old_file(kept, monkeypatch, ca
     before = path.read_bytes()
     module, name = call.split(".")
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(store, module), name, raises(error))
+        patch.setattr(getattr(files, module), name, raises(error))
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
     assert path.read_bytes() == before
@@ -308,7 +308,7 @@ def test_fault_40_a_read_only_directory_is_one_warning(call, own_store, monkeypa
         real = os.open
         monkeypatch.setattr(os, "open", lambda p, flags, *a, **k: no() if flags & os.O_CREAT else real(p, flags, *a, **k))
     else:
-        monkeypatch.setattr(store.tempfile, "mkstemp", no)
+        monkeypatch.setattr(files.tempfile, "mkstemp", no)
     for n in (20, 21):
         x = torch.randn(1, 2, n, 16)
         out = fastattn.attention(x, x, x)

@@ -98,7 +98,7 @@ LIBRARIES = (
         module="sageattn3",
         entry="sageattn3_blackwell",
         install=f"{FROM_SOURCE} {SAGE}#subdirectory=sageattention3_blackwell",
-        sm=(100, 121),
+        sm=(120, 121),
     ),
     Library(
         name="FlashInfer",
