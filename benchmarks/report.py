@@ -185,9 +185,9 @@ def write_json(path: str, facts: dict[str, str], results: Sequence[Any]) -> None
         json.dump(to_json(facts, results), file, indent=1)
 
 
-def write_markdown(path: str, facts: dict[str, str], results: Sequence[Any]) -> None:
+def write_markdown(path: str, facts: dict[str, str], results: Sequence[Any], made_by: str = "cpu.py") -> None:
     *tables, last = grids(results, with_candidates=True)
-    lines = ["# CPU benchmark", "", "Made by `benchmarks/cpu.py`; docs/benchmarks.md says how to read it.", ""]
+    lines = ["# Benchmark", "", f"Made by `benchmarks/{made_by}`; docs/benchmarks.md says how to read it.", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, "", last.markdown(), *(t.markdown() for t in tables)]))

@@ -80,20 +80,30 @@ def _repeats(call: Callable[[], object], sample_s: float) -> int:
 
 
 def _time(call: Callable[[], object], repeats: int) -> float:
+    settle()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 
-def environment() -> dict[str, str]:
+def settle() -> None:
+    """Wait for a GPU that this process uses."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def environment(on: str = "cpu") -> dict[str, str]:
     """What the numbers were taken on, and with."""
     import fastattn
     from fastattn.device import Device
 
-    device = Device.of(torch.device("cpu"))
+    device = Device.of(torch.device(on))
+    gpu = {"capability": f"sm{device.capability}", "cuda": device.cuda, "cudnn": str(device.cudnn)} if on == "cuda" else {}
     return {
         "machine": device.name,
+        **gpu,
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
@@ -122,6 +132,13 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Bytes that a run holds at its peak beyond its inputs and results, by torch's own profiler: scratch included."""
     from torch.profiler import ProfilerActivity, profile
 
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before - _bytes(out))
     with _silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         out = run()
     live = peak = 0
@@ -129,8 +146,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
+    return max(0, peak - _bytes(out))
+
+
+def _bytes(out: object) -> int:
     storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-    return max(0, peak - sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def is_busy() -> bool:

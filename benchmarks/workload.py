@@ -34,6 +34,7 @@ class Case:
     q_len: int
     kv_len: int
     head_dim: int
+    head_dim_v: int = 0  # 0: head_dim
     causal: bool = False
     mask: str = ""
     cache: bool = False
@@ -47,9 +48,9 @@ class Case:
         return found | ({"is_causal": True} if self.causal else {})
 
 
-def cases() -> list[Case]:
+def cases(path: Path = PATH) -> list[Case]:
     """Every problem in every dtype, forward ones first."""
-    data = tomllib.loads(PATH.read_text(encoding="utf-8"))
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
     return [c for is_training in (False, True) for dtype in data["dtypes"] for c in _of(data, dtype, is_training)]
 
 
@@ -95,35 +96,35 @@ class Inputs:
         return run
 
 
-def inputs(c: Case) -> Inputs:
+def inputs(c: Case, device: str = "cpu") -> Inputs:
     """Gaussian tensors with a seed of their own; padding hides up to half of the keys, never all."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, c.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(dtype)
+        return torch.randn(shape, generator=g, device=device).to(dtype)
 
-    def laid(heads: int, length: int, room: int) -> Tensor:
+    def laid(heads: int, length: int, room: int, head_dim: int) -> Tensor:
         if c.layout == "bshd":
-            return normal(c.batch, room, heads, c.head_dim)[:, :length]
-        return normal(c.batch, heads, room, c.head_dim)[:, :, :length]
+            return normal(c.batch, room, heads, head_dim)[:, :length]
+        return normal(c.batch, heads, room, head_dim)[:, :, :length]
 
     room = c.kv_len + c.kv_len // 4 if c.cache else c.kv_len
-    q = laid(c.q_heads, c.q_len, c.q_len)
-    k, v = laid(c.kv_heads, c.kv_len, room), laid(c.kv_heads, c.kv_len, room)
+    q = laid(c.q_heads, c.q_len, c.q_len, c.head_dim)
+    k, v = (laid(c.kv_heads, c.kv_len, room, d) for d in (c.head_dim, c.head_dim_v or c.head_dim))
     mask = None
     if c.mask:
         kind, letters = c.mask.split()
         sizes = {"b": c.batch, "h": c.q_heads, "q": c.q_len, "k": c.kv_len}
         shape = [sizes[letter] if letter in letters else 1 for letter in "bhqk"]
         if kind == "bool":
-            kept = torch.randint(c.kv_len // 2, c.kv_len + 1, (*shape[:3], 1), generator=g)
-            mask = (torch.arange(c.kv_len) < kept).expand(shape).contiguous()
+            kept = torch.randint(c.kv_len // 2, c.kv_len + 1, (*shape[:3], 1), generator=g, device=device)
+            mask = (torch.arange(c.kv_len, device=device) < kept).expand(shape).contiguous()
         else:
             mask = normal(*shape)
     grad = None
     if c.is_training:
-        grad = torch.randn(q.shape, generator=g).to(dtype)
+        grad = normal(*q.shape[:3], v.shape[3])
         for x in (q, k, v):
             x.requires_grad_()
     return Inputs(c, q, k, v, mask, grad)

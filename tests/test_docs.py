@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ BLOCKS = [pytest.param(code, id=f"{page.name}-{i}") for page in PAGES for i, cod
 def test_a_block_runs(code, monkeypatch):
     monkeypatch.setenv("FASTATTN_LOG", "error")
     exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_page_of_kernels_says_what_the_rows_say():
+    maker = runpy.run_path(str(ROOT / "docs" / "make_kernels.py"))
+    assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == maker["page"](), "python docs/make_kernels.py"
 
 
 def test_the_readme_has_blocks():

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cli, config, doctor, kernels, libraries, store, units
+from fastattn import candidates, cli, config, doctor, files, kernels, libraries, store, units
 from fastattn.cli import diagnosing
 from fastattn.device import Device
 from fastattn.doctor import Fault, Layer, Report, Row, cache, faults, redaction
@@ -48,10 +48,15 @@ def h100(monkeypatch):
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """An empty directory of packages, before all others."""
+    import torch._dynamo
+    import torch.nn.attention.varlen  # noqa: F401  # torch looks for triton once: before a made-up one is there
+
     path = tmp_path / "site"
     path.mkdir()
     monkeypatch.syspath_prepend(str(path))
-    return path
+    yield path
+    for remembered in (candidates.version, candidates.unavailable, candidates.load):
+        remembered.cache_clear()
 
 
 def install(site, name, code, version="1.2.3"):
@@ -164,12 +169,17 @@ def test_metadata_that_cannot_be_read_is_an_unknown_version(site):
     assert (row("xFormers").version, row("xFormers").found) == ("?", True)
 
 
-def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site, h100, monkeypatch):
-    for name in ("FlashAttention 2", "SageAttention 3", "Triton"):
-        install(site, name, works(name))
+def test_a_tool_needs_no_kernel_of_ours(site, h100):
+    install(site, "Triton", works("Triton"))
     assert row("Triton").usable
-    assert row("SageAttention 3").why_not[0] == "needs sm100 to sm121, this device is sm90"
-    assert row("FlashAttention 2").why_not == ("fastattn has no kernel of it yet",)
+
+
+def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site, h100, monkeypatch):
+    for name in ("FlashAttention 2", "SageAttention 3", "MSLK"):
+        install(site, name, works(name))
+    assert row("SageAttention 3").why_not[0] == "needs sm120 to sm121, this device is sm90"
+    assert row("FlashAttention 2").usable
+    assert row("MSLK").why_not == ("fastattn has no kernel of it",)
     base = next(kernel for kernel in kernels.rows() if kernel.name == "matmul")
     mine = replace(base, name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
     too_new = replace(mine, name="flash_9", needs=(Range("capability", min=100),))
@@ -271,7 +281,7 @@ def test_a_file_in_the_way_and_a_directory_for_all_to_write_are_faults(tmp_path,
             report = examined()
         assert not report.works and why in report.faults[0].what and "tune again" in report.faults[0].what
         with pytest.raises(OSError):  # what a real put meets
-            store._make_directory(tmp_path / path / store.VERSION / "slug")
+            files.make_directory(tmp_path / path / store.VERSION / "slug")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
@@ -407,7 +417,7 @@ KEYS = {
     "kernels": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "libraries": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "cache": ["path", "is_written", "exists", "files", "unreadable", "bytes", "free", "why_not"],
-    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget", "manifest", "log"],
+    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget", "manifest", "quirks", "log"],
     "faults": ["what", "fix"],
 }  # fmt: skip
 

@@ -148,3 +148,11 @@ def test_the_drop_in_drops_as_f_sdpa_does(untuned):
     ours = fastattn.sdpa(q, k, v, dropout_p=0.4)
     torch.manual_seed(1)
     assert torch.equal(ours, F.scaled_dot_product_attention(q, k, v, dropout_p=0.4))
+
+
+def test_a_dropout_of_1_leaves_zeros_whatever_won():
+    q, k, v = (torch.randn(1, 2, 33, 16, requires_grad=True) for _ in range(3))
+    fastattn.attention(q, k, v, dropout_p=0.5)
+    out = fastattn.attention(q, k, v, dropout_p=1.0)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(out.sum(), (q, k, v)))

@@ -129,11 +129,13 @@ def test_imports_point_down():
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "kernels").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_a_kernel_file_imports_the_contract_alone(path):
-    tree = ast.parse(path.read_text())
-    top = {ast.unparse(n) for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))}
-    words = ("from __future__", "from collections.abc", "from functools", "from typing", "from fastattn.kernel import")
-    assert all(line.startswith(words) for line in top), top
-    assert {name for name in imports_of(path) if name.startswith("fastattn")} == {"fastattn.kernel"}
+    """And the standard library; what it is an adapter of, it imports in load(). The hub has other kernels' libraries."""
+    top = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+    assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} <= {"fastattn.kernel", "fastattn.kernels"}
+    siblings = {"fastattn.kernels"} if path.stem == "hf_kernels" else set()
+    assert {name for name in imports_of(path) if name.startswith("fastattn")} == {"fastattn.kernel", *siblings}
 
 
 def test_the_words_import_only_torch_and_the_standard_library():
@@ -158,7 +160,7 @@ def test_private_names_of_torch_are_reached_from_device_alone():
                 found.add((path.name, ast.unparse(node)))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch") and "._" in node.module:
                 found.add((path.name, node.module))
-    found = {(file, name) for file, name in found if not name.startswith("torch._dynamo")}
+    found = {(file, name) for file, name in found if not name.startswith(("torch._dynamo", "torch.__"))}
     assert found <= allowed
 
 

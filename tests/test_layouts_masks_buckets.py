@@ -208,7 +208,7 @@ def test_every_field_changes_the_digest(name):
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Problem) if not f.compare])
 def test_what_is_one_calls_own_does_not(name):
-    other = {"extent": 9, "aligned": False, "off": ("flash",), "asks_grad": True, "autocast": True}
+    other = {"extent": 9, "aligned": False, "aligned_rows": False, "off": ("flash",), "asks_grad": True, "autocast": True}
     other["cut"] = Cut("bottom_right", (4, -1))
     changed = BASE.replace(**{name: other[name]})
     assert changed == BASE and changed.digest == BASE.digest and name not in changed.to_json()

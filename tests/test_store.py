@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn import config, learnt, resolve, store
+from fastattn import config, files, learnt, resolve, store
 from fastattn.device import Device
 from fastattn.problem import Problem
 from fastattn.store import Store
@@ -133,7 +133,7 @@ def test_fault_37_a_failing_system_call_keeps_the_old_file(kept, monkeypatch, ca
     before = path.read_bytes()
     module, name = call.split(".")
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(store, module), name, raises(error))
+        patch.setattr(getattr(files, module), name, raises(error))
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
     assert path.read_bytes() == before
@@ -189,7 +189,7 @@ HOSTILE = {
     "not UTF-8": lambda text: text.replace(b"matmul", b"matm\xffl"),
     "NUL in front": lambda text: b"\x00" + text,
     "NUL inside": lambda text: text.replace(b'"winner"', b'"win\x00ner"'),
-    "too large": lambda text: text + b" " * store.MAX_FILE,
+    "too large": lambda text: text + b" " * files.MAX_FILE,
     "two documents": lambda text: text + text,
 }
 
@@ -288,7 +288,7 @@ def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, capl
 def test_fault_40_xdg_cache_home_serves_where_there_is_no_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.default_directory() == tmp_path / "fastattn"
+    assert files.default_directory() == tmp_path / "fastattn"
 
 
 def test_fault_40_the_environment_comes_first(monkeypatch, tmp_path):
@@ -308,7 +308,7 @@ def test_fault_40_a_read_only_directory_is_one_warning(call, own_store, monkeypa
         real = os.open
         monkeypatch.setattr(os, "open", lambda p, flags, *a, **k: no() if flags & os.O_CREAT else real(p, flags, *a, **k))
     else:
-        monkeypatch.setattr(store.tempfile, "mkstemp", no)
+        monkeypatch.setattr(files.tempfile, "mkstemp", no)
     for n in (20, 21):
         x = torch.randn(1, 2, n, 16)
         out = fastattn.attention(x, x, x)
@@ -472,9 +472,9 @@ def test_fault_54_never_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/somebody")
     with pytest.raises(OSError, match="home directory /tmp/somebody is under /tmp, where nothing is cached by default"):
-        store.default_directory()
+        files.default_directory()
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
-    assert store.default_directory() == Path("/tmp/asked-for/fastattn")
+    assert files.default_directory() == Path("/tmp/asked-for/fastattn")
 
 
 # --- fault 55: no code in files

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
 
-from fastattn import kernels
-from fastattn.config import Config
+from fastattn import importing, kernels, libraries, quirks
+from fastattn.config import Config, current
 from fastattn.conversions import CONVERSIONS, NO, OPTIONAL, REQUIRED
 from fastattn.device import Device
+from fastattn.files import layers
 from fastattn.kernel import Accepted, Decision, Kernel, Rejected, Run
 from fastattn.problem import Problem
 
@@ -17,7 +18,7 @@ from fastattn.problem import Problem
 def decisions(problem: Problem, device: Device, config: Config, rows: Sequence[Kernel] | None = None) -> list[Decision]:
     """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons."""
     found: list[Decision] = []
-    for kernel in kernels.rows_for(device.type) if rows is None else rows:
+    for kernel in kernels.rows_for(device.type, config.named) if rows is None else rows:
         found += decide(kernel, problem, device, config)
     return found
 
@@ -30,7 +31,9 @@ def decide(kernel: Kernel, problem: Problem, device: Device, config: Config) -> 
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
     choices = [_choices(name, answer) for name, answer in answers.items()]
-    return [Accepted(kernel, tuple(n for n in names if n)) for names in product(*choices)]
+    found: list[Decision] = [Accepted(kernel, tuple(n for n in names if n)) for names in product(*choices)]
+    faults = quirks.ruled_out(kernel.name, problem, device, version(kernel.library) or "", config.quirks)
+    return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
 
 
 def _choices(name: str, answer: str) -> tuple[str, ...]:
@@ -44,6 +47,9 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         return  # its other limits speak of that device
     if not config.allows(kernel.name) and kernel.name not in kernels.FALLBACKS:
         yield f"excluded by options: kernels {', '.join(config.kernels)}"
+    elif kernel.opt_in and kernel.name not in config.named:
+        yield f"considered only where it is named: kernels=['+{kernel.name}'] in fastattn.options, or FASTATTN_KERNELS"
+        return
     if kernel.switch in p.off:
         yield f"switched off by torch.backends.cuda.enable_{kernel.switch}_sdp(False) or sdpa_kernel(...)"
     if p.dtype not in kernel.dtypes and not (kernel.fp32 and "float32" in kernel.dtypes and p.dtype != "float64"):
@@ -73,7 +79,7 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         yield "not deterministic, and torch.use_deterministic_algorithms is on"
     if kernel.approximate and isinstance(p.accuracy, str):
         yield f"quantises its inputs: accuracy {p.accuracy!r} asks for more, pass a number"
-    if kernel.compiles and p.lengths != "exact":
+    if kernel.compiles == "each_length" and p.lengths != "exact":
         yield "compiled for each length, and lengths change here"
     for need in kernel.needs:
         reason = need.why_not(p, device)
@@ -86,9 +92,20 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
 
 @cache
 def unavailable(kernel: Kernel) -> str | None:
-    """Why the kernel's library cannot be used here; looked for without importing it, then imported."""
-    if version(kernel.library) is None:
+    """Why the kernel's library cannot be used here; looked for without importing it, met in a child process, then imported."""
+    found = version(kernel.library)
+    if found is None:
         return f"package {kernel.library} is not installed"
+    first, last = kernel.versions
+    if first and libraries.as_numbers(found) < libraries.as_numbers(first):
+        return f"package {kernel.library} {found} < {first}"
+    if last and libraries.as_numbers(found) >= libraries.as_numbers(last):
+        return f"package {kernel.library} {found} >= {last}, which is not known to work"
+    library = libraries.of(kernel.library)
+    where, _ = layers(current().cache_dir)
+    fatal = library and importing.fatal(library.module, library.entry, found, where[0] if where else None)
+    if fatal:
+        return f"package {kernel.library} cannot be used: {fatal}"
     try:
         load(kernel)
     except Exception as error:
@@ -105,9 +122,12 @@ def load(kernel: Kernel) -> Run:
 
 @cache
 def version(library: str) -> str | None:
-    """Version of an installed distribution; None if it is not installed."""
+    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
     import importlib.metadata  # 5 ms, and only a miss needs it
 
+    known = libraries.of(library)
+    if known is not None:
+        return (libraries.installed(known) or (None, None))[1]
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

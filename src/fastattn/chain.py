@@ -24,7 +24,7 @@ def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> A
     base = name.split("+", maxsplit=1)[0]
     if base not in kernels.names():
         raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernels.names())}")
-    found = candidates.decisions(problem, silicon, settings)
+    found = candidates.decisions(problem, silicon, settings.naming(base))
     named = candidates.by_name(name, found)
     if named:
         return named[0]
@@ -42,7 +42,7 @@ def chain(
     but: conversions that are out of question.
     """
     served: list[Accepted] = []
-    rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type)}
+    rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type, settings.named)}
     for name in verdict.ranked() if verdict is not None else ():
         kernel = rows.get(name.split("+")[0])
         is_out = verdict is not None and (verdict.problem, name) in learnt.state.buried

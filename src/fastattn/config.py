@@ -2,8 +2,10 @@
 
 FASTATTN_MODE        auto | cached | off   tune on a miss | serve what is stored, never tune | plain F.sdpa everywhere
 FASTATTN_CACHE_DIR   one directory, or several joined by os.pathsep: the first is written, the others are only read
-FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one
+FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one, "+name" adds one that is
+                     considered only where it is named
 FASTATTN_MANIFEST    a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
+FASTATTN_QUIRKS      a file of known faults of kernels, added to those that are shipped (fastattn.quirks)
 FASTATTN_LOG         debug | info | warning | error: the level of the logger "fastattn"
 
 A variable that is empty is not set.
@@ -22,7 +24,7 @@ from typing import Any, NoReturn
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
 LEVELS = ("debug", "info", "warning", "error")
-VARIABLES = ("FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_MANIFEST", "FASTATTN_LOG")
+VARIABLES = ("FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_MANIFEST", "FASTATTN_QUIRKS", "FASTATTN_LOG")
 
 log = logging.getLogger("fastattn")
 
@@ -63,6 +65,7 @@ class Config:
     cache_dir: str | None = None
     tune_budget: float = 120.0
     manifest: str | None = None
+    quirks: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -73,8 +76,17 @@ class Config:
 
     def allows(self, name: str) -> bool:
         """Whether a kernel of that name may be considered."""
-        only = [k for k in self.kernels if not k.startswith("-")]
-        return f"-{name}" not in self.kernels and (not only or name in only)
+        only = [k for k in self.kernels if not k.startswith(("-", "+"))]
+        return f"-{name}" not in self.kernels and (not only or name in self.named)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The kernels that are asked for by name."""
+        return tuple(k.removeprefix("+") for k in self.kernels if not k.startswith("-"))
+
+    def naming(self, name: str) -> Config:
+        """The same, and that kernel asked for by name."""
+        return replace(self, kernels=(*self.kernels, f"+{name}"))
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
@@ -98,17 +110,19 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
         kernels=kernels,
         cache_dir=environment.get("FASTATTN_CACHE_DIR") or None,
         manifest=environment.get("FASTATTN_MANIFEST") or None,
+        quirks=environment.get("FASTATTN_QUIRKS") or None,
     )
 
 
 def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """Kernel names, "-" in front excludes. Raises ValueError that lists the known names."""
+    """Kernel names; "-" in front excludes, "+" adds. Raises ValueError that lists the known names."""
     parts = names.split(",") if isinstance(names, str) else names
     found = tuple(name.strip() for name in parts if name.strip())
     known = kernel_names()
     for name in found:
-        if name.removeprefix("-") not in known:
-            raise ValueError(f"unknown kernel {name.removeprefix('-')!r}; known: {', '.join(known)}")
+        bare = name.removeprefix("-").removeprefix("+")
+        if bare not in known:
+            raise ValueError(f"unknown kernel {bare!r}; known: {', '.join(known)}")
     return found
 
 
@@ -161,7 +175,8 @@ class options:
     """Set options for the process, or for a `with` block (this thread or task only).
 
     `options(mode="cached")` sets; `with options(kernels=["torch_flash"]): ...` scopes and restores.
-    mode: "auto", "cached" or "off". kernels: the only kernel names to consider, "-name" excludes one. accuracy: the
+    mode: "auto", "cached" or "off". kernels: the only kernel names to consider; "-name" excludes one,
+    "+name" adds one that is considered only where it is named. accuracy: the
     default rung of calls that name none. cache_dir: where verdicts are stored. tune_budget: seconds of tuning for the
     whole process. Raises ValueError on a bad value and lists the valid ones, TypeError on another name.
     """

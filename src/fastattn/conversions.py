@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from fastattn import blocks, masks
 from fastattn.blocks import NO, OPTIONAL, REQUIRED
 from fastattn.kernel import Arguments, Kernel, Run
+from fastattn.layouts import from_bhsd, to_bhsd
 from fastattn.problem import Problem
 
 
@@ -130,7 +131,11 @@ def _gqa_expand(step: Run, kernel: Kernel, p: Problem) -> Run:
 
 
 def _when_contiguous(kernel: Kernel, p: Problem) -> str:
+    if kernel.dense:
+        return NO  # once, when all else is done
     if kernel.dense_last_dim and "other" in p.strides:
+        return REQUIRED
+    if kernel.aligned and not (p.aligned and p.aligned_rows) and not _pads_all(kernel, p):
         return REQUIRED
     # A copy pays only if keys and values are read more than a few times.
     worth = kernel.contiguous and p.q_len >= 64 and set(p.strides) != {"contiguous"}
@@ -138,7 +143,10 @@ def _when_contiguous(kernel: Kernel, p: Problem) -> str:
 
 
 def _contiguous(step: Run, kernel: Kernel, p: Problem) -> Run:
-    return lambda q, k, v, mask, a: step(q.contiguous(), k.contiguous(), v.contiguous(), mask, a)
+    def dense(x: Tensor) -> Tensor:  # dense memory may still start where it should not
+        return x.contiguous() if p.aligned else x.clone(memory_format=torch.contiguous_format)
+
+    return lambda q, k, v, mask, a: step(dense(q), dense(k), dense(v), mask, a)
 
 
 # --- dtypes
@@ -169,6 +177,11 @@ def _widths(kernel: Kernel, p: Problem) -> tuple[int, int]:
     return (widest, widest) if kernel.equal_head_dims else (width, width_v)
 
 
+def _pads_all(kernel: Kernel, p: Problem) -> bool:
+    width, width_v = _widths(kernel, p)
+    return width > p.head_dim and width_v > p.head_dim_v
+
+
 def _when_pad(kernel: Kernel, p: Problem) -> str:
     return NO if _widths(kernel, p) == (p.head_dim, p.head_dim_v) else REQUIRED
 
@@ -187,6 +200,29 @@ def _pad(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
+# --- dense memory in the kernel's own layout
+
+_DENSE = {"bhsd": "contiguous", "bshd": "transposed", "sbhd": "seq_first"}  # layout -> stride class
+
+
+def _when_dense(kernel: Kernel, p: Problem) -> str:
+    if not kernel.dense:
+        return NO
+    lies_so = set(p.strides) == {_DENSE[kernel.layout]} and (p.aligned or not kernel.aligned)
+    is_made_anew = REQUIRED in (_when_pad(kernel, p), _when_gqa_expand(kernel, p))
+    return NO if lies_so and not is_made_anew else REQUIRED
+
+
+def _dense(step: Run, kernel: Kernel, p: Problem) -> Run:
+    layout = kernel.layout
+
+    def dense(x: Tensor) -> Tensor:
+        x = from_bhsd(x, layout)
+        return to_bhsd(x.contiguous() if p.aligned else x.clone(memory_format=torch.contiguous_format), layout)
+
+    return lambda q, k, v, mask, a: step(dense(q), dense(k), dense(v), mask, a)
+
+
 CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("mask_dense", "the triangle or window as a dense mask", _when_mask_dense, _mask_dense),
     Conversion("mask_additive", "a bool mask as the float mask that is added", _when_mask_additive, _mask_additive),
@@ -195,6 +231,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("contiguous", "q, k, v copied to dense memory", _when_contiguous, _contiguous),
     Conversion("fp32", "cast to float32, the output back", _when_fp32, _fp32),
     Conversion("head_dim_pad", "head dims padded with zeros", _when_pad, _pad),
+    Conversion("dense", "q, k, v copied to dense memory in the kernel's layout", _when_dense, _dense),
     Conversion("recompute", "in blocks; the backward makes each block's scores again", blocks.when_recompute, blocks.recompute),
     Conversion("chunks", "cut into blocks of heads and query rows", blocks.when_chunks, blocks.chunks),
 )

@@ -25,6 +25,8 @@ PRIVATE = {
     "cuda_flash": "torch._scaled_dot_product_flash_attention",
     "cuda_efficient": "torch._scaled_dot_product_efficient_attention",
     "cuda_cudnn": "torch._scaled_dot_product_cudnn_attention",
+    "cuda_flash_forward": "torch.ops.aten._flash_attention_forward.default",
+    "cuda_efficient_forward": "torch.ops.aten._efficient_attention_forward.default",
     "math": "torch._scaled_dot_product_attention_math",
     "tensor_guards": "torch._C._dynamo.guards.TensorGuards",
     "has_torch_function": "torch._C._has_torch_function_variadic",

@@ -113,9 +113,19 @@ def _folded(text: str, width: int | None, indent: int) -> list[str]:
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", *, tune: bool = False, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any = None,
+    layout: str = "bhsd",
+    *,
+    tune: bool = False,
+    compiling: bool = False,
+    **options: Any,
 ) -> Explanation:
     """Why `attention` with these arguments is served as it is. Runs nothing unless `tune=True`, which measures now.
+
+    compiling: also the kernels that take seconds to compile first, as `fastattn tune --compile` does.
 
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
@@ -124,7 +134,7 @@ def explain(
     key = inputs.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
     if tune and not problem.is_custom:  # with the caller's own function there is nothing to choose
-        resolve.tune(learnt.lengths(problem), settings, key.q.device, thorough=True)
+        resolve.tune(learnt.lengths(problem), settings, key.q.device, thorough=True, compiling=compiling)
         learnt.forget_calls()
     circumstances = guards.context(inputs.tensors_of(q, k, v, mask), settings, learnt.is_spent(settings))
     return of_problem(problem, parsed.kernel, circumstances)
@@ -148,7 +158,7 @@ def of_problem(
         served = plain if action == guards.PASS else last[0].name if last else "nothing"
         untuned = "nothing else can" if problem.is_custom else "not tuned yet: the first call will"
         why = why if action != guards.TUNE else untuned
-        not_default = planning.why_not_default(problem, silicon, found)
+        not_default = planning.why_not_default(problem, silicon, settings, found)
         why = not_default if not_default and served != "default" and not problem.is_custom else why
         why = why if last or action == guards.PASS else "no kernel can do this call: it raises NoKernelError"
     else:

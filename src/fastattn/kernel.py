@@ -6,6 +6,7 @@ about: a kernel never transposes, casts, pads or checks a shape itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from fastattn.config import log
 from fastattn.device import Device, private
+from fastattn.masks import as_bias, sees_nothing
 from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
 from fastattn.scratch import room
 
 __all__ = [
     "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "Tensor", "log", "require", "room",
+    "Rejected", "Run", "Tensor", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -42,6 +44,15 @@ class Arguments(NamedTuple):
     needs_grad: bool = False
     lse: bool = False
     score_mod: Callable[..., Tensor] | None = None
+    deterministic: bool = False  # the backward must give the same bits on every run
+
+    def beside(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
+        """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
+
+        It is how kernels of the bottom-right corner are told: right == 0 is their triangle.
+        """
+        at = kv_len - q_len
+        return None if self.lower is None else at - self.lower, None if self.upper is None else self.upper - at
 
 
 # run(q, k, v, mask, arguments) -> out, or (out, lse); tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1)
@@ -61,7 +72,8 @@ class Kernel:
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = (*FLOATS, "float64")
     layout: str = "bhsd"  # what `run` takes and returns
-    corner: str | None = "top_left"  # which causal corner it draws: "top_left", "bottom_right", "any", None
+    # which causal corner it draws: "top_left", "bottom_right", "any", "square" (neither, but q_len == kv_len), None
+    corner: str | None = "top_left"
     causal_scales: tuple[str, ...] = ("positive", "zero", "negative")  # signs of the scale it draws a triangle for
     masks: tuple[str, ...] = ()  # of "bool", "additive"
     mask_and_causal: bool = False  # both at once
@@ -76,6 +88,8 @@ class Kernel:
     equal_head_dims: bool = False  # v must be as wide as q
     head_dim_multiple: int = 1
     dense_last_dim: bool = False  # the last stride must be 1
+    dense: bool = False  # reads q, k and v as dense memory in its layout, whatever their strides say
+    aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
     grad: bool = True
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included
@@ -84,10 +98,14 @@ class Kernel:
     unfused: bool = False  # materialises the scores, some three times over
     chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
     load_backward: Callable[[], Backward] | None = None  # forward runs without a graph, the backward makes the scores again
-    compiles: bool = False  # takes seconds before its first run: left to `fastattn tune` where anything else can do it
+    # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
+    compiles: str | None = None
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
     reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
     approximate: bool = False  # quantises its inputs: needs a number from the caller
+    versions: tuple[str, str] = ("", "")  # of the library: the first that it works with, and the first that it does not
+    environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
+    opt_in: bool = False  # considered only where the caller names it
     needs: tuple[Need, ...] = ()
 
 
@@ -103,10 +121,11 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A kernel that cannot, with every reason."""
+    """A kernel that cannot, with every reason. would: the candidate that only a known fault rules out."""
 
     kernel: Kernel
     reasons: tuple[str, ...]
+    would: Accepted | None = None
 
     @property
     def name(self) -> str:
@@ -122,3 +141,20 @@ def require(name: str) -> Callable[..., Tensor]:
     if found is None:
         raise ImportError(f"this torch has no {name} entry point")
     return found
+
+
+def by_keyword(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """The library's function, once it is known to take these parameters by keyword: their order is no library's promise.
+
+    Raises ImportError naming those it lacks; one that **kwargs would swallow is lacking.
+    """
+    schema = getattr(function, "_schema", None)  # of torch's operators
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if schema is not None:
+        known = {argument.name for argument in schema.arguments}
+    else:
+        known = {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ImportError(f"its {function.__name__} takes no {', '.join(missing)}: another version is needed")
+    return function

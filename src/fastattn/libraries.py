@@ -7,6 +7,7 @@ Found means: a distribution of that name is installed. A module of that name pro
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import dataclass
 
 
@@ -97,7 +98,7 @@ LIBRARIES = (
         module="sageattn3",
         entry="sageattn3_blackwell",
         install=f"{FROM_SOURCE} {SAGE}#subdirectory=sageattention3_blackwell",
-        sm=(100, 121),
+        sm=(120, 121),
     ),
     Library(
         name="FlashInfer",
@@ -139,6 +140,16 @@ LIBRARIES = (
         is_tool=True,
     ),
 )
+
+
+def of(distribution: str) -> Library | None:
+    """The library that a distribution brings, if it is one of those above."""
+    return next((library for library in LIBRARIES if distribution in library.distributions), None)
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """The numbers a version begins with: "2.13.0+cu130" is (2, 13, 0), "4.0.0b36" is (4, 0, 0)."""
+    return tuple(int(n) for n in re.match(r"\d*(?:\.\d+)*", version)[0].split(".") if n)  # type: ignore[index]
 
 
 def installed(library: Library) -> tuple[str, str] | None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, masks
+from fastattn import candidates, masks, quirks
 from fastattn.config import Config
 from fastattn.conversions import BY_NAME, on_out
 from fastattn.device import Device, sdpa
-from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Run
+from fastattn.kernel import Accepted, Arguments, Decision, Kernel, Rejected, Run
 from fastattn.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
 from fastattn.problem import INT32, Problem, default_scale
 
@@ -45,6 +45,7 @@ def bind(
     return _outermost(step, candidate, p, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
+        deterministic=p.deterministic,
     ))  # fmt: skip
 
 
@@ -153,7 +154,8 @@ def plain_name(is_math: bool, is_custom: bool) -> str:
 
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
-    plain = {d.kernel.name for d in found if isinstance(d, Accepted) and is_native(d, d.kernel.name)}
+    could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our quirks
+    plain = {d.kernel.name for d in could if d is not None and is_native(d, d.kernel.name)}
     order = ["torch_flash", "torch_efficient", "torch_math"]
     if device.type == "cuda" and device.capability in (90, 100, 103) and device.cudnn > 91500:
         order.insert(0, "torch_cudnn")
@@ -172,14 +174,18 @@ def fallbacks(p: Problem, device: Device, config: Config, found: Sequence[Decisi
     """
     default = candidates.by_name("default", found)
     math = candidates.by_name("sdpa_math", found)
-    if why_not_default(p, device, found) is not None:
+    if why_not_default(p, device, config, found) is not None:
         default = []
     return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
 
 
-def why_not_default(p: Problem, device: Device, found: Sequence[Decision]) -> str | None:
-    """Why the default must not be served untested: int32 extents on CUDA, or unfused math past the memory limit."""
+def why_not_default(p: Problem, device: Device, config: Config, found: Sequence[Decision]) -> str | None:
+    """Why the default must not be served untested: a quirk, int32 extents on CUDA, or unfused math past the memory limit."""
     runs = default_runs(p, device, found)
+    faults = [d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.would is not None]
+    faults += [quirks.ruled_out("default", p, device, device.torch, config.quirks, runs)]
+    if any(faults):
+        return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
     if device.type == "cuda" and p.extent > INT32:
         return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
     if runs == "torch_math" and p.unfused_bytes > p.memory_limit:

@@ -64,6 +64,7 @@ class Problem:
     # one call's own
     extent: int = field(default=0, compare=False)  # largest element offset into one of its tensors
     aligned: bool = field(default=True, compare=False)  # every tensor starts at a multiple of 16 bytes
+    aligned_rows: bool = field(default=True, compare=False)  # q, k and v step from row to row by such multiples
     off: tuple[str, ...] = field(default=(), compare=False)  # torch's backends switched off by the user
     autocast: bool = field(default=False, compare=False)  # made under autocast, whether or not it casts anything
     asks_grad: bool = field(default=False, compare=False)  # an input requires grad, whatever grad mode says
@@ -132,6 +133,7 @@ class Problem:
             score_mod=key.options.score_mod is not None,
             extent=max(sum((n - 1) * st for n, st in zip(s.shape, s.stride, strict=True) if n) for s in tensors),
             aligned=all(s.aligned for s in tensors),
+            aligned_rows=all(_has_aligned_rows(s) for s in (q, k, v)),
             off=state.off,
             autocast=state.autocast is not None,
             asks_grad=any(s.requires_grad for s in tensors),
@@ -142,6 +144,11 @@ class Problem:
     def is_banded(self) -> bool:
         """Whether a triangle or a window hides keys."""
         return self.causal is not None or self.window is not None
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether anything hides or changes scores."""
+        return self.is_banded or self.mask is not None
 
     @property
     def is_custom(self) -> bool:
@@ -296,6 +303,10 @@ _KINDS: dict[str, Any] = {
     "masks.Window | None": (tuple, type(None)),
 }  # fmt: skip
 _JSON_FIELDS = {n: _KINDS[str(f.type)] for n, f in Problem.__dataclass_fields__.items() if f.compare}
+
+
+def _has_aligned_rows(s: Spec) -> bool:
+    return all(n == 1 or step * s.dtype.itemsize % 16 == 0 for n, step in zip(s.shape[:3], s.stride[:3], strict=True))
 
 
 def _name(dtype: torch.dtype) -> str:

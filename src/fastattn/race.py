@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,9 @@ def _rounded(error: float | None) -> float | None:
 
 def library_of(candidate: Accepted) -> str:
     """The name and version a trial is filed under."""
-    return f"{candidate.kernel.library} {candidates.version(candidate.kernel.library)}"
+    kernel = candidate.kernel
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(kernel.environment or ("\0",))]
+    return " ".join([kernel.library, str(candidates.version(kernel.library)), *told])
 
 
 class Race:
@@ -115,7 +118,7 @@ class Race:
             run()
             entrant.first_call = self.clock.now() - start
         start = self.clock.now()
-        _, entrant.temporary, entrant.saved = memory.measure(run, inputs, candidate.kernel.compiles)
+        _, entrant.temporary, entrant.saved = memory.measure(run, inputs, candidate.kernel.compiles is not None)
         entrant.first_run = self.clock.now() - start
         used, limit = max(entrant.temporary, entrant.saved), self.problem.memory_limit
         if not incumbent and used > limit:

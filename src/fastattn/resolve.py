@@ -168,6 +168,10 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
             _check_custom(call, chosen, problem, key, given)
         remember = guards.may_remember(circumstances)
         return Served(call, chosen.name, "nothing else can", remember, _reads(chosen, problem, settings))
+    if key.options.dropout_p == 1:  # everything is dropped, which some libraries refuse to do
+        chosen = chain.last_resorts(None, problem, silicon, settings)[0]
+        call = chain.bind(chosen, problem, key, structured)
+        return Served(call, chosen.name, "dropout_p 1 leaves nothing", remember=False)
     verdict = learnt.find(problem, silicon, settings, circumstances)
     if action == guards.TUNE and not learnt.is_complete(verdict, silicon, settings, problem):
         verdict, why = _tune_once(learnt.lengths(problem), settings, key, given, verdict)

@@ -1,8 +1,7 @@
 """Verdicts on disk: one small readable JSON file per problem, in a directory per fingerprint of what torch would answer.
 
-Files are published whole (unique temporary file, fsync, os.replace) and never changed in place, so no lock is needed and a
-killed writer leaves nothing half-written. Anything unreadable is a miss, never an error. Nothing in a file is run, imported
-or used as a path. Every failing system call means: this store does not help, work from memory.
+Files are published whole and never changed in place (fastattn.files). Anything unreadable is a miss, never an error. Nothing
+in a file is run, imported or used as a path. Every failing system call means: this store does not help, work from memory.
 """
 
 from __future__ import annotations
@@ -11,18 +10,16 @@ import contextlib
 import errno
 import json
 import os
-import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastattn.config import Config, log
 from fastattn.device import Device
+from fastattn.files import NO_HOME, layers, make_directory, publish, read_safely
 from fastattn.problem import Problem
 from fastattn.verdict import SCHEMA, Verdict
 
-MAX_FILE = 64 * 2**10
 MAX_FILES = 10_000
 MAX_BYTES = 64 * 2**20
 VERSION = f"v{SCHEMA}"  # the directory inside a layer that holds what this fastattn can read
@@ -30,39 +27,11 @@ _TRIM_EVERY = 100  # puts
 ABSENT = (errno.ENOENT, errno.ENOTDIR)
 IN_MEMORY = "verdicts are kept in memory only"
 SET_ONE = "set FASTATTN_CACHE_DIR"
-NO_HOME = "there is no home directory to cache in"
-
-
-def default_directory() -> Path:
-    """The user's cache directory. Raises OSError, which says why, where there is none.
-
-    Never in /tmp, where anybody could have put files, unless XDG_CACHE_HOME says so.
-    """
-    import platformdirs
-
-    try:
-        found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
-        home = Path(os.path.expanduser("~"))
-    except (RuntimeError, KeyError, OSError):  # a user without an entry in passwd
-        raise OSError(NO_HOME) from None
-    if os.environ.get("XDG_CACHE_HOME"):
-        return found
-    if not found.is_absolute() or home in (Path("/"), Path("~")):
-        raise OSError(NO_HOME)
-    if found.parts[:2] == ("/", "tmp"):
-        raise OSError(f"the home directory {home} is under /tmp, where nothing is cached by default")
-    return found
 
 
 def of(config: Config) -> Store:
     """The store that a Config asks for: the first directory is written, the others are only read."""
-    if config.cache_dir is None:
-        try:
-            return Store([default_directory()])
-        except OSError as error:
-            return Store([], str(error))
-    layers = [Path(part).expanduser() for part in config.cache_dir.split(os.pathsep) if part]
-    return Store(layers, f"FASTATTN_CACHE_DIR {config.cache_dir!r} names no directory")
+    return Store(*layers(config.cache_dir))
 
 
 class Store:
@@ -95,8 +64,8 @@ class Store:
         path = self._path(self.root, verdict.problem, device)
         text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)
         try:
-            _make_directory(path.parent)
-            _publish(path, text.encode())
+            make_directory(path.parent)
+            publish(path, text.encode())
         except OSError as error:
             self._warn(f"{IN_MEMORY}: cannot write {path.parent}: {error.strerror or error}")
             return None
@@ -156,7 +125,7 @@ class Store:
     def _read(self, path: Path, problem: Problem | None) -> Verdict | None:
         """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
         try:
-            verdict = Verdict.from_json(json.loads(_read_safely(path), parse_constant=_refuse))
+            verdict = Verdict.from_json(json.loads(read_safely(path), parse_constant=_refuse))
         except OSError as error:
             if error.errno not in (None, *ABSENT):
                 self._warn(f"stored verdicts cannot be read: {path}: {error.strerror}")
@@ -201,47 +170,3 @@ def _environment(device: Device) -> dict[str, Any]:
 
 def _refuse(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
-
-
-def _make_directory(path: Path) -> None:
-    """Make the directory for this user alone; refuse one that others may write or that is not ours."""
-    path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
-    for part in (path.parent.parent, path.parent, path):
-        part.mkdir(mode=0o700, exist_ok=True)
-        check_directory(part)
-
-
-def check_directory(part: Path) -> None:
-    """Raises OSError if that is a link, or no directory, or one that others may write or that is not ours."""
-    found = part.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise OSError(f"{part} is not a directory of its own (a link?)")
-    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
-        raise OSError(f"{part} may be written by others")
-
-
-def _publish(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _read_safely(path: Path) -> str:
-    """The text of a regular file of ours or root's; raises OSError or ValueError otherwise, and never blocks."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
-            raise OSError("not a small regular file")
-        if hasattr(os, "geteuid") and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002):
-            raise OSError("it may be written by others")
-        return file.read(MAX_FILE).decode("utf-8")

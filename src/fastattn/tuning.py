@@ -74,7 +74,7 @@ def tune(
             progress(problem, entrant.candidate.name, index, len(entrants))
         kernel = entrant.candidate.kernel.name
         if kernel == "default":
-            entrant.reason = planning.why_not_default(problem, silicon, found)
+            entrant.reason = planning.why_not_default(problem, silicon, config, found)
         elif first.kernel.name == "default" and incumbent.reason is None and planning.is_native(entrant.candidate, native):
             entrant.reason = "the default runs this kernel"
         elif entrant.candidate.kernel.compiles and not compiling:

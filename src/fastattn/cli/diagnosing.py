@@ -75,7 +75,8 @@ def _facts(report: Report) -> Table:
     if not report.cache:
         add("cache", "none", "red")
     add("settings", ", ".join(f"{name} {_value(value)}" for name, value in report.settings.items() if _is_said(name, value)))
-    for index, (reason, names) in enumerate(_by_reason(report.kernels).items()):
+    known = [row for row in report.kernels if row.usable or row.found]  # the others' libraries stand below
+    for index, (reason, names) in enumerate(_by_reason(known).items()):
         add("" if index else "kernels", ", ".join(names) + (f": {reason}" if reason else ""), "dim" if reason else "green")
     return table
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastattn import store
+from fastattn import files, store
 from fastattn.store import Store
 
 
@@ -67,7 +67,7 @@ def why_not_written(path: Path) -> str | None:
     try:
         for part in (path, path / store.VERSION, *(path / store.VERSION).glob("*")):
             if os.path.lexists(part):
-                store.check_directory(part)
+                files.check_directory(part)
         if not place.is_dir():
             raise OSError(f"{place} is not a directory")
         with tempfile.TemporaryFile(dir=place) as file:

@@ -38,7 +38,7 @@ def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
     if error:
         why.append(error)
     elif found and not library.is_tool and not any(_brings(library, kernel) for kernel in kernels.rows()):
-        why.append("fastattn has no kernel of it yet")
+        why.append("fastattn has no kernel of it")
     return Row(
         name=library.name,
         found=found is not None,

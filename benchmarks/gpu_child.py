@@ -1,0 +1,256 @@
+"""What a child of gpu_check.py does: one part for one kernel, each answer a line that is printed as soon as it is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import cpu
+import report
+import torch
+from workload import Case, cases
+
+import fastattn
+from fastattn import candidates, config, dropping, inputs, kernels, memory, planning, samples, verifying
+from fastattn.device import Device, state
+from fastattn.kernel import Accepted
+from fastattn.problem import Problem
+
+WORKLOAD = Path(__file__).with_name("gpu_workload.toml")
+MARK = "answer:"  # begins a line that is one
+RANDOM_PROBLEMS = 60
+
+
+# --- what is verified
+
+
+def grid(device: str, smoke: bool) -> list[Problem]:
+    """One field at a time away from a plain problem, then random mixtures, in both half dtypes and float32."""
+    base: dict[str, Any] = {"head_dim": 64, "q_heads": 8, "kv_heads": 8, "batch": 2, "q_len": 128, "kv_len": 128}
+    changes: list[dict[str, Any]] = [
+        {}, *({"q_len": q, "kv_len": kv} for q, kv in LENGTHS), *({"head_dim": d} for d in (16, 40, 80, 96, 128, 192, 256)),
+        {"head_dim": 192, "head_dim_v": 128}, {"head_dim": 64, "head_dim_v": 128}, {"kv_heads": 2}, {"kv_heads": 1},
+        {"causal": "top_left"}, *({"causal": c, "q_len": q, "kv_len": kv} for c in CORNERS for q, kv in ((64, 200), (200, 64))),
+        {"mask": "bool", "mask_shape": "b11k"}, {"mask": "bool", "mask_shape": "bhqk"}, {"mask": "own", "mask_shape": "1hqk"},
+        {"mask": "own", "mask_shape": "bhqk", "mask_grad": True, "needs_grad": True},
+        {"window": (32, 0), "causal": "top_left"}, {"window": (20, 12)}, {"softcap": 20.0}, {"lse": True},
+        {"lse": True, "causal": "bottom_right", "q_len": 200, "kv_len": 64}, {"scale": "negative"}, {"scale": "zero"},
+        {"strides": ("transposed",) * 3}, {"strides": ("packed",) * 3}, {"strides": ("contiguous", "cache", "cache")},
+        {"strides": ("expanded",) * 3}, {"strides": ("other",) * 3}, {"layout": "bshd"}, {"layout": "sbhd"},
+        {"deterministic": True, "needs_grad": True}, {"dropout": True},
+    ]  # fmt: skip
+    draw = Random(0)
+    for _ in range(RANDOM_PROBLEMS if not smoke else 4):
+        q_len, kv_len = draw.choice(LENGTHS)
+        causal = draw.choice((None, *CORNERS))
+        mixed: dict[str, Any] = {
+            "q_len": q_len, "kv_len": kv_len, "head_dim": draw.choice((40, 64, 96, 128, 256)), "kv_heads": draw.choice((8, 2)),
+            "causal": None if causal == "bottom_right" and q_len in (1, kv_len) else causal, "lse": draw.random() < 0.2,
+            "softcap": draw.choice((0.0, 0.0, 30.0)), "layout": draw.choice(("bhsd", "bshd")),
+            "window": draw.choice((None, None, (16, -1))),
+        }  # fmt: skip
+        changes.append(mixed)
+    dtypes = ("bfloat16",) if smoke else ("bfloat16", "float16", "float32")
+    found = []
+    for dtype, change, needs_grad in product(dtypes, changes[:: 4 if smoke else 1], (False, True)):
+        row = {**base, "needs_grad": needs_grad, **change}
+        row.setdefault("head_dim_v", row["head_dim"])
+        row["mask"] = dtype if row.get("mask") == "own" else row.get("mask")
+        threads = torch.get_num_threads() if device == "cpu" else 0
+        found.append(Problem(device=device, dtype=dtype, threads=threads, precision=precision(device), **row))
+    return list(dict.fromkeys(found))
+
+
+LENGTHS = ((1, 1), (1, 513), (4, 200), (64, 64), (127, 127), (65, 1000), (1000, 77), (511, 513))
+CORNERS = ("top_left", "bottom_right")
+
+
+def precision(device: str) -> str:
+    return state(device).precision
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one candidate came to on one problem, or why a kernel refuses it."""
+
+    what: str
+    candidate: str
+    forward: float | None = None
+    backward: float | None = None
+    error: str | None = None  # an exception, a wrong number
+    refused: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Over its error budget: the gate would refuse it."""
+        return not (self.forward or 0.0) <= 1.0 or not (self.backward or 0.0) <= 1.0
+
+
+def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
+    """Each candidate of a kernel on each problem of the grid, by the gate's own judges."""
+    on = torch.device(device)
+    silicon, settings = Device.of(on), config.Config().naming(name)
+    [kernel] = [k for k in kernels.rows_for(silicon.type, settings.named) if k.name == name]
+    for p in grid(device, smoke):
+        p = p.replace(accuracy=0.1) if kernel.approximate else p
+        found = candidates.decide(kernel, p, silicon, settings)
+        accepted = [d for d in found if isinstance(d, Accepted)]
+        if not accepted:
+            yield Found(str(p), name, refused="; ".join(found[0].reasons))  # type: ignore[union-attr]
+            continue
+        if p.dropout:
+            yield from _dropout(accepted, p, on)
+            continue
+        with torch.set_grad_enabled(p.needs_grad):
+            judges = verifying.judges(p, on)
+            for candidate in accepted:
+                try:
+                    call = planning.bind(candidate, judges[0].sample.problem, samples.scale_of(p))
+                    errors = verifying.summary(judges, call)
+                    yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
+                except Exception as error:
+                    yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _dropout(accepted: list[Accepted], p: Problem, on: torch.device) -> Iterator[Found]:
+    small, scale = dropping.problem_of(p), samples.scale_of(p)
+    for candidate in accepted:
+        try:
+            call = planning.bind(candidate, small, scale, dropout_p=dropping.RATE)
+            without = planning.bind(candidate, small, scale)
+            with torch.set_grad_enabled(p.needs_grad), dropping.own_random(on):
+                errors = dropping.check(call, without, small, on)
+            yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
+        except Exception as error:
+            yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _three(x: float | None) -> float | None:
+    return None if x is None else round(x, 3)
+
+
+# --- what is special
+
+
+def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
+    """What random grids do not meet; name: a kernel, or "attention()" for what is served."""
+    for what, run in SPECIAL.items():
+        order = {} if name == "attention()" else {"kernel": name}
+        try:
+            with fastattn.options(kernels=[f"+{name}"] if order else None):
+                error = run(device, order, smoke)
+            yield Found(what, name, round(error, 3)) if error is not None else Found(what, name, refused="not on this device")
+        except fastattn.NoKernelError as refusal:
+            yield Found(what, name, refused=str(refusal)[:300])
+        except torch.cuda.OutOfMemoryError:
+            yield Found(what, name, refused="this device has too little memory")
+        except Exception as error:
+            yield Found(what, name, error=f"{type(error).__name__}: {error}"[:300])
+        memory.release(torch.device(device))
+
+
+def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> float:
+    """The error of attention() on these tensors, first batch entry and kv head, in budgets."""
+    return judged(fastattn.attention(q, k, v, **order, **options), q, k, v, **options)
+
+
+def judged(out: Any, q: Any, k: Any, v: Any, **options: Any) -> float:
+    """The error of an output that is there already."""
+    p = Problem.from_key(inputs.call_key(q, k, v, None, "bhsd", inputs.parse(options)))
+    judge = verifying.judge_of_call(p, q, k, v, None, samples.scale_of(p))
+    assert judge is not None
+    return judge.errors(lambda *_: out[:1, : p.group]).forward
+
+
+def far_offsets(device: str, order: dict[str, Any], smoke: bool) -> float | None:
+    """Keys and values whose last element lies beyond 2^31 elements: the last kv head is looked at."""
+    if device == "cpu":
+        return None
+    rows = 2**31 // (8 * 128) + 4096
+    k = torch.randn(8, rows, 128, device=device, dtype=torch.bfloat16)[None]
+    q = torch.randn(1, 8, 4, 128, device=device, dtype=torch.bfloat16)
+    out = fastattn.attention(q, k, k, **order)
+    return judged(out[:, -1:], *(x[:, -1:] for x in (q, k, k)))
+
+
+def many_heads(device: str, order: dict[str, Any], smoke: bool) -> float:
+    q, k, v = (torch.randn(1, 700 if smoke else 70_000, 32, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    return error_of(q, k, v, order)
+
+
+def many_batches(device: str, order: dict[str, Any], smoke: bool) -> float:
+    q, k, v = (torch.randn(700 if smoke else 70_000, 1, 32, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    return error_of(q, k, v, order, is_causal=True)
+
+
+def misaligned(device: str, order: dict[str, Any], smoke: bool) -> float:
+    made = [torch.randn(2 * 4 * 100 * 64 + 1, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    return error_of(*(x[1:].view(2, 4, 100, 64) for x in made), order=order)
+
+
+def odd_strides(device: str, order: dict[str, Any], smoke: bool) -> float:
+    made = [torch.randn(2, 4, 100, 65, device=device, dtype=torch.bfloat16)[..., 1:] for _ in range(3)]
+    return error_of(*made, order=order)
+
+
+def graph(device: str, order: dict[str, Any], smoke: bool) -> float | None:
+    """Captured after a warm-up, replayed on other numbers."""
+    if device == "cpu":
+        return None
+    q, k, v = (torch.randn(2, 8, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    for _ in range(3):
+        fastattn.attention(q, k, v, is_causal=True, **order)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        out = fastattn.attention(q, k, v, is_causal=True, **order)
+    for x in (q, k, v):
+        x.copy_(torch.randn_like(x))
+    captured.replay()
+    torch.cuda.synchronize()
+    return judged(out, q, k, v, is_causal=True)
+
+
+SPECIAL: dict[str, Callable[..., float | None]] = {
+    "offsets beyond 2^31": far_offsets,
+    "70,000 heads": many_heads,
+    "batch of 70,000": many_batches,
+    "misaligned views": misaligned,
+    "odd strides": odd_strides,
+    "CUDA graph": graph,
+}
+
+
+# --- the child
+
+
+def main(part: str, name: str, args: argparse.Namespace) -> None:
+    """Print each answer as a line of its own, as soon as it is known."""
+    if part == "workload":
+        fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
+        skip = set(args.skip)
+        for case in workload(args):
+            title = report.title_of(case)
+            if title in skip:
+                continue
+            print(f"{MARK}{json.dumps({'began': title})}", flush=True)
+            result = cpu.measure(case, 5 if args.smoke else 15, 0.3 if args.smoke else 1.0, args.device)
+            print(f"{MARK}{json.dumps({'title': title, 'result': asdict(result)})}", flush=True)
+            memory.release(torch.device(args.device))
+        return
+    for found in (verify if part == "verify" else special)(name, args.device, args.smoke):
+        print(f"{MARK}{json.dumps(asdict(found))}", flush=True)
+
+
+def workload(args: argparse.Namespace) -> list[Case]:
+    """The problems that are asked for; with --smoke the small ones of workload.toml, as gpu_workload.toml's fit no CPU."""
+    if args.smoke:
+        return [c for c in cases() if c.name == "tiny" and not c.is_training]
+    return [c for c in cases(WORKLOAD) if not args.only or re.search(args.only, report.title_of(c))]

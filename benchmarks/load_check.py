@@ -1,0 +1,48 @@
+"""Which kernel libraries load here, and whether their functions take what the adapters say: python benchmarks/load_check.py.
+
+Each kernel is loaded in a process of its own, as fastattn would load it. No GPU is needed; for most a CUDA build of torch is.
+Exit code 1 where a library that is installed does not load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from fastattn import candidates, kernels
+
+CHILD = """
+import sys
+from fastattn import candidates, kernels
+[kernel] = [k for k in kernels.rows_for("cuda") if k.name == sys.argv[1]]
+print("ANSWER", candidates.unavailable(kernel) or "loads")
+"""
+
+
+def answer(name: str) -> str:
+    run = subprocess.run([sys.executable, "-c", CHILD, name], capture_output=True, text=True, timeout=300)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWER ")]
+    return lines[-1].removeprefix("ANSWER ") if lines else f"ended the process: {run.returncode} {run.stderr[-200:]}"
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    table = Table("kernel", "package", "version", "", box=None, padding=(0, 1, 0, 0))
+    failed = 0
+    for kernel in kernels.rows_for("cuda"):
+        if "cuda" not in kernel.devices or kernel.library == "torch":
+            continue
+        version = candidates.version(kernel.library)
+        said = answer(kernel.name) if version else "not installed"
+        failed += bool(version) and said != "loads"
+        table.add_row(kernel.name, kernel.library, version or "", said)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

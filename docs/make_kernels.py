@@ -1,0 +1,110 @@
+"""Write docs/kernels.md from the rows: python docs/make_kernels.py. A test compares the page with what this makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastattn import kernels, libraries, quirks
+from fastattn.kernel import Kernel, OneOf, Range
+
+PAGE = Path(__file__).with_name("kernels.md")
+HEAD = """# The kernels
+
+Made from the rows in `src/fastattn/kernels/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a conversion
+may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem has, and why
+each other kernel is out.
+"""
+OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask")
+FAULTS = """## Known faults
+
+Rows of `src/fastattn/quirks.json`: where all of it holds, the kernel is not used; for torch's own kernels that goes for
+F.sdpa as well. `FASTATTN_QUIRKS` names a file with more of them.
+
+| kernel | fault | where | reported |
+|---|---|---|---|"""
+CORNERS = {"top_left": "top left", "bottom_right": "bottom right", "any": "both corners", "square": "equal lengths", None: ""}
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+SAID = {"lse": "return_lse", "custom_mask": "BlockMask"}
+
+
+def page() -> str:
+    rows = [k for k in kernels.rows() if k not in kernels.plugins()]
+    parts = [HEAD, overview(rows)]
+    for title, mine in groups(rows).items():
+        parts.append(f"## {title}\n")
+        library = libraries.of(mine[0].library)
+        if library is not None:
+            parts.append(f"`{library.install}`" + f", module `{library.module}`.\n")
+        parts += [one(kernel) for kernel in mine]
+    return "\n".join([*parts, FAULTS, "\n".join(map(fault, quirks.known())) + "\n"])
+
+
+def overview(rows: list[Kernel]) -> str:
+    lines = ["| kernel | of | devices | dtypes | causal | masks | options | gradients |", "|---|---|---|---|---|---|---|---|"]
+    for k in rows:
+        options = ", ".join(SAID.get(o, o) for o in OPTIONS if getattr(k, o))
+        dtypes = ", ".join(SHORT[d] for d in k.dtypes)
+        cells = (k.name, library_of(k), ", ".join(k.devices), dtypes, CORNERS[k.corner], ", ".join(k.masks), options)
+        lines.append(f"| {' | '.join(cells)} | {'yes' if k.grad else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+def library_of(k: Kernel) -> str:
+    library = libraries.of(k.library)
+    return "torch" if k.library == "torch" else library.name if library else k.library
+
+
+def groups(rows: list[Kernel]) -> dict[str, list[Kernel]]:
+    found: dict[str, list[Kernel]] = {}
+    for kernel in rows:
+        found.setdefault(library_of(kernel), []).append(kernel)
+    return found
+
+
+def one(k: Kernel) -> str:
+    options = [SAID.get(o, o) for o in OPTIONS if getattr(k, o)]
+    backward = "no" if not k.grad else ("yes, and for a float mask" if k.mask_grad else "yes")
+    first, last = k.versions
+    lines = [
+        ("devices", ", ".join(k.devices)),
+        ("dtypes", ", ".join(k.dtypes)),
+        ("layout", k.layout),
+        ("versions", " and ".join(filter(None, (f"from {first}" if first else "", f"before {last}" if last else "")))),
+        ("causal", k.corner or ("by a dense mask" if k.masks else "no")),
+        ("masks", ", ".join(k.masks)),
+        ("options", ", ".join(options)),
+        ("fewer kv heads", "yes" if k.gqa else "after they are repeated"),
+        ("gradients", backward + ("" if k.deterministic or not k.grad else ", not deterministic")),
+        ("compiles", {"once": "before its first run", "each_length": "for each length"}.get(k.compiles or "", "")),
+        ("accuracy", "quantises: only where the caller gives a number" if k.approximate else ""),
+        ("considered", "only where it is named" if k.opt_in else ""),
+        ("limits", "; ".join(limit(n) for n in k.needs)),
+    ]
+    said = "\n".join(f"- {name}: {value}" for name, value in lines if value)
+    return f"### {k.name}\n\n{k.summary}\n\n{said}\n"
+
+
+def limit(need: object) -> str:
+    text = need.describe()  # type: ignore[attr-defined]
+    return f"`{text}`" if isinstance(need, (Range, OneOf)) else text.replace("{p.", "{").replace("{device.", "{")
+
+
+def fault(q: quirks.Quirk) -> str:
+    kernel = f"F.sdpa where it runs {q.runs}" if q.runs else q.kernel
+    where = [f"{name} {spec}" for name, spec in q.versions.items()]
+    where += [f"{name} {condition(value)}" for name, value in q.when.items()]
+    return f"| {kernel} | {q.reason} | {'; '.join(where) or 'always'} | <{q.link}> |"
+
+
+def condition(wanted: object) -> str:
+    if isinstance(wanted, dict):
+        low = f">= {wanted['min']}" if "min" in wanted else ""
+        high = f"<= {wanted['max']}" if "max" in wanted else ""
+        step = f"% {wanted['multiple_of']} = {wanted.get('remainder', 0)}" if "multiple_of" in wanted else ""
+        return " and ".join(filter(None, (low, high, step)))
+    return " or ".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)

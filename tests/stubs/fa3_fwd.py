@@ -1,0 +1,37 @@
+"""fa3-fwd 0.0.3: FlashAttention 3's forward, built without float16, windows and a backward."""
+
+from __future__ import annotations
+
+import torch
+
+from stubs import Stub, module, signed
+from stubs.flash_attn_3 import MUTATIONS, REFUSES, forward
+
+
+@signed("fa3_fwd", "flash_attn_func")
+def flash_attn_func(q, k, v, return_attn_probs, deterministic, attention_chunk, pack_gqa, sm_margin, **named):
+    named = {name: value for name, value in named.items() if value is not None or name == "softmax_scale"}
+    assert q.dtype is torch.bfloat16, "This flash attention build does not support FP16."
+    assert not any(x.requires_grad for x in (q, k, v)), "This flash attention build does not support backward."
+    assert named["num_splits"] == 0
+    out, lse = forward(q, k, v, **named, left_out=("LOCAL",))
+    return (out, lse) if return_attn_probs else out
+
+
+STUB = Stub(
+    file="flash_attn_3",
+    library="fa3-fwd",
+    version="0.0.3",
+    kernels=("fa3_fwd",),
+    modules=lambda: {"fa3_fwd_interface": module("fa3_fwd_interface", flash_attn_func=flash_attn_func)},
+    refuses={
+        "fa3_fwd": f"{REFUSES} window window_left window_right window_self window_causal window_wide window_tall"
+        " window_left_past_keys grad grad_causal grad_bottom_right grad_head_dim",
+    },
+    mutations=(
+        *MUTATIONS,
+        ('dtypes=("bfloat16",)', 'dtypes=("float16",)'),
+        ("grad=False", "grad=True"),
+        ("grad=False,", "grad=False, window=True,"),
+    ),
+)

@@ -1,0 +1,90 @@
+"""FlashAttention 3: bshd, bottom-right corner, -1 for no limit, windows clamped exactly; pads nothing."""
+
+from __future__ import annotations
+
+from fastattn.kernels import flash_attn_3
+from stubs import Stub, attend, band, check_aligned, check_half, module, signed
+
+FLAGS = ("BACKWARD", "LOCAL", "SOFTCAP", "FP16", "HDIM256", "SM8x")
+
+
+def config(left_out=()):
+    flags = {f"FLASHATTENTION_DISABLE_{flag}": flag in left_out for flag in FLAGS}
+    flags |= {f"FLASH_ATTENTION_DISABLE_{flag}": flag in left_out for flag in ("HDIMDIFF64", "HDIMDIFF192")}
+    return module("flash_attn_config", CONFIG={"build_flags": flags})
+
+
+def forward(q, k, v, *, softmax_scale, causal, window_size, softcap, num_splits, left_out=()):
+    """(out, lse) of hopper/flash_api.cpp."""
+    check_half(q, k, v)
+    check_aligned(q, k, v)
+    d, dv, (q_len, kv_len) = q.shape[3], v.shape[3], (q.shape[1], k.shape[1])
+    assert d % 8 == dv % 8 == 0 and d <= 256 and q.shape[2] % k.shape[2] == 0 and k.shape == (*v.shape[:3], d)
+    assert d == dv or (128 < d <= 192 and 96 < dv <= 128) or (d <= 64 and dv <= 512)
+    assert not softcap or "SOFTCAP" not in left_out, "This flash attention build does not support tanh softcapping."
+    left, right = window_size
+    left, right = -1 if left >= kv_len - 1 else left, -1 if right >= q_len - 1 else right
+    causal = causal and not (q_len == 1 and left == right == -1)
+    right = 0 if causal else right
+    is_causal = left < 0 and right == 0
+    assert is_causal or (left < 0 and right < 0) or "LOCAL" not in left_out, "... does not support local attention."
+    left, right = kv_len - 1 if left < 0 else left, q_len - 1 if right < 0 else right
+    visible = band(q_len, kv_len, left, right, kv_len - q_len)
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    assert scale > 0  # a row's maximum is taken before it is scaled
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = attend(q, k, v, scale=scale, visible=visible, softcap=softcap)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+@signed("flash_attn_3", "flash_attn_func")
+def flash_attn_func(q, k, v, return_attn_probs, deterministic, attention_chunk, pack_gqa, sm_margin, **named):
+    named = {name: value for name, value in named.items() if value is not None or name == "softmax_scale"}
+    assert attention_chunk == sm_margin == 0 and pack_gqa is None
+    is_training = any(x.requires_grad for x in (q, k, v))
+    assert not (is_training and deterministic and max(q.shape[3], v.shape[3]) > 192)
+    assert named["num_splits"] == (1 if is_training else 0), "the default never splits the keys, and decoding starves"
+    out, lse = forward(q, k, v, **named)
+    return (out, lse) if return_attn_probs else out
+
+
+REFUSES = (
+    "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask mask_and_causal"
+    " mask_grad float32"
+)
+MUTATIONS = (
+    ("causal=right == 0", "causal=False"),
+    ("causal=right == 0", "causal=True"),
+    ("softmax_scale=a.scale", "softmax_scale=None"),
+    ("softcap=a.softcap", "softcap=0.0"),
+    ("num_splits=1 if a.needs_grad or is_compiling() else 0", "num_splits=1"),
+    ('{"return_attn_probs": a.lse}', "{}"),
+    ('layout="bshd"', 'layout="bhsd"'),
+    ('corner="bottom_right"', 'corner="top_left"'),
+    ('corner="bottom_right"', 'corner="any"'),
+    ('OneOf("scale", ("positive",))', 'OneOf("scale", ("positive", "negative"))'),
+    ("head_dim_multiple=8", "head_dim_multiple=1"),
+    ("aligned=True", "aligned=False"),
+    ("dense_last_dim=True", "dense_last_dim=False"),
+    ("softcap=True", "softcap=False"),
+)
+STUB = Stub(
+    file="flash_attn_3",
+    library="flash-attn-3",
+    version="3.0.0",
+    kernels=("flash_attn_3",),
+    modules=lambda: {
+        "flash_attn_interface": module("flash_attn_interface", flash_attn_func=flash_attn_func),
+        "flash_attn_config": config(),
+    },
+    patch=lambda _: flash_attn_3.flags.cache_clear(),
+    refuses={"flash_attn_3": REFUSES},
+    mutations=(
+        *MUTATIONS,
+        ("-1 if left is None else left", "-1 if left is None else left + 1"),
+        ("right or -1", "-1"),
+        ("right or -1", "(right or 0) - 1"),
+        ('("float16", "bfloat16")', '("float16", "bfloat16", "float32")'),
+        ("window=True", "window=False"),
+    ),
+)

@@ -1,0 +1,71 @@
+"""FlashInfer's prefill of packed requests, 0.6.13: planned for their lengths and for a dtype, float16 where none is said."""
+
+from __future__ import annotations
+
+import torch
+
+from stubs import Stub, module, signed
+from stubs.flashinfer_single import CASES, MUTATIONS, REFUSES, one_request
+
+CLASS = "BatchPrefillWithRaggedKVCacheWrapper"
+
+
+def method(name):
+    return signed("flashinfer", f"{CLASS}.{name}", keywords_only=False)
+
+
+class BatchPrefillWithRaggedKVCacheWrapper:
+    @method("__init__")
+    def __init__(self, float_workspace_buffer, kv_layout, backend, use_cuda_graph, **more):
+        assert float_workspace_buffer.dtype is torch.uint8 and float_workspace_buffer.numel() >= 128 * 2**20
+        assert kv_layout == "NHD" and backend in ("fa2", "fa3") and not use_cuda_graph
+        self.backend, self.planned = backend, None
+
+    @method("plan")
+    def plan(self, qo_indptr, kv_indptr, custom_mask, pos_encoding_mode, use_fp16_qk_reduction, **more):
+        assert custom_mask is None and pos_encoding_mode == "NONE" and not use_fp16_qk_reduction
+        assert qo_indptr.dtype is kv_indptr.dtype is torch.int32 and len(qo_indptr) == len(kv_indptr)
+        self.q_at, self.kv_at, self.planned = qo_indptr.tolist(), kv_indptr.tolist(), more
+
+    @method("run")
+    def run(self, q, k, v, return_lse, **more):
+        told = self.planned
+        dtype = (
+            told["q_data_type"] if isinstance(told["q_data_type"], torch.dtype) else getattr(torch, told["q_data_type"])
+        )
+        if q.dtype is not dtype:
+            raise ValueError(
+                f"The dtype of q {q.dtype} does not match the q_data_type {dtype} specified in plan function."
+            )
+        assert q.shape == (self.q_at[-1], told["num_qo_heads"], told["head_dim_qk"]), (
+            "q.shape[0] does not match qo_indptr[-1]"
+        )
+        assert v.shape == (self.kv_at[-1], told["num_kv_heads"], told["head_dim_vo"] or told["head_dim_qk"])
+        found = [
+            one_request(
+                q[q0:q1], k[k0:k1], v[k0:k1], self.backend, told["causal"], told["window_left"], told["logits_soft_cap"],
+                told["sm_scale"],
+            )
+            for q0, q1, k0, k1 in zip(self.q_at, self.q_at[1:], self.kv_at, self.kv_at[1:], strict=False)
+        ]  # fmt: skip
+        out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return (out, lse) if return_lse else out
+
+
+STUB = Stub(
+    file="flashinfer",
+    library="flashinfer-python",
+    version="0.6.13",
+    modules=lambda: {"flashinfer": module("flashinfer", **{CLASS: BatchPrefillWithRaggedKVCacheWrapper})},
+    kernels=("flashinfer_ragged_fa3", "flashinfer_ragged_fa2"),
+    refuses=dict.fromkeys(("flashinfer_ragged_fa3", "flashinfer_ragged_fa2"), REFUSES),
+    cases={**CASES, "one_last_stride_2": {"b": 1, "memory": "last_stride_2"}},
+    mutations=(
+        *MUTATIONS,
+        ("starts * q.shape[1], starts * k.shape[1]", "starts * k.shape[1], starts * q.shape[1]"),
+        ("q.shape[3], v.shape[3], q.dtype", "q.shape[3], None, q.dtype"),
+        ("q.shape[2], k.shape[2], q.shape[3]", "k.shape[2], q.shape[2], q.shape[3]"),
+        ("128 * 2**20", "2**20"),
+        ("unflatten(0, (batch, -1)), lse", "unflatten(0, (-1, batch)), lse"),
+    ),
+)

@@ -1,0 +1,235 @@
+"""Transformer Engine 2.18 on sm90: three backends and what get_attention_backend says of them.
+
+cuDNN reads dense memory by the layout's name; a hidden score is -10000 in the unfused one; masks are True where they hide;
+FlashAttention draws the bottom-right corner alone, and its version 4 has None for no limit.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from fastattn.masks import Causal
+from stubs import Stub, attend, band, check_aligned, check_half, module, signed
+
+FILE = "transformer_engine"
+flash_major = [2]  # the FlashAttention that is installed
+
+
+@signed(FILE, "AttentionParams")
+def AttentionParams(**fields):
+    p = SimpleNamespace(**fields)
+    assert p.qkv_layout == "bshd_bshd_bshd"
+    left, right = p.window_size
+    if "causal" in p.attn_mask_type:
+        assert left >= -1 and right == 0
+    else:
+        assert (left, right) == (-1, -1) or min(left, right) >= 0
+    return p
+
+
+@signed(FILE, "get_attention_backend")
+def get_attention_backend(attention_params):
+    p = attention_params
+    half = p.qkv_dtype in (torch.float16, torch.bfloat16)
+    windowed = p.window_size[0] != -1 or p.window_size[1] not in (-1, 0)
+    square, wide = p.max_seqlen_q == p.max_seqlen_kv, p.max_seqlen_q <= p.max_seqlen_kv
+    dims = p.head_dim_qk % 8 == p.head_dim_v % 8 == 0
+    plain = p.core_attention_bias_type == "no_bias" and p.core_attention_bias_shape is None
+    flash = half and dims and plain and p.attn_mask_type != "arbitrary" and max(p.head_dim_qk, p.head_dim_v) <= 256
+    flash = flash and (square or p.attn_mask_type != "causal") and (square or p.bottom_right_diagonal or not windowed)
+    fused = half and dims and p.attn_mask_type != "arbitrary" and not (windowed and (not wide or not plain))
+    fused = fused and (wide or p.attn_mask_type != "causal_bottom_right")
+    fused = fused and (plain or p.core_attention_bias_shape in ("bhss", "1hss", "b1ss", "11ss"))
+    fused = fused and not (p.deterministic and p.is_training and p.core_attention_bias_requires_grad)
+    version = SimpleNamespace(major=flash_major[0]) if flash else None
+    return flash and not fused, version, fused, 1 if fused else None, not (flash or fused), [flash, fused, True]
+
+
+@signed(FILE, "get_full_cu_seqlens")
+def get_full_cu_seqlens(batch_size, max_seqlen, device):
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * max_seqlen
+
+
+def method(name):
+    def decorate(function):
+        call = signed(FILE, name)(function)
+
+        def run(self, **named):
+            return call(self=self, **named)
+
+        run.__signature__ = call.__signature__
+        return run
+
+    return decorate
+
+
+def heads_first(*tensors):
+    return (x.transpose(1, 2) for x in tensors)
+
+
+def joined(out):
+    """(b, h, s, d) as (b, s, h * d)."""
+    return out.transpose(1, 2).flatten(2).contiguous()
+
+
+class Backend(torch.nn.Module):
+    def make(self, softmax_scale, attention_dropout):
+        torch.nn.Module.__init__(self)
+        assert attention_dropout == 0.0
+        self.softmax_scale = softmax_scale
+
+    def check(self, q, qkv_layout):
+        assert qkv_layout == "bshd_bshd_bshd"
+        assert self.training == (q.requires_grad and torch.is_grad_enabled())
+
+
+class FlashAttention(Backend):
+    @method("FlashAttention.__init__")
+    def __init__(self, softmax_scale, attention_dropout, deterministic, **_):
+        self.make(softmax_scale, attention_dropout)
+
+    @method("FlashAttention.forward")
+    def forward(
+        self, query_layer, key_layer, value_layer, qkv_layout, attn_mask_type, window_size, flash_attention_backend, **_
+    ):  # fmt: skip
+        q, k, v = query_layer, key_layer, value_layer
+        self.check(q, qkv_layout)
+        check_half(q, k, v)
+        check_aligned(q, k, v)
+        assert q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0 and flash_attention_backend.major == flash_major[0]
+        left, right = window_size
+        if flash_attention_backend.major == 4:
+            left, right = (None, None) if (left, right) == (-1, -1) else (left, right)
+        else:
+            left, right = (None if n < 0 or n >= k.shape[1] + q.shape[1] else n for n in (left, right))
+        right = 0 if "causal" in attn_mask_type else right
+        visible = band(q.shape[1], k.shape[1], left, right, k.shape[1] - q.shape[1])
+        return joined(attend(*heads_first(q, k, v), scale=self.softmax_scale, visible=visible)[0])
+
+
+class FusedAttention(Backend):
+    @method("FusedAttention.__init__")
+    def __init__(self, softmax_scale, attention_dropout, deterministic, **_):
+        self.make(softmax_scale, attention_dropout)
+
+    @method("FusedAttention.forward")
+    def forward(
+        self, query_layer, key_layer, value_layer, qkv_layout, cu_seqlens_q, cu_seqlens_kv, attn_mask_type, window_size,
+        bottom_right_diagonal, fused_attention_backend, core_attention_bias_type, core_attention_bias, **_
+    ):  # fmt: skip
+        q, k, v = (by_layout(x) for x in (query_layer, key_layer, value_layer))
+        self.check(query_layer, qkv_layout)
+        check_half(q, k, v)
+        check_aligned(query_layer, key_layer, value_layer)
+        (b, q_len, heads, _), kv_len = q.shape, k.shape[1]
+        assert q.shape[3] % 8 == v.shape[3] % 8 == 0 and fused_attention_backend == 1
+        assert cu_seqlens_q.tolist() == [i * q_len for i in range(b + 1)]
+        assert cu_seqlens_kv.tolist() == [i * kv_len for i in range(b + 1)]
+        left, right = (None if n < 0 else n for n in window_size)
+        right = 0 if "causal" in attn_mask_type else right
+        corner = attn_mask_type == "causal_bottom_right" or (attn_mask_type == "no_mask" and bottom_right_diagonal)
+        bias = core_attention_bias
+        assert (bias is None) == (core_attention_bias_type == "no_bias")
+        if bias is not None:
+            assert core_attention_bias_type == "post_scale_bias" and bias.dtype is q.dtype and bias.is_contiguous()
+            assert bias.shape[0] in (1, b) and bias.shape[1] in (1, heads) and bias.shape[2:] == (q_len, kv_len)
+            assert bias.isfinite().all(), "what a row of -inf gives is cuDNN's affair"
+        visible = band(q_len, kv_len, left, right, kv_len - q_len if corner else 0)
+        return joined(attend(*heads_first(q, k, v), scale=self.softmax_scale, visible=visible, bias=bias)[0])
+
+
+def by_layout(x):
+    """What lies there by the layout's name, whatever the strides say."""
+    b, s, h, d = x.shape
+    return x.as_strided((b, s, h, d), (s * h * d, h * d, d, 1), x.storage_offset())
+
+
+class UnfusedDotProductAttention(Backend):
+    @method("UnfusedDotProductAttention.__init__")
+    def __init__(self, softmax_scale, attention_dropout, **_):
+        self.make(softmax_scale, attention_dropout)
+
+    @method("UnfusedDotProductAttention.forward")
+    def forward(
+        self, _alibi_cache, query_layer, key_layer, value_layer, qkv_layout, attn_mask_type, attention_mask, window_size,
+        bottom_right_diagonal, core_attention_bias_type, core_attention_bias, **_
+    ):  # fmt: skip
+        self.check(query_layer, qkv_layout)
+        q, k, v = heads_first(query_layer, key_layer, value_layer)
+        assert all(x.stride(-1) == 1 for x in (q, k, v)), "get_qkv_layout asserts it"
+        assert window_size == (-1, -1) and attn_mask_type in ("no_mask", "arbitrary")
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = q.double() @ k.double().mT * self.softmax_scale
+        if core_attention_bias_type == "post_scale_bias":
+            scores = scores + core_attention_bias.double()
+        else:
+            assert core_attention_bias is None
+        if attn_mask_type == "arbitrary":
+            assert attention_mask.dtype is torch.bool
+            scores = scores.masked_fill(attention_mask, -10000.0)
+        return joined((scores.softmax(-1) @ v.double()).to(q.dtype))
+
+
+def modules():
+    root = "transformer_engine.pytorch.attention.dot_product_attention"
+    backends = module(
+        f"{root}.backends", FlashAttention=FlashAttention, FusedAttention=FusedAttention,
+        UnfusedDotProductAttention=UnfusedDotProductAttention,
+    )  # fmt: skip
+    utils = module(
+        f"{root}.utils", AttentionParams=AttentionParams, get_attention_backend=get_attention_backend,
+        get_full_cu_seqlens=get_full_cu_seqlens,
+    )  # fmt: skip
+    parents = [".".join(root.split(".")[:n]) for n in range(1, 4)]
+    return {
+        **{name: module(name, __path__=[]) for name in parents},
+        root: module(root, backends=backends, utils=utils, __path__=[]),
+        backends.__name__: backends, utils.__name__: utils,
+    }  # fmt: skip
+
+
+NO_SCALES = " scale_zero scale_negative"
+NO_EXTRAS = " softcap lse lse_empty_rows lse_scale"
+STUB = Stub(
+    file=FILE,
+    library="transformer-engine",
+    version="2.18.0",
+    modules=modules,
+    cases={
+        "window_past_first_key": {"sq": 5, "skv": 19, "window": (16, 2), "mask": Causal("bottom_right")},
+        "misaligned_bshd": {"memory": "misaligned", "layout": "bshd"},
+    },
+    refuses={
+        "te_fused": "bottom_right_tall grad_bottom_right window_tall window_left_past_keys bool_mask_keys float32"
+        + NO_SCALES + NO_EXTRAS,
+        "te_flash": "top_left_wide top_left_tall bool_mask bool_mask_keys float_mask mask_and_causal mask_grad float32"
+        + NO_SCALES + NO_EXTRAS,
+        "te_unfused": NO_EXTRAS,
+    },
+    mutations=(
+        ("return mask.logical_not(), None", "return mask, None"),
+        ('"causal_bottom_right" if bottom_right else "causal"', '"causal"'),
+        ('"causal_bottom_right" if bottom_right else "causal"', '"causal_bottom_right"'),
+        ("right == 0 or not", "not"),
+        ("(-1 if left is None else left, 0)", "(-1, 0)"),
+        ("(far if left is None else left, far", "(-1 if left is None else left, far"),
+        ("left, right = None if a.lower is None else -a.lower, a.upper", "pass"),
+        ("softmax_scale\": scale", "softmax_scale\": 0.25"),
+        ("mask.masked_fill(hidden, HIDDEN)", "mask"),
+        ("out if hidden is None else", "out if True else"),
+        ("unflatten(-1, (heads, -1))", "unflatten(-1, (-1, heads)).transpose(2, 3)"),
+        ('bias_type = "post_scale_bias"', 'bias_type = "pre_scale_bias"'),
+        ("'b' if bias.shape[0] == b else '1'", "'2'"),
+        (".train(training)", ".train(False)"),
+        ("max_seqlen=kv_len", "max_seqlen=q_len"),
+        ("dense=True", "dense=False"),
+        ("dense_last_dim=True, aligned=True", "dense_last_dim=True"),
+        ("dense=True, aligned=True", "dense=True"),
+        ("equal_head_dims=True", "equal_head_dims=False"),
+        ("head_dim_multiple=8", "head_dim_multiple=1"),
+        ('layout="bshd"', 'layout="sbhd"'),
+        ('kind = "arbitrary" if', 'kind = "no_mask" if'),
+    ),
+)  # fmt: skip

@@ -1,0 +1,197 @@
+"""FlashAttention 2, 3 and 4: what the grid of calls cannot reach, as each of their stubs is one build on one silicon."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import test_libraries as grid
+from fakes import problem
+from stubs import flash_attn_3, module
+
+from fastattn import candidates
+from fastattn.config import Config
+
+STUBS = {name: stub for stub in grid.STUBS for name in ("flash_attn_2", "flash_attn_3", "fa3_fwd", "flash_attn_4")
+         if name in (stub.kernels or (stub.file,))}  # fmt: skip
+TRAIN = {"needs_grad": True}
+DROP = {"dropout": True}
+
+
+def dims(head_dim, head_dim_v=None):
+    return {"head_dim": head_dim, "head_dim_v": head_dim_v or head_dim}
+
+
+def pair(head_dim, head_dim_v, capability):
+    return (
+        f"head_dim {head_dim} with head_dim_v {head_dim_v} on sm{capability}: unequal ones are"
+        " 129-192 with 97-128, or 1-64 with 1-512, on sm90"
+    )
+
+
+def on(head_dim, head_dim_v, capability):
+    return f"head_dim {head_dim} and head_dim_v {head_dim_v} on sm{capability}"
+
+
+LIMITS = [
+    ("flash_attn_2", 75, {}, "capability 75 < 80"),
+    ("flash_attn_2", 121, {}, None),
+    ("flash_attn_2", 90, {"softcap": 2.0, **DROP}, "softcap 2 together with dropout"),
+    ("flash_attn_2", 90, {"lse": True, **DROP}, "return_lse together with dropout: it would write all weights out"),
+    ("flash_attn_2", 90, {**TRAIN, **DROP, **dims(256)}, None),
+    ("flash_attn_2", 89, {**TRAIN, **DROP, **dims(192)}, None),
+    (
+        *("flash_attn_2", 89, {**TRAIN, **DROP, **dims(200)}),
+        "training with dropout and head_dim 200 > 192 on sm89 (86, 89, 120, 121 cannot)",
+    ),
+    ("flash_attn_3", 100, {}, "capability 100 > 90"),
+    ("flash_attn_3", 80, {}, None),
+    ("flash_attn_3", 90, DROP, "dropout is not supported"),
+    ("flash_attn_3", 90, dims(192, 128), None),
+    ("flash_attn_3", 90, dims(64, 512), None),
+    ("flash_attn_3", 90, {**TRAIN, **dims(64, 512)}, "training: head_dim_v 512 > 256"),
+    ("flash_attn_3", 90, dims(20, 24), None),  # both padded to 24
+    ("flash_attn_3", 80, dims(20, 24), None),
+    ("flash_attn_3", 90, dims(128, 64), pair(128, 64, 90)),
+    ("flash_attn_3", 90, dims(192, 64), pair(192, 64, 90)),
+    ("flash_attn_3", 80, dims(192, 128), pair(192, 128, 80)),
+    (
+        *("flash_attn_3", 90, {**TRAIN, **dims(256), "deterministic": True}),
+        "a deterministic backward with head_dim 256 with head_dim_v 256: it ends at 192",
+    ),
+    ("flash_attn_3", 90, {**dims(256), "deterministic": True}, None),
+    ("flash_attn_4", 90, {**TRAIN, **dims(256)}, None),
+    ("flash_attn_4", 80, TRAIN, "training on sm80: its backward begins at sm90"),
+    ("flash_attn_4", 80, dims(256), None),
+    (
+        *("flash_attn_4", 90, {**TRAIN, **dims(64, 128), "kv_heads": 2}),
+        f"training with grouped queries (4 / 2) and {on(64, 128, 90)}: they must be equal there",
+    ),
+    ("flash_attn_4", 90, {**TRAIN, **dims(64, 128)}, None),
+    ("flash_attn_4", 100, dims(192, 128), None),
+    ("flash_attn_4", 103, {**TRAIN, **dims(250)}, None),
+    ("flash_attn_4", 100, dims(192), f"{on(192, 192, 100)}: it has up to (128, 128), (192, 128) and (256, 256) there"),
+    (
+        *("flash_attn_4", 110, {**TRAIN, **dims(256), "softcap": 2.0}),
+        f"training with softcap 2 and {on(256, 256, 110)}: its backward for 256 has none there",
+    ),
+    ("flash_attn_4", 120, dims(192), None),
+    ("flash_attn_4", 120, dims(200), f"{on(200, 200, 120)}: it ends at 192"),
+    ("flash_attn_4", 121, {**TRAIN, **dims(192)}, f"training with {on(192, 192, 121)}: it ends at 160"),
+    (
+        *("flash_attn_4", 120, {**TRAIN, "deterministic": True}),
+        "a deterministic backward on sm120: it has none from sm120 on",
+    ),
+    ("flash_attn_4", 90, dims(64, 512), "head_dim_v 512 > 256"),
+    (
+        *("flash_attn_4", 100, dims(16)),
+        "fails on sm100 with head_dim < 32 (https://github.com/Dao-AILab/flash-attention/issues/2591)",
+    ),
+    (
+        *("flash_attn_4", 89, dims(256)),
+        "asks for more shared memory than sm86 and sm89 have, at head_dim 256"
+        " (https://github.com/Dao-AILab/flash-attention/issues/2750)",
+    ),
+]
+
+
+def refused(name, capability, changes, monkeypatch, stub=None):
+    stub = stub or STUBS[name]
+    kernel = grid.row_of(stub, name)
+    with grid.installed(stub, monkeypatch):
+        p = problem(**{"device": "cuda", "dtype": kernel.dtypes[-1], **changes})
+        silicon = replace(grid.silicon(stub, name), capability=capability)
+        return [r for d in candidates.decide(kernel, p, silicon, Config()) for r in getattr(d, "reasons", ())]
+
+
+@pytest.mark.parametrize("name, capability, changes, reason", LIMITS)
+def test_a_limit_is_one_reason_with_both_numbers(name, capability, changes, reason, monkeypatch):
+    assert refused(name, capability, changes, monkeypatch) == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_3", "flash_attn_4"])
+def test_a_log_sum_exp_beside_gradients_is_detached(name, monkeypatch):
+    with grid.installed(STUBS[name], monkeypatch):
+        assert grid.run(grid.row_of(STUBS[name], name), STUBS[name], {"return_lse": True, "grad": True}) == []
+
+
+# --- FlashAttention 3's builds and interfaces
+
+BUILDS = [
+    ({"BACKWARD"}, TRAIN, "a backward: this build lacks it"),
+    ({"FP16"}, {"dtype": "float16"}, "float16: this build lacks it"),
+    ({"LOCAL"}, {"window": (3, 2)}, "a window (3, 2): this build lacks it"),
+    ({"SOFTCAP"}, {"softcap": 2.0}, "softcap 2: this build lacks it, or has no flash_attn_config to tell"),
+    ({"SM8x"}, {"capability": 86}, "sm86: this build lacks it, or has no flash_attn_config to tell"),
+    ({"HDIM256"}, dims(200), "head_dim 200 > 192: this build lacks it"),
+    ({"HDIMDIFF64"}, dims(64, 128), "head_dim 64 with head_dim_v 128: this build lacks it"),
+    ({"HDIMDIFF192"}, dims(192, 128), "head_dim 192 with head_dim_v 128: this build lacks it"),
+]
+
+
+@pytest.mark.parametrize("left_out, changes, reason", BUILDS)
+def test_what_a_build_left_out_is_refused(left_out, changes, reason, monkeypatch):
+    changes = dict(changes)
+    capability = changes.pop("capability", 90)
+    made = {**STUBS["flash_attn_3"].modules(), "flash_attn_config": flash_attn_3.config(left_out)}
+    stub = replace(STUBS["flash_attn_3"], modules=lambda: made)
+    assert refused("flash_attn_3", capability, changes, monkeypatch) == []
+    assert refused("flash_attn_3", capability, changes, monkeypatch, stub) == [reason]
+    assert refused("flash_attn_3", 90, {}, monkeypatch, stub) == []
+
+
+def build(function):
+    """A FlashAttention 3 without flash_attn_config, as those before November 2025 and the one repacked from xFormers are."""
+    made = {"flash_attn_interface": module("flash_attn_interface", flash_attn_func=function), "flash_attn_config": None}
+    return replace(STUBS["flash_attn_3"], modules=lambda: made)
+
+
+def test_the_library_repacked_from_xformers_serves_all_but_softcap(monkeypatch):
+    """Its interface has FlashAttention 3's parameters; its library was built without softcap, and does not tell."""
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+                        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
+                        deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip
+        out, lse = flash_attn_3.forward(
+            q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+            num_splits=num_splits, left_out=("SOFTCAP",),
+        )  # fmt: skip
+        return (out, lse.detach()) if return_attn_probs else out
+
+    stub = build(flash_attn_func)
+    kernel = grid.row_of(stub, "flash_attn_3")
+    with grid.installed(stub, monkeypatch):
+        found = {name: grid.run(kernel, stub, call) for name, call in grid.GRID.items()}
+    assert found.pop("softcap") == ["softcap 2: this build lacks it, or has no flash_attn_config to tell"]
+    assert {name for name, reasons in found.items() if reasons} == set(flash_attn_3.REFUSES.split())
+
+
+@pytest.mark.parametrize("returned", ["out and lse", "out"])
+def test_older_interfaces_return_what_they_like(returned, monkeypatch):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, num_splits=1,
+                        deterministic=False):  # fmt: skip
+        found = flash_attn_3.forward(
+            q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+            num_splits=num_splits,
+        )  # fmt: skip
+        return found[0] if returned == "out" else found
+
+    stub = build(flash_attn_func)
+    kernel = grid.row_of(stub, "flash_attn_3")
+    with grid.installed(stub, monkeypatch):
+        assert grid.run(kernel, stub, {"is_causal": True}) == grid.run(kernel, stub, {"grad": True}) == []
+        if returned == "out and lse":
+            assert grid.run(kernel, stub, {"return_lse": True}) == []
+        else:
+            with pytest.raises(NotImplementedError, match="returns no log-sum-exp"):
+                grid.run(kernel, stub, {"return_lse": True})
+
+
+def test_an_interface_before_softcap_and_splits_is_refused(monkeypatch):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False): ...
+
+    reasons = refused("flash_attn_3", 90, {}, monkeypatch, build(flash_attn_func))
+    assert reasons == [
+        "package flash-attn-3 cannot be used: ImportError: its flash_attn_func takes no softcap, num_splits:"
+        " another version is needed"
+    ]  # fmt: skip

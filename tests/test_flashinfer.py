@@ -1,0 +1,113 @@
+"""FlashInfer's plans: one for each kind of call, kept, and never made where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import stubs
+import torch
+from building import problem_of, qkv
+from stubs import flashinfer_ragged, flashinfer_single
+from test_libraries import installed
+
+from fastattn import candidates
+from fastattn.config import Config
+from fastattn.device import Device
+from fastattn.kernel import Arguments
+from fastattn.kernels import flashinfer
+
+ROWS = {kernel.name: kernel for kernel in flashinfer.KERNELS}
+TOLD = Arguments(0.125)
+
+
+@pytest.fixture
+def ragged(monkeypatch):
+    """run(q, k, v, None, arguments) of the stubbed library, its calls recorded."""
+    flashinfer.workspace.cache_clear()
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        stubs.calls.clear()
+        yield flashinfer.load_ragged("fa2")
+    flashinfer.workspace.cache_clear()
+
+
+def made(**sizes):
+    return qkv(d=64, dtype=torch.float16, layout="bshd", **sizes)
+
+
+def plans() -> int:
+    return sum(name.endswith(".plan") for name, _ in stubs.calls)
+
+
+def test_a_plan_is_made_once_for_each_kind_of_call(ragged):
+    for _ in range(3):
+        ragged(*made(), None, TOLD)
+        ragged(*made(), None, TOLD._replace(lse=True))  # told to run() alone
+    assert plans() == 1
+    ragged(*made(sq=20), None, TOLD)
+    ragged(*made(b=3), None, TOLD)
+    ragged(*made(), None, TOLD._replace(upper=0))
+    ragged(*made(), None, TOLD._replace(upper=0, lower=-3))
+    ragged(*made(), None, TOLD._replace(scale=0.5))
+    ragged(*made(), None, TOLD._replace(softcap=2.0))
+    ragged(*(x.to(torch.bfloat16) for x in made()), None, TOLD)
+    assert plans() == 8
+
+
+def test_plans_are_bounded_and_share_one_workspace(ragged, monkeypatch):
+    monkeypatch.setattr(flashinfer, "PLANS", 2)
+    for sq in (3, 4, 5, 3):  # 3 was let go of for 5
+        ragged(*made(sq=sq), None, TOLD)
+    assert plans() == 4
+    rooms = [told["float_workspace_buffer"].data_ptr() for name, told in stubs.calls if name.endswith("__init__")]
+    assert len(rooms) == 4 and len(set(rooms)) == 1
+    assert all(told["qo_indptr"].device.type == "cpu" for name, told in stubs.calls if name.endswith(".plan"))
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_a_plan_is_not_made_while_a_graph_is_captured(ragged, monkeypatch):
+    stream = type("Stream", (), {"cuda_stream": 7})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    q, k, v = made()
+    q = q.as_subclass(OnCuda)
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
+        ragged(q, k, v, None, TOLD)
+    assert plans() == 0
+    capturing[0] = False
+    ragged(q, k, v, None, TOLD)
+    capturing[0] = True
+    ragged(q, k, v, None, TOLD)  # planned before: only run() is captured
+    stream.cuda_stream = 8  # on another stream it would share the memory of what runs on the first
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
+        ragged(q, k, v, None, TOLD)
+    assert plans() == 1
+
+
+def test_leaves_are_taken_where_no_gradient_is_wanted(monkeypatch):
+    q, k, v = (x.requires_grad_() for x in made(b=1))
+    with installed(flashinfer_single.STUB, monkeypatch), torch.no_grad():
+        out = flashinfer.load_single("fa2")(q, k, v, None, TOLD)
+    assert out.shape == q.shape
+
+
+def reasons(name: str, capability: int = 90, **changes) -> str:
+    q, k, v = qkv(b=1, d=64, dtype=torch.float16)
+    p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
+    device = Device("cuda", "made-up GPU", capability)
+    return " ".join(
+        r for row in candidates.decide(ROWS[name], p, device, Config()) for r in getattr(row, "reasons", ())
+    )
+
+
+def test_where_lengths_churn_nothing_is_planned():
+    assert "planned for each length, and lengths change here (all)" in reasons("flashinfer_ragged_fa2", lengths="all")
+    assert "planned" not in reasons("flashinfer_single_fa2", lengths="all")
+
+
+def test_fa3_is_for_hopper_alone():
+    assert "capability 80 is not one of 90" in reasons("flashinfer_single_fa3", 80)
+    assert "capability" not in reasons("flashinfer_single_fa2", 80)

@@ -1,0 +1,176 @@
+"""A library that would end or hang the process costs a sentence, once: it is met in a child process, and remembered on disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fastattn import candidates, importing, libraries
+from fastattn.kernels import natten
+
+COUNT = "import pathlib; open(pathlib.Path(__file__).with_suffix('.count'), 'a').write('x')\n"
+EXITS, SEGFAULTS, HANGS = "import os; os._exit(3)", "import ctypes; ctypes.string_at(0)", "import time; time.sleep(60)"
+WORKS, RAISES = "entry = 1", "raise RuntimeError('built for another torch')"
+
+
+class Site:
+    """A directory of modules made up for a test, each counting its imports."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def put(self, name: str, source: str) -> str:
+        (self.path / f"{name}.py").write_text(COUNT + source + "\n", encoding="utf-8")
+        importlib.invalidate_caches()
+        return name
+
+    def imports(self, name: str) -> int:
+        count = self.path / f"{name}.count"
+        return len(count.read_text()) if count.exists() else 0
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    monkeypatch.setattr(importing, "_met", [])
+    yield Site(path)
+    for name in [p.stem for p in path.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "cache"
+
+
+def remembered(root: Path) -> list[dict[str, str]]:
+    return [json.loads(path.read_text()) for path in root.glob("imports/*/*.json")]
+
+
+@pytest.mark.parametrize("source, ending", [(EXITS, "exit code 3"), (SEGFAULTS, "SIGSEGV")])
+def test_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
+    name = site.put("ends_it", source)
+    why = importing.fatal(name, "entry", "1.0", root)
+    assert why == f"importing it ended the process: {ending}"
+    assert name not in sys.modules and importing._met == []
+    assert remembered(root) == [{"module": name, "version": "1.0", "fatal": why}]
+    assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 1
+
+
+def test_the_next_process_does_not_try_it_again(site, root):
+    name = site.put("ends_it", EXITS)
+    why = importing.fatal(name, "entry", "1.0", root)
+    asked = f"{name!r}, 'entry', '1.0', pathlib.Path({str(root)!r})"
+    code = f"import pathlib; from fastattn import importing; print(importing.fatal({asked}))"
+    path = os.pathsep.join([str(site.path), str(Path(importing.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == why, done.stderr
+    assert site.imports(name) == 1
+
+
+@pytest.mark.parametrize("source", [WORKS, RAISES, "something_else = 1"])
+def test_one_that_works_or_merely_raises_is_not_fatal(site, root, source):
+    name = site.put("harmless", source)
+    assert importing.fatal(name, "entry", "1.0", root) is None
+    assert [found["fatal"] for found in remembered(root)] == [""]
+    assert importing.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 1
+
+
+def test_another_version_is_tried_anew(site, root):
+    name = site.put("ends_it", EXITS)
+    importing.fatal(name, "entry", "1.0", root)
+    site.put(name, WORKS)
+    assert importing.fatal(name, "entry", "1.1", root) is None
+    assert importing.fatal(name, "entry", "1.0", root) is not None and site.imports(name) == 2
+
+
+def test_what_is_imported_already_needs_no_child(site, root):
+    name = site.put("harmless", WORKS)
+    importlib.import_module(name)
+    assert importing.fatal(name, "entry", "1.0", root) is None
+    assert site.imports(name) == 1 and remembered(root) == []
+
+
+def test_two_modules_that_only_crash_together_are_found(site, root):
+    first = site.put("registers_ops", WORKS)
+    second = site.put("registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1")
+    assert importing.fatal(first, "entry", "1.0", root) is None
+    assert importing.fatal(second, "entry", "1.0", root) is None, "the first was let in, and is not imported"
+    importing._met.remove(second)
+    importlib.import_module(first)
+    why = importing.fatal(second, "entry", "1.0", root)
+    assert why == "importing it ended the process: exit code 7 (beside registers_ops)"
+    assert importing.fatal(second, "entry", "1.0", root) == why, "and it is remembered for both together"
+    assert site.imports(second) == 2 and second not in importing._met
+    sys.modules.pop(first)
+    assert importing.fatal(second, "entry", "1.0", root) is None, "alone it works"
+    assert site.imports(second) == 2
+
+
+def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
+    monkeypatch.setattr(importing, "why_not", partial(importing.why_not, timeout_s=2.0))
+    name = site.put("hangs", HANGS)
+    for tries in (1, 2):
+        assert importing.fatal(name, "entry", "1.0", root) == "importing it did not end within 2 s"
+        assert site.imports(name) == tries
+    assert remembered(root) == []
+
+
+def test_without_a_cache_directory_it_is_tried_each_time(site):
+    name = site.put("ends_it", EXITS)
+    for tries in (1, 2):
+        assert importing.fatal(name, "entry", "1.0", None) == "importing it ended the process: exit code 3"
+        assert site.imports(name) == tries
+
+
+def test_a_cache_directory_that_cannot_be_made_does_not_matter(site, root):
+    root.write_text("a file", encoding="utf-8")
+    name = site.put("ends_it", EXITS)
+    for _ in range(2):
+        assert importing.fatal(name, "entry", "1.0", root) == "importing it ended the process: exit code 3"
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"fatal": 3}', b"\xff\xfe", b"[" * 10**5])
+def test_a_memory_that_cannot_be_read_is_none(site, root, garbage):
+    name = site.put("ends_it", EXITS)
+    why = importing.fatal(name, "entry", "1.0", root)
+    [path] = root.glob("imports/*/*.json")
+    path.write_bytes(garbage)
+    assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 2
+    assert [found["fatal"] for found in remembered(root)] == [why]
+
+
+def test_a_memory_that_others_could_have_written_is_none(site, root):
+    name = site.put("harmless", WORKS)
+    assert importing.fatal(name, "entry", "1.0", root) is None
+    [path] = root.glob("imports/*/*.json")
+    path.write_text(json.dumps({"fatal": "importing it ended the process: by a stranger's word"}), encoding="utf-8")
+    path.chmod(0o666)
+    assert importing.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 2
+
+
+def test_its_kernel_gives_the_sentence_as_its_reason_and_never_loads_it(site, monkeypatch):
+    site.put("natten", EXITS)
+    real = libraries.installed
+    known = libraries.of("natten")
+    monkeypatch.setattr(libraries, "installed", lambda lib: ("natten", "0.21.6") if lib is known else real(lib))
+    for remembered_in in (candidates.version, candidates.unavailable, candidates.load):
+        remembered_in.cache_clear()
+    try:
+        reason = candidates.unavailable(natten.KERNELS[0])
+    finally:
+        candidates.version.cache_clear()
+        candidates.unavailable.cache_clear()
+    assert reason == "package natten cannot be used: importing it ended the process: exit code 3"
+    assert "natten" not in sys.modules

@@ -1,0 +1,298 @@
+"""Every kernel library's adapter against a stub with that library's own signature and semantics: no GPU is needed.
+
+The grid is one table of calls. A kernel does a call rightly, by float64, or refuses it; which it refuses is listed beside its
+stub. The mutation run breaks each adapter in every convention that it keeps, and must see the grid turn red.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+import stubs
+import torch
+from building import corner, expect, hold, mask_of, problem_of, qkv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastattn import candidates, importing, libraries, planning
+from fastattn.config import Config
+from fastattn.device import Device
+from fastattn.kernel import Accepted, Kernel, OneOf, Rejected
+from fastattn.masks import Causal
+
+BR = Causal("bottom_right")
+WIDE, TALL = {"sq": 5, "skv": 19}, {"sq": 19, "skv": 5}
+# name -> how the tensors are made, the mask (letters, dtype) or a structured one, and the options of the call
+GRID: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wide": {**WIDE},
+    "tall": {**TALL},
+    "one_key": {"sq": 7, "skv": 1},
+    "batch_of_one": {"b": 1},
+    "causal": {"is_causal": True},
+    "top_left_wide": {**WIDE, "is_causal": True},
+    "top_left_tall": {**TALL, "is_causal": True},
+    "bottom_right_wide": {**WIDE, "mask": BR},
+    "bottom_right_tall": {**TALL, "mask": BR},
+    "decode": {"sq": 1, "skv": 33, "mask": BR},
+    "window": {"window": (3, 2)},
+    "window_left": {"window": (3, -1)},
+    "window_right": {"window": (-1, 2)},
+    "window_self": {"window": (0, 0)},
+    "window_causal": {"window": (3, 0), "is_causal": True},
+    "window_wide": {**WIDE, "window": (3, 2), "mask": BR},
+    "window_tall": {**TALL, "window": (2, 2), "mask": BR},
+    "window_left_past_keys": {**TALL, "window": (6, -1), "mask": BR},
+    "softcap": {"softcap": 2.0},
+    "gqa": {"hq": 8, "hkv": 2},
+    "mqa_causal": {"hq": 4, "hkv": 1, "is_causal": True},
+    "gqa_decode": {"hq": 8, "hkv": 2, "sq": 1, "skv": 33},
+    "head_dim_20": {"d": 20},
+    "head_dim_v": {"d": 16, "dv": 32},
+    "head_dim_v_small": {"d": 32, "dv": 16},
+    "scale": {"scale": 0.7},
+    "scale_zero": {"scale": 0.0},
+    "scale_negative": {"scale": -0.4},
+    "lse": {"return_lse": True},
+    "lse_empty_rows": {**TALL, "hq": 4, "hkv": 2, "mask": BR, "return_lse": True},
+    "lse_scale": {"return_lse": True, "scale": 0.7},
+    "bool_mask": {"mask": ("bhqk", torch.bool)},
+    "bool_mask_keys": {"mask": ("b11k", torch.bool), "skv": 33},
+    "float_mask": {"mask": ("1hqk", None), "skv": 33},
+    "mask_and_causal": {"mask": ("11qk", torch.bool), "is_causal": True},
+    "mask_grad": {"mask": ("bhqk", "grad"), "grad": True},
+    "grad": {"grad": True, "hq": 4, "hkv": 2},
+    "grad_causal": {"grad": True, "is_causal": True},
+    "grad_bottom_right": {**TALL, "grad": True, "mask": BR},
+    "grad_head_dim": {"grad": True, "d": 20},
+    "bshd": {"layout": "bshd", **WIDE, "hq": 3},
+    "sbhd": {"layout": "sbhd", **WIDE, "hq": 3},
+    "packed": {"memory": "packed", "d": 20},
+    "packed_dims": {"memory": "packed_dims"},
+    "last_stride_2": {"memory": "last_stride_2"},
+    "odd_rows": {"memory": "dims_before_rows"},
+    "expanded": {"memory": "expanded_heads"},
+    "misaligned": {"memory": "misaligned"},
+    "float32": {"dtype": torch.float32},
+}  # fmt: skip
+MADE = ("b", "hq", "hkv", "sq", "skv", "d", "dv", "memory", "layout", "dtype", "grad")
+STUBS = stubs.all_stubs()
+
+
+def sizes_for(kernel: Kernel) -> dict[str, int]:
+    """The head_dim of a grid call, where a kernel has but a few."""
+    wanted = [need.values for need in kernel.needs if isinstance(need, OneOf) and need.field == "head_dim"]
+    return {"d": wanted[0][0]} if wanted else {}
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, one element off a multiple of 16 bytes."""
+    room = x.new_empty(x.numel() + 1)
+    return room[1:].view(x.shape).copy_(x)
+
+
+@contextmanager
+def installed(stub: stubs.Stub, monkeypatch):
+    """Its library is found, at its version, and imported without a child process."""
+    for name, made in stub.modules().items():
+        monkeypatch.setitem(sys.modules, name, made)
+    stub.patch(monkeypatch)
+    known = libraries.of(stub.library)
+    real = libraries.installed
+    monkeypatch.setattr(libraries, "installed", lambda lib: (stub.library, stub.version) if lib is known else real(lib))
+    monkeypatch.setattr(importing, "fatal", lambda *_: None)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+def forget() -> None:
+    for remembered in (candidates.version, candidates.load, candidates.unavailable):
+        remembered.cache_clear()
+
+
+def silicon(stub: stubs.Stub, kernel: str) -> Device:
+    return Device("cuda", "made-up GPU", stub.capabilities.get(kernel, stub.capability), cuda="12.8", cudnn=92300)
+
+
+def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dtype | None = None) -> list[str]:
+    """Hold every candidate of a kernel for a call to float64; the reasons where there is none."""
+    torch.manual_seed(0)
+    options = {k: v for k, v in case.items() if k not in (*MADE, "mask")}
+    made = {"dtype": dtype or getattr(torch, kernel.dtypes[0]), **sizes_for(kernel), **stub.sizes}
+    made |= {k: v for k, v in case.items() if k in MADE}
+    off_by_one = made.get("memory") == "misaligned"
+    q, k, v = qkv(**{**made, "memory": "contiguous"} if off_by_one else made)
+    if off_by_one:
+        q, k, v = (misaligned(x) for x in (q, k, v))
+    mask, layout = case.get("mask"), case.get("layout", "bhsd")
+    if isinstance(mask, tuple):
+        letters, kind = mask
+        b, h, s, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        mask = mask_of(letters, kind if isinstance(kind, torch.dtype) else made["dtype"], b, h, s, kv_len)
+        mask = mask.requires_grad_() if kind == "grad" else mask
+    if kernel.approximate:
+        options["accuracy"] = 0.5
+    p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0)
+    found = candidates.decide(kernel, p, silicon(stub, kernel.name), Config(kernels=(f"+{kernel.name}",)))
+    if isinstance(found[0], Rejected):
+        return list(found[0].reasons)
+    asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
+    want = expect(q, k, v, mask, layout=layout, corners=corner(mask, options.get("is_causal", False)), **asked)
+    for candidate in found:
+        assert isinstance(candidate, Accepted)
+        call = planning.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
+        before = [x.detach().clone() for x in (q, k, v)]
+        rung = "dtype" if kernel.approximate else "exact"
+        dense = mask if isinstance(mask, torch.Tensor) else None
+        hold(want, call, q, k, v, dense, rung)
+        assert isinstance(call(q, k, v, dense), tuple) is p.lse, "with a log-sum-exp where it is asked for, and only there"
+        assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), f"{candidate.name} changed its inputs"
+    return []
+
+
+def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:
+    """The stubbed kernels of its file; what runs on the CPU is tested with the real thing."""
+    found = (file or import_module(f"fastattn.kernels.{stub.file}")).KERNELS
+    return [k for k in found if k.devices == ("cuda",) and (not stub.kernels or k.name in stub.kernels)]
+
+
+EACH = [pytest.param(stub, kernel.name, id=kernel.name) for stub in STUBS for kernel in rows_of(stub)]
+
+
+def row_of(stub: stubs.Stub, name: str) -> Kernel:
+    return next(kernel for kernel in rows_of(stub) if kernel.name == name)
+
+
+@pytest.mark.parametrize("stub, name", EACH)
+def test_every_call_of_the_grid_is_right_or_refused_as_listed(stub, name, monkeypatch):
+    refused = {}
+    with installed(stub, monkeypatch):
+        for case, call in {**GRID, **stub.cases}.items():
+            try:
+                reasons = run(row_of(stub, name), stub, call)
+            except Exception as error:
+                raise AssertionError(f"{case}: {type(error).__name__}: {error}") from error
+            if reasons:
+                refused[case] = reasons
+    listed = set(stub.refuses.get(name, "").split())
+    assert set(refused) == listed, {case: refused.get(case) for case in set(refused) ^ listed}
+    assert all(reason and "not installed" not in reason for reasons in refused.values() for reason in reasons), refused
+
+
+@pytest.mark.parametrize("stub, name", EACH)
+def test_every_dtype_is_right(stub, name, monkeypatch):
+    with installed(stub, monkeypatch):
+        for dtype in row_of(stub, name).dtypes:
+            assert run(row_of(stub, name), stub, {"is_causal": True}, getattr(torch, dtype)) == []
+
+
+class Copies(TorchDispatchMode):
+    """Names every copy that is made outside the library itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not stubs.is_inside() and func.overloadpacket.__name__ in ("clone", "contiguous", "_to_copy", "copy_"):
+            self.made.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("stub, name", EACH)
+def test_nothing_is_copied_where_the_library_takes_strides(stub, name, layout, monkeypatch):
+    kernel = row_of(stub, name)
+    made = {"dtype": getattr(torch, kernel.dtypes[0]), **sizes_for(kernel), **stub.sizes}
+    made |= {"layout": layout, "memory": "transposed"}
+    q, k, v = qkv(**made)
+    options = {"accuracy": 0.5} if kernel.approximate else {}
+    with installed(stub, monkeypatch):
+        p = problem_of(q, k, v, None, layout, **options).replace(device="cuda", threads=0)
+        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
+        assert found[0].name == name, "a plain call needs no conversion"
+        call = planning.bind(found[0], p, None)
+        with Copies() as copies:
+            call(q, k, v, None)
+    assert bool(copies.made) is (name in stub.copies), copies.made
+
+
+# --- the mutation run
+
+MUTATIONS = [
+    pytest.param(stub, *change, id=f"{stub.file}: {change[0]} -> {change[1]}") for stub in STUBS for change in stub.mutations
+]
+
+
+@pytest.mark.parametrize("stub, text, other", MUTATIONS)
+def test_a_broken_convention_turns_the_grid_red(stub, text, other, monkeypatch):
+    source = import_module(f"fastattn.kernels.{stub.file}").__spec__.loader.get_source(f"fastattn.kernels.{stub.file}")
+    assert text in source, "the mutation's text is gone from the adapter"
+    broken = ModuleType(f"broken_{stub.file}")
+    sys.modules[broken.__name__] = broken  # dataclasses look their module up
+    exec(compile(source.replace(text, other), f"<{stub.file} broken>", "exec"), broken.__dict__)
+    with installed(stub, monkeypatch):
+        calls = {**GRID, **stub.cases}
+        assert any(_is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in calls.items())
+
+
+def _is_red(kernel: Kernel, stub: stubs.Stub, name: str, call: dict[str, Any]) -> bool:
+    try:
+        refused = bool(run(kernel, stub, call))
+    except Exception:
+        return True
+    return refused != (name in stub.refuses.get(kernel.name, "").split())
+
+
+# --- what is told to the library beyond numbers
+
+
+@pytest.mark.parametrize("stub, name", EACH)
+def test_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
+    """A kernel that takes a switch gets it; one that is never deterministic says so."""
+    kernel = row_of(stub, name)
+    if not kernel.grad:
+        pytest.skip("no backward")
+    q, k, v = qkv(dtype=getattr(torch, kernel.dtypes[0]), grad=True, **{**sizes_for(kernel), **stub.sizes})
+    with installed(stub, monkeypatch):
+        p = problem_of(q, k, v).replace(device="cuda", threads=0, deterministic=True)
+        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
+        if not kernel.deterministic:
+            assert "not deterministic, and torch.use_deterministic_algorithms is on" in found[0].reasons
+            return
+        stubs.calls.clear()
+        planning.bind(found[0], p, None)(q, k, v, None)
+        told = stubs.calls[-1][1]
+        assert told.get("deterministic", True) is True
+
+
+# --- found without importing
+
+
+def test_a_library_that_is_not_there_is_a_reason():
+    forget()
+    for stub in STUBS:
+        for kernel in rows_of(stub):
+            if kernel.library != "torch" and candidates.version(kernel.library) is None:
+                assert candidates.unavailable(kernel) == f"package {kernel.library} is not installed"
+
+
+@pytest.mark.parametrize("stub, name", EACH)
+def test_a_version_that_is_too_old_or_too_new_is_refused_with_both_numbers(stub, name, monkeypatch):
+    kernel = row_of(stub, name)
+    first, last = kernel.versions
+    if kernel.library == "torch" or not (first or last):
+        pytest.skip("any version")
+    for bad in filter(None, (first and "0.0.1", last)):
+        with installed(replace(stub, version=bad), monkeypatch):
+            reason = candidates.unavailable(kernel)
+            assert reason and bad in reason and re.search(r"\d", reason.replace(bad, "", 1)), reason

@@ -1,0 +1,297 @@
+"""Known faults of kernels, as data: a shipped one holds just inside its condition and not just outside; users add theirs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from fakes import CPU, check, problem, qkv, row
+
+import fastattn
+from fastattn import NoKernelError, attention, candidates, config, kernels, planning, quirks
+from fastattn.config import Config
+from fastattn.device import Device
+from fastattn.kernel import Rejected
+from fastattn.quirks import Quirk
+
+SHIPPED = quirks.known()
+SILICON = Device("cuda", "made-up GPU", 90, torch="2.13.0+cu130", cuda="13.0", cudnn=92300)
+LINK = "https://example.org/issues/1"
+
+
+def holds(quirk: Quirk, library: str = "", **changes: Any) -> bool:
+    """Whether a quirk holds for a call; changes of the problem, or of the silicon."""
+    on = {name: changes.pop(name) for name in ("capability", "torch", "cuda", "cudnn") if name in changes}
+    return quirk.holds(problem(**{"device": "cuda", "dtype": "bfloat16", **changes}), replace(SILICON, **on), library)
+
+
+# --- what is shipped
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shipped quirk: calls just inside its condition, and changes that leave it."""
+
+    kernel: str
+    about: str  # part of its reason
+    inside: tuple[dict[str, Any], ...]  # the first is what `outside` changes
+    outside: tuple[dict[str, Any], ...]
+
+
+def masked_and_long(kernel: str) -> Case:
+    return Case(
+        kernel, "q_len > 65536",
+        ({"q_len": 65537, "causal": "top_left"}, {"q_len": 2**20, "mask": "bool"}, {"q_len": 65537, "window": (3, 2)}),
+        ({"q_len": 65536}, {"causal": None}),
+    )  # fmt: skip
+
+
+def one_query_in_9_26(kernel: str) -> Case:
+    return Case(
+        kernel, "q_len 1 with cuDNN 9.26",
+        ({"cudnn": 92600, "needs_grad": True, "q_len": 1}, {"cudnn": 92601, "needs_grad": True, "q_len": 1}),
+        ({"cudnn": 92500}, {"cudnn": 92599}, {"cudnn": 92700}, {"cudnn": 0}, {"needs_grad": False}, {"q_len": 2}),
+    )  # fmt: skip
+
+
+def small_dims(kernel: str) -> Case:
+    return Case(
+        kernel, "head_dim < 32",
+        ({"capability": 100, "head_dim": 31}, {"capability": 110, "head_dim": 8}),
+        ({"head_dim": 32}, {"capability": 90}, {"capability": 120}),
+    )  # fmt: skip
+
+
+def large_dims(kernel: str) -> Case:
+    return Case(
+        kernel, "shared memory", ({"capability": 86, "head_dim": 193}, {"capability": 89, "head_dim": 256}),
+        ({"head_dim": 192}, {"capability": 80}, {"capability": 90}),
+    )  # fmt: skip
+
+
+HALF_MASK = {"needs_grad": True, "mask": "bfloat16", "q_len": 64, "torch": "2.11.0"}
+GROUPED = {"capability": 100, "q_heads": 14, "kv_heads": 7, "torch": "2.11.0"}
+NO_TRIANGLE = {"cudnn": 91400, "window": (3, 2), "kv_len": 1025}
+CASES = (
+    Case("torch_cudnn", "up to 9.15.0", ({"cudnn": 91500}, {"cudnn": 90100}), ({"cudnn": 91501}, {"cudnn": 0})),
+    Case(
+        "torch_cudnn", "q_len % 128 == 64",
+        (HALF_MASK, {**HALF_MASK, "q_len": 192}, {**HALF_MASK, "mask": "bool", "torch": "2.13.0+cu130"}),
+        ({"q_len": 63}, {"q_len": 65}, {"q_len": 128}, {"mask": None}, {"needs_grad": False}, {"torch": "2.10.1"}),
+    ),
+    Case(
+        "torch_cudnn", "grouped queries and fewer than 8 kv heads",
+        (GROUPED, {**GROUPED, "capability": 103}, {**GROUPED, "q_heads": 4, "kv_heads": 1}),
+        ({"capability": 90}, {"capability": 110}, {"q_heads": 16, "kv_heads": 8}, {"q_heads": 7}, {"torch": "2.10.0"}),
+    ),
+    one_query_in_9_26("torch_cudnn"),
+    Case(
+        "default", "read as garbage", ({"mask": "float32"}, {"mask": "float32", "dtype": "float16"}),
+        ({"dtype": "float32"}, {"mask": "bool"}, {"mask": "bfloat16"}, {"mask": None}),
+    ),
+    masked_and_long("torch_efficient"),
+    masked_and_long("aten_efficient"),
+    masked_and_long("xformers_cutlass"),
+    Case(
+        "cudnn_frontend", "window without a triangle", (NO_TRIANGLE,),
+        ({"kv_len": 1024}, {"window": None}, {"causal": "top_left"}, {"cudnn": 91301}, {"cudnn": 91401}),
+    ),
+    one_query_in_9_26("cudnn_frontend"),
+    one_query_in_9_26("te_fused"),
+    small_dims("flash_attn_4"),
+    large_dims("flash_attn_4"),
+    small_dims("hf_flash_attn_4"),
+    large_dims("hf_flash_attn_4"),
+)  # fmt: skip
+
+
+def of(case: Case) -> Quirk:
+    [quirk] = [q for q in SHIPPED if q.kernel == case.kernel and case.about in q.reason]
+    return quirk
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kernel}: {c.about}")
+def test_a_shipped_quirk_holds_just_inside_its_condition_and_not_just_outside(case):
+    for inside in case.inside:
+        assert holds(of(case), **inside), inside
+    for change in case.outside:
+        assert not holds(of(case), **{**case.inside[0], **change}), change
+
+
+def test_every_shipped_quirk_has_its_case():
+    cased = [of(case) for case in CASES]
+    assert [str(q) for q in SHIPPED if q not in cased] == [] and len(cased) == len(SHIPPED)
+
+
+def test_a_shipped_quirk_is_of_a_kernel_that_is_there_and_says_where_it_is_reported():
+    for quirk in SHIPPED:
+        assert quirk.kernel in kernels.names() and quirk.runs in ("", *kernels.names()), quirk
+        assert (quirk.kernel == "default") == bool(quirk.runs), quirk
+        assert quirk.link.startswith("https://") and quirk.versions.keys() | quirk.when.keys(), quirk
+        assert quirk.reason and not quirk.reason.endswith("."), quirk
+
+
+# --- what a condition means
+
+
+@pytest.mark.parametrize("spec, inside, outside", [
+    (">=2.11", ["2.11", "2.11.0", "2.13.0+cu130", "3.0"], ["2.10.9", "2.1", ""]),
+    ("<2.11", ["2.10.9", "2.1"], ["2.11.0", "2.11", "2.12", ""]),
+    ("<=2.11", ["2.11", "2.11.3", "2.10"], ["2.12", ""]),
+    (">2.11", ["2.12", "3"], ["2.11.3", "2.11", ""]),
+    ("==4.0", ["4.0.0b36", "4.0"], ["4.1", "3.9", ""]),
+    (">=2.11,<2.14", ["2.11", "2.13.9"], ["2.10", "2.14.0"]),
+    (" >= 2.11 , < 2.14 ", ["2.11"], ["2.14"]),
+])  # fmt: skip
+def test_versions_are_compared_as_numbers(spec, inside, outside):
+    quirk = Quirk("x", "", "", versions={"library": spec})
+    assert [v for v in inside if not holds(quirk, v)] == [] and [v for v in outside if holds(quirk, v)] == []
+
+
+@pytest.mark.parametrize("name", ["torch", "cuda"])
+def test_versions_may_be_of_torch_and_cuda(name):
+    quirk = Quirk("x", "", "", versions={name: "==12.8"})
+    assert holds(quirk, **{name: "12.8"}) and not holds(quirk, **{name: "12.9"})
+
+
+@pytest.mark.parametrize("field, wanted, inside, outside", [
+    ("q_len", 64, [64], [63]),
+    ("dtype", "float16", ["float16"], ["bfloat16"]),
+    ("dtype", ["float16", "float32"], ["float16", "float32"], ["bfloat16"]),
+    ("causal", None, [None], ["top_left"]),
+    ("window", True, [(3, 2)], [None]),
+    ("window", False, [None], [(3, 2)]),
+    ("dropout", True, [True], [False]),
+    ("kv_len", {"min": 3}, [3, 9], [2]),
+    ("kv_len", {"max": 3}, [3, 1], [4]),
+    ("kv_len", {"min": 3, "max": 5}, [3, 5], [2, 6]),
+    ("kv_len", {"multiple_of": 64}, [64, 128], [65]),
+    ("kv_len", {"multiple_of": 64, "remainder": 1}, [65, 1], [64]),
+    ("softcap", {"min": 0.5}, [0.5], [0.0]),
+    ("causal", {"min": 1}, [], [None, "top_left"]),
+])  # fmt: skip
+def test_when_takes_a_value_a_list_a_yes_or_no_and_bounds(field, wanted, inside, outside):
+    quirk = Quirk("x", "", "", when={field: wanted})
+    assert all(holds(quirk, **{field: value}) for value in inside)
+    assert not any(holds(quirk, **{field: value}) for value in outside)
+
+
+# --- the user's own
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Put a file of quirks where FASTATTN_QUIRKS says; mine(row, ...)."""
+
+    def put(*rows: Any, text: str | None = None) -> str:
+        path = tmp_path / "quirks.json"
+        path.write_text(json.dumps(rows) if text is None else text, encoding="utf-8")
+        monkeypatch.setenv("FASTATTN_QUIRKS", str(path))
+        config.forget()
+        return str(path)
+
+    yield put
+    quirks._read.cache_clear()
+
+
+def fault(kernel: str, **more: Any) -> dict[str, Any]:
+    return {"kernel": kernel, "reason": "it lies", "link": LINK, **more}
+
+
+def test_a_users_quirk_is_added_and_explained_with_its_link(mine):
+    path = mine(fault("matmul", when={"head_dim": {"max": 32}}))
+    assert quirks.known(path) == (*SHIPPED, Quirk("matmul", "it lies", LINK, when={"head_dim": {"max": 32}}))
+    assert row("matmul", *qkv(64, head_dim=32)).reason == f"it lies ({LINK})"
+    assert f"it lies ({LINK})" in str(fastattn.explain(*qkv(64, head_dim=32)))
+    assert row("matmul", *qkv(64, head_dim=33)).reason is None
+    with pytest.raises(NoKernelError, match=f"it lies .{LINK}"):
+        attention(*qkv(64, head_dim=32), kernel="matmul")
+    check(*qkv(64, head_dim=33), kernel="matmul")
+
+
+def test_a_rejection_says_what_it_would_have_been(mine):
+    path = mine(fault("matmul"), fault("matmul", reason="and is slow"))
+    [row_of_it] = [kernel for kernel in kernels.rows() if kernel.name == "matmul"]
+    [found] = candidates.decide(row_of_it, problem(), CPU, Config(quirks=path))
+    assert isinstance(found, Rejected) and found.reasons == (f"it lies ({LINK})", f"and is slow ({LINK})")
+    assert found.would is not None and found.would.name == "matmul"
+
+
+def test_without_the_variable_there_are_the_shipped_ones_alone(monkeypatch):
+    monkeypatch.delenv("FASTATTN_QUIRKS", raising=False)
+    config.forget()
+    assert quirks.known(config.current().quirks) == SHIPPED
+
+
+@pytest.mark.parametrize("text, why", [
+    ("{", "cannot be read"),
+    ("{}", "must be a list of objects, got dict"),
+    ("[3]", "quirk 0"),
+    (json.dumps([fault("flex"), {"kernel": "flex", "reason": "no link"}]), "quirk 1"),
+    (json.dumps([fault("flex", whn={})]), "quirk 0 .*kernel, runs, versions, when, reason, link alone"),
+    (json.dumps([fault("flex"), fault("flex", versions={"python": ">=3.12"})]), "quirk 1 .*speaks of 'python'"),
+    (json.dumps([fault("flex", versions={"torch": "2.11"})]), "quirk 0 .*must look like '>=2.11,<2.14', got '2.11'"),
+    (json.dumps([fault("flex", when={"headdim": 3})]), "quirk 0 .*'headdim', which no Problem has"),
+    (json.dumps([fault("flex", when={"head_dim": {"mn": 3}})]), "quirk 0 .*must use min, max, multiple_of, remainder, got mn"),
+    (json.dumps([fault("flex", when={"head_dim": {"min": "3"}})]), "quirk 0 .*head_dim must have numbers"),
+    (json.dumps([fault("flex", when={"head_dim": {"multiple_of": 0}})]), "quirk 0 .*more than 0"),
+    (json.dumps([fault("flex", when=["head_dim"])]), "quirk 0 .*when must be an object"),
+    (json.dumps([fault("flex", versions=">=2.11")]), "quirk 0 .*versions must be an object, got '>=2.11'"),
+    (json.dumps([fault("flex", versions={"torch": 2.11})]), "quirk 0 .*must look like"),
+    (json.dumps([fault("flex", versions={"torch": ">=x"})]), "quirk 0 .*must look like"),
+    (json.dumps([fault(3)]), "quirk 0 .*kernel must be a string, got 3"),
+])  # fmt: skip
+def test_a_bad_file_raises_and_names_the_entry(mine, text, why):
+    path = mine(text=text)
+    with pytest.raises(ValueError, match=why) as raised:
+        attention(*qkv(64))
+    assert path in str(raised.value)
+
+
+def test_a_file_that_is_not_there_raises_and_is_named(mine, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTATTN_QUIRKS", str(tmp_path / "absent.json"))
+    config.forget()
+    with pytest.raises(ValueError, match=r"absent\.json cannot be read"):
+        attention(*qkv(64))
+
+
+# --- F.sdpa runs one of torch's kernels: it is not served where that one is ruled out
+
+
+def test_the_default_is_not_served_where_it_would_run_a_ruled_out_kernel(mine):
+    mine(fault("torch_flash", when={"head_dim": 32}))
+    fastattn.options(mode="cached")
+    q, k, v = qkv(64, head_dim=32)
+    shown = fastattn.explain(q, k, v)
+    assert shown.served_by == "sdpa_math" and shown.why == f"the default would run torch_flash: it lies ({LINK})"
+    assert fastattn.plan(q, k, v).candidate == "sdpa_math"
+    check(q, k, v)
+    assert fastattn.explain(*qkv(64, head_dim=40)).served_by == "default"
+
+
+def test_nor_is_it_where_the_fault_is_of_the_default_alone(mine):
+    mine(fault("default", runs="torch_flash", when={"head_dim": 32}), fault("default", runs="torch_efficient"))
+    fastattn.options(mode="cached")
+    q, k, v = qkv(64, head_dim=32)
+    shown = fastattn.explain(q, k, v)
+    assert shown.served_by == "sdpa_math" and f"the default would run torch_flash: it lies ({LINK})" in shown.why
+    assert row("torch_flash", q, k, v).reason is None, "that kernel itself, as we call it, has not the fault"
+    assert fastattn.explain(*qkv(64, head_dim=40)).served_by == "default"
+
+
+def test_on_a_gpu_too(mine):
+    mine(fault("torch_flash"))
+    p = problem(device="cuda", dtype="bfloat16")
+    found = candidates.decisions(p, replace(SILICON, capability=80), config.current())
+    why = planning.why_not_default(p, replace(SILICON, capability=80), config.current(), found)
+    assert why == f"the default would run torch_flash: it lies ({LINK})"
+
+
+def test_what_is_ruled_out_is_not_timed_and_does_not_win(mine):
+    mine(fault("matmul"), fault("torch_flash"))
+    q, k, v = qkv(64)
+    check(q, k, v)
+    verdict = fastattn.explain(q, k, v).verdict
+    assert verdict is not None and {"matmul", "torch_flash"} & {t.candidate for t in verdict.trials if t.time_us} == set()

@@ -1,0 +1,115 @@
+"""torch's CUDA rows, beyond the grid: rows that see nothing, biases that lie badly, limits of head dims."""
+
+from __future__ import annotations
+
+import pytest
+import test_libraries
+import torch
+from building import problem_of, qkv
+from stubs import torch_lower, torch_sdpa
+from test_libraries import installed, row_of, silicon
+
+from fastattn import candidates
+from fastattn.config import Config
+from fastattn.kernel import Rejected, as_bias, sees_nothing
+
+INF = float("inf")
+WITH_MASK = [
+    (torch_sdpa.STUB, "torch_efficient"),
+    (torch_sdpa.STUB, "torch_cudnn"),
+    (torch_lower.STUB, "aten_efficient"),
+]
+
+
+@pytest.mark.parametrize("stub, name", WITH_MASK)
+def test_a_row_whose_last_key_the_triangle_hides_has_no_log_sum_exp(stub, name, monkeypatch):
+    mask = torch.rand(2, 4, 19, 19) < 0.7
+    mask[..., :3] = False
+    monkeypatch.setattr(test_libraries, "mask_of", lambda *_: mask)
+    call = {"mask": ("bhqk", torch.bool), "is_causal": True, "return_lse": True}
+    with installed(stub, monkeypatch):
+        assert test_libraries.run(row_of(stub, name), stub, call) == []
+
+
+def test_what_a_mask_and_a_band_leave_no_key():
+    mask = torch.zeros(1, 1, 3, 4)
+    mask[..., 0, 0] = mask[..., 1, :2] = -INF
+    assert sees_nothing(mask, 3, 4).tolist() == [[[False, False, False]]]
+    assert sees_nothing(mask, 3, 4, upper=0).tolist() == [[[True, True, False]]]
+    assert sees_nothing(mask[0, 0], 3, 4, lower=-1, upper=0).tolist() == [[[True, True, False]]]
+    assert sees_nothing(torch.full((1, 1, 1, 1), -INF), 3, 4).tolist() == [[[True, True, True]]]
+
+
+@pytest.mark.parametrize(
+    "lies", ["as it should", "odd rows", "odd start", "last dim strided", "one key", "one row", "two dims"]
+)
+def test_a_bias_is_copied_where_vectors_cannot_read_it(lies):
+    made = {
+        "as it should": torch.randn(2, 1, 5, 40)[..., :33],
+        "odd rows": torch.randn(2, 1, 5, 33),
+        "odd start": torch.randn(2, 1, 5, 41)[..., 1:34],
+        "last dim strided": torch.randn(2, 1, 33, 5).mT,
+        "one key": torch.randn(2, 1, 5, 1),
+        "one row": torch.randn(2, 1, 1, 33),
+        "two dims": torch.randn(5, 33),
+    }[lies]
+    bias = as_bias(made, torch.empty(0, dtype=made.dtype), (2, 3, 5, 33))
+    assert (bias.data_ptr() == made.data_ptr()) == (lies == "as it should")
+    torch_sdpa.check_bias(bias, made, (2, 3, 5, 33))
+    assert torch.equal(bias, made.expand(2, 3, 5, 33))
+    assert as_bias(made, torch.empty(0, dtype=torch.float16), (2, 3, 5, 33)).dtype is torch.float16
+
+
+def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
+    """Why a row refuses a call, on that silicon."""
+    grad, changes = made.pop("grad", False), changes or {}
+    q, k, v = qkv(dtype=torch.bfloat16, grad=grad, **{"sq": 4, **made})
+    p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
+    device = silicon(stub, name)
+    device = type(device)("cuda", "made-up GPU", capability, cuda="12.8", cudnn=cudnn)
+    [found, *_] = candidates.decide(row_of(stub, name), p, device, Config(kernels=(f"+{name}",)))
+    return found.reasons if isinstance(found, Rejected) else ()
+
+
+@pytest.mark.parametrize(("head_dims", "capability", "cudnn", "grad", "can"), [
+    ((128, 128), 80, 91900, True, True),
+    ((192, 128), 90, 91900, True, True),
+    ((192, 128), 90, 91000, False, False),
+    ((192, 128), 89, 91900, False, False),
+    ((192, 192), 90, 91900, False, False),
+    ((256, 256), 90, 92300, True, True),
+    ((256, 256), 90, 92200, False, False),
+    ((256, 128), 90, 92300, False, True),
+    ((256, 128), 90, 92300, True, False),
+    ((256, 256), 107, 92500, False, False),
+    ((256, 256), 120, 92600, False, False),
+    ((264, 264), 90, 92600, False, False),
+])  # fmt: skip
+def test_cudnn_takes_the_head_dims_that_torch_lets_it_take(head_dims, capability, cudnn, grad, can, monkeypatch):
+    with installed(torch_sdpa.STUB, monkeypatch):
+        found = reasons(torch_sdpa.STUB, "torch_cudnn", capability, cudnn, d=head_dims[0], dv=head_dims[1], grad=grad)
+    assert (not found) == can, found
+
+
+@pytest.mark.parametrize(("head_dim", "dropout", "can"), [
+    (192, True, True), (200, False, False), (256, False, True), (256, True, False),
+])  # fmt: skip
+def test_flash_trains_wide_heads_on_small_silicon_as_torch_lets_it(head_dim, dropout, can, monkeypatch):
+    for stub, name in ((torch_sdpa.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
+        with installed(stub, monkeypatch):
+            found = reasons(stub, name, 89, d=head_dim, grad=True, changes={"dropout": dropout})
+            assert (not found) == can, found
+            assert not reasons(stub, name, 90, d=head_dim, grad=True, changes={"dropout": dropout})
+
+
+def test_another_flash_implementation_drops_nothing(monkeypatch):
+    for stub, name in ((torch_sdpa.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
+        with installed(stub, monkeypatch):
+            [reason] = reasons(stub, name, changes={"dropout": True, "flash_impl": "FA3"})
+        assert "FA3" in reason
+
+
+def test_bfloat16_needs_sm80(monkeypatch):
+    for stub, name in WITH_MASK[:1] + WITH_MASK[2:]:
+        with installed(stub, monkeypatch):
+            assert any("bfloat16 on sm75" in reason for reason in reasons(stub, name, 75))

@@ -1,0 +1,102 @@
+"""Transformer Engine beyond the grid: what TE is asked first, FlashAttention 4's windows, memory that cuDNN would misread."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import stubs
+import torch
+from building import expect, hold, problem_of, qkv
+from stubs import transformer_engine as te
+from test_libraries import installed, misaligned, row_of, silicon
+
+from fastattn import candidates, planning
+from fastattn.config import Config
+from fastattn.masks import Causal
+
+BR = Causal("bottom_right")
+
+
+@pytest.fixture
+def te_is_there(monkeypatch):
+    with installed(te.STUB, monkeypatch):
+        stubs.calls.clear()
+        yield
+
+
+def bound(name, q, k, v, mask=None, layout="bhsd", **changes):
+    options = {key: changes.pop(key) for key in ("window", "is_causal") if key in changes}
+    p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0, **changes)
+    found = candidates.decide(row_of(te.STUB, name), p, silicon(te.STUB, name), Config())
+    return found[0].name, planning.bind(found[0], p, None, structured=isinstance(mask, Causal))
+
+
+@pytest.mark.parametrize("major", [2, 3, 4])
+@pytest.mark.parametrize("window", [None, (16, 2), (3, -1), (-1, 2), (2, 2)])
+def test_flash_draws_bands_of_the_bottom_right_corner_in_every_version(te_is_there, monkeypatch, major, window):
+    monkeypatch.setattr(te, "flash_major", [major])
+    q, k, v = qkv(sq=5, skv=19, dtype=torch.float16)
+    name, call = bound("te_flash", q, k, v, BR, **({"window": window} if window else {}))
+    assert name == "te_flash"
+    hold(expect(q, k, v, corners=("bottom_right",), window=window), call, q, k, v)
+
+
+def test_flash_four_is_told_none_for_no_limit(te_is_there, monkeypatch):
+    monkeypatch.setattr(te, "flash_major", [4])
+    q, k, v = qkv(dtype=torch.float16)
+    bound("te_flash", q, k, v, is_causal=True)[1](q, k, v, None)
+    assert stubs.calls[-1][1]["window_size"] == (None, 0)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
+@pytest.mark.parametrize("memory", ["contiguous", "transposed", "seq_first", "cache", "packed", "last_stride_2"])
+def test_fused_gets_dense_memory_from_any(te_is_there, layout, memory):
+    q, k, v = qkv(hq=4, hkv=2, memory=memory, layout=layout, dtype=torch.bfloat16)
+    name, call = bound("te_fused", q, k, v, None, layout)
+    assert name == ("te_fused" if memory == "transposed" else "te_fused+dense")
+    hold(expect(q, k, v, layout=layout), call, q, k, v)
+
+
+def test_fused_gets_aligned_memory(te_is_there):
+    q, k, v = (misaligned(x).transpose(1, 2) for x in qkv(layout="bshd", dtype=torch.float16))
+    name, call = bound("te_fused", q, k, v)
+    assert name == "te_fused+dense"
+    hold(expect(q, k, v), call, q, k, v)
+
+
+def test_what_te_would_not_consider_raises_with_its_reason(te_is_there, monkeypatch):
+    q, k, v = qkv(dtype=torch.float16)
+
+    def without(attention_params):
+        return True, te.SimpleNamespace(major=2), False, None, False, [True, False, True]
+
+    utils = sys.modules["transformer_engine.pytorch.attention.dot_product_attention.utils"]
+    monkeypatch.setattr(utils, "get_attention_backend", without)
+    call = bound("te_fused", q, k, v)[1]
+    with pytest.raises(RuntimeError, match="would run FlashAttention or UnfusedDotProductAttention here, not FusedAttention"):
+        call(q, k, v, None)
+
+
+@pytest.mark.parametrize("name", ["te_fused", "te_flash", "te_unfused"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_te_is_asked_once_for_a_kind_of_call_and_told_what_it_would_ask(te_is_there, name, deterministic):
+    q, k, v = qkv(dtype=torch.float16, grad=True)
+    call = bound(name, q, k, v, deterministic=deterministic)[1]
+    for _ in range(3):
+        call(q, k, v, None)
+    [asked] = [told for function, told in stubs.calls if function == "AttentionParams"]
+    assert asked["is_training"] and asked["deterministic"] is deterministic
+    assert asked["core_attention_bias_shape"] is None and not asked["core_attention_bias_requires_grad"]
+    [made] = [told for function, told in stubs.calls if function.endswith("__init__")]
+    assert made.get("deterministic", deterministic) is deterministic
+
+
+def test_nothing_of_nvte_is_set(te_is_there, monkeypatch):
+    before = dict(os.environ)
+    q, k, v = qkv(dtype=torch.float16)
+    for name in ("te_fused", "te_flash", "te_unfused"):
+        bound(name, q, k, v)[1](q, k, v, None)
+        assert row_of(te.STUB, name).environment == ("NVTE_",)
+    assert dict(os.environ) == before

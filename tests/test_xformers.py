@@ -1,0 +1,103 @@
+"""xFormers, beyond the grid: the operator of each row, a graph for the mask alone, limits of silicon and of grids."""
+
+from __future__ import annotations
+
+import pytest
+import stubs
+import torch
+from building import expect, hold, mask_of, problem_of, qkv
+from stubs.xformers import OPERATORS, STUB
+from test_libraries import installed, row_of, rows_of
+
+from fastattn import candidates, planning
+from fastattn.config import Config
+from fastattn.device import Device
+from fastattn.kernel import Rejected
+
+HALF = torch.bfloat16
+
+
+def decide(name, capability=90, mask=None, changes=None, **made):
+    q, k, v = qkv(**{"dtype": HALF, "d": 64, **made})
+    p = problem_of(q, k, v, mask).replace(device="cuda", threads=0, **(changes or {}))
+    silicon = Device("cuda", "made-up GPU", capability, cuda="12.8", cudnn=92300)
+    found = candidates.decide(row_of(STUB, name), p, silicon, Config(kernels=(f"+{name}",)))
+    return found[0], p, (q, k, v)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kernel", rows_of(STUB), ids=lambda k: k.name)
+def test_each_row_pins_its_own_operator(kernel, grad, monkeypatch):
+    if grad and not kernel.grad:
+        pytest.skip("no backward")
+    with installed(STUB, monkeypatch):
+        found, p, given = decide(kernel.name, grad=grad)
+        stubs.calls.clear()
+        planning.bind(found, p, None)(*given, None)
+    [(_, told)] = stubs.calls
+    pinned = told["op"] if grad else (told["op"],)
+    wanted = {"splitk": "triton_splitk"}.get(
+        kernel.name.removeprefix("xformers_"), kernel.name.removeprefix("xformers_")
+    )
+    assert [op.kind for op in pinned] == [wanted] * len(pinned)
+
+
+def test_a_mask_alone_gets_its_gradient(monkeypatch):
+    """xFormers looks at q, k and v alone: the gradient would be None without a word."""
+    q, k, v = qkv(dtype=HALF, d=64)
+    mask = mask_of("bhqk", HALF, 2, 4, 19, 19).requires_grad_()
+    with installed(STUB, monkeypatch):
+        found, p, _ = decide("xformers_cutlass", mask=mask)
+        assert p.needs_grad and p.mask_grad
+        out = planning.bind(found, p, None)(q, k, v, mask)
+        grad = torch.randn_like(out)
+        [given] = torch.autograd.grad(out, mask, grad)
+    wide = mask.detach().double().requires_grad_()
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), wide)
+    [wanted] = torch.autograd.grad(exact, wide, grad.double())
+    assert torch.allclose(given.double(), wanted, atol=2e-2) and given.abs().max() > 0
+
+
+def test_inputs_that_ask_for_a_graph_may_be_used_without_one(monkeypatch):
+    """Under no_grad a pinned operator is called without a backward: split-K has none."""
+    q, k, v = qkv(dtype=HALF, d=64, grad=True)
+    with torch.no_grad(), installed(STUB, monkeypatch):
+        p = problem_of(q, k, v).replace(device="cuda", threads=0)
+        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Config())
+        hold(expect(q, k, v), planning.bind(found, p, None), q, k, v)
+
+
+def test_an_operator_that_was_not_built_is_a_reason(monkeypatch):
+    monkeypatch.setattr(OPERATORS["flash3"].FwOp, "is_available", lambda: False, raising=False)
+    with installed(STUB, monkeypatch):
+        found, _, _ = decide("xformers_flash3")
+        assert isinstance(found, Rejected) and "flash3 operator was not built" in found.reasons[0]
+        assert not isinstance(decide("xformers_flash")[0], Rejected)
+
+
+@pytest.mark.parametrize(("name", "can", "cannot"), [
+    ("xformers_flash", (80, 90, 120), (75,)),
+    ("xformers_flash3", (80, 90), (75, 100, 120)),
+    ("xformers_cutlass", (80, 90), (100, 120)),  # no dense bias at all on Blackwell
+    ("xformers_splitk", (80, 100), (75,)),
+])  # fmt: skip
+def test_silicon(name, can, cannot, monkeypatch):
+    with installed(STUB, monkeypatch):
+        assert not any(isinstance(decide(name, capability)[0], Rejected) for capability in can)
+        for capability in cannot:
+            assert any(f"capability {capability}" in reason for reason in decide(name, capability)[0].reasons)
+
+
+def test_limits_of_grids(monkeypatch):
+    with installed(STUB, monkeypatch):
+        for kernel in rows_of(STUB):
+            assert "batch 65536 > 65535" in decide(kernel.name, changes={"batch": 65536})[0].reasons
+        many = decide("xformers_splitk", changes={"batch": 40_000})[0].reasons
+    assert many == ("batch 40000 times 4 heads > 65535, a grid dimension",)
+
+
+def test_flash3_trains_from_64_on(monkeypatch):
+    with installed(STUB, monkeypatch):
+        [reason] = decide("xformers_flash3", d=40, grad=True)[0].reasons
+        assert reason == "training with head dims 40 and 40 < 64"
+        assert not isinstance(decide("xformers_flash3", d=40)[0], Rejected)
