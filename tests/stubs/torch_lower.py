@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import varlen
 
 from stubs import INF, Stub, attend, band, check_aligned, check_half, module, signed
-from stubs.torch_sdpa import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
+from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
 
 
 def run_flash(q, k, v, scale, is_causal, left, right):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from stubs import INF, Stub, attend, band, check_aligned, check_half, module, signature, signed
-from stubs.torch_sdpa import HALF, LSE_WITH_MASK, check_bias
+from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias
 
 
 class LowerTriangularMask:

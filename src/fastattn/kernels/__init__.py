@@ -21,9 +21,9 @@ FALLBACKS = ("default", "sdpa_math")
 ORDER = (
     "default", "torch_flash", "torch_cudnn", "torch_efficient", "aten_flash", "aten_efficient", "torch_varlen",
     "matmul_mixed", "matmul_shifted", "matmul", "torch_math", "flex", "sdpa_math",
-    "flash_attn_3", "fa3_fwd", "flash_attn_4", "flash_attn_2", "cudnn_frontend", "te_fused", "te_flash", "xformers_flash3", "xformers_flash",
-    "xformers_cutlass", "xformers_splitk", "flashinfer_single_fa3", "flashinfer_ragged_fa3",
-    "flashinfer_single_fa2", "flashinfer_ragged_fa2",
+    "flash_attn_3", "fa3_fwd", "flash_attn_4", "flash_attn_2", "cudnn_frontend", "te_fused", "te_flash",
+    "xformers_flash3", "xformers_flash", "xformers_cutlass", "xformers_splitk",
+    "flashinfer_single_fa3", "flashinfer_ragged_fa3", "flashinfer_single_fa2", "flashinfer_ragged_fa2",
 )  # fmt: skip
 GROUP = "fastattn.kernels"
 _extra: list[Kernel] = []

@@ -6,7 +6,7 @@ import pytest
 import test_libraries
 import torch
 from building import problem_of, qkv
-from stubs import torch_lower, torch_sdpa
+from stubs import torch_cuda, torch_lower
 from test_libraries import installed, row_of, silicon
 
 from fastattn import candidates
@@ -15,8 +15,8 @@ from fastattn.kernel import Rejected, as_bias, sees_nothing
 
 INF = float("inf")
 WITH_MASK = [
-    (torch_sdpa.STUB, "torch_efficient"),
-    (torch_sdpa.STUB, "torch_cudnn"),
+    (torch_cuda.STUB, "torch_efficient"),
+    (torch_cuda.STUB, "torch_cudnn"),
     (torch_lower.STUB, "aten_efficient"),
 ]
 
@@ -55,7 +55,7 @@ def test_a_bias_is_copied_where_vectors_cannot_read_it(lies):
     }[lies]
     bias = as_bias(made, torch.empty(0, dtype=made.dtype), (2, 3, 5, 33))
     assert (bias.data_ptr() == made.data_ptr()) == (lies == "as it should")
-    torch_sdpa.check_bias(bias, made, (2, 3, 5, 33))
+    torch_cuda.check_bias(bias, made, (2, 3, 5, 33))
     assert torch.equal(bias, made.expand(2, 3, 5, 33))
     assert as_bias(made, torch.empty(0, dtype=torch.float16), (2, 3, 5, 33)).dtype is torch.float16
 
@@ -86,8 +86,8 @@ def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
     ((264, 264), 90, 92600, False, False),
 ])  # fmt: skip
 def test_cudnn_takes_the_head_dims_that_torch_lets_it_take(head_dims, capability, cudnn, grad, can, monkeypatch):
-    with installed(torch_sdpa.STUB, monkeypatch):
-        found = reasons(torch_sdpa.STUB, "torch_cudnn", capability, cudnn, d=head_dims[0], dv=head_dims[1], grad=grad)
+    with installed(torch_cuda.STUB, monkeypatch):
+        found = reasons(torch_cuda.STUB, "torch_cudnn", capability, cudnn, d=head_dims[0], dv=head_dims[1], grad=grad)
     assert (not found) == can, found
 
 
@@ -95,7 +95,7 @@ def test_cudnn_takes_the_head_dims_that_torch_lets_it_take(head_dims, capability
     (192, True, True), (200, False, False), (256, False, True), (256, True, False),
 ])  # fmt: skip
 def test_flash_trains_wide_heads_on_small_silicon_as_torch_lets_it(head_dim, dropout, can, monkeypatch):
-    for stub, name in ((torch_sdpa.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
+    for stub, name in ((torch_cuda.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
         with installed(stub, monkeypatch):
             found = reasons(stub, name, 89, d=head_dim, grad=True, changes={"dropout": dropout})
             assert (not found) == can, found
@@ -103,7 +103,7 @@ def test_flash_trains_wide_heads_on_small_silicon_as_torch_lets_it(head_dim, dro
 
 
 def test_another_flash_implementation_drops_nothing(monkeypatch):
-    for stub, name in ((torch_sdpa.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
+    for stub, name in ((torch_cuda.STUB, "torch_flash"), (torch_lower.STUB, "aten_flash")):
         with installed(stub, monkeypatch):
             [reason] = reasons(stub, name, changes={"dropout": True, "flash_impl": "FA3"})
         assert "FA3" in reason

@@ -107,7 +107,7 @@ LSE_WITH_MASK = {
 }
 
 STUB = Stub(
-    file="torch_sdpa",
+    file="torch_cuda",
     library="torch",
     version=torch.__version__,
     patch=private(OPS),
