@@ -124,7 +124,8 @@ def _problems(title: str, results: Sequence[Any]) -> Grid:
 def candidates_of(r: Any) -> Grid:
     """Every candidate of one problem: its time, or why it was not timed."""
     rows = []
-    for c in sorted(r.candidates, key=lambda c: (c.time_us is None, c.time_us or 0.0)):
+    here = [c for c in r.candidates if not (c.reason or "").startswith("needs ")]  # not another device's kernels
+    for c in sorted(here, key=lambda c: (c.time_us is None, c.time_us or 0.0)):
         marks = ["oracle"] * (c is r.oracle) + ["served"] * (c.name == r.served)
         errors = [f"{e:.2f}" if e < 100 else f"{e:.3g}" for e in (c.forward, c.backward) if e is not None]
         time = us(c.time_us) if c.time_us is not None else ""

@@ -54,21 +54,36 @@ class Explanation:
         served = f"served by {self.served_by}: {self.why}"
         for text in (f"problem  {self.problem}", f"device   {self.device}", served, ""):
             yield from (("head", line) for line in _folded(text, width, 9))
-        names = max(len(t.candidate) for t in self.rows)
+        alike = self._alike()
+        rows = [t for t in self.rows if all(t not in together for together in alike.values())]
+        names = max(len(t.candidate) for t in rows or self.rows)
         base = self.verdict.trial(self.verdict.incumbent) if self.verdict else None
         doubt = doubt_of(self.verdict)
-        for t in self.rows:
+        for t in rows:
             is_timed = t.time_us is not None and t.tombstone is None
             kind = "served" if t.candidate == self.served_by else "timed" if is_timed else "out"
             mark = "*" if kind == "served" else " "
             text = _measured(t, base, doubt) if is_timed else _why_out(t)
             for line in _folded(f"{mark} {t.candidate:<{names}}  {text}", width, names + 4):
                 yield kind, line
+        for why, together in alike.items():
+            text = f"  {why}: {', '.join(t.candidate for t in together)}"
+            yield from (("out", line) for line in _folded(text, width or WIDEST, 4))
         if doubt:
             yield "note", ""
             yield from (("note", line) for line in _folded(IN_DOUBT, width, 2))
 
+    def _alike(self) -> dict[str, list[Trial]]:
+        """Rows that are out for the same reason, where that is said often: they share a line."""
+        found: dict[str, list[Trial]] = {}
+        for t in self.rows:
+            if t.time_us is None and t.reason and t.forward is None and t.tombstone is None:
+                found.setdefault(t.reason, []).append(t)
+        return {why: together for why, together in found.items() if len(together) >= OFTEN}
 
+
+OFTEN = 4  # rows with one reason
+WIDEST = 128  # of a line that lists names
 IN_DOUBT = "? measured while other programs used the CPU; run again when the machine is quiet"
 
 
