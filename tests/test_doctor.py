@@ -55,8 +55,7 @@ def site(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.syspath_prepend(str(path))
     yield path
-    for remembered in (candidates.version, candidates.unavailable, candidates.load):
-        remembered.cache_clear()
+    candidates.forget()
 
 
 def install(site, name, code, version="1.2.3"):

@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fakes import problem
 
-from fastattn import candidates, importing, libraries
+from fastattn import candidates, config, importing, libraries
+from fastattn.device import Device
+from fastattn.kernel import Accepted, Rejected
 from fastattn.kernels import natten
 
 COUNT = "import pathlib; open(pathlib.Path(__file__).with_suffix('.count'), 'a').write('x')\n"
@@ -36,12 +39,14 @@ class Site:
         return len(count.read_text()) if count.exists() else 0
 
 
+AGAIN = "; `fastattn cache clear` has it tried again"
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     path = tmp_path / "site"
     path.mkdir()
     monkeypatch.syspath_prepend(str(path))
-    monkeypatch.setattr(importing, "_met", [])
     yield Site(path)
     for name in [p.stem for p in path.glob("*.py")]:
         sys.modules.pop(name, None)
@@ -60,9 +65,9 @@ def remembered(root: Path) -> list[dict[str, str]]:
 def test_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
     name = site.put("ends_it", source)
     why = importing.fatal(name, "entry", "1.0", root)
-    assert why == f"importing it ended the process: {ending}"
-    assert name not in sys.modules and importing._met == []
-    assert remembered(root) == [{"module": name, "version": "1.0", "fatal": why}]
+    said = f"importing it ended the process: {ending}"
+    assert why == said + AGAIN and name not in sys.modules
+    assert remembered(root) == [{"module": name, "version": "1.0", "fatal": said}]
     assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 1
 
 
@@ -95,11 +100,21 @@ def test_another_version_is_tried_anew(site, root):
     assert importing.fatal(name, "entry", "1.0", root) is not None and site.imports(name) == 2
 
 
-def test_what_is_imported_already_needs_no_child(site, root):
+def test_a_killed_child_may_have_been_killed_by_somebody_else(site, root):
+    name = site.put("is_killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert importing.fatal(name, "entry", "1.0", root) == "importing it ended the process: SIGKILL"
+    assert remembered(root) == []
+
+
+def test_a_process_that_cannot_start_children_goes_on_without(site, root, monkeypatch):
+    def no_child(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
     name = site.put("harmless", WORKS)
-    importlib.import_module(name)
+    monkeypatch.setattr(importing.subprocess, "Popen", no_child)
     assert importing.fatal(name, "entry", "1.0", root) is None
-    assert site.imports(name) == 1 and remembered(root) == []
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert importing.why_not(name, "entry") is None
 
 
 def test_two_modules_that_only_crash_together_are_found(site, root):
@@ -107,13 +122,10 @@ def test_two_modules_that_only_crash_together_are_found(site, root):
     second = site.put("registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1")
     assert importing.fatal(first, "entry", "1.0", root) is None
     assert importing.fatal(second, "entry", "1.0", root) is None, "the first was let in, and is not imported"
-    importing._met.remove(second)
-    importlib.import_module(first)
-    why = importing.fatal(second, "entry", "1.0", root)
-    assert why == "importing it ended the process: exit code 7 (beside registers_ops)"
-    assert importing.fatal(second, "entry", "1.0", root) == why, "and it is remembered for both together"
-    assert site.imports(second) == 2 and second not in importing._met
-    sys.modules.pop(first)
+    why = importing.fatal(second, "entry", "1.0", root, [first])
+    assert why == "importing it ended the process: exit code 7 (beside registers_ops)" + AGAIN
+    assert importing.fatal(second, "entry", "1.0", root, [first]) == why, "and it is remembered for both together"
+    assert site.imports(second) == 2
     assert importing.fatal(second, "entry", "1.0", root) is None, "alone it works"
     assert site.imports(second) == 2
 
@@ -148,7 +160,7 @@ def test_a_memory_that_cannot_be_read_is_none(site, root, garbage):
     [path] = root.glob("imports/*/*.json")
     path.write_bytes(garbage)
     assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 2
-    assert [found["fatal"] for found in remembered(root)] == [why]
+    assert [found["fatal"] + AGAIN for found in remembered(root)] == [why]
 
 
 def test_a_memory_that_others_could_have_written_is_none(site, root):
@@ -165,12 +177,31 @@ def test_its_kernel_gives_the_sentence_as_its_reason_and_never_loads_it(site, mo
     real = libraries.installed
     known = libraries.of("natten")
     monkeypatch.setattr(libraries, "installed", lambda lib: ("natten", "0.21.6") if lib is known else real(lib))
-    for remembered_in in (candidates.version, candidates.unavailable, candidates.load):
-        remembered_in.cache_clear()
+    candidates.forget()
     try:
         reason = candidates.unavailable(natten.KERNELS[0])
     finally:
-        candidates.version.cache_clear()
-        candidates.unavailable.cache_clear()
-    assert reason == "package natten cannot be used: importing it ended the process: exit code 3"
+        candidates.forget()
+    assert reason == "package natten cannot be used: importing it ended the process: exit code 3" + AGAIN
     assert "natten" not in sys.modules
+
+
+def test_a_decision_imports_nothing_and_starts_no_child(monkeypatch):
+    """What is untuned, captured, traced, or run on one of several ranks asks for decisions too."""
+
+    def never(*_, **__):
+        raise AssertionError("a library was touched")
+
+    monkeypatch.setattr(libraries, "installed", lambda lib: (lib.distributions[0], "2.8.3"))
+    monkeypatch.setattr(importing, "fatal", never)
+    candidates.forget()
+    try:
+        h100 = Device("cuda", "made-up GPU", 90, cuda="13.0", cudnn=92300)
+        p = problem(device="cuda", dtype="bfloat16")
+        found = {d.kernel.name: d for d in candidates.decisions(p, h100, config.Config())}
+        assert isinstance(found["flash_attn_2"], Accepted)
+        [sure] = candidates.decide(found["flash_attn_2"].kernel, p, h100, config.Config(), certain=True)
+        assert sure.reasons == ("package flash-attn cannot be used: AssertionError: a library was touched",)
+        assert isinstance(candidates.decide(found["flash_attn_2"].kernel, p, h100, config.Config())[0], Rejected)
+    finally:
+        candidates.forget()

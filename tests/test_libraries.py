@@ -115,8 +115,7 @@ def installed(stub: stubs.Stub, monkeypatch):
 
 
 def forget() -> None:
-    for remembered in (candidates.version, candidates.load, candidates.unavailable):
-        remembered.cache_clear()
+    candidates.forget()
 
 
 def silicon(stub: stubs.Stub, kernel: str) -> Device:

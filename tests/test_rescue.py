@@ -15,6 +15,7 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem_of, qkv, row, turn
 
 import fastattn
+from fastattn import chain
 
 
 class Fragile:
@@ -303,3 +304,18 @@ def test_an_order_is_not_rescued(error, fragile):
 
 def test_the_problem_of_these_tests_is_one_kind():
     assert problem_of(*qkv(64)).digest == problem_of(*qkv(64, seed=3)).digest
+
+
+def test_what_raises_while_a_graph_is_captured_is_answered_and_keeps_its_place(fragile, own_store, monkeypatch, caplog):
+    q, k, v = qkv(64)
+    check(q, k, v)
+    before = stored(own_store)
+    fragile.error = RuntimeError("it plans on the host")
+    with monkeypatch.context() as capture:
+        capture.setattr(chain, "is_capturing", lambda x: True)
+        check(q, k, v)
+    assert stored(own_store) == before and "fragile" not in caplog.text
+    fragile.error = None
+    fastattn.clear()
+    check(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "fragile"

@@ -219,13 +219,11 @@ def library(monkeypatch):
 
     def install(new):
         versions["fastlib"] = new
-        candidates.version.cache_clear()
-        candidates.unavailable.cache_clear()
+        candidates.forget()
 
     install("1.0")
     yield install
-    candidates.version.cache_clear()
-    candidates.unavailable.cache_clear()
+    candidates.forget()
 
 
 @pytest.fixture

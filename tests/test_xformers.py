@@ -21,7 +21,7 @@ def decide(name, capability=90, mask=None, changes=None, **made):
     q, k, v = qkv(**{"dtype": HALF, "d": 64, **made})
     p = problem_of(q, k, v, mask).replace(device="cuda", threads=0, **(changes or {}))
     silicon = Device("cuda", "made-up GPU", capability, cuda="12.8", cudnn=92300)
-    found = candidates.decide(row_of(STUB, name), p, silicon, Config(kernels=(f"+{name}",)))
+    found = candidates.decide(row_of(STUB, name), p, silicon, Config(kernels=(f"+{name}",)), certain=True)
     return found[0], p, (q, k, v)
 
 
@@ -63,7 +63,7 @@ def test_inputs_that_ask_for_a_graph_may_be_used_without_one(monkeypatch):
     q, k, v = qkv(dtype=HALF, d=64, grad=True)
     with torch.no_grad(), installed(STUB, monkeypatch):
         p = problem_of(q, k, v).replace(device="cuda", threads=0)
-        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Config())
+        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Config(), certain=True)
         hold(expect(q, k, v), planning.bind(found, p, None), q, k, v)
 
 

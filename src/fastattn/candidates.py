@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
+
+import torch
 
 from fastattn import importing, kernels, libraries, quirks
 from fastattn.config import Config, current
@@ -15,19 +19,28 @@ from fastattn.kernel import Accepted, Decision, Kernel, Rejected, Run
 from fastattn.problem import Problem
 
 
-def decisions(problem: Problem, device: Device, config: Config, rows: Sequence[Kernel] | None = None) -> list[Decision]:
-    """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons."""
+def decisions(
+    problem: Problem, device: Device, config: Config, rows: Sequence[Kernel] | None = None, *, certain: bool = False
+) -> list[Decision]:
+    """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons.
+
+    certain: libraries are imported to know that they can be; else what their metadata tells is enough.
+    """
     found: list[Decision] = []
     for kernel in kernels.rows_for(device.type, config.named) if rows is None else rows:
-        found += decide(kernel, problem, device, config)
+        found += decide(kernel, problem, device, config, certain=certain)
     return found
 
 
-def decide(kernel: Kernel, problem: Problem, device: Device, config: Config) -> list[Decision]:
-    """One kernel: its candidates, plainest first, or one Rejected with all reasons."""
+def decide(
+    kernel: Kernel, problem: Problem, device: Device, config: Config, *, certain: bool = False
+) -> list[Decision]:
+    """One kernel: its candidates, plainest first, or one Rejected with all reasons. certain: as for decisions()."""
     answers = {c.name: c.when(kernel, problem) for c in CONVERSIONS}
     reasons = list(_reasons(kernel, problem, device, config))
     reasons += [answer for answer in answers.values() if answer not in (NO, OPTIONAL, REQUIRED)]
+    if certain and not reasons:
+        reasons += [why] if (why := unavailable(kernel)) else []
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
     choices = [_choices(name, answer) for name, answer in answers.items()]
@@ -85,14 +98,13 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         reason = need.why_not(p, device)
         if reason:
             yield reason
-    why = unavailable(kernel)
+    why = absent(kernel)
     if why:
         yield why
 
 
-@cache
-def unavailable(kernel: Kernel) -> str | None:
-    """Why the kernel's library cannot be used here; looked for without importing it, met in a child process, then imported."""
+def absent(kernel: Kernel) -> str | None:
+    """Why the kernel's library is not there in a version that works, by its metadata alone; torch's own is looked up whole."""
     found = version(kernel.library)
     if found is None:
         return f"package {kernel.library} is not installed"
@@ -101,17 +113,50 @@ def unavailable(kernel: Kernel) -> str | None:
         return f"package {kernel.library} {found} < {first}"
     if last and libraries.as_numbers(found) >= libraries.as_numbers(last):
         return f"package {kernel.library} {found} >= {last}, which is not known to work"
-    library = libraries.of(kernel.library)
-    where, _ = layers(current().cache_dir)
-    fatal = library and importing.fatal(library.module, library.entry, found, where[0] if where else None)
-    if fatal:
-        return f"package {kernel.library} cannot be used: {fatal}"
+    return unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
+
+
+_broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
+loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
+
+
+@cache
+def unavailable(kernel: Kernel) -> str | None:
+    """Why the kernel's library cannot be used here: it is met in a child process, then imported. Seconds, the first time."""
+    global loading_s
+    why = absent(kernel) if kernel.library != "torch" else None
+    if why is not None:
+        return why
+    start = time.perf_counter()
     try:
-        load(kernel)
+        why = _met(kernel)
+        if why is None:
+            with torch.inference_mode(False):  # what a library makes on import must serve later calls too
+                load(kernel)
     except Exception as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        return f"package {kernel.library} cannot be used: {type(error).__name__}: {first_line}"
-    return None
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    loading_s += time.perf_counter() - start
+    if why is None:
+        return None
+    _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
+    return _broken[kernel]
+
+
+def _met(kernel: Kernel) -> str | None:
+    """Why importing the library would end this process; beside whatever other library is here."""
+    library = libraries.of(kernel.library)
+    if library is None or library.module in sys.modules:
+        return None
+    others = [other.module for other in libraries.LIBRARIES if other.module in sys.modules]
+    root, _ = layers(current().cache_dir)
+    return importing.fatal(library.module, library.entry, version(kernel.library) or "", root[0] if root else None, others)
+
+
+def forget() -> None:
+    """Look at the installed libraries anew."""
+    _broken.clear()
+    for remembered in (version, load, unavailable):
+        remembered.cache_clear()
 
 
 @cache

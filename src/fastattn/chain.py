@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn import candidates, kernels, learnt, memory, planning
@@ -14,7 +15,7 @@ from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.errors import NoKernelError
 from fastattn.inputs import CallKey
-from fastattn.kernel import Accepted, Rejected
+from fastattn.kernel import Accepted, Kernel, Rejected
 from fastattn.problem import Problem
 from fastattn.verdict import Verdict
 
@@ -24,37 +25,44 @@ def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> A
     base = name.split("+", maxsplit=1)[0]
     if base not in kernels.names():
         raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernels.names())}")
-    found = candidates.decisions(problem, silicon, settings.naming(base))
+    settings = settings.naming(base)
+    own = [kernel for kernel in kernels.rows_for(silicon.type, settings.named) if kernel.name == base]
+    found = candidates.decisions(problem, silicon, settings, own, certain=True)
     named = candidates.by_name(name, found)
     if named:
         return named[0]
     mine = [d for d in found if d.kernel.name == base]
     reasons = [r for d in mine if isinstance(d, Rejected) for r in d.reasons]
     reasons = reasons or [f"its candidates here are {', '.join(d.name for d in mine)}"]
-    raise NoKernelError(f"kernel {name!r} cannot run {problem}: {'; '.join(reasons)}", found)
+    others = [d for d in candidates.decisions(problem, silicon, settings) if d.kernel.name != base]
+    raise NoKernelError(f"kernel {name!r} cannot run {problem}: {'; '.join(reasons)}", [*found, *others])
 
 
 def chain(
-    verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config, but: Sequence[str] = ()
+    verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config, *, tracing: bool = False
 ) -> Sequence[Accepted]:
     """What may run, in order: the verdict's candidates that can do this very problem, else the fallback chain.
 
-    but: conversions that are out of question.
+    tracing: only what stands in a graph of torch.compile: no loops, which would be unrolled, and no library's own Python.
     """
     served: list[Accepted] = []
     rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type, settings.named)}
     for name in verdict.ranked() if verdict is not None else ():
         kernel = rows.get(name.split("+")[0])
         is_out = verdict is not None and (verdict.problem, name) in learnt.state.buried
-        if kernel is None or is_out or set(name.split("+")[1:]) & set(but):
+        if kernel is None or is_out or (tracing and not _is_traceable(kernel, name)):
             continue
-        found = candidates.decide(kernel, problem, silicon, settings)
+        found = candidates.decide(kernel, problem, silicon, settings, certain=True)
         served += [d for d in found if isinstance(d, Accepted) and d.name == name]
         if served and served[0].kernel.name == "default":
             return served
         if served:
             break
     return served or last_resorts(verdict, problem, silicon, settings)
+
+
+def _is_traceable(kernel: Kernel, name: str) -> bool:
+    return kernel.library == "torch" and not {"chunks", "recompute"} & set(name.split("+")[1:])
 
 
 def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
@@ -113,6 +121,10 @@ def rescued(
     return run
 
 
+def is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
@@ -152,6 +164,8 @@ def _rescue(
             out = call(*given) if out is None else out
         except Exception:
             continue
+        if is_capturing(given[0]):
+            return out, call, candidate  # not every kernel can be captured; outside it may be as good as ever
         if verdict is None or learnt.bury(verdict, failed.name, cause, settings, silicon):
             log.warning("kernel %s raised (%s) on %s; %s serves from now on", failed.name, cause, problem, candidate.name)
         return out, call, candidate

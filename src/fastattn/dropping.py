@@ -30,8 +30,10 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 def own_random(device: torch.device, seed: int | None = None) -> Generator[None]:
     """torch's generators are put back afterwards: the caller's random numbers are not used up."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if seed is not None:
-            torch.manual_seed(seed)
+        if seed is not None:  # torch.manual_seed would reach every GPU
+            torch.random.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.default_generators[device.index or torch.cuda.current_device()].manual_seed(seed)
         yield
 
 

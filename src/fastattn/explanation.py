@@ -162,7 +162,7 @@ def of_problem(
     settings = config.current()
     silicon = Device.of(torch.device(problem.device))
     circumstances = circumstances or guards.Context()
-    found = candidates.decisions(problem, silicon, settings)
+    found = candidates.decisions(problem, silicon, settings, certain=True)
     verdict = learnt.find(problem, silicon, settings, circumstances, register=False)
     action, why = guards.decide(circumstances)
     if kernel is not None:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from fastattn.config import log
 from fastattn.files import make_directory, publish, read_safely
 
 TIMEOUT_S = 60.0  # a large library on a cold disk takes 20
 ENDED, HANGS = "importing it ended the process", "importing it did not end"
+KILLED = tuple(f"{ENDED}: SIG{name}" for name in ("KILL", "TERM", "INT", "HUP"))  # by somebody else, it may be
 
 # What the child runs: the same sys.path as ours, one import, one look. Its answer follows a mark, as libraries print.
 _MARK = b"\x1efastattn:"
@@ -44,30 +46,26 @@ os.write(1, {_MARK!r} + answer.encode("utf-8", "replace"))
 os._exit(0)
 """
 
-_met: list[str] = []  # modules that this process was let import
-
-
-def fatal(module: str, entry: str, version: str, root: Path | None) -> str | None:
+def fatal(module: str, entry: str, version: str, root: Path | None, beside: Sequence[str] = ()) -> str | None:
     """How importing a module would end or hang this process; None where it does not, or merely raises.
 
-    A child tries it beside the modules that were let in before: two libraries may register the same ops. root: the cache.
+    A child tries it, beside other modules that are here: two libraries may register the same ops. root: the cache.
     """
-    if module in sys.modules:
-        return None
-    beside = [name for name in _met if name in sys.modules]
     memory = _memory(root, module, version, beside)
     answer = _remembered(memory)
     if answer is None:
+        log.info("%s is tried in a child process, as it is new here", module)
         why = why_not(module, entry, beside=beside) or ""
         answer = why if why.startswith((ENDED, HANGS)) else ""
-        if memory is not None and not answer.startswith(HANGS):
+        is_its_own = not answer.startswith((HANGS, *KILLED))
+        if memory is not None and is_its_own:
             with contextlib.suppress(OSError):
                 make_directory(memory.parent)
                 publish(memory, json.dumps({"module": module, "version": version, "fatal": answer}).encode())
     if not answer:
-        _met.append(module)
         return None
-    return answer + (f" (beside {', '.join(beside)})" if beside else "")
+    again = "; `fastattn cache clear` has it tried again" if memory is not None and memory.exists() else ""
+    return answer + (f" (beside {', '.join(beside)})" if beside else "") + again
 
 
 def _memory(root: Path | None, module: str, version: str, beside: Sequence[str]) -> Path | None:
@@ -88,15 +86,20 @@ def _remembered(memory: Path | None) -> str | None:
 
 def why_not(module: str, entry: str, timeout_s: float = TIMEOUT_S, beside: Sequence[str] = ()) -> str | None:
     """Why `from module import entry` fails here, or None if it works. beside: modules to import first."""
+    if not sys.executable or getattr(sys, "frozen", False):  # an application would start itself
+        return None
     told = json.dumps([module, entry, list(beside), sys.path])
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any process that the library started
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, told],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, told],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"no child process could try it: {error}"
         try:
             code = child.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -39,6 +39,8 @@ def bind(
     if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not p.cut:
         return _direct_default(p, scale, structured, dropout_p)
     step = candidates.load(candidate.kernel)
+    if candidate.kernel.library != "torch":
+        step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p)
@@ -47,6 +49,18 @@ def bind(
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
         deterministic=p.deterministic,
     ))  # fmt: skip
+
+
+def _on_its_device(step: Run) -> Run:
+    """Libraries launch on the current device, whatever device the tensors are on."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return step(q, k, v, mask, a)
+        with torch.cuda.device(q.device):
+            return step(q, k, v, mask, a)
+
+    return run
 
 
 def _direct_default(p: Problem, scale: float | None, structured: bool, dropout_p: float) -> Call:

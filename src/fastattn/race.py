@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, dropping, memory, planning, samples, timing, verifying
+from fastattn import candidates, dropping, memory, planning, samples, timing, trying, verifying
+from fastattn.config import current, log
+from fastattn.files import layers
 from fastattn.kernel import Accepted
 from fastattn.problem import Problem
 from fastattn.timing import Stopwatch
@@ -75,16 +78,25 @@ class Race:
         self.judged = verifying.judges(problem, device)
         self.sample = samples.plain(problem, device)
         self._rate = dropping.RATE if problem.dropout else 0.0
+        self._cache = next(iter(layers(current().cache_dir)[0]), None)
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
     def admit(self, entrant: Entrant, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
-        entrant.reason = self._too_large(entrant.candidate, incumbent)
+        candidate, what = entrant.candidate, None
+        entrant.reason = candidates.unavailable(candidate.kernel) or self._too_large(candidate, incumbent)
+        if candidate.kernel.library != "torch":
+            what = f"{candidate.name} of {library_of(candidate)}: {self.problem.digest}"
+            entrant.reason = entrant.reason or trying.ended(self._cache, what)
         if entrant.reason is not None:
             return
         try:
-            self._admit(entrant, incumbent)
+            with trying.noted(self._cache, what) if what else contextlib.nullcontext():
+                self._admit(entrant, incumbent)
         except Exception as error:
+            if "CUDA error" in str(error):  # it stays, whoever runs next
+                log.error("kernel %s broke the CUDA context on %s", entrant.candidate.name, self.problem)
+                raise
             is_memory = memory.is_exhausted(error)
             entrant.reason = f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import (
     buckets,
+    candidates,
     chain,
     config,
     device,
@@ -132,7 +133,7 @@ def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
         if verdict is None:
             learnt.record_miss(problem, why, circumstances)
             return ""
-        order = chain.chain(verdict, problem, silicon, settings, but=("chunks", "recompute"))  # loops would be unrolled
+        order = chain.chain(verdict, problem, silicon, settings, tracing=True)
         chosen = order[0]
         if chosen.kernel.name == "default" or {"chunks", "recompute"} & set(chosen.conversions):
             return ""
@@ -231,7 +232,7 @@ def _tune_once(
         if now_known is not None and now_known is not known:
             return now_known, "another thread has just tuned it"
         learnt.state.tuning.add(problem)
-    start = time.perf_counter()
+    start, loaded = time.perf_counter(), candidates.loading_s
     try:
         q, k, v, mask = _visible_part(key, given)
         scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
@@ -246,7 +247,7 @@ def _tune_once(
     finally:
         with learnt.state.lock:
             learnt.state.tuning.discard(problem)
-            learnt.state.spent_s += time.perf_counter() - start
+            learnt.state.spent_s += time.perf_counter() - start - (candidates.loading_s - loaded)
 
 
 def _visible_part(key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -282,6 +283,7 @@ def tune(problem: Problem, settings: Config, on: torch.device | None = None, **h
     problem = problem.replace(cut=None)  # what is tuned is the slice itself
     on = on or torch.device(problem.device)
     with (
+        torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext(),  # its streams and events are meant
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
         torch.autocast(on.type, enabled=False),
         dropping.own_random(on) if problem.dropout else contextlib.nullcontext(),

@@ -89,8 +89,11 @@ class Store:
                 path.unlink()
                 count += 1
         if self.root is not None:
+            for path in [*self.root.glob("imports/*/*.json"), *self.root.glob("trying/*/*.json")]:  # what came of libraries
+                with contextlib.suppress(OSError):
+                    path.unlink()
             with contextlib.suppress(OSError):
-                for directory in list((self.root / VERSION).glob("*")):
+                for directory in [*(self.root / VERSION).glob("*"), *self.root.glob("imports/*"), *self.root.glob("trying/*")]:
                     with contextlib.suppress(OSError):
                         directory.rmdir()
         return count

@@ -86,7 +86,7 @@ class Timing:
     def drift(self) -> float:
         """By how much the last third of the samples lies apart from the first; 0 where they overlap or are too few."""
         third = len(self.samples) // 3
-        if third < 3:  # of two, pure noise lies apart in every tenth run
+        if third < 4:  # noise alone would set few of them apart
             return 0.0
         first, last = self.samples[:third], self.samples[-third:]
         lower, upper = (first, last) if median(first) < median(last) else (last, first)

@@ -68,7 +68,7 @@ def tune(
     race.admit(incumbent, incumbent=True)
     budget = float("inf") if thorough else _budget(incumbent.first_run)
     start = max(began, clock.now() - 0.5 * budget)  # a slow default uses up half of the time at most
-    tried = 0
+    tried, loaded = 0, candidates.loading_s
     for index, entrant in enumerate(_in_order([e for e in entrants if e is not incumbent], prior), 1):
         if progress is not None:
             progress(problem, entrant.candidate.name, index, len(entrants))
@@ -81,13 +81,13 @@ def tune(
             entrant.reason = NOT_COMPILED
         elif kernel == "sdpa_math" and any(e.reason is None for e in entrants if e.first_call is not None):
             entrant.reason = "not tried: the last resort"
-        elif tried >= TRIED_ANYWAY and clock.now() - start > 0.75 * budget:
+        elif tried >= TRIED_ANYWAY and clock.now() - start - (candidates.loading_s - loaded) > 0.75 * budget:
             entrant.reason = NOT_TRIED
         else:
             race.admit(entrant)
             tried += 1
     alive = [e for e in entrants if e.reason is None]
-    left = max(0.25 * budget, budget - (clock.now() - start))
+    left = max(0.25 * budget, budget - (clock.now() - start - (candidates.loading_s - loaded)))
     left = min(left, THOROUGH_ROUNDS * race.round_s(alive)) if thorough else left
     crowded = _time(alive, clock, left, torch.get_num_threads() if silicon.type == "cpu" else 1, thorough)
     winner = _choose(entrants, incumbent, look)

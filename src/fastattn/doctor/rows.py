@@ -85,5 +85,8 @@ def _why_not(kernel: Kernel, machine: Machine, found: Sequence[Row]) -> list[str
     if kernel.library == "torch":
         missing = candidates.unavailable(kernel)
         return [missing] if missing else []
-    row = next(row for row, library in zip(found, libraries.LIBRARIES, strict=True) if _brings(library, kernel))
-    return list(row.why_not)
+    rows = [row for row, library in zip(found, libraries.LIBRARIES, strict=True) if _brings(library, kernel)]
+    if rows:
+        return list(rows[0].why_not)
+    why = candidates.absent(kernel)  # a plugin's package
+    return [why] if why else ["considered only where it is named"] if kernel.opt_in else []

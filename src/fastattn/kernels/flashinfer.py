@@ -57,7 +57,7 @@ def load_ragged(backend: str) -> Run:
             if is_capturing:
                 raise RuntimeError("FlashInfer plans on the host, which a CUDA graph cannot capture")
             if len(plans) >= PLANS:
-                plans.pop(next(iter(plans)), None)
+                plans.pop(next(iter(plans), None), None)
             with torch.inference_mode(False):
                 found = Wrapper(float_workspace_buffer=workspace(q.device, stream), kv_layout="NHD", backend=backend)
                 starts = torch.arange(q.shape[0] + 1, dtype=torch.int32)  # on the host, where it is wanted

@@ -8,6 +8,8 @@ query's own key. Where no key is visible flash says a log-sum-exp of +inf, the e
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from fastattn.kernel import (
@@ -47,22 +49,33 @@ def load_flash() -> Run:
 
 def load_varlen() -> Run:
     from torch import arange, int32
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    attend = by_keyword(
-        varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale",
-        "window_size", "enable_gqa",
-    )  # fmt: skip
+    if find_spec("torch.nn.attention.varlen") is None:
+        raise ImportError("this torch has no torch.nn.attention.varlen")
+
+    @cache
+    def entry() -> Any:  # a second to import: for whoever runs it
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        attend = by_keyword(
+            varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale",
+            "window_size", "enable_gqa",
+        )  # fmt: skip
+        return attend, AuxRequest
+
+    def starts(batch: int, length: int, device: Any) -> Tensor:
+        return arange(0, (batch + 1) * length, length, dtype=int32, device=device)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         left, right = (-1 if n is None else n for n in a.beside(q_len, kv_len))
+        attend, aux_request = entry()
         found = attend(
             query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1),
-            cu_seq_q=arange(0, (batch + 1) * q_len, q_len, dtype=int32, device=q.device), max_q=q_len,
-            cu_seq_k=arange(0, (batch + 1) * kv_len, kv_len, dtype=int32, device=q.device), max_k=kv_len,
+            cu_seq_q=starts(batch, q_len, q.device), max_q=q_len,
+            cu_seq_k=starts(batch, kv_len, q.device), max_k=kv_len,
             window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
-            scale=a.scale, enable_gqa=True, return_aux=AuxRequest(lse=a.lse),
+            scale=a.scale, enable_gqa=True, return_aux=aux_request(lse=a.lse),
         )  # fmt: skip
         if not a.lse:
             return found.unflatten(0, (batch, q_len))

@@ -18,7 +18,12 @@ INPUTS = ("query", "key", "value", "attn_bias", "p", "scale", "op")
 
 
 def load(name: str) -> Run:
-    from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
+    try:
+        from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("flash_attn"):
+            raise
+        raise ImportError("xformers takes flash-attn-4 for flash-attn, and cannot be imported beside it alone") from None
 
     op, biases = getattr(fmha, name), fmha.attn_bias
     if not op.FwOp.is_available():

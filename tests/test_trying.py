@@ -1,0 +1,80 @@
+"""A candidate of a library that ends the process while it is tried is left alone by the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import pytest
+import torch
+
+import fastattn
+from fastattn import config, store, trying
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "cache"
+
+
+def notes(root: Path) -> list[Path]:
+    return list(root.glob("trying/*/*.json"))
+
+
+def test_the_note_is_there_while_it_is_tried_and_gone_afterwards(root):
+    with trying.noted(root, "a candidate"):
+        assert len(notes(root)) == 1 and trying.ended(root, "a candidate") is None, "its own process goes on"
+    assert notes(root) == []
+    with pytest.raises(ValueError), trying.noted(root, "a candidate"):
+        raise ValueError("it merely cannot")
+    assert notes(root) == []
+    with pytest.raises(RuntimeError), trying.noted(root, "a candidate"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert len(notes(root)) == 1
+
+
+def test_without_a_cache_nothing_is_noted():
+    with trying.noted(None, "a candidate"):
+        assert trying.ended(None, "a candidate") is None
+
+
+def test_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root, monkeypatch):
+    code = (
+        "import os, pathlib; from fastattn import trying\n"
+        f"with trying.noted(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"
+    )
+    path = str(Path(trying.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    assert "ended the process" in str(trying.ended(root, "a candidate"))
+    assert trying.ended(root, "another") is None
+    fastattn.options(cache_dir=str(root))
+    store.of(config.current()).clear()
+    assert trying.ended(root, "a candidate") is None
+
+
+def test_a_live_process_that_tries_it_does_not_matter(root):
+    with trying.noted(root, "a candidate"):
+        [note] = notes(root)
+        note.write_text(json.dumps({"pid": os.getppid()}))
+        assert trying.ended(root, "a candidate") is None
+        note.write_text("{")
+        assert trying.ended(root, "a candidate") is None
+
+
+def test_tuning_asks(monkeypatch):
+    """A library's kernel whose note is there is out, with the reason; torch's own leave none."""
+    mine = fakes.made_up("of_a_library", fakes.honest, library="pytest")
+    fakes.add(monkeypatch, mine)
+    tried = []
+    real = trying.noted
+    monkeypatch.setattr(trying, "noted", lambda root, what: tried.append(what) or real(root, what))
+    q = torch.randn(1, 2, 24, 16)
+    assert fakes.row("of_a_library", q, q, q, tune=True).forward is not None
+    assert tried and all(what.startswith("of_a_library ") for what in tried)
+    monkeypatch.setattr(trying, "ended", lambda root, what: "it ended the process that tried it")
+    q = torch.randn(1, 2, 25, 16)
+    assert fakes.row("of_a_library", q, q, q, tune=True).reason == "it ended the process that tried it"
