@@ -7,8 +7,8 @@ special   offsets beyond 2^31, more than 65,535 heads, misaligned views, a CUDA 
 workload  F.sdpa, every pinned candidate and attention(), interleaved, as benchmarks/cpu.py does it
 
 Each kernel, and the workload, runs in a process of its own, so that a crash costs a row. Without a name: all three.
-`--device cpu --smoke` runs the same on a CPU. Exit code 1 where a kernel raised or ended its process, or attention() was wrong; a
-refusal is no fault, nor a candidate over its error budget now and then ("over"), which the gate keeps from every caller.
+`--device cpu --smoke` runs the same on a CPU. Exit code 1 where a kernel raised or ended its process, or attention() was wrong.
+A refusal is no fault, nor a candidate over its error budget now and then ("over"), which the gate keeps from every caller.
 What compiles for each length waits for --compile. Answers are written as they come; what there was no time for is said.
 """
 

@@ -201,7 +201,9 @@ def test_a_liar_never_wins_and_never_reaches_the_caller(run, given, fast):
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before))
     trial = row("fastest", q, k, v, mask, **options)
     assert fastattn.explain(q, k, v, mask, **options).served_by != "fastest" and trial.time_us is None
-    assert trial.reason.startswith(("inaccurate: ", "ValueError: it changes its inputs")), trial.reason
+    # what lay in the memory that a liar left unwritten may have been right, until the caller's own tensors were looked at
+    reason = trial.reason.removeprefix("on the caller's tensors ")
+    assert reason.startswith(("inaccurate: ", "ValueError: it changes its inputs")), trial.reason
 
 
 HONEST = ("2%", "top-left for bottom-right", "mask ignored", "5% in dk", "the last row of a long problem wrong")

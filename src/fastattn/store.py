@@ -89,10 +89,10 @@ class Store:
                 path.unlink()
                 count += 1
         if self.root is not None:
-            for path in [*self.root.glob("imports/*/*.json"), *self.root.glob("trying/*/*.json")]:  # what came of libraries
-                with contextlib.suppress(OSError):
-                    path.unlink()
             with contextlib.suppress(OSError):
+                for path in [*self.root.glob("imports/*/*.json"), *self.root.glob("trying/*/*.json")]:  # what came of libraries
+                    with contextlib.suppress(OSError):
+                        path.unlink()
                 for directory in [*(self.root / VERSION).glob("*"), *self.root.glob("imports/*"), *self.root.glob("trying/*")]:
                     with contextlib.suppress(OSError):
                         directory.rmdir()
