@@ -155,6 +155,8 @@ def _pinned(
     found, runs = [], {}
     for trial in trials:
         reason = trial.reason
+        if (reason or "").startswith("needs "):
+            continue  # another device's
         if reason is None:
             try:
                 handle = fastattn.plan(x.q, x.k, x.v, x.mask, kernel=trial.candidate, **x.case.options)

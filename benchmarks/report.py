@@ -124,8 +124,7 @@ def _problems(title: str, results: Sequence[Any]) -> Grid:
 def candidates_of(r: Any) -> Grid:
     """Every candidate of one problem: its time, or why it was not timed."""
     rows = []
-    here = [c for c in r.candidates if not (c.reason or "").startswith("needs ")]  # not another device's kernels
-    for c in sorted(here, key=lambda c: (c.time_us is None, c.time_us or 0.0)):
+    for c in sorted(r.candidates, key=lambda c: (c.time_us is None, c.time_us or 0.0)):
         marks = ["oracle"] * (c is r.oracle) + ["served"] * (c.name == r.served)
         errors = [f"{e:.2f}" if e < 100 else f"{e:.3g}" for e in (c.forward, c.backward) if e is not None]
         time = us(c.time_us) if c.time_us is not None else ""
@@ -216,7 +215,8 @@ def plot(path: str, facts: dict[str, str], results: Sequence[Any]) -> None:
             mine = {r.case.name: r for r in results if kind(r.case) == of_kind and r.case.dtype == dtype}
             if mine:
                 places = [names[of_kind].index(name) + (index - 1) * 0.27 for name in mine]
-                label = f"{dtype} (mean {mean(mine.values(), lambda r: r.speedup):.2f}x)"
+                long = [r for r in mine.values() if r.sdpa_us >= LONG_US] or list(mine.values())
+                label = f"{dtype} (mean {mean(long, lambda r: r.speedup):.2f}x)"
                 axis.bar(places, [r.speedup for r in mine.values()], 0.25, label=label)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log", base=2)
