@@ -162,8 +162,8 @@ def show(first, second):
         table.add_row(row["dtype"], *_report.times(row), f"{row['cosine']:.6f}", _report.kernels(row))
     console.print(table)
     console.print(Text(
-        "\nwhole model, medians of interleaved rounds; A/A: stock against itself; cosine: the smallest of a stock and a patched"
-        "\nembedding of one sentence", "dim"
+        "\nwhole model, medians of interleaved rounds; A/A: stock against itself; \n"
+        "cosine: the smallest of a stock and a patched embedding of one sentence", "dim"
     ))  # fmt: skip
     _report.tell_tunings(console, first, second)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, kernels, learnt, memory, planning
+from fastattn import candidates, config, kernels, learnt, memory, planning
 from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.errors import NoKernelError
@@ -24,7 +24,7 @@ def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> A
     """The candidate that `kernel=name` means. Raises NoKernelError with the reasons, ValueError for an unknown name."""
     base = name.split("+", maxsplit=1)[0]
     if base not in kernels.names():
-        raise ValueError(f"unknown kernel {name!r}; known: {', '.join(kernels.names())}")
+        raise config.unknown_kernel(name, kernels.names())
     settings = settings.naming(base)
     own = [kernel for kernel in kernels.rows_for(silicon.type, settings.named) if kernel.name == base]
     found = candidates.decisions(problem, silicon, settings, own, certain=True)

@@ -55,6 +55,16 @@ def unexpected(function: str, name: str, valid: Iterable[str], hint: str = "") -
     )
 
 
+def unknown_kernel(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a kernel that does not exist, with the name that is nearest."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    near = get_close_matches(name, known, 1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown kernel {name!r};{hint} known: {', '.join(known)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """All settings of one moment. `tune_budget` is in seconds for the whole process."""
@@ -122,7 +132,7 @@ def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     for name in found:
         bare = name.removeprefix("-").removeprefix("+")
         if bare not in known:
-            raise ValueError(f"unknown kernel {bare!r}; known: {', '.join(known)}")
+            raise unknown_kernel(bare, known)
     return found
 
 

@@ -145,7 +145,7 @@ def explain(
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
     settings = config.current()
-    parsed = inputs.parse(options)
+    parsed = inputs.parse(options, "explain", ("tune", "compiling"))
     key = inputs.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
     if tune and not problem.is_custom:  # with the caller's own function there is nothing to choose
@@ -205,7 +205,9 @@ def _why(verdict: Verdict, served: str) -> str:
         if failed is not None and failed.reason:
             return f"nothing passed; the default itself: {failed.reason}"
         return _why_kept(verdict)
-    return f"{gain:.2f}x the default's speed" if gain else "the default is out of the race"
+    best = min((t for t in verdict.trials if t.time_us and t.tombstone is None), key=lambda t: t.time_us or 0.0, default=None)
+    tie = f"; {best.candidate} is within the margin, where the fixed order decides" if best and best.candidate != served else ""
+    return f"{gain:.2f}x the default's speed{tie}" if gain else "the default is out of the race"
 
 
 def _why_kept(verdict: Verdict) -> str:
@@ -245,6 +247,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
 
     Arguments and errors are those of `fastattn.attention`.
     """
+    inputs.parse(options, "plan")
     served = resolve.attention(q, k, v, mask, layout, options)
     return Plan(served.call, served.candidate, explain(q, k, v, mask, layout, **options))
 

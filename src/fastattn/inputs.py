@@ -58,11 +58,14 @@ _HINTS = {
 }
 
 
-def parse(given: dict[str, Any]) -> Options:
-    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option."""
+def parse(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> Options:
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option.
+
+    function: whose arguments they are; more: what it takes beside attention's.
+    """
     for name, value in given.items():
         if name not in DEFAULTS:
-            raise config.unexpected("attention", name, _VALID, _HINTS.get(name, ""))
+            raise config.unexpected(function, name, (*_VALID, *more), _HINTS.get(name, ""))
         if name in _LATER and value is not None:
             raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
     options = Options(**given)

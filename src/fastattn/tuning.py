@@ -216,7 +216,7 @@ def _log(verdict: Verdict, seconds: float) -> None:
     if is_crowded(verdict):
         level = logging.INFO if "crowded" in _said else logging.WARNING
         _said.add("crowded")
-        text = "other programs used %.1f of the cores timed on: verdicts may be wrong, `fastattn tune` takes them again"
+        text = "other programs used %.1f of the cores timed on: verdicts may be wrong; `fastattn tune`, later, retakes them"
         log.log(level, text, verdict.crowded)
 
 
