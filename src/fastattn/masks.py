@@ -69,7 +69,7 @@ def intersect(mask: Tensor | None, seen: Tensor) -> Tensor:
 
 def sees_nothing(mask: Tensor, q_len: int, kv_len: int, lower: int | None = None, upper: int | None = None) -> Tensor:
     """(b|1, h|1, q_len) bool: the queries that a float mask within the band leaves no key."""
-    seen = _four(mask) != float("-inf")
+    seen = as_4d(mask) != float("-inf")
     seen = seen.expand(*seen.shape[:2], q_len, kv_len)
     if upper is not None:
         seen = seen.tril(upper)
@@ -81,7 +81,7 @@ def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
 
     Where they are not it becomes a slice of a padded tensor.
     """
-    mask, kv_len = _four(mask).to(like.dtype), shape[3]
+    mask, kv_len = as_4d(mask).to(like.dtype), shape[3]
     step = 16 // mask.itemsize
     pitch = -(-kv_len // step) * step  # a row is read to the end of its last vector
     if not (
@@ -96,5 +96,6 @@ def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
     return mask.expand(shape)
 
 
-def _four(mask: Tensor) -> Tensor:
+def as_4d(mask: Tensor) -> Tensor:
+    """(b|1, h|1, q|1, k|1) of a 2-D or 4-D mask."""
     return mask if mask.dim() == 4 else mask[None, None]

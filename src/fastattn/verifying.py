@@ -145,7 +145,7 @@ class Judge:
     def _whole_mask_grad(self) -> tuple[Tensor, float]:
         p, u = self.sample.problem, ROUNDOFF[self.sample.problem.torch_dtype]
         parts = [head.exact.gradients for head in self.heads if head.exact.gradients is not None]
-        shape = _four(self.sample.mask).shape  # type: ignore[arg-type]
+        shape = masks.as_4d(self.sample.mask).shape  # type: ignore[arg-type]
 
         def over_rows(x: Tensor) -> Tensor:
             full = x.new_zeros(1, p.q_heads, p.q_len, p.kv_len)
@@ -207,7 +207,7 @@ class Judge:
                 worst = max(worst, _in_budgets((got.double() - want).abs(), torch.tensor(budget)))
         if self._mask_grad is not None:
             want, budget = self._mask_grad
-            got = _four(found[3]).double().masked_fill(_four(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
+            got = masks.as_4d(found[3]).double().masked_fill(masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
             worst = max(worst, _in_budgets((got - want).abs(), torch.tensor(budget)))
         return worst
 
@@ -227,7 +227,7 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
     dtype = p.torch_dtype  # as autocast would cast
     views = [to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1))]
     if mask is not None:
-        mask = _four(mask.detach())[:1, : p.group]
+        mask = masks.as_4d(mask.detach())[:1, : p.group]
         mask = mask if p.mask in (None, "bool") else mask.to(getattr(torch, p.mask))
     if not all(bool(x.isfinite().all()) for x in views):
         return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
@@ -291,14 +291,10 @@ def _bhsd(x: Tensor, p: Problem, dtype: torch.dtype) -> Tensor:
     return to_bhsd(x.detach(), p.layout).to(dtype)
 
 
-def _four(mask: Tensor) -> Tensor:
-    return mask if mask.dim() == 4 else mask[None, None]
-
-
 def _mask_of(s: Sample, start: int, group: int) -> Tensor | None:
     if s.mask is None:
         return None
-    mask = _four(s.mask.detach())[0]
+    mask = masks.as_4d(s.mask.detach())[0]
     if s.problem.cast_from and mask.dtype is not torch.bool:
         mask = mask.to(s.problem.torch_dtype)
     return mask if mask.shape[0] == 1 else mask[start : start + group]

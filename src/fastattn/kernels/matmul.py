@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastattn.kernel import Arguments, Backward, Kernel, OneOf, Range, Run, Tensor, room
+from fastattn.kernel import Arguments, Backward, Kernel, OneOf, Range, Run, Tensor, additive, room
 
 NEVER = float("-inf")  # the score of a hidden key
 
@@ -46,11 +46,6 @@ def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arg
         scores.baddbmm_(q3, k3.mT, alpha=a.scale)
     hide_band(view, a.lower, a.upper)
     return scores
-
-
-def additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A bool mask as what is added to the scores."""
-    return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), NEVER)
 
 
 def hide_band(scores: Tensor, lower: int | None, upper: int | None) -> None:
