@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastattn import kernels, libraries, quirks
-from fastattn.kernel import Kernel, OneOf, Range
+from fastattn.kernel import Kernel, RefuseWhen
 
 PAGE = Path(__file__).with_name("kernels.md")
 HEAD = """# The kernels
@@ -78,15 +79,16 @@ def one(k: Kernel) -> str:
         ("compiles", {"once": "before its first run", "each_length": "for each length"}.get(k.compiles or "", "")),
         ("accuracy", "quantises: only where the caller gives a number" if k.approximate else ""),
         ("considered", "only where it is named" if k.opt_in else ""),
-        ("limits", "; ".join(limit(n) for n in k.needs)),
+        ("limits", ", ".join(f"`{n.describe()}`" for n in k.needs if not isinstance(n, RefuseWhen))),
+        *dict.fromkeys(("refused", placeholders(n.text)) for n in k.needs if isinstance(n, RefuseWhen)),
     ]
     said = "\n".join(f"- {name}: {value}" for name, value in lines if value)
     return f"### {k.name}\n\n{k.summary}\n\n{said}\n"
 
 
-def limit(need: object) -> str:
-    text = need.describe()  # type: ignore[attr-defined]
-    return f"`{text}`" if isinstance(need, (Range, OneOf)) else text.replace("{p.", "{").replace("{device.", "{")
+def placeholders(text: str) -> str:
+    """A sentence with the names of what it would tell: `head_dim` for {p.head_dim:g}."""
+    return re.sub(r"\{(?:p|device)\.([^}:]*)[^}]*\}", r"`\1`", text)
 
 
 def fault(q: quirks.Quirk) -> str:

@@ -174,11 +174,10 @@ def test_a_tool_needs_no_kernel_of_ours(site, h100):
 
 
 def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site, h100, monkeypatch):
-    for name in ("FlashAttention 2", "SageAttention 3", "MSLK"):
+    for name in ("FlashAttention 2", "SageAttention 3"):
         install(site, name, works(name))
     assert row("SageAttention 3").why_not[0] == "needs sm120 to sm121, this device is sm90"
     assert row("FlashAttention 2").usable
-    assert row("MSLK").why_not == ("fastattn has no kernel of it",)
     base = next(kernel for kernel in kernels.rows() if kernel.name == "matmul")
     mine = replace(base, name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
     too_new = replace(mine, name="flash_9", needs=(Range("capability", min=100),))

@@ -129,12 +129,12 @@ def test_imports_point_down():
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "kernels").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_a_kernel_file_imports_the_contract_alone(path):
-    """And the standard library; what it is an adapter of, it imports in load(). The hub has other kernels' libraries."""
+    """And the standard library; what it is an adapter of, it imports in load(). The hub and mslk have others' kernels."""
     top = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
     modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
     assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} <= {"fastattn.kernel", "fastattn.kernels"}
-    siblings = {"fastattn.kernels"} if path.stem == "hf_kernels" else set()
+    siblings = {"fastattn.kernels"} if path.stem in ("hf_kernels", "mslk") else set()
     assert {name for name in imports_of(path) if name.startswith("fastattn")} == {"fastattn.kernel", *siblings}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -203,41 +202,7 @@ def test_an_unknown_library_a_foreign_device_and_a_closed_list_are_reasons():
     assert "package no-such-library is not installed" in found.reasons
 
 
-# --- limits, from the rows themselves
-
-RANGES = [
-    pytest.param(kernel, need, id=f"{kernel.name} {device} {need.describe()}")
-    for kernel in kernels.rows()
-    for device in kernel.devices
-    for need in kernel.needs
-    if isinstance(need, Range)
-]
-
-
-def placed(need, value, kernel):
-    """A problem and a device where the limited field has that value."""
-    kind = kernel.devices[0]
-    silicon = replace(MADE_UP[kind], capability=value) if need.field == "capability" else MADE_UP[kind]
-    changes = {} if need.field == "capability" else {need.field: value}
-    return problem(device=kind, dtype=kernel.dtypes[0], **changes), silicon
-
-
-@pytest.mark.parametrize("kernel, need", RANGES)
-def test_a_limit_accepts_just_inside_and_refuses_just_outside_with_both_numbers(kernel, need):
-    inside, outside = need.edges()
-    assert inside and outside, "a limit without an edge limits nothing"
-    for value in inside:
-        p, silicon = placed(need, value, kernel)
-        assert need.why_not(p, silicon) is None
-    for value in outside:
-        p, silicon = placed(need, value, kernel)
-        reason = need.why_not(p, silicon)
-        numbers = {int(n) for n in re.findall(r"\d+", reason)}
-        assert reason.startswith(f"{need.field} {value} ")
-        assert value in numbers and numbers & {need.min, need.max, need.multiple_of} - {None}
-        found = candidates.decide(kernel, p, silicon, config.Config().naming(kernel.name))
-        assert any(reason in d.reasons for d in found if isinstance(d, Rejected)), found
-
+# --- limits, beside what test_boundaries.py finds in the rows themselves
 
 def test_the_edges_of_a_range_are_just_that():
     assert Range("kv_len", min=1).edges() == ([1], [0])

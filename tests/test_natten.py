@@ -60,3 +60,18 @@ def test_a_build_without_kernels_is_a_reason(monkeypatch):
     with installed(natten.STUB, monkeypatch):
         sys.modules["natten"].HAS_LIBNATTEN = False
         assert "without libnatten" in (candidates.unavailable(row_of(natten.STUB, "natten_cutlass")) or "")
+
+
+def test_a_libnatten_that_cannot_be_loaded_says_why(monkeypatch):
+    """natten itself swallows it, and goes on without."""
+    with installed(natten.STUB, monkeypatch):
+        broken = type("Broken", (), {"find_spec": staticmethod(_undefined_symbol)})
+        monkeypatch.setattr(sys, "meta_path", [broken, *sys.meta_path])
+        sys.modules["natten"].HAS_LIBNATTEN, sys.modules["natten"].__path__ = False, []
+        why = candidates.unavailable(row_of(natten.STUB, "natten_cutlass")) or ""
+        assert "undefined symbol: _ZN3c10" in why and "without" not in why
+
+
+def _undefined_symbol(name, *_):
+    if name == "natten.libnatten":
+        raise ImportError("libnatten.so: undefined symbol: _ZN3c10")

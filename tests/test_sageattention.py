@@ -87,3 +87,15 @@ def test_version_1_and_2_share_a_distribution(monkeypatch):
         assert (
             candidates.unavailable(ROWS["sage_1"]) == "package sageattention 2.2.0 >= 2.0, which is not known to work"
         )
+
+
+def test_a_build_without_its_extension_says_so_and_not_that_it_imports_itself(monkeypatch, tmp_path):
+    (tmp_path / "sageattention").mkdir()
+    (tmp_path / "sageattention" / "__init__.py").write_text("from .core import sageattn\n")
+    (tmp_path / "sageattention" / "core.py").write_text("from . import _fused\n")
+    with installed(sage_2.STUB, monkeypatch):
+        monkeypatch.delitem(sys.modules, "sageattention")
+        monkeypatch.delitem(sys.modules, "sageattention.core", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+        why = str(candidates.unavailable(ROWS["sage_2_triton"]))
+        assert "its extension sageattention._fused was not built" in why and "circular" not in why

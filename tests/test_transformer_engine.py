@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from inspect import Signature
 
 import pytest
 import stubs
 import torch
-from building import expect, hold, problem_of, qkv
+from building import expect, hold, mask_of, problem_of, qkv
 from stubs import transformer_engine as te
 from test_libraries import installed, misaligned, row_of, silicon
 
@@ -91,6 +92,32 @@ def test_te_is_asked_once_for_a_kind_of_call_and_told_what_it_would_ask(te_is_th
     assert asked["core_attention_bias_shape"] is None and not asked["core_attention_bias_requires_grad"]
     [made] = [told for function, told in stubs.calls if function.endswith("__init__")]
     assert made.get("deterministic", deterministic) is deterministic
+
+
+@pytest.mark.parametrize("name", ["te_fused", "te_unfused"])
+@pytest.mark.parametrize("letters", ["bhqk", "1hqk", "11qk"])
+def test_the_shape_of_a_bias_is_told_by_name_up_to_2_19(te_is_there, monkeypatch, name, letters):
+    parameters = stubs.signature(te.FILE, "AttentionParams").parameters
+    old = [p.replace(default="1hss") if p.name == "core_attention_bias_shape" else p for p in parameters.values()]
+    old = Signature([p for p in old if p.name != "softmax_scale"])
+    describe = stubs.signed(te.FILE, "AttentionParams", real=old)(lambda **fields: te.SimpleNamespace(**fields))
+    monkeypatch.setattr(sys.modules[f"{te.ROOT}.utils"], "AttentionParams", describe)
+    candidates.forget()
+    q, k, v = qkv(dtype=torch.float16)
+    mask = mask_of(letters, torch.float16, *q.shape[:3], k.shape[2])
+    hold(expect(q, k, v, mask), bound(name, q, k, v, mask)[1], q, k, v, mask)
+    [asked] = [told for function, told in stubs.calls if function == "AttentionParams"]
+    assert asked["core_attention_bias_shape"] == letters.replace("qk", "ss")
+
+
+@pytest.mark.parametrize("name", ["te_fused", "te_unfused"])
+@pytest.mark.parametrize("low", [-20_000.0, -60_000.0])
+def test_hidden_keys_stay_below_visible_ones_however_low_these_are(te_is_there, name, low):
+    """TE writes -10000 over hidden scores, and the adapter a number of that kind over -inf."""
+    q, k, v = qkv(dtype=torch.float16)
+    mask = torch.zeros(2, 4, q.shape[2], k.shape[2], dtype=torch.float16)
+    mask[:, :, 3], mask[:, :, 3, 5:], mask[:, :, 4], mask[:, :, 5, 2:] = low, -torch.inf, -torch.inf, low
+    hold(expect(q, k, v, mask), bound(name, q, k, v, mask)[1], q, k, v, mask)
 
 
 def test_nothing_of_nvte_is_set(te_is_there, monkeypatch):

@@ -1,11 +1,15 @@
-"""xFormers, beyond the grid: the operator of each row, a graph for the mask alone, limits of silicon and of grids."""
+"""xFormers and MSLK, beyond the grid: the operator of each row, a graph for the mask alone, limits of silicon and of grids."""
 
 from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 import stubs
 import torch
 from building import expect, hold, mask_of, problem_of, qkv
+from stubs.mslk import STUB as MSLK
 from stubs.xformers import OPERATORS, STUB
 from test_libraries import installed, row_of, rows_of
 
@@ -17,29 +21,35 @@ from fastattn.kernel import Rejected
 HALF = torch.bfloat16
 
 
+def stub_of(name):
+    return MSLK if name.startswith("mslk") else STUB
+
+
 def decide(name, capability=90, mask=None, changes=None, **made):
     q, k, v = qkv(**{"dtype": HALF, "d": 64, **made})
     p = problem_of(q, k, v, mask).replace(device="cuda", threads=0, **(changes or {}))
     silicon = Device("cuda", "made-up GPU", capability, cuda="12.8", cudnn=92300)
-    found = candidates.decide(row_of(STUB, name), p, silicon, Config(kernels=(f"+{name}",)), certain=True)
+    found = candidates.decide(row_of(stub_of(name), name), p, silicon, Config(kernels=(f"+{name}",)), certain=True)
     return found[0], p, (q, k, v)
 
 
+NAMED = {"splitk": "triton_splitk", "blackwell": "cutlass_blackwell"}
+
+
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("kernel", rows_of(STUB), ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [*rows_of(STUB), *rows_of(MSLK)], ids=lambda k: k.name)
 def test_each_row_pins_its_own_operator(kernel, grad, monkeypatch):
     if grad and not kernel.grad:
         pytest.skip("no backward")
-    with installed(STUB, monkeypatch):
-        found, p, given = decide(kernel.name, grad=grad)
+    library, name = kernel.name.split("_")
+    with installed(stub_of(library), monkeypatch):
+        found, p, given = decide(kernel.name, 100 if name == "blackwell" else 90, grad=grad)
         stubs.calls.clear()
         planning.bind(found, p, None)(*given, None)
     [(_, told)] = stubs.calls
     pinned = told["op"] if grad else (told["op"],)
-    wanted = {"splitk": "triton_splitk"}.get(
-        kernel.name.removeprefix("xformers_"), kernel.name.removeprefix("xformers_")
-    )
-    assert [op.kind for op in pinned] == [wanted] * len(pinned)
+    wanted = NAMED.get(name, name)
+    assert [op.kind.removeprefix("mslk_") for op in pinned] == [wanted] * len(pinned)
 
 
 def test_a_mask_alone_gets_its_gradient(monkeypatch):
@@ -71,8 +81,24 @@ def test_an_operator_that_was_not_built_is_a_reason(monkeypatch):
     monkeypatch.setattr(OPERATORS["flash3"].FwOp, "is_available", lambda: False, raising=False)
     with installed(STUB, monkeypatch):
         found, _, _ = decide("xformers_flash3")
-        assert isinstance(found, Rejected) and "flash3 operator was not built" in found.reasons[0]
+        assert isinstance(found, Rejected)
+        assert "its flash3 operator was not built, and the package flash_attn_3 is not there" in found.reasons[0]
         assert not isinstance(decide("xformers_flash")[0], Rejected)
+
+
+@pytest.mark.parametrize("library", ["xformers", "mslk"])
+def test_split_k_says_that_it_is_there_without_triton(library, monkeypatch):
+    with installed(stub_of(library), monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton", None)
+        found, _, _ = decide(f"{library}_splitk")
+        assert isinstance(found, Rejected) and "triton is not there" in found.reasons[0]
+
+
+def test_blackwell_without_its_kernels_is_a_reason(monkeypatch):
+    with installed(MSLK, monkeypatch):
+        monkeypatch.setattr(torch.ops, "mslk", SimpleNamespace())  # MSLK_PYTHON_ONLY=1
+        found, _, _ = decide("mslk_blackwell", 100)
+        assert isinstance(found, Rejected) and "its kernels for sm100 are not loaded" in found.reasons[0]
 
 
 @pytest.mark.parametrize(("name", "can", "cannot"), [
@@ -80,9 +106,11 @@ def test_an_operator_that_was_not_built_is_a_reason(monkeypatch):
     ("xformers_flash3", (80, 90), (75, 100, 120)),
     ("xformers_cutlass", (80, 90), (100, 120)),  # no dense bias at all on Blackwell
     ("xformers_splitk", (80, 100), (75,)),
+    ("mslk_flash3", (80, 90), (75, 100, 120)),
+    ("mslk_blackwell", (100,), (90, 103, 110, 120)),  # built for sm100a alone
 ])  # fmt: skip
 def test_silicon(name, can, cannot, monkeypatch):
-    with installed(STUB, monkeypatch):
+    with installed(stub_of(name), monkeypatch):
         assert not any(isinstance(decide(name, capability)[0], Rejected) for capability in can)
         for capability in cannot:
             assert any(f"capability {capability}" in reason for reason in decide(name, capability)[0].reasons)
@@ -90,8 +118,8 @@ def test_silicon(name, can, cannot, monkeypatch):
 
 def test_limits_of_grids(monkeypatch):
     with installed(STUB, monkeypatch):
-        for kernel in rows_of(STUB):
-            assert "batch 65536 > 65535" in decide(kernel.name, changes={"batch": 65536})[0].reasons
+        for name in ("xformers_flash", "xformers_flash3", "xformers_cutlass"):
+            assert "batch 65536 > 65535" in decide(name, changes={"batch": 65536})[0].reasons
         many = decide("xformers_splitk", changes={"batch": 40_000})[0].reasons
     assert many == ("batch 40000 times 4 heads > 65535, a grid dimension",)
 

@@ -147,7 +147,7 @@ def _met(kernel: Kernel) -> str | None:
     library = libraries.of(kernel.library)
     if library is None or library.module in sys.modules:
         return None
-    others = [other.module for other in libraries.LIBRARIES if other.module in sys.modules]
+    others = [*library.after, *(other.module for other in libraries.LIBRARIES if other.module in sys.modules)]
     root, _ = layers(current().cache_dir)
     return importing.fatal(library.module, library.entry, version(kernel.library) or "", root[0] if root else None, others)
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from fastattn.config import log
 from fastattn.device import Device, private
 from fastattn.masks import additive, as_bias, sees_nothing
-from fastattn.needs import Forbid, Need, OneOf, Range, RefuseWhen
+from fastattn.needs import BFLOAT16, FLASH_2_BACKWARD, GRID, NOT_EMPTY, Forbid, Need, OneOf, Range, RefuseWhen
 from fastattn.scratch import room
 
 __all__ = [
-    "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen",
-    "Rejected", "Run", "Tensor", "additive", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
+    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid",
+    "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor", "additive", "as_bias", "by_keyword", "log",
+    "require", "room", "sees_nothing",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")

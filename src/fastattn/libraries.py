@@ -22,11 +22,13 @@ class Library:
     install: str
     sm: tuple[int, int] = (80, 121)
     is_tool: bool = False  # others need it; it has no attention kernel of its own
+    after: tuple[str, ...] = ()  # modules that must be imported before it
+    rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
     @property
     def repair(self) -> str:
         """The command for an installation that cannot be imported: mostly it was built for another torch."""
-        return self.install.replace("pip install", "pip install --force-reinstall --no-deps", 1)
+        return (self.rebuild or self.install).replace("pip install", "pip install --force-reinstall --no-deps", 1)
 
 
 FROM_SOURCE = "pip install --no-build-isolation"
@@ -84,6 +86,8 @@ LIBRARIES = (
         module="transformer_engine.pytorch",
         entry="DotProductAttention",
         install=f'{FROM_SOURCE} "transformer-engine[pytorch]"',
+        rebuild=f"{FROM_SOURCE} transformer-engine transformer-engine-torch",
+        after=("torch",),  # it finds NCCL among what torch has loaded
     ),
     Library(
         name="SageAttention",

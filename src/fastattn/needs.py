@@ -112,3 +112,21 @@ class RefuseWhen:
 
     def describe(self) -> str:
         return f"not: {self.text}"
+
+
+# --- limits that kernels of several libraries share
+
+NOT_EMPTY = (Range("q_len", min=1), Range("kv_len", min=1))
+GRID = (Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535))  # grid dimensions (pytorch#142228)
+FLASH_2_BACKWARD = RefuseWhen(  # of torch's copy of FlashAttention 2: sdp_utils.cpp, check_requires_grad_and_head_dim_gt192_...
+    "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
+    " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
+    lambda p, device: (
+        p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
+        and (p.dropout or max(p.head_dim, p.head_dim_v) <= 224)
+    ),
+)  # fmt: skip
+BFLOAT16 = RefuseWhen(
+    "dtype bfloat16 on sm{device.capability} < 80",
+    lambda p, device: p.dtype == "bfloat16" and device.capability < 80,
+)

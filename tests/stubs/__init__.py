@@ -93,6 +93,9 @@ class _Name(str):
     def __getattr__(self, name: str) -> str:
         return _Name(f"{self}.{name}")
 
+    def __getitem__(self, key: Any) -> str:
+        return _Name(f"{self}[{key!r}]")
+
     def __call__(self, *given: Any) -> str:
         return _Name(f"{self}{given}")
 

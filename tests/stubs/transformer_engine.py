@@ -1,4 +1,4 @@
-"""Transformer Engine 2.18 on sm90: three backends and what get_attention_backend says of them.
+"""Transformer Engine 2.20 on sm90 (2.18 where `is_2_18`): three backends and what get_attention_backend says of them.
 
 cuDNN reads dense memory by the layout's name; a hidden score is -10000 in the unfused one; masks are True where they hide;
 FlashAttention draws the bottom-right corner alone, and its version 4 has None for no limit.
@@ -29,6 +29,19 @@ def AttentionParams(**fields):
     return p
 
 
+def bias_type(p):
+    """What the shape of a bias is called; up to 2.19 TE was told by that name."""
+    if is_2_18(p):
+        return p.core_attention_bias_shape
+    b, h, sq, _ = p.core_attention_bias_shape
+    assert b in (1, p.batch_size) and h in (1, p.num_heads), "core_attention_bias tensor must be in one of"
+    return f"{'b' if b == p.batch_size else '1'}{'h' if h == p.num_heads else '1'}{'1s' if sq == 1 < p.max_seqlen_q else 'ss'}"
+
+
+def is_2_18(p):
+    return not hasattr(p, "softmax_scale")
+
+
 @signed(FILE, "get_attention_backend")
 def get_attention_backend(attention_params):
     p = attention_params
@@ -41,8 +54,9 @@ def get_attention_backend(attention_params):
     flash = flash and (square or p.attn_mask_type != "causal") and (square or p.bottom_right_diagonal or not windowed)
     fused = half and dims and p.attn_mask_type != "arbitrary" and not (windowed and (not wide or not plain))
     fused = fused and (wide or p.attn_mask_type != "causal_bottom_right")
-    fused = fused and (plain or p.core_attention_bias_shape in ("bhss", "1hss", "b1ss", "11ss"))
+    fused = fused and (plain or bias_type(p) in ("bhss", "1hss", "b1ss", "11ss"))
     fused = fused and not (p.deterministic and p.is_training and p.core_attention_bias_requires_grad)
+    assert is_2_18(p) or p.softmax_scale != 1.0, "what it is when nobody says it"
     version = SimpleNamespace(major=flash_major[0]) if flash else None
     return flash and not fused, version, fused, 1 if fused else None, not (flash or fused), [flash, fused, True]
 
@@ -151,8 +165,8 @@ class UnfusedDotProductAttention(Backend):
     def __init__(self, softmax_scale, attention_dropout, **_):
         self.make(softmax_scale, attention_dropout)
 
-    @method("UnfusedDotProductAttention.forward")
-    def forward(
+    @method("UnfusedDotProductAttention._forward")
+    def _forward(
         self, _alibi_cache, query_layer, key_layer, value_layer, qkv_layout, attn_mask_type, attention_mask, window_size,
         bottom_right_diagonal, core_attention_bias_type, core_attention_bias, **_
     ):  # fmt: skip
@@ -171,21 +185,27 @@ class UnfusedDotProductAttention(Backend):
             scores = scores.masked_fill(attention_mask, -10000.0)
         return joined((scores.softmax(-1) @ v.double()).to(q.dtype))
 
+    @method("UnfusedDotProductAttention.forward")
+    def forward(self, args, kwargs, **_):
+        return self._forward(*args, **kwargs)
+
+
+ROOT = "transformer_engine.pytorch.attention.dot_product_attention"
+
 
 def modules():
-    root = "transformer_engine.pytorch.attention.dot_product_attention"
     backends = module(
-        f"{root}.backends", FlashAttention=FlashAttention, FusedAttention=FusedAttention,
+        f"{ROOT}.backends", FlashAttention=FlashAttention, FusedAttention=FusedAttention,
         UnfusedDotProductAttention=UnfusedDotProductAttention,
     )  # fmt: skip
     utils = module(
-        f"{root}.utils", AttentionParams=AttentionParams, get_attention_backend=get_attention_backend,
+        f"{ROOT}.utils", AttentionParams=AttentionParams, get_attention_backend=get_attention_backend,
         get_full_cu_seqlens=get_full_cu_seqlens,
     )  # fmt: skip
-    parents = [".".join(root.split(".")[:n]) for n in range(1, 4)]
+    parents = [".".join(ROOT.split(".")[:n]) for n in range(1, 4)]
     return {
         **{name: module(name, __path__=[]) for name in parents},
-        root: module(root, backends=backends, utils=utils, __path__=[]),
+        ROOT: module(ROOT, backends=backends, utils=utils, __path__=[]),
         backends.__name__: backends, utils.__name__: utils,
     }  # fmt: skip
 
@@ -195,7 +215,7 @@ NO_EXTRAS = " softcap lse lse_empty_rows lse_scale"
 STUB = Stub(
     file=FILE,
     library="transformer-engine",
-    version="2.18.0",
+    version="2.20.2",
     modules=modules,
     cases={
         "window_past_first_key": {"sq": 5, "skv": 19, "window": (16, 2), "mask": Causal("bottom_right")},
@@ -217,8 +237,10 @@ STUB = Stub(
         ("(far if left is None else left, far", "(-1 if left is None else left, far"),
         ("left, right = None if a.lower is None else -a.lower, a.upper", "pass"),
         ("softmax_scale\": scale", "softmax_scale\": 0.25"),
-        ("mask.masked_fill(hidden, HIDDEN)", "mask"),
+        (".masked_fill(hidden, HIDDEN)", ""),
         ("out if hidden is None else", "out if True else"),
+        ("letters if says_letters else tuple(bias.shape)", "letters"),
+        ('{"softmax_scale": scale} if asks_scale else {}', "{}"),
         ("unflatten(-1, (heads, -1))", "unflatten(-1, (-1, heads)).transpose(2, 3)"),
         ('bias_type = "post_scale_bias"', 'bias_type = "pre_scale_bias"'),
         ("'b' if bias.shape[0] == b else '1'", "'2'"),

@@ -47,6 +47,8 @@ TYPES = {
     "flash3": (type(None), *BIASES),
     "cutlass": (type(None), torch.Tensor, *BIASES[:3]),
     "triton_splitk": (type(None), torch.Tensor),
+    "cutlass_blackwell": (type(None), *BIASES),
+    "mslk_flash3": (type(None), *BIASES),
 }
 
 
@@ -59,7 +61,7 @@ class Operator:
 
 
 OPERATORS = {kind: module(kind, FwOp=Operator(kind, "FwOp")) for kind in TYPES}
-for kind in ("flash", "flash3", "cutlass"):
+for kind in ("flash", "flash3", "cutlass", "mslk_flash3"):
     OPERATORS[kind].BwOp = Operator(kind, "BwOp")
 
 
@@ -78,6 +80,11 @@ def check(kind, q, k, v, bias, p):
         check_half(q, k, v)
         assert head_dim == head_dim_v <= (512 if kind == "triton_splitk" else 256)
     assert kind != "flash3" or head_dim >= 32
+    assert kind != "mslk_flash3" or head_dim in (64, 128, 192, 256)
+    if kind == "cutlass_blackwell":
+        assert head_dim in (64, 128) and q.shape[1] <= k.shape[1], "Embed dim not supported, or Mq > Mk"
+        steps = [x.stride()[:2] for x in (k, v)]
+        assert steps[0] == steps[1], "blackwell_fmha_fwd_template.cuh: stride_V = stride_K"
     assert kind != "triton_splitk" or head_dim in (16, 32, 64, 128, 256, 512)
     for x in (q, v):
         assert x.shape[-1] % 8 == 0 and x.stride(-2) % 8 == 0 and x.stride(-1) <= 1
@@ -119,7 +126,7 @@ def compute(kind, q, k, v, bias, p, scale):
     empty = {"flash": INF, "cutlass": 0.0}.get(kind, -INF)
     out, lse = attend(*flat, scale=scale, visible=visible, bias=tensor, empty_lse=empty)
     out = out.transpose(1, 2).contiguous().unflatten(2, heads)
-    lse = lse.unflatten(1, heads)
+    lse = lse if kind == "cutlass_blackwell" else lse.unflatten(1, heads)
     if kind == "cutlass":
         lse = torch.nn.functional.pad(lse, (0, -q_len % 32), value=INF)
     return out, lse
@@ -154,17 +161,22 @@ def memory_efficient_attention_forward_requires_grad(query, key, value, attn_bia
         return compute(op.kind, query, key, value, attn_bias, p, scale)
 
 
-def modules():
-    fmha = module(
-        "xformers.ops.fmha",
+def operators(name):
+    """The module that has them, of either library."""
+    return module(
+        name,
         memory_efficient_attention=memory_efficient_attention,
         memory_efficient_attention_forward=memory_efficient_attention_forward,
         memory_efficient_attention_forward_requires_grad=memory_efficient_attention_forward_requires_grad,
-        attn_bias=module("xformers.ops.fmha.attn_bias", **{bias.__name__: bias for bias in BIASES}),
+        attn_bias=module(f"{name}.attn_bias", **{bias.__name__: bias for bias in BIASES}),
         **OPERATORS,
     )
+
+
+def modules():
+    fmha = operators("xformers.ops.fmha")
     ops = module("xformers.ops", fmha=fmha)
-    return {"xformers": module("xformers", ops=ops), "xformers.ops": ops, "xformers.ops.fmha": fmha}
+    return {"xformers": module("xformers", ops=ops), "xformers.ops": ops, "xformers.ops.fmha": fmha, "triton": module("triton")}
 
 
 FLASH = (

@@ -33,12 +33,10 @@ def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
     found = libraries.installed(library)
     why = [] if found else [NOT_INSTALLED]
     why += _of_hardware(*library.sm, machine)
-    error = importing.why_not(library.module, library.entry, timeout_s) if found else None
+    error = importing.why_not(library.module, library.entry, timeout_s, library.after) if found else None
     fix = library.repair if error else None if found else library.install
     if error:
         why.append(error)
-    elif found and not library.is_tool and not any(_brings(library, kernel) for kernel in kernels.rows()):
-        why.append("fastattn has no kernel of it")
     return Row(
         name=library.name,
         found=found is not None,

@@ -23,6 +23,7 @@ ORDER = (
     "matmul_mixed", "matmul_shifted", "matmul", "torch_math", "flex", "sdpa_math",
     "flash_attn_3", "fa3_fwd", "flash_attn_4", "flash_attn_2", "cudnn_frontend", "te_fused", "te_flash",
     "xformers_flash3", "xformers_flash", "xformers_cutlass", "xformers_splitk",
+    "mslk_blackwell", "mslk_flash3", "mslk_flash", "mslk_cutlass", "mslk_splitk",
     "flashinfer_single_fa3", "flashinfer_ragged_fa3", "flashinfer_single_fa2", "flashinfer_ragged_fa2",
 )  # fmt: skip
 GROUP = "fastattn.kernels"

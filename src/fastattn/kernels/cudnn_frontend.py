@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernel import Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import GRID, Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
 FIRST = 91002  # 9.10.2
 
@@ -83,8 +83,7 @@ KERNELS = (
                     max(p.head_dim, p.head_dim_v) > 128 and not takes(p.head_dim, p.head_dim_v, p.needs_grad, device)
                 ),
             ),
-            Range("batch", min=1, max=65535),
-            Range("q_heads", min=1, max=65535),
+            *GRID,
             Range("q_len", min=1),
             Range("kv_len", min=2),
             OneOf("scale", ("positive",)),

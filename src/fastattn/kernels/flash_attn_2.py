@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
 INF = float("inf")
 
@@ -77,10 +77,8 @@ KERNELS = (
             Range("head_dim", min=1, max=256),
             Range("head_dim_v", max=256),
             # batch and heads are grid dimensions
-            Range("batch", min=1, max=65535),
-            Range("q_heads", min=1, max=65535),
-            Range("q_len", min=1),
-            Range("kv_len", min=1),
+            *GRID,
+            *NOT_EMPTY,
             OneOf("scale", ("positive",)),
             RefuseWhen("softcap {p.softcap:g} together with dropout", lambda p, _: bool(p.softcap and p.dropout)),
             RefuseWhen("return_lse together with dropout: it would write all weights out", lambda p, _: p.lse and p.dropout),

@@ -14,7 +14,19 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
-from fastattn.kernel import Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import (
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Device,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
 
 INF = float("inf")
 
@@ -92,8 +104,7 @@ NEEDS = (
     Range("capability", min=80, max=90),
     Range("head_dim", min=1, max=256),
     Range("head_dim_v", min=1, max=512),
-    Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535),  # they are grid dimensions
-    Range("q_len", min=1), Range("kv_len", min=1),
+    *GRID, *NOT_EMPTY,
     OneOf("scale", ("positive",)),
     RefuseWhen(
         PAIR + " on sm{device.capability}: unequal ones are 129-192 with 97-128, or 1-64 with 1-512, on sm90",
@@ -111,8 +122,8 @@ def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
 
 
 OPTIONAL = (
-    ("BACKWARD", "a backward", lambda p, _: p.needs_grad),
-    ("FP16", "float16", lambda p, _: p.dtype == "float16"),
+    ("BACKWARD", "training", lambda p, _: p.needs_grad),
+    ("FP16", "dtype float16", lambda p, _: p.dtype == "float16"),
     ("LOCAL", "a window ({p.window[0]}, {p.window[1]})", lambda p, _: p.window is not None),
     ("SOFTCAP", "softcap {p.softcap:g}", lambda p, _: p.softcap),
     ("SM8x", "sm{device.capability}", lambda _, device: device.capability < 90),

@@ -11,7 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastattn.kernel import Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import (
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Device,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
 
 
 def load() -> Run:
@@ -83,10 +95,8 @@ KERNELS = (
             Range("head_dim", min=1, max=256),
             Range("head_dim_v", min=1, max=256),  # with 512, where k is v, it takes them for DeepSeek's latent
             # batch and heads are grid dimensions
-            Range("batch", min=1, max=65535),
-            Range("q_heads", min=1, max=65535),
-            Range("q_len", min=1),
-            Range("kv_len", min=1),
+            *GRID,
+            *NOT_EMPTY,
             OneOf("scale", ("positive",)),
             RefuseWhen(
                 DIMS + ": it has up to (128, 128), (192, 128) and (256, 256) there",

@@ -17,7 +17,7 @@ import math
 from functools import cache, partial
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
 WORKSPACE_BYTES = 128 * 2**20
 PLANS = 32  # kept at once
@@ -99,7 +99,8 @@ def workspace(device: Any, stream: int) -> Tensor:
 
 
 NEEDS = (
-    Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535), Range("q_len", min=1), Range("kv_len", min=1),
+    *NOT_EMPTY,
+    Range("q_heads", min=1, max=65535),
     Range("extent", max=2**31 - 1),  # 32-bit offsets
     OneOf("head_dim", (64, 128, 192, 256)),
     RefuseWhen(
@@ -113,8 +114,11 @@ NEEDS = (
         lambda p, _: p.causal is not None and p.q_len > p.kv_len,
     ),
 )  # fmt: skip
-ONE = OneOf("batch", (1,))
-EXACT = RefuseWhen("planned for each length, and lengths change here ({p.lengths})", lambda p, _: p.lengths != "exact")
+ONE = (OneOf("batch", (1,)),)
+PLANNED = (
+    Range("batch", min=1, max=65535),
+    RefuseWhen("planned for each length, and lengths change here ({p.lengths})", lambda p, _: p.lengths != "exact"),
+)
 GPUS = {"fa2": Range("capability", min=80, max=121), "fa3": OneOf("capability", (90,))}
 
 KERNELS = tuple(
@@ -136,11 +140,11 @@ KERNELS = tuple(
         compiles="once",
         environment=("FLASHINFER_",),
         versions=("0.6", ""),
-        needs=(*NEEDS, more, GPUS[backend]),
+        needs=(*NEEDS, *more, GPUS[backend]),
     )
     for what, summary, load, more in (
         ("single", "one request", load_single, ONE),
-        ("ragged", "packed requests, planned", load_ragged, EXACT),
+        ("ragged", "packed requests, planned", load_ragged, PLANNED),
     )
     for backend in ("fa3", "fa2")
 )

@@ -109,7 +109,7 @@ def _own(attend: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-NEEDS = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
+NEEDS = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len"))
 
 KERNELS = (
     Kernel(
@@ -126,7 +126,7 @@ KERNELS = (
         dense_last_dim=True,
         compiles="each_length",
         reads=("precision",),
-        needs=NEEDS,
+        needs=(*NEEDS, Range("head_dim", min=1)),
     ),
     Kernel(
         name="flex",

@@ -8,9 +8,22 @@ dense memory unless they lie so. na1d, na2d and na3d are neighbourhoods, another
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import (
+    BFLOAT16,
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
 
 HALF = ("float16", "bfloat16")
 WIDTHS = (32, 64, 128, 256)  # that Hopper's is built for
@@ -20,7 +33,11 @@ def load(backend: str) -> Run:
     import natten  # pyright: ignore[reportMissingImports]
 
     if not natten.HAS_LIBNATTEN:
-        raise ImportError("this natten was built without libnatten, which has the kernels")
+        try:
+            import_module("natten.libnatten")
+        except ModuleNotFoundError:
+            raise ImportError("this natten was built without libnatten, which has the kernels") from None
+        raise ImportError("this natten does not use its libnatten, which has the kernels")
     attend = by_keyword(
         natten.attention, "query", "key", "value", "is_causal", "scale", "backend", "backward_kv_splits", "return_lse"
     )
@@ -51,7 +68,7 @@ def _padded(p: Any) -> int:
 
 def _row(name: str, backend: str, *needs: Any, **fields: Any) -> Kernel:
     shared = (
-        Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535), Range("q_len", min=1), Range("kv_len", min=1),
+        *GRID, *NOT_EMPTY,
         Range("head_dim", min=1), OneOf("scale", ("positive",)),
     )  # fmt: skip
     return Kernel(
@@ -67,7 +84,7 @@ KERNELS = (
         Range("capability", min=60),
         Range("head_dim", max=65536),
         Range("head_dim_v", max=65536),
-        RefuseWhen("bfloat16 on sm{device.capability} < 80", lambda p, on: p.dtype == "bfloat16" and on.capability < 80),
+        BFLOAT16,
         dtypes=(*HALF, "float32"), head_dim_multiple=8,
     ),
     _row(

@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
 INF = float("inf")
 LOG2E = 1.4426950408889634
@@ -40,8 +40,12 @@ def load_1() -> Run:
 
 def load_2(name: str, built: str = "", **more: Any) -> Run:
     """built: the name in sageattention.core that says whether its extension could be loaded."""
-    from sageattention import core  # type: ignore[attr-defined]
-
+    try:
+        from sageattention import core  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_fused" not in str(error):
+            raise
+        raise ImportError("its extension sageattention._fused was not built, and nothing of it works without") from None
     return of_2(core, name, built, **more)
 
 
@@ -95,7 +99,7 @@ def on_its_device(run: Run) -> Run:
 
 
 NEEDS = (  # batch and heads are grid dimensions, offsets have 32 bits
-    Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535), Range("q_len", min=1), Range("kv_len", min=1),
+    *GRID, *NOT_EMPTY,
     Range("head_dim_v", max=128), Range("extent", max=2**31 - 1),
 )  # fmt: skip
 ANY_SIGN = OneOf("scale", ("positive", "negative"))  # their quantisers divide by the largest of scale * q

@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.kernel import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
     Arguments,
     Device,
     Kernel,
@@ -85,9 +89,7 @@ def load_cudnn() -> Run:
 
 
 NEVER = float("-inf")
-NO_EMPTY = Range("kv_len", min=1)
 HALF = ("float16", "bfloat16")
-GRID_LIMITS = (Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535))  # grid dimensions (pytorch#142228)
 
 
 def wide_cudnn(head_dim: int, head_dim_v: int, needs_grad: bool, device: Device) -> bool:
@@ -120,18 +122,10 @@ KERNELS = (
             Range("capability", min=80, max=121),
             Range("head_dim", min=1, max=256),
             Range("head_dim_v", max=256),
-            Range("q_len", min=1),
-            NO_EMPTY,
-            *GRID_LIMITS,
+            *NOT_EMPTY,
+            *GRID,
             OneOf("scale", ("positive",)),
-            RefuseWhen(
-                "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
-                " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
-                lambda p, device: (
-                    p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
-                    and (p.dropout or max(p.head_dim, p.head_dim_v) <= 224)
-                ),
-            ),
+            FLASH_2_BACKWARD,
             RefuseWhen(
                 "dropout with the {p.flash_impl} implementation of torch's flash kernel",
                 lambda p, _: bool(p.dropout and p.flash_impl),
@@ -158,13 +152,9 @@ KERNELS = (
         needs=(
             Range("capability", min=50, max=121),
             Range("head_dim", min=1),
-            Range("q_len", min=1),
-            NO_EMPTY,
-            *GRID_LIMITS,
-            RefuseWhen(
-                "dtype bfloat16 on sm{device.capability} < 80",
-                lambda p, device: p.dtype == "bfloat16" and device.capability < 80,
-            ),
+            *NOT_EMPTY,
+            *GRID,
+            BFLOAT16,
         ),
     ),
     Kernel(
@@ -194,7 +184,7 @@ KERNELS = (
             ),
             Range("kv_len", min=2),
             Range("q_len", min=1),
-            *GRID_LIMITS,
+            *GRID,
             OneOf("scale", ("positive",)),
         ),
     ),

@@ -13,6 +13,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastattn.kernel import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
     Arguments,
     Kernel,
     OneOf,
@@ -114,28 +118,18 @@ def load_efficient() -> Run:
 
 
 HALF = ("float16", "bfloat16")
-NO_EMPTY = (Range("q_len", min=1), Range("kv_len", min=1))
-GRID_LIMITS = (Range("batch", min=1, max=65535), Range("q_heads", min=1, max=65535))  # grid dimensions (pytorch#142228)
 FLASH_NEEDS = (
     Range("capability", min=80, max=121),
     Range("head_dim", min=1, max=256),
     Range("head_dim_v", max=256),
-    *NO_EMPTY,
-    *GRID_LIMITS,
+    *NOT_EMPTY,
+    *GRID,
     OneOf("scale", ("positive",)),
-    RefuseWhen(
-        "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
-        " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
-        lambda p, device: (
-            p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
-            and (p.dropout or max(p.head_dim, p.head_dim_v) <= 224)
-        ),
-    ),
-    RefuseWhen(
-        "dropout with the {p.flash_impl} implementation of torch's flash kernel",
-        lambda p, _: bool(p.dropout and p.flash_impl),
-    ),
-)  # fmt: skip
+    FLASH_2_BACKWARD,
+)
+DROPOUT = RefuseWhen(
+    "dropout with the {p.flash_impl} implementation of torch's flash kernel", lambda p, _: bool(p.dropout and p.flash_impl)
+)
 
 FLASH = Kernel(
     name="aten_flash",
@@ -154,7 +148,7 @@ FLASH = Kernel(
     dense_last_dim=True,
     aligned=True,
     switch="flash",
-    needs=FLASH_NEEDS,
+    needs=(*FLASH_NEEDS, DROPOUT),
 )
 
 KERNELS = (
@@ -182,12 +176,9 @@ KERNELS = (
         needs=(
             Range("capability", min=50, max=121),
             Range("head_dim", min=1),
-            *NO_EMPTY,
-            *GRID_LIMITS,
-            RefuseWhen(
-                "dtype bfloat16 on sm{device.capability} < 80",
-                lambda p, device: p.dtype == "bfloat16" and device.capability < 80,
-            ),
+            *NOT_EMPTY,
+            *GRID,
+            BFLOAT16,
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
                 lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
@@ -212,5 +203,6 @@ KERNELS = (
         summary="torch.nn.attention.varlen, every sequence of one length",
         load=load_varlen,
         dropout=False,
+        needs=FLASH_NEEDS,
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, Range, Run, Tensor, require, sees_nothing
+from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, require, sees_nothing
 
 
 def load_default() -> Run:
@@ -45,7 +45,6 @@ def load_math() -> Run:
 
 
 NEVER = float("-inf")
-NO_EMPTY = Range("kv_len", min=1)
 
 KERNELS = (
     Kernel(
@@ -73,7 +72,7 @@ KERNELS = (
         contiguous=True,
         fp32=True,
         switch="flash",
-        needs=(Range("q_len", min=1), NO_EMPTY),
+        needs=NOT_EMPTY,
     ),
     Kernel(
         name="torch_math",
@@ -86,6 +85,6 @@ KERNELS = (
         dropout=True,
         switch="math",
         reads=("precision",),
-        needs=(NO_EMPTY,),
+        needs=(Range("kv_len", min=1),),
     ),
 )

@@ -5,18 +5,20 @@ called (backends.py, 2.12 and newer), and TE is asked first whether it would con
 NVTE_*, or TE knows to be wrong, raises with that reason. What DotProductAttention does around them is done here:
 - cuDNN gets dense memory: its strides follow from the layout's name (DotProductAttention misreads a transposed view);
 - heads come back joined; a window that ends on one side alone gets an end on the other, which reaches every key;
-- masks are True where they hide, and only the unfused one takes them. It writes -10000 over what is hidden: a row that sees
-  nothing is the mean of the values, and in cuDNN a row of -inf may be NaN. Such rows are zeroed here;
+- bool masks are True where they hide, and only the unfused one takes them, writing -10000 over what is hidden: a row that
+  sees nothing is the mean of the values, and in cuDNN a row of -inf may be NaN. Such rows are zeroed here;
 - FlashAttention is 2, 3 or 4, by what is installed; 4 takes None for no limit, and (-1, 0) for a window without keys.
 """
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache, partial
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
+INF = float("inf")
 HIDDEN = -32768.0  # as good as -inf in a float mask, and finite in every dtype and unit
 LAYOUT = "bshd_bshd_bshd"
 FLASH, FUSED, UNFUSED = range(3)  # in the order of TE's answers
@@ -44,6 +46,9 @@ def load(which: int) -> Run:
     describe = by_keyword(te.utils.AttentionParams, *ASKED)
     ask = by_keyword(te.utils.get_attention_backend, "attention_params")
     lengths = by_keyword(te.utils.get_full_cu_seqlens, "batch_size", "max_seqlen", "device")
+    parameters = inspect.signature(describe).parameters
+    says_letters = parameters["core_attention_bias_shape"].default is not None  # "bhss", up to 2.19; since then its sizes
+    asks_scale = "softmax_scale" in parameters
 
     @lru_cache(64)
     def module(scale: float, dropout_p: float, deterministic: bool, training: bool) -> Any:
@@ -51,8 +56,9 @@ def load(which: int) -> Run:
         return build(**{name: options[name] for name in made}).train(training)
 
     @lru_cache(1024)
-    def backend(*asked: Any) -> Any:
-        _, version, _, cudnn, _, able = ask(attention_params=describe(**dict(zip(ASKED, asked, strict=True))))
+    def backend(scale: float, *asked: Any) -> Any:
+        more = {"softmax_scale": scale} if asks_scale else {}
+        _, version, _, cudnn, _, able = ask(attention_params=describe(**dict(zip(ASKED, asked, strict=True)), **more))
         if able[which]:
             return (version, cudnn, None)[which]
         others = " or ".join(name for name, can in zip(CLASSES, able, strict=True) if can) or "nothing"
@@ -60,23 +66,25 @@ def load(which: int) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         (b, q_len, heads, head_dim), kv_len = q.shape, k.shape[1]
-        hidden, bias = _parts(mask, finite=which == FUSED)
+        hidden, bias = _parts(mask)
         kind, window, bottom_right = _band(a, q_len, kv_len)
-        kind = "arbitrary" if which == UNFUSED and hidden is not None else kind
+        kind = "arbitrary" if which == UNFUSED and hidden is not None and bias is None else kind
         bias_type, shape = "no_bias", None
         if bias is not None:
             bias_type = "post_scale_bias"
-            shape = f"{'b' if bias.shape[0] == b else '1'}{'h' if bias.shape[1] == heads else '1'}ss"
+            letters = f"{'b' if bias.shape[0] == b else '1'}{'h' if bias.shape[1] == heads else '1'}ss"
+            shape = letters if says_letters else tuple(bias.shape)
         training = a.needs_grad or a.dropout_p > 0
         chosen = backend(
-            q.dtype, LAYOUT, b, heads, k.shape[2], q_len, kv_len, head_dim, v.shape[3], kind, window, bottom_right, bias_type,
-            shape, bias is not None and bias.requires_grad, a.dropout_p, a.deterministic, training,
+            a.scale, q.dtype, LAYOUT, b, heads, k.shape[2], q_len, kv_len, head_dim, v.shape[3], kind, window, bottom_right,
+            bias_type, shape, bias is not None and bias.requires_grad, a.dropout_p, a.deterministic, training,
         )  # fmt: skip
         told = {
             "query_layer": q, "key_layer": k, "value_layer": v, "qkv_layout": LAYOUT, "attn_mask_type": kind,
             "window_size": tuple(None if n < 0 and which == FLASH and chosen.major == 4 else n for n in window),
             "bottom_right_diagonal": bottom_right, "core_attention_bias_type": bias_type, "core_attention_bias": bias,
-            "flash_attention_backend": chosen, "fused_attention_backend": chosen, "attention_mask": hidden, "_alibi_cache": {},
+            "flash_attention_backend": chosen, "fused_attention_backend": chosen, "_alibi_cache": {},
+            "attention_mask": hidden if kind == "arbitrary" else None,
             "cu_seqlens_q": lengths(batch_size=b, max_seqlen=q_len, device=q.device),
             "cu_seqlens_kv": lengths(batch_size=b, max_seqlen=kv_len, device=q.device),
         }  # fmt: skip
@@ -101,26 +109,27 @@ def _band(a: Arguments, q_len: int, kv_len: int) -> tuple[str, tuple[int, int], 
     return "no_mask", (far if left is None else left, far if right is None else right), bottom_right
 
 
-def _parts(mask: Tensor | None, finite: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(what is hidden, what is added)."""
+def _parts(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(what is hidden, what is added, which is finite)."""
     if mask is None:
         return None, None
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     if not mask.dtype.is_floating_point:
         return mask.logical_not(), None
-    hidden = mask == float("-inf")
-    return hidden, mask.masked_fill(hidden, HIDDEN).contiguous() if finite else mask
+    hidden = mask == -INF
+    largest = mask.detach().amax(-1, keepdim=True)
+    up = largest.masked_fill((largest > HIDDEN / 4) | (largest == -INF), 0.0)  # HIDDEN would be no lower than such a row
+    return hidden, (mask - up).masked_fill(hidden, HIDDEN).contiguous()
 
 
 HALF = ("float16", "bfloat16")
-NOT_EMPTY = (Range("batch", min=1), Range("q_heads", min=1), Range("q_len", min=1), Range("kv_len", min=1))
 
 
 def _row(which: int, name: str, *needs: Any, **fields: Any) -> Kernel:
     return Kernel(
         name=name, summary=f"Transformer Engine's {CLASSES[which]}", load=partial(load, which), library="transformer-engine",
         versions=("2.12", ""), environment=("NVTE_",), devices=("cuda",), layout="bshd", dropout=True,
-        needs=(*NOT_EMPTY, *needs), **fields,
+        needs=(Range("batch", min=1), Range("q_heads", min=1), *NOT_EMPTY, *needs), **fields,
     )  # fmt: skip
 
 

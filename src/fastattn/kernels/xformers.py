@@ -1,33 +1,54 @@
 """xFormers' memory_efficient_attention, one row for each of its operators, pinned: it would choose another by itself.
 
-Read at 0.0.35, the last one that brings its own code. A pinned operator's backward is not asked whether it can; whether
-there is a graph is decided from q, k and v alone; the log-sum-exp comes without a graph. The window of a causal bias counts
-the query's own key, that of a local one does not. cutlass is torch's own op: see torch_lower.
+Read at 0.0.35, the last one that brings its own code: see mslk. A pinned operator's backward is not asked whether it can;
+whether there is a graph is decided from q, k and v alone; the log-sum-exp comes without a graph. The window of a causal bias
+counts the query's own key, that of a local one does not. cutlass is torch's own op: see torch_lower.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, as_bias, by_keyword, sees_nothing
+from fastattn.kernel import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    as_bias,
+    by_keyword,
+    sees_nothing,
+)
 
 INF = float("inf")
+NEEDED = {"flash3": ", and the package flash_attn_3 is not there", "triton_splitk": ": triton is not there"}
 INPUTS = ("query", "key", "value", "attn_bias", "p", "scale", "op")
 
 
-def load(name: str) -> Run:
+def load(name: str, where: str = "xformers.ops.fmha") -> Run:
+    """name: of the operator. where: the module that has them."""
     try:
-        from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
+        fmha = import_module(where)
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("flash_attn"):
             raise
-        raise ImportError("xformers takes flash-attn-4 for flash-attn, and cannot be imported beside it alone") from None
+        library = where.partition(".")[0]
+        raise ImportError(f"{library} takes flash-attn-4 for flash-attn, and cannot be imported beside it alone") from None
 
     op, biases = getattr(fmha, name), fmha.attn_bias
-    if not op.FwOp.is_available():
-        raise ImportError(f"its {name} operator was not built, or what it needs is not installed")
+    is_blind = name == "triton_splitk" and find_spec("triton") is None  # it says that it is there, whatever there is
+    if is_blind or not op.FwOp.is_available():
+        raise ImportError(f"its {name} operator was not built" + NEEDED.get(name, ""))
     forward = by_keyword(fmha.memory_efficient_attention_forward, *INPUTS)
     with_lse = by_keyword(fmha.memory_efficient_attention_forward_requires_grad, *INPUTS)
     with_graph = by_keyword(fmha.memory_efficient_attention, *INPUTS)
@@ -75,14 +96,10 @@ def load(name: str) -> Run:
     return run
 
 
-NEEDS = (
-    Range("batch", min=1, max=65535),  # grid dimensions
-    Range("q_heads", min=1, max=65535),
-    Range("q_len", min=1),
-    Range("kv_len", min=1),
-    RefuseWhen("training with return_lse {p.lse}: it comes without a graph", lambda p, _: bool(p.needs_grad and p.lse)),
-    RefuseWhen("dropout with return_lse {p.lse}", lambda p, _: bool(p.dropout and p.lse)),
+NO_GRAPH = RefuseWhen(
+    "training with return_lse {p.lse}: it comes without a graph", lambda p, _: bool(p.needs_grad and p.lse)
 )
+NO_DROPOUT = RefuseWhen("dropout with return_lse {p.lse}", lambda p, _: bool(p.dropout and p.lse))
 GROUPS = RefuseWhen(
     "training with {p.q_heads} heads and {p.kv_heads} kv heads", lambda p, _: bool(p.needs_grad and p.group > 1)
 )
@@ -113,16 +130,12 @@ FLASH = Kernel(
         Range("head_dim", min=1, max=256),
         Range("head_dim_v", max=256),
         OneOf("scale", ("positive",)),
-        *NEEDS,
+        *GRID,
+        *NOT_EMPTY,
+        NO_GRAPH,
+        NO_DROPOUT,
         GROUPS,
-        RefuseWhen(
-            "training with head dims {p.head_dim} and {p.head_dim_v}, dropout {p.dropout}, on sm{device.capability}"
-            " (86 to 89, 120 and 121 take up to 192, or over 224 without dropout)",
-            lambda p, device: (
-                p.needs_grad and device.capability in (86, 87, 89, 120, 121) and max(p.head_dim, p.head_dim_v) > 192
-                and (p.dropout or max(p.head_dim, p.head_dim_v) <= 224)
-            ),
-        ),
+        FLASH_2_BACKWARD,
     ),
 )  # fmt: skip
 
@@ -139,7 +152,9 @@ KERNELS = (
             Range("head_dim", min=32, max=256),
             Range("head_dim_v", min=32, max=256),
             OneOf("scale", ("positive",)),
-            *NEEDS,
+            *GRID,
+            *NOT_EMPTY,
+            NO_GRAPH,
             GROUPS,
             RefuseWhen(
                 "training with head dims {p.head_dim} and {p.head_dim_v} < 64",
@@ -163,11 +178,11 @@ KERNELS = (
             Range("capability", min=50, max=90),
             Range("head_dim", min=1, max=65536),
             Range("head_dim_v", min=1, max=65536),
-            *NEEDS,
-            RefuseWhen(
-                "dtype bfloat16 on sm{device.capability} < 80",
-                lambda p, device: p.dtype == "bfloat16" and device.capability < 80,
-            ),
+            *GRID,
+            *NOT_EMPTY,
+            NO_GRAPH,
+            NO_DROPOUT,
+            BFLOAT16,
             # with a mask the band becomes one with it
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
@@ -203,7 +218,9 @@ KERNELS = (
             OneOf("head_dim", SPLITK_DIMS),
             OneOf("head_dim_v", SPLITK_DIMS),
             OneOf("scale", ("positive",)),
-            *NEEDS,
+            Range("batch", min=1),
+            Range("q_heads", min=1),
+            *NOT_EMPTY,
             RefuseWhen(
                 "batch {p.batch} times {p.q_heads} heads > 65535, a grid dimension",
                 lambda p, _: p.batch * p.q_heads > 65535,
