@@ -36,7 +36,9 @@ DOMAIN = {
     ("lengths",): [("exact",), ("all",)],
     ("causal",): [(None,), ("top_left",), ("bottom_right",)],
     ("window",): [(None,), ((8, 8),), ((8, 0),), ((8, -1),), ((-1, 8),)],
-    ("mask", "mask_shape"): [(None, ""), ("bool", "11qk"), ("same", "bhqk"), ("float32", "bhqk"), ("bool", "b11k")],
+    ("mask", "mask_shape"): [
+        (None, ""), ("bool", "11qk"), ("bool", "1hqk"), ("bool", "b11k"), ("same", "bhqk"), ("float32", "bhqk"),
+    ],
     ("needs_grad",): [(False,), (True,)],
     ("deterministic",): [(False,), (True,)],
     ("dropout",): [(False,), (True,)],
@@ -85,7 +87,7 @@ class Space:
     def is_reachable(self, point: dict) -> bool:
         """What Problem.from_key could have made."""
         p, _ = self.at(point)
-        if p.causal == "bottom_right" and (p.q_len == p.kv_len or (p.q_len == 1 and p.window is None)):
+        if p.causal == "bottom_right" and (p.mask or p.q_len == p.kv_len or (p.q_len == 1 and p.window is None)):
             return False
         if p.causal and p.window and p.window[1] >= 0:
             return False

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from stubs import Stub, attend, band, check_aligned, check_half, module, signed
 
 HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
 
 
-def one_request(q, k, v, backend, causal, window_left, softcap, scale):
-    """(out, lse in base 2) of (tokens, heads, head_dim)."""
+def one_request(q, k, v, backend, causal, window_left, softcap, scale, mask=None):
+    """(out, lse in base 2) of (tokens, heads, head_dim). A mask takes the place of the triangle, not of the window."""
     check_half(q, k, v)
     check_aligned(q, k, v)
     assert q.dim() == k.dim() == v.dim() == 3 and (q.shape[2], v.shape[2]) in HEAD_DIMS and k.shape[2] == q.shape[2]
@@ -19,9 +21,13 @@ def one_request(q, k, v, backend, causal, window_left, softcap, scale):
     q_len, kv_len = q.shape[0], k.shape[0]
     scale = q.shape[2] ** -0.5 if scale is None else scale
     assert scale > 0, "the maximum is taken before the scale"
+    if mask is not None:
+        assert backend == "fa2" and mask.dtype is torch.bool and mask.shape == (q_len, kv_len)
+        causal = False
     if causal and kv_len < q_len and backend == "fa2":
         raise RuntimeError("When mask_mode is set to MaskMode::kCausal, kv_len must be greater than or equal to qo_len")
     visible = band(q_len, kv_len, window_left if window_left >= 0 else None, 0 if causal else None, kv_len - q_len)
+    visible = visible if mask is None else visible & mask
     visible = visible | ~visible.any(1, keepdim=True)  # all scores are the sentinel: a mean
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, lse = attend(q, k, v, scale=scale, visible=visible, softcap=softcap or 0.0)
@@ -31,14 +37,14 @@ def one_request(q, k, v, backend, causal, window_left, softcap, scale):
 @signed("flashinfer", "single_prefill_with_kv_cache")
 def single_prefill_with_kv_cache(
     q, k, v, causal, kv_layout, pos_encoding_mode, use_fp16_qk_reduction, sm_scale, window_left, logits_soft_cap, backend,
-    return_lse, **more,
+    return_lse, custom_mask, **more,
 ):  # fmt: skip
     assert all(value is None for value in more.values()) and pos_encoding_mode == "NONE" and not use_fp16_qk_reduction
     assert backend in ("fa2", "fa3") and kv_layout in ("NHD", "HND")
     if kv_layout == "HND":
         assert backend == "fa2", "csrc/single_prefill_sm90.cu takes k.size(0) for the length"
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-    out, lse = one_request(q, k, v, backend, causal, window_left, logits_soft_cap, sm_scale)
+    out, lse = one_request(q, k, v, backend, causal, window_left, logits_soft_cap, sm_scale, custom_mask)
     return (out, lse) if return_lse else out
 
 
@@ -81,6 +87,14 @@ MUTATIONS = (
     ("grad=False", "grad=True"),
 )
 
+MASKED = {
+    "mask_rows_and_lse": {"mask": ("11qk", torch.bool), "skv": 33, "return_lse": True},
+    "mask_of_queries": {"mask": ("11q1", torch.bool), "skv": 33},
+    "tall_mask_and_causal": {"sq": 19, "skv": 5, "mask": ("11qk", torch.bool), "is_causal": True},
+    "float_mask_for_all": {"mask": ("11qk", None), "skv": 33},
+}
+TAKEN = ("top_left_wide", "top_left_tall", "bool_mask_keys", "mask_and_causal")
+
 STUB = Stub(
     file="flashinfer",
     library="flashinfer-python",
@@ -88,11 +102,20 @@ STUB = Stub(
     modules=lambda: {"flashinfer": module("flashinfer", single_prefill_with_kv_cache=single_prefill_with_kv_cache)},
     kernels=("flashinfer_single_fa3", "flashinfer_single_fa2"),
     sizes={"b": 1},
-    refuses=dict.fromkeys(("flashinfer_single_fa3", "flashinfer_single_fa2"), f"{REFUSES} batch_of_two"),
-    cases={**CASES, "batch_of_two": {"b": 2}},
+    refuses={
+        "flashinfer_single_fa3": f"{REFUSES} batch_of_two {' '.join(MASKED)}",
+        "flashinfer_single_fa2": " ".join(c for c in f"{REFUSES} batch_of_two float_mask_for_all".split() if c not in TAKEN),
+    },
+    cases={**CASES, **MASKED, "batch_of_two": {"b": 2}},
     mutations=(
         *MUTATIONS,
         ('OneOf("batch", (1,))', 'OneOf("batch", (1, 2))'),
         ('kv_layout="NHD", backend=backend, return_lse', 'kv_layout="HND", backend=backend, return_lse'),
+        ("custom_mask=seen", "custom_mask=None"),
+        (".expand(q.shape[1], k.shape[1])", ""),
+        ("out.masked_fill(empty[:, None, None], 0.0)", "out"),
+        ("lse.masked_fill(empty, -INF)", "lse"),
+        ('("bool",) if MASK', '("bool", "additive") if MASK'),
+        ('"h" in p.mask_shape', "False"),
     ),
 )

@@ -242,7 +242,7 @@ STUB = Stub(
         ('Range("head_dim", min=32, max=256)', 'Range("head_dim", min=1, max=256)'),
         ("bool(p.needs_grad and p.group > 1)", "False"),
         ("bool(p.needs_grad and p.lse)", "False"),
-        ('p.mask is None and p.causal == "bottom_right" and p.q_len > p.kv_len', "False"),
+        ('p.causal == "bottom_right" and p.q_len > p.kv_len', "False"),
         ("bool(p.mask is None and p.window and p.causal is None and p.window[1] != 0)", "False"),
         ('bool(p.mask is None and p.window and p.causal != "bottom_right" and p.q_len != p.kv_len)', "False"),
         ("bool(p.mask is None and p.window and p.needs_grad)", "False"),

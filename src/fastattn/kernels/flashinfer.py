@@ -1,7 +1,8 @@
 """FlashInfer: prefill over one request (no batch), and over packed requests of equal lengths, planned on the host first.
 
 Forward only, causal from the bottom-right corner, a window to the left alone, the log-sum-exp in base 2. Its masks are bool,
-shared by the heads and packed anew each time: not used. What must be known:
+shared by the heads, of fa2 alone, and packed anew in each call; those of packed requests belong to a plan, and are not used.
+What must be known:
   - Hidden scores are -5e4 before the scale, up to 0.6.18 (flashinfer#4450, #4451, #4452): a row that sees nothing gets a mean
     of v, or fa2 raises (causal, q_len > kv_len); a row whose every product is below -5e4 gives zeros.
   - A row's maximum is taken before the scale: positive ones alone.
@@ -19,6 +20,7 @@ from typing import Any
 
 from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
+INF = float("inf")
 WORKSPACE_BYTES = 128 * 2**20
 PLANS = 32  # kept at once
 TOLD = ("causal", "window_left", "logits_soft_cap", "sm_scale")
@@ -27,12 +29,23 @@ TOLD = ("causal", "window_left", "logits_soft_cap", "sm_scale")
 def load_single(backend: str) -> Run:
     from flashinfer import single_prefill_with_kv_cache  # type: ignore[attr-defined]
 
-    attend = by_keyword(single_prefill_with_kv_cache, "q", "k", "v", "kv_layout", "backend", "return_lse", *TOLD)
+    attend = by_keyword(
+        single_prefill_with_kv_cache, "q", "k", "v", "custom_mask", "kv_layout", "backend", "return_lse", *TOLD
+    )
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q3, k3, v3 = (x.detach()[0] for x in (q, k, v))  # DLPack takes nothing that requires a gradient
-        found = attend(q=q3, k=k3, v=v3, kv_layout="NHD", backend=backend, return_lse=a.lse, **told(q, k, a))
-        return batched(found, 1)
+        seen = None if mask is None else mask.reshape(mask.shape[-2:]).expand(q.shape[1], k.shape[1])
+        found = attend(
+            q=q3, k=k3, v=v3, custom_mask=seen, kv_layout="NHD", backend=backend, return_lse=a.lse, **told(q, k, a)
+        )  # fmt: skip
+        found = batched(found, 1)
+        if seen is None:
+            return found
+        empty = seen.any(-1).logical_not()  # they get a mean of v
+        out, lse = found if a.lse else (found, None)
+        out = out.masked_fill(empty[:, None, None], 0.0)
+        return out if lse is None else (out, lse.masked_fill(empty, -INF))
 
     return run
 
@@ -110,11 +123,12 @@ NEEDS = (
     OneOf("scale", ("positive",)),
     RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
     RefuseWhen(
-        "causal with q_len {p.q_len} > kv_len {p.kv_len}: rows that see nothing (flashinfer#4452)",
-        lambda p, _: p.causal is not None and p.q_len > p.kv_len,
+        "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: rows that see nothing (flashinfer#4452)",
+        lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
     ),
 )  # fmt: skip
 ONE = (OneOf("batch", (1,)),)
+MASK = RefuseWhen("a mask {p.mask_shape} that differs by head: it has one for all", lambda p, _: "h" in p.mask_shape)
 PLANNED = (
     Range("batch", min=1, max=65535),
     RefuseWhen("planned for each length, and lengths change here ({p.lengths})", lambda p, _: p.lengths != "exact"),
@@ -131,6 +145,7 @@ KERNELS = tuple(
         dtypes=("float16", "bfloat16"),
         layout="bshd",
         corner="bottom_right",
+        masks=("bool",) if MASK in more else (),
         window=True,
         softcap=True,
         lse=True,
@@ -142,9 +157,10 @@ KERNELS = tuple(
         versions=("0.6", ""),
         needs=(*NEEDS, *more, GPUS[backend]),
     )
-    for what, summary, load, more in (
-        ("single", "one request", load_single, ONE),
-        ("ragged", "packed requests, planned", load_ragged, PLANNED),
+    for what, backend, summary, load, more in (
+        ("single", "fa3", "one request", load_single, ONE),
+        ("single", "fa2", "one request", load_single, (*ONE, MASK)),
+        ("ragged", "fa3", "packed requests, planned", load_ragged, PLANNED),
+        ("ragged", "fa2", "packed requests, planned", load_ragged, PLANNED),
     )
-    for backend in ("fa3", "fa2")
 )

@@ -186,7 +186,7 @@ KERNELS = (
             # with a mask the band becomes one with it
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
-                lambda p, _: p.mask is None and p.causal == "bottom_right" and p.q_len > p.kv_len,
+                lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
             ),
             RefuseWhen(
                 "a window {p.window} that no triangle ends, it has causal ones",
