@@ -13,7 +13,7 @@ from fastattn import NoKernelError, candidates, config, kernels
 
 CACHED = (kernels._entry_points, kernels.plugins, kernels._loaded, candidates.version, candidates.load, candidates.unavailable)
 MODULE = "fastattn_test_plugin"
-UNNAMED = "considered only where it is named: kernels=['+toy_plugin']"
+UNNAMED = "considered only where it is named, with a + before it: fastattn.options(kernels=...)"
 SOURCE = """
 from fastattn.kernel import Arguments, Kernel, Range
 from fastattn.kernels.matmul import load_math

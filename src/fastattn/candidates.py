@@ -61,7 +61,7 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
     if not config.allows(kernel.name) and kernel.name not in kernels.FALLBACKS:
         yield f"excluded by options: kernels {', '.join(config.kernels)}"
     elif kernel.opt_in and kernel.name not in config.named:
-        yield f"considered only where it is named: kernels=['+{kernel.name}'] in fastattn.options, or FASTATTN_KERNELS"
+        yield "considered only where it is named, with a + before it: fastattn.options(kernels=...) or FASTATTN_KERNELS"
         return
     if kernel.switch in p.off:
         yield f"switched off by torch.backends.cuda.enable_{kernel.switch}_sdp(False) or sdpa_kernel(...)"

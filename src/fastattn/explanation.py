@@ -78,13 +78,21 @@ class Explanation:
         found: dict[str, list[Trial]] = {}
         for t in self.rows:
             if t.time_us is None and t.reason and t.forward is None and t.tombstone is None:
-                found.setdefault(t.reason, []).append(t)
+                found.setdefault(_in_short(t.reason), []).append(t)
         return {why: together for why, together in found.items() if len(together) >= OFTEN}
 
 
 OFTEN = 4  # rows with one reason
 WIDEST = 128  # of a line that lists names
 IN_DOUBT = "? measured while other programs used the CPU; run again when the machine is quiet"
+
+
+def _in_short(reason: str) -> str:
+    """A reason as many rows may share it: of what is not installed, which package it is leads no further here."""
+    others, _, last = reason.rpartition("; ")
+    if not (last.startswith("package ") and last.endswith(" is not installed")):
+        return reason
+    return "not installed, and not for this call either" if others else "not installed (`fastattn doctor` says how)"
 
 
 def doubt_of(verdict: Verdict | None) -> str:

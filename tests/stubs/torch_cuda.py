@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import device, kernel
+from fastattn import kernel
 from stubs import INF, Stub, attend, band, check_aligned, check_half, of_operator, signed
 
 HALF = (torch.float16, torch.bfloat16)
@@ -93,10 +93,11 @@ OPS = {"cuda_flash": flash, "cuda_efficient": efficient, "cuda_cudnn": cudnn}
 def private(ops):
     """Puts these in the place of torch's own."""
 
-    def found(name):
-        return ops.get(name) or device.private(name)
+    def patch(monkeypatch):
+        others = kernel.private
+        monkeypatch.setattr(kernel, "private", lambda name: ops.get(name) or others(name))
 
-    return lambda monkeypatch: monkeypatch.setattr(kernel, "private", found)
+    return patch
 
 
 LSE_WITH_MASK = {

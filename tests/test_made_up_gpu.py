@@ -1,0 +1,147 @@
+"""The whole way of a call on a GPU that is made up: kernel libraries are stubs, the clock is told what they cost.
+
+What no CPU call meets: rows of libraries among the candidates, a winner of a library that is later upgraded, removed or broken.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import stubs
+import torch
+from fakes import DEFAULT, FAST, Clock, turn
+from stubs import flash_attn_2, flashinfer_single
+from test_libraries import installed
+
+import fastattn
+from fastattn import candidates, learnt
+from fastattn.device import Device
+
+H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
+BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
+    "torch_cuda", "torch_lower", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine", "xformers", "mslk",
+    "flashinfer_ragged", "natten", "sage_2",
+]  # fmt: skip
+WINNER = "flash_attn_2"
+COSTS = {"default": DEFAULT, WINNER: FAST}
+
+
+@contextmanager
+def gpu(monkeypatch, *those: stubs.Stub):
+    """A machine with an H100 and these libraries."""
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        patch.setattr(Device, "of", staticmethod(lambda device: H100))
+        for stub in those:
+            stack.enter_context(installed(stub, patch))
+        yield
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return turn(monkeypatch, Clock(dict(COSTS)))
+
+
+def call(grad=False):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 64, 64, dtype=torch.bfloat16, requires_grad=grad) for _ in range(3))
+    return q, k, v
+
+
+def serve(*given, **options):
+    """(the output, what served it), both right by float64."""
+    out = fastattn.attention(*given, is_causal=True, **options)
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in given), is_causal=True)
+    assert (out - exact).abs().max() < 0.02
+    return out, fastattn.explain(*given, is_causal=True, **options).served_by
+
+
+def restart():
+    """What a new process knows: nothing but what is on disk."""
+    fastattn.clear()
+    learnt.state.spent_s = 0.0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_library_wins_is_remembered_and_serves_the_next_process(monkeypatch, clock, grad):
+    with gpu(monkeypatch, flash_attn_2.STUB):
+        out, served = serve(*call(grad))
+        assert served == WINNER and WINNER in clock.timed
+        if grad:
+            out.sum().backward()
+        timed = list(clock.timed)
+        assert serve(*call(grad))[1] == WINNER
+        restart()
+        assert serve(*call(grad))[1] == WINNER
+        assert clock.timed == timed, "nothing is timed again"
+
+
+def test_a_new_version_is_tried_against_the_winner_and_nothing_else_is(monkeypatch, clock):
+    with gpu(monkeypatch, flash_attn_2.STUB):
+        assert serve(*call())[1] == WINNER
+    restart()
+    clock.timed.clear()
+    clock.costs[WINNER] = 2 * DEFAULT
+    with gpu(monkeypatch, replace(flash_attn_2.STUB, version="2.9.9")):
+        assert serve(*call())[1] != WINNER
+        assert set(clock.timed) <= {"default", WINNER, "torch_math"} and WINNER in clock.timed
+
+
+def test_a_winner_that_is_no_longer_installed_is_replaced(monkeypatch, clock):
+    with gpu(monkeypatch, flash_attn_2.STUB):
+        assert serve(*call())[1] == WINNER
+    restart()
+    with gpu(monkeypatch):
+        assert serve(*call())[1] == "default"
+        [row] = [t for t in fastattn.explain(*call(), is_causal=True).rows if t.candidate == WINNER]
+        assert row.reason == "package flash-attn is not installed"
+
+
+def test_a_winner_that_raises_is_answered_in_the_same_call_and_demoted(monkeypatch, clock, caplog):
+    with gpu(monkeypatch, flash_attn_2.STUB):
+        assert serve(*call())[1] == WINNER
+    restart()
+
+    def broken(**_):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    broken.__signature__ = stubs.signature("flash_attn_2", "flash_attn_func")
+    modules = {"flash_attn": stubs.module("flash_attn", flash_attn_func=broken)}
+    with gpu(monkeypatch, replace(flash_attn_2.STUB, modules=lambda: modules)):
+        assert serve(*call())[1] != WINNER
+        assert "no kernel image" in caplog.text
+        text = str(fastattn.explain(*call(), is_causal=True))
+        assert "demoted: it raised RuntimeError: no kernel image" in text
+
+
+def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
+    """All libraries side by side, everything that must compile too; a number, so that what quantises may take part."""
+    turn(monkeypatch, Clock(dict(COSTS), other=1.5 * FAST))
+    q, k, v = (x[:1] for x in call())
+    with gpu(monkeypatch, *(import_module(f"stubs.{name}").STUB for name in BESIDE)), fastattn.options(tune_budget=1e9):
+        single = flashinfer_single.single_prefill_with_kv_cache  # the other half of its stub
+        sys.modules["flashinfer"].single_prefill_with_kv_cache = single
+        candidates.forget()
+        found = fastattn.explain(q, k, v, is_causal=True, accuracy=0.5, tune=True, compiling=True)
+    rows = {t.candidate.split("+")[0]: t for t in found.rows}
+    timed = {name for name, t in rows.items() if t.time_us is not None}
+    assert {name: rows[name].reason for name in rows.keys() - timed} == {
+        **dict.fromkeys(("matmul", "matmul_mixed", "matmul_shifted"), "needs cpu, this device is cuda"),
+        "torch_cudnn": "the default runs this kernel",
+        "sdpa_math": "not tried: the last resort",
+        "flex": "ModuleNotFoundError: No module named 'triton.language'; 'triton' is not a package",  # a stub of it
+        "fa3_fwd": "package fa3-fwd is not installed",
+        "flash_attn_4": "package flash-attn-4 is not installed",
+        "mslk_blackwell": "capability 90 is not one of 100",
+        "natten_blackwell": "capability 90 is not one of 100, 103",
+        "sage_1": "package sageattention 2.2.0 >= 2.0, which is not known to work",
+        "sage_2_fp8": "capability 90 is not one of 89",
+        "sage_2_fp8_sm120": "capability 90 is not one of 120, 121",
+        "sage_3": "capability 90 is not one of 120, 121; package sageattn3 is not installed",
+        **{name: rows[name].reason for name in rows if name.startswith("hf_")},
+    }
+    assert len(timed) == 30 and found.served_by == WINNER
+    assert all(t.forward is not None and t.forward < 0.2 for name, t in rows.items() if name in timed)

@@ -1,0 +1,235 @@
+"""The grid of calls through the real Python of FlashAttention 2, xFormers, MSLK and Transformer Engine, without a GPU.
+
+A stub says what its author read. Here the library's own checks, classes of biases and autograd functions run, and only what is
+compiled has a stand-in, which computes as its C++ does. Each library has a process of its own, as what torch says of CUDA is
+replaced there. None of them is a dependency; docs/results/loading.md says how each was installed:
+
+    pytest tests/test_real_layers.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import stubs
+import test_libraries
+import torch
+from building import HALF, hold
+from stubs import attend, band, check_half, flash_attn_3, torch_lower
+from stubs.flash_attn_2 import flash_attn_func
+from torch.overrides import TorchFunctionMode
+
+from fastattn import libraries
+
+# --- what is compiled
+
+
+def gradients(function, given, grad, *saved):
+    """By autograd of the forward; what that saved for the backward has to come back as it was."""
+    given = [x.detach().requires_grad_() for x in given]
+    with ThreadPoolExecutor(1) as elsewhere:  # below the dispatcher nothing is recorded
+        found = elsewhere.submit(function, *given).result()
+    assert all(torch.equal(a, b) for a, b in zip(found, saved, strict=True)), "other outputs than the forward gave"
+    return torch.autograd.grad(found[0], given, grad)
+
+
+def flash_2(q, k, v, p, scale, causal, left, right, softcap=0.0):
+    """(out, lse) of csrc/flash_attn/flash_api.cpp, whose forward and backward read a window alike."""
+    asked = {"dropout_p": p, "softmax_scale": scale, "causal": causal, "window_size": (left, right), "softcap": softcap}
+    return flash_attn_func(q=q, k=k, v=v, **asked, return_attn_probs=True)[:2]
+
+
+def extension_fwd(q, k, v, out, alibi_slopes, p, scale, causal, left, right, softcap, return_softmax, generator):
+    """flash_attn_2_cuda.fwd"""
+    assert out is alibi_slopes is generator is None and not return_softmax
+    return *flash_2(q, k, v, p, scale, causal, left, right, softcap), torch.empty(0), torch.zeros(2, dtype=torch.int64)
+
+
+def extension_bwd(grad, q, k, v, out, lse, dq, dk, dv, alibi_slopes, *asked):
+    """flash_attn_2_cuda.bwd, which writes into dq, dk and dv."""
+    *asked, deterministic, generator, rng_state = asked
+    assert alibi_slopes is generator is None and type(deterministic) is bool and rng_state is not None
+    found = gradients(lambda *x: flash_2(*x, *asked), (q, k, v), grad, out, lse)
+    return *(into.copy_(x) for into, x in zip((dq, dk, dv), found, strict=True)), torch.empty(0)
+
+
+def flash_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, *asked, window_left, window_right, **others):
+    assert cu_seqlens_q is cu_seqlens_k is seqused_k is None and not any(others.values())
+    return *flash_2(q, k, v, *asked, window_left, window_right), None
+
+
+def flash_bwd(share, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *asked, window_left, window_right,
+              rng_state):  # fmt: skip
+    assert cu_seqlens_q is cu_seqlens_k is None
+    return gradients(lambda *x: flash_2(*x, *asked, window_left, window_right), (q, k, v), grad, out, lse)
+
+
+def flash_3_fwd(q, k, v, *, softmax_scale, is_causal, window_left, window_right, max_seqlen_q=0, max_seqlen_k=0, **others):
+    """(out, lse) of hopper/flash_api.cpp."""
+    assert not any(others.values())
+    asked = {"softmax_scale": softmax_scale, "causal": is_causal, "window_size": (window_left, window_right)}
+    return flash_attn_3.forward(q, k, v, **asked, softcap=0.0, num_splits=1)
+
+
+def flash_3_bwd(share, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **asked):
+    assert cu_seqlens_q is cu_seqlens_k is None and min(q.shape[3], v.shape[3]) >= 64
+    return gradients(partial(flash_3_fwd, **asked), (q, k, v), grad, out, lse)
+
+
+@stubs.signed("torch", "backward", keywords_only=False, real=stubs.of_operator("_efficient_attention_backward"))
+def efficient_bwd(grad_out_, query, key, value, bias, out, logsumexp, philox_seed, philox_offset, bias_requires_grad,
+                  num_splits_key, shared_storage_dqdkdv, **asked):  # fmt: skip
+    def forward(query, key, value, bias=bias):
+        return torch_lower.efficient(query=query, key=key, value=value, bias=bias, compute_log_sumexp=True, **asked)[:2]
+
+    given = (query, key, value, bias) if bias_requires_grad else (query, key, value)
+    return (*gradients(forward, given, grad_out_, out, logsumexp), None)[:4]
+
+
+def blackwell_fwd(*, q, k, v, softmax_scale, causal, window_left, window_right, bottom_right, **others):
+    """dispatch_fmha_fwd of blackwell_fmha_fwd.cu, and its template."""
+    check_half(q, k, v)
+    assert not any(others.values()) and softmax_scale > 0, "0 is its word for the default"
+    assert k.stride()[:2] == v.stride()[:2] and q.shape[3] == v.shape[3] in (64, 128) and q.shape[1] <= k.shape[1]
+    left, right = None, 0 if causal else None
+    if max(window_left, window_right) >= 0:
+        left, right = window_left, 0 if causal else window_right
+        assert min(left, right) >= 0, "window size is negative but max_seq_len_k is not provided"
+    visible = band(q.shape[1], k.shape[1], left, right, k.shape[1] - q.shape[1] if bottom_right else 0)
+    out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale, visible=visible)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+OPERATORS = {
+    ("flash", "FwOp"): flash_fwd,
+    ("flash", "BwOp"): flash_bwd,
+    ("flash3", "FwOp"): flash_3_fwd,
+    ("flash3", "BwOp"): flash_3_bwd,
+    ("cutlass", "FwOp"): torch_lower.efficient,
+    ("cutlass", "BwOp"): efficient_bwd,
+    ("cutlass_blackwell", "FwOp"): blackwell_fwd,
+}
+
+# --- what torch says of CUDA
+
+
+class OnCuda(TorchFunctionMode):
+    """Tensors say that they are on a GPU, and what is asked for there is made here."""
+
+    ANSWERS = {torch.Tensor.is_cuda.__get__: True, torch.Tensor.device.__get__: torch.device("cuda")}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        here = {"device": "cpu"} if kwargs and kwargs.get("device") is not None else {}
+        return self.ANSWERS[func] if func in self.ANSWERS else func(*args, **{**(kwargs or {}), **here})
+
+
+def on_cuda(load):
+    """Only the library is told so: fastattn would ask the GPU."""
+    run = load()
+
+    def there(*given):
+        with OnCuda():
+            return run(*given)
+
+    return there
+
+
+def pretend(capability: int) -> None:
+    major, minor = divmod(capability, 10)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda *_: (major, minor)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(major=major, minor=minor)
+
+
+# --- the libraries
+
+
+def with_flash_attn() -> None:
+    extension = {"fwd": extension_fwd, "bwd": extension_bwd, "varlen_fwd": None, "varlen_bwd": None}
+    sys.modules["flash_attn_2_cuda"] = stubs.module("flash_attn_2_cuda", **extension)
+    real = torch.library.custom_op
+    torch.library.custom_op = lambda *given, device_types=None, **named: real(*given, **named)  # theirs are for CUDA alone
+
+
+def with_operators(module: str) -> None:
+    for (name, side), operator in OPERATORS.items():
+        getattr(getattr(import_module(module), name), side).OPERATOR = operator
+
+
+def with_transformer_engine() -> None:
+    os.environ["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
+    with_flash_attn()
+
+
+XFORMERS, MSLK = (partial(with_operators, module) for module in ("xformers.ops.fmha", "mslk.attention.fmha"))
+# file -> what goes before the import, its kernels
+LIBRARIES = {
+    "flash_attn_2": (with_flash_attn, ("flash_attn_2",)),
+    "xformers": (XFORMERS, ("xformers_flash", "xformers_flash3", "xformers_cutlass")),
+    "mslk": (MSLK, ("mslk_flash", "mslk_flash3", "mslk_cutlass", "mslk_blackwell")),
+    "transformer_engine": (with_transformer_engine, ("te_flash", "te_unfused")),
+}
+ALSO_NEEDED = {"te_flash": "flash-attn"}
+EACH = [pytest.param(file, name, id=name) for file, (_, names) in LIBRARIES.items() for name in names]
+
+
+def main(file: str) -> None:
+    """Print what became of each call of each kernel: "" where its numbers are right, else that it was refused, or why."""
+    prepare, names = LIBRARIES[file]
+    prepare()
+    stub = import_module(f"stubs.{file}").STUB
+    real = replace(stub, version=libraries.installed(libraries.of(stub.library))[1], modules=dict, patch=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch, test_libraries.installed(real, patch):
+        print(json.dumps({name: outcomes(test_libraries.row_of(stub, name), real, patch) for name in names}))
+
+
+def outcomes(kernel, stub, patch) -> dict[str, str]:
+    pretend(stub.capabilities.get(kernel.name, stub.capability))
+    calls = {**test_libraries.GRID, **stub.cases}
+    calls |= {f"causal {dtype}": {"is_causal": True, "dtype": getattr(torch, dtype)} for dtype in kernel.dtypes}
+
+    def held(want, call, q, k, v, mask, rung):
+        rounds_scores = kernel.unfused and q.dtype in HALF  # as plain matmul does
+        return hold(want, call, q, k, v, mask, "dtype" if rounds_scores else rung)
+
+    patch.setattr(test_libraries, "hold", held)
+    return {case: outcome(replace(kernel, load=partial(on_cuda, kernel.load)), stub, call) for case, call in calls.items()}
+
+
+def outcome(kernel, stub, call) -> str:
+    try:
+        return "refused" if test_libraries.run(kernel, stub, call) else ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@cache
+def found(file: str) -> dict[str, dict[str, str]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=600)
+    assert child.returncode == 0, child.stderr[-2000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("file, name", EACH)
+def test_every_call_of_the_grid_is_right_or_refused_as_listed(file, name):
+    stub = import_module(f"stubs.{file}").STUB
+    for needed in filter(None, (stub.library, ALSO_NEEDED.get(name))):
+        if not libraries.installed(libraries.of(needed)):
+            pytest.skip(f"{needed} is not installed")
+    listed = stub.refuses[name].split()
+    wrong = {case: what for case, what in found(file)[name].items() if what != ("refused" if case in listed else "")}
+    assert not wrong
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
