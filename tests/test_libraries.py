@@ -150,7 +150,8 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         assert isinstance(candidate, Accepted)
         call = planning.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
-        rung = "dtype" if kernel.approximate else "exact"
+        rounds = kernel.approximate or (kernel.unfused and made["dtype"].itemsize == 2)  # scores to q's dtype, as plain matmul
+        rung = "dtype" if rounds else "exact"
         dense = mask if isinstance(mask, torch.Tensor) else None
         hold(want, call, q, k, v, dense, rung)
         assert isinstance(call(q, k, v, dense), tuple) is p.lse, "with a log-sum-exp where it is asked for, and only there"

@@ -62,6 +62,7 @@ WAYS = {
 def small_blocks(monkeypatch):
     """Blocks of 1 KiB of scores, so that small problems are cut too."""
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(blocks, "CAST_BYTES", 1024)
 
 
 def made(name, shape, dtype, layout, grad):

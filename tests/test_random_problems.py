@@ -23,8 +23,9 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, untuned):
-    """Blocks of 4 KiB of scores, so that small problems are cut too."""
+    """Blocks of 4 KiB of scores and half a KiB of copies, so that small problems are cut too."""
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(blocks, "CAST_BYTES", 512)
 
 
 def drawn(seed: int) -> tuple[Problem, random.Random]:

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ContextDecorator
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
@@ -23,7 +24,6 @@ import pytest
 import stubs
 import test_libraries
 import torch
-from building import HALF, hold
 from stubs import attend, band, check_half, flash_attn_3, torch_lower
 from stubs.flash_attn_2 import flash_attn_func
 from torch.overrides import TorchFunctionMode
@@ -122,7 +122,7 @@ OPERATORS = {
 # --- what torch says of CUDA
 
 
-class OnCuda(TorchFunctionMode):
+class OnCuda(TorchFunctionMode, ContextDecorator):
     """Tensors say that they are on a GPU, and what is asked for there is made here."""
 
     ANSWERS = {torch.Tensor.is_cuda.__get__: True, torch.Tensor.device.__get__: torch.device("cuda")}
@@ -130,17 +130,6 @@ class OnCuda(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         here = {"device": "cpu"} if kwargs and kwargs.get("device") is not None else {}
         return self.ANSWERS[func] if func in self.ANSWERS else func(*args, **{**(kwargs or {}), **here})
-
-
-def on_cuda(load):
-    """Only the library is told so: fastattn would ask the GPU."""
-    run = load()
-
-    def there(*given):
-        with OnCuda():
-            return run(*given)
-
-    return there
 
 
 def pretend(capability: int) -> None:
@@ -165,18 +154,13 @@ def with_operators(module: str) -> None:
         getattr(getattr(import_module(module), name), side).OPERATOR = operator
 
 
-def with_transformer_engine() -> None:
-    os.environ["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
-    with_flash_attn()
-
-
 XFORMERS, MSLK = (partial(with_operators, module) for module in ("xformers.ops.fmha", "mslk.attention.fmha"))
 # file -> what goes before the import, its kernels
 LIBRARIES = {
     "flash_attn_2": (with_flash_attn, ("flash_attn_2",)),
     "xformers": (XFORMERS, ("xformers_flash", "xformers_flash3", "xformers_cutlass")),
     "mslk": (MSLK, ("mslk_flash", "mslk_flash3", "mslk_cutlass", "mslk_blackwell")),
-    "transformer_engine": (with_transformer_engine, ("te_flash", "te_unfused")),
+    "transformer_engine": (with_flash_attn, ("te_flash", "te_unfused")),
 }
 ALSO_NEEDED = {"te_flash": "flash-attn"}
 EACH = [pytest.param(file, name, id=name) for file, (_, names) in LIBRARIES.items() for name in names]
@@ -197,12 +181,8 @@ def outcomes(kernel, stub, patch) -> dict[str, str]:
     calls = {**test_libraries.GRID, **stub.cases}
     calls |= {f"causal {dtype}": {"is_causal": True, "dtype": getattr(torch, dtype)} for dtype in kernel.dtypes}
 
-    def held(want, call, q, k, v, mask, rung):
-        rounds_scores = kernel.unfused and q.dtype in HALF  # as plain matmul does
-        return hold(want, call, q, k, v, mask, "dtype" if rounds_scores else rung)
-
-    patch.setattr(test_libraries, "hold", held)
-    return {case: outcome(replace(kernel, load=partial(on_cuda, kernel.load)), stub, call) for case, call in calls.items()}
+    told = replace(kernel, load=lambda: OnCuda()(kernel.load()))
+    return {case: outcome(told, stub, call) for case, call in calls.items()}
 
 
 def outcome(kernel, stub, call) -> str:
@@ -215,6 +195,7 @@ def outcome(kernel, stub, call) -> str:
 @cache
 def found(file: str) -> dict[str, dict[str, str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
     child = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=600)
     assert child.returncode == 0, child.stderr[-2000:]
     return json.loads(child.stdout.splitlines()[-1])

@@ -130,6 +130,7 @@ def test_every_candidate(case, dtype, small_blocks):
 def small_blocks(monkeypatch):
     """Blocks of 1 KiB of scores, so that small problems are cut too."""
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(blocks, "CAST_BYTES", 1024)
 
 
 MASKS_4D = ["".join(m) for m in itertools.product("b1", "h1", "q1", "k1")]

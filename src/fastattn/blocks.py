@@ -1,27 +1,29 @@
-"""Unfused attention in blocks of heads and query rows: scores stay in a cache, and memory within its limit.
+"""Attention in blocks of heads and query rows: scores and copies stay in a cache, and memory within its limit.
 
-Batch entries and kv heads are cut first, then query rows; keys that no row of a block sees are left out. Two conversions
-stand on it: `chunks` cuts the forward, `recompute` cuts the forward and a backward that makes each block's scores again.
+Batch entries and kv heads are cut first, then query rows; keys that no row of a block sees are left out. Three conversions
+stand on it: `chunks` cuts an unfused forward, `by_heads` has a few heads at a time cast, recompute (recomputing.py) cuts a
+backward too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.device import functorch_level, is_batched
-from fastattn.kernel import Arguments, Backward, Kernel, Run
-from fastattn.kernels.matmul import load_math
+from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.layouts import empty_in_order, memory_order
 from fastattn.problem import Problem
 
+IN_BLOCKS = {"chunks", "recompute", "by_heads"}  # conversions with a loop, which a traced graph would have unrolled
 # Answers of Conversion.when; any other string is the reason why the kernel cannot do the problem.
 NO, OPTIONAL, REQUIRED = "no", "optional", "required"
 
 CHUNK_BYTES = 4 * 2**20  # of float32 scores at once: they stay in a core's second-level cache
+FEW_ROWS = 64  # of queries to a kv head: with more of them the products are most of the work
+CAST_BYTES = 4 * 2**20  # of float32 copies at once: much larger ones leave the caches, and malloc maps them anew in each call
 
 
 class Block(NamedTuple):
@@ -50,10 +52,10 @@ class Block(NamedTuple):
         return self.batch, self.heads, self.rows
 
     def of_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Its part of a (b|1, h|1, q|1, k|1) mask."""
+        """Its part of a (b|1, h|1, q|1, k|1) or (q, k) mask."""
         if mask is None:
             return None
-        parts = (self.batch, self.heads, self.rows, self.keys)
+        parts = (self.batch, self.heads, self.rows, self.keys)[-mask.dim() :]
         return mask[tuple(part if n > 1 else slice(None) for n, part in zip(mask.shape, parts, strict=True))]
 
 
@@ -87,17 +89,24 @@ def block_sizes(
         count = min(2, batch * kv_heads)
         rows = min(rows, max(16, target // (count * row)))
         rows = -(-q_len // -(-q_len // rows))  # equal shares
+    return *_heads_at_once(batch, kv_heads, count), rows
+
+
+def _heads_at_once(batch: int, kv_heads: int, count: int) -> tuple[int, int]:
+    """(batch entries, kv heads) of about `count` heads, in equal shares."""
     nb = max(1, min(batch, count // kv_heads))
     nh = kv_heads if nb > 1 else min(kv_heads, count)
-    return -(-batch // -(-batch // nb)), -(-kv_heads // -(-kv_heads // nh)), rows
+    return -(-batch // -(-batch // nb)), -(-kv_heads // -(-kv_heads // nh))
+
+
 
 
 # --- chunks: the forward, or what autograd can follow
 
 
 def when_chunks(kernel: Kernel, p: Problem) -> str:
-    if not kernel.chunks or p.scores * 4 <= CHUNK_BYTES or when_recompute(kernel, p) == REQUIRED:
-        return NO
+    if not kernel.chunks or p.scores * 4 <= CHUNK_BYTES or (p.needs_grad and kernel.load_backward is not None):
+        return NO  # `recompute` cuts as well
     return REQUIRED if p.unfused_bytes > p.memory_limit else OPTIONAL
 
 
@@ -105,16 +114,20 @@ def chunks(step: Run, kernel: Kernel, p: Problem) -> Run:
     order = memory_order(p.strides[0])
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        return _followed(step, q, k, v, mask, a) if a.needs_grad else forward(step, order, q, k, v, mask, a)
+        if a.needs_grad:
+            return _followed(step, q, k, v, mask, a)
+        return forward(step, order, blocks_of(q, k, a), q, k, v, mask, a)
 
     return run
 
 
-def forward(step: Run, order: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+def forward(
+    step: Run, order: Any, blocks: Iterable[Block], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments
+) -> Any:
     """The step, block by block, into one output that lies densely in `order`."""
     out = empty_in_order(q, (*q.shape[:3], v.shape[3]), order)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if a.lse else None
-    for block in blocks_of(q, k, a):
+    for block in blocks:
         found = step(*block.inputs(q, k, v, mask, a))
         if lse is not None:
             found, lse[block.query] = found
@@ -146,75 +159,35 @@ def _joined(parts: list[tuple[Block, Tensor]]) -> Tensor:
     return parts[0][1]
 
 
-# --- recompute: forward without a graph, and a backward of our own
+# --- by_heads: whole heads, so that copies stay small
 
 
-def when_recompute(kernel: Kernel, p: Problem) -> str:
-    return REQUIRED if p.needs_grad and kernel.load_backward is not None else NO
+def are_copies_all(p: Problem) -> bool:
+    """Whether copies of the keys and values, in float32, are most of the work, and too large to be made at once: decoding."""
+    few = p.group * p.q_len <= FEW_ROWS and p.device == "cpu" and not p.needs_grad
+    return few and p.batch * p.kv_heads * _copied(p.kv_len, p.head_dim, p.head_dim_v) > 2 * CAST_BYTES
 
 
-def recompute(step: Run, kernel: Kernel, p: Problem) -> Run:
-    assert kernel.load_backward is not None
-    backward, order = kernel.load_backward(), memory_order(p.strides[0])
+def _copied(kv_len: int, head_dim: int, head_dim_v: int) -> int:
+    """Bytes of a head's keys and values in float32."""
+    return 4 * kv_len * (head_dim + head_dim_v)
+
+
+def by_heads(step: Run, kernel: Kernel, p: Problem) -> Run:
+    order, threads = memory_order(p.strides[0]), p.threads
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        return _Recomputed.apply(step, backward, order, a, q, k, v, mask)
+        return forward(step, order, _heads(q, k, v, threads), q, k, v, mask, a)
 
     return run
 
 
-def _followed_gradients(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """The gradients by operations that autograd follows, for what is wanted of q, k, v and the mask."""
-    inputs = (q, k, v, mask)
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        out = load_math()(q, k, v, mask, a)
-        asked = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
-        found = iter(torch.autograd.grad(out, asked, grad, create_graph=create_graph))
-    return (next(found) if is_wanted else None for is_wanted in wanted)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Saves q, k, v, mask and the output; no scores."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, step: Run, backward: Backward, order: Any, a: Arguments, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Any:
-        found = forward(step, order, q, k, v, mask, a)
-        out, lse = found if a.lse else (found, None)
-        ctx.save_for_backward(q, k, v, mask, out)
-        ctx.step_back, ctx.a = backward, a._replace(lse=False)
-        if lse is None:
-            return out
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
-        q, k, v, mask, out = ctx.saved_tensors
-        # to be differentiated again, or many gradients at once
-        if torch.is_grad_enabled() or is_batched(grad) or functorch_level() is not None:
-            wanted = ctx.needs_input_grad[4:]
-            return None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
-        # several blocks add to the same keys: their sum is rounded once
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        dmask = torch.zeros(mask.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[7] else None
-        with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
-            for block in blocks_of(q, k, ctx.a):
-                given = block.inputs(q, k, v, mask, ctx.a)
-                found = ctx.step_back(*given[:4], out[block.query], grad[block.query], given[4])
-                kv = (block.batch, block.kv_heads, block.keys)
-                dq[block.query] = found[0]
-                dk[kv] += found[1]
-                dv[kv] += found[2]
-                if dmask is not None:
-                    part = block.of_mask(dmask)
-                    assert part is not None
-                    part += found[3].sum_to_size(part.shape)
-        of_mask = dmask.to(mask.dtype) if dmask is not None else None
-        return None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask
+def _heads(q: Tensor, k: Tensor, v: Tensor, threads: int) -> Iterator[Block]:
+    """Blocks of whole heads, one at least for each thread, whose copies take about CAST_BYTES."""
+    (batch, q_heads, q_len, _), (_, kv_heads, kv_len, head_dim) = q.shape, k.shape
+    group, bytes_of_head = q_heads // kv_heads, max(1, _copied(kv_len, head_dim, v.shape[3]))
+    nb, nh = _heads_at_once(batch, kv_heads, max(threads, CAST_BYTES // bytes_of_head))
+    rows, keys = slice(0, q_len), slice(0, kv_len)
+    for b in range(0, batch, nb):
+        for h in range(0, kv_heads, nh):
+            yield Block(slice(b, b + nb), slice(h * group, (h + nh) * group), slice(h, h + nh), rows, keys)

@@ -12,7 +12,7 @@ import torch
 
 from fastattn import importing, kernels, libraries, quirks
 from fastattn.config import Config, current
-from fastattn.conversions import CONVERSIONS, NO, OPTIONAL, REQUIRED
+from fastattn.conversions import BY_NAME, CONVERSIONS, NO, OPTIONAL, REQUIRED
 from fastattn.device import Device
 from fastattn.files import layers
 from fastattn.kernel import Accepted, Decision, Kernel, Rejected, Run
@@ -44,7 +44,9 @@ def decide(
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
     choices = [_choices(name, answer) for name, answer in answers.items()]
-    found: list[Decision] = [Accepted(kernel, tuple(n for n in names if n)) for names in product(*choices)]
+    chosen = (tuple(name for name in names if name) for names in product(*choices))
+    chosen = (names for names in chosen if all(BY_NAME[name].beside in ("", *names) for name in names))
+    found: list[Decision] = [Accepted(kernel, names) for names in chosen]
     faults = quirks.ruled_out(kernel.name, problem, device, version(kernel.library) or "", config.quirks)
     return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import candidates, config, kernels, learnt, memory, planning
+from fastattn import blocks, candidates, config, kernels, learnt, memory, planning
 from fastattn.config import Config, log
 from fastattn.device import Device
 from fastattn.errors import NoKernelError
@@ -62,7 +62,7 @@ def chain(
 
 
 def _is_traceable(kernel: Kernel, name: str) -> bool:
-    return kernel.library == "torch" and not {"chunks", "recompute"} & set(name.split("+")[1:])
+    return kernel.library == "torch" and not blocks.IN_BLOCKS & set(name.split("+")[1:])
 
 
 def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:

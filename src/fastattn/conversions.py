@@ -19,6 +19,7 @@ from fastattn.blocks import NO, OPTIONAL, REQUIRED
 from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.layouts import from_bhsd, to_bhsd
 from fastattn.problem import Problem
+from fastattn.recomputing import recompute, when_recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Conversion:
     summary: str
     when: Callable[[Kernel, Problem], str]
     wrap: Callable[[Run, Kernel, Problem], Run]
+    beside: str = ""  # another conversion, without which this one is worth nothing
 
 
 def on_out(result: Any, change: Callable[[Tensor], Tensor], change_lse: Callable[[Tensor], Tensor] | None = None) -> Any:
@@ -167,6 +169,10 @@ def _fp32(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
+def _when_by_heads(kernel: Kernel, p: Problem) -> str:
+    return OPTIONAL if _when_fp32(kernel, p) != NO and blocks.are_copies_all(p) else NO
+
+
 # --- head dims
 
 
@@ -229,10 +235,11 @@ CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("gqa_fold", "the query group folded into rows", _when_gqa_fold, _gqa_fold),
     Conversion("gqa_expand", "keys and values repeated for each query head", _when_gqa_expand, _gqa_expand),
     Conversion("contiguous", "q, k, v copied to dense memory", _when_contiguous, _contiguous),
+    Conversion("by_heads", "a few heads at a time", _when_by_heads, blocks.by_heads, beside="fp32"),
     Conversion("fp32", "cast to float32, the output back", _when_fp32, _fp32),
     Conversion("head_dim_pad", "head dims padded with zeros", _when_pad, _pad),
     Conversion("dense", "q, k, v copied to dense memory in the kernel's layout", _when_dense, _dense),
-    Conversion("recompute", "in blocks; the backward makes each block's scores again", blocks.when_recompute, blocks.recompute),
+    Conversion("recompute", "in blocks; the backward makes each block's scores again", when_recompute, recompute),
     Conversion("chunks", "cut into blocks of heads and query rows", blocks.when_chunks, blocks.chunks),
 )
 BY_NAME = {c.name: c for c in CONVERSIONS}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import (
+    blocks,
     buckets,
     candidates,
     chain,
@@ -135,7 +136,7 @@ def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
             return ""
         order = chain.chain(verdict, problem, silicon, settings, tracing=True)
         chosen = order[0]
-        if chosen.kernel.name == "default" or {"chunks", "recompute"} & set(chosen.conversions):
+        if chosen.kernel.name == "default" or blocks.IN_BLOCKS & set(chosen.conversions):
             return ""
     name = f"{problem.digest} {chosen.name} {options.scale} {options.dropout_p} {problem.cut}"
     traced.CALLS[name] = chain.bind(chosen, problem, key, isinstance(mask, masks.Causal))

@@ -175,7 +175,7 @@ class UnfusedDotProductAttention(Backend):
         assert all(x.stride(-1) == 1 for x in (q, k, v)), "get_qkv_layout asserts it"
         assert window_size == (-1, -1) and attn_mask_type in ("no_mask", "arbitrary")
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = q.double() @ k.double().mT * self.softmax_scale
+        scores = (q.double() @ k.double().mT * self.softmax_scale).to(query_layer.dtype).double()  # backends.py
         if core_attention_bias_type == "post_scale_bias":
             scores = scores + core_attention_bias.double()
         else:
