@@ -92,7 +92,7 @@ def placeholders(text: str) -> str:
 
 
 def fault(q: quirks.Quirk) -> str:
-    kernel = f"F.sdpa where it runs {q.runs}" if q.runs else q.kernel
+    kernel = f"F.sdpa where it runs {q.runs}" if q.runs else ", ".join(q.kernels)
     where = [f"{name} {spec}" for name, spec in q.versions.items()]
     where += [f"{name} {condition(value)}" for name, value in q.when.items()]
     return f"| {kernel} | {q.reason} | {'; '.join(where) or 'always'} | <{q.link}> |"

@@ -80,6 +80,9 @@ def lying(change):
 LIES = {
     "drops nothing": lying(lambda run, q, k, v, m, a: run(q, k, v, m, a._replace(dropout_p=0.0))),
     "drops half as many": lying(lambda run, q, k, v, m, a: run(q, k, v, m, a._replace(dropout_p=a.dropout_p / 2))),
+    "rounds to sixteenths": lying(
+        lambda run, q, k, v, m, a: run(q, k, v, m, a._replace(dropout_p=round(16 * a.dropout_p) / 16))
+    ),
     "does not scale up": lying(lambda run, q, k, v, m, a: run(q, k, v, m, a) * (1 - a.dropout_p)),
     "drops outputs, not weights": lying(
         lambda run, q, k, v, m, a: F.dropout(run(q, k, v, m, a._replace(dropout_p=0.0)), a.dropout_p)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import test_libraries as grid
+import torch
 from fakes import problem
 from stubs import flash_attn_3, module
 
@@ -72,9 +73,18 @@ LIMITS = [
     ("flash_attn_4", 103, {**TRAIN, **dims(250)}, None),
     ("flash_attn_4", 100, dims(192), f"{on(192, 192, 100)}: it has up to (128, 128), (192, 128) and (256, 256) there"),
     (
-        *("flash_attn_4", 110, {**TRAIN, **dims(256), "softcap": 2.0}),
-        f"training with softcap 2 and {on(256, 256, 110)}: its backward for 256 has none there",
+        *("flash_attn_4", 110, {**dims(256), "softcap": 2.0}),
+        f"softcap 2 and {on(256, 256, 110)}: its kernel for 256 has none there",
     ),
+    (
+        *("flash_attn_4", 103, {**dims(256), "window": (8, 8)}),
+        f"a window (8, 8) and {on(256, 256, 103)}: its kernel for 256 has none there",
+    ),
+    (
+        *("flash_attn_4", 100, {**dims(250), "kv_len": 100}),
+        f"q_len 64 != kv_len 100 and {on(250, 250, 100)}: its kernel for 256 is wrong then",
+    ),
+    ("flash_attn_4", 100, {**dims(192, 128), "kv_len": 100}, None),
     ("flash_attn_4", 120, dims(192), None),
     ("flash_attn_4", 120, dims(200), f"{on(200, 200, 120)}: it ends at 192"),
     ("flash_attn_4", 121, {**TRAIN, **dims(192)}, f"training with {on(192, 192, 121)}: it ends at 160"),
@@ -119,8 +129,8 @@ def test_a_log_sum_exp_beside_gradients_is_detached(name, monkeypatch):
 # --- FlashAttention 3's builds and interfaces
 
 BUILDS = [
-    ({"BACKWARD"}, TRAIN, "a backward: this build lacks it"),
-    ({"FP16"}, {"dtype": "float16"}, "float16: this build lacks it"),
+    ({"BACKWARD"}, TRAIN, "training: this build lacks it"),
+    ({"FP16"}, {"dtype": "float16"}, "dtype float16: this build lacks it"),
     ({"LOCAL"}, {"window": (3, 2)}, "a window (3, 2): this build lacks it"),
     ({"SOFTCAP"}, {"softcap": 2.0}, "softcap 2: this build lacks it, or has no flash_attn_config to tell"),
     ({"SM8x"}, {"capability": 86}, "sm86: this build lacks it, or has no flash_attn_config to tell"),
@@ -196,3 +206,16 @@ def test_an_interface_before_softcap_and_splits_is_refused(monkeypatch):
         "package flash-attn-3 cannot be used: ImportError: its flash_attn_func takes no softcap, num_splits:"
         " another version is needed"
     ]  # fmt: skip
+
+
+def test_flash_attn_4_beside_gpus_of_two_kinds_is_a_reason(monkeypatch):
+    """It would compile for the first one that it meets."""
+    kinds = {0: (9, 0), 1: (10, 0)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", kinds.get)
+    with grid.installed(STUBS["flash_attn_4"], monkeypatch):
+        why = candidates.unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4"))
+        assert why and "these differ: set FLASH_ATTENTION_ARCH" in why
+        monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
+        candidates.forget()
+        assert candidates.unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4")) is None

@@ -65,7 +65,11 @@ TABLE = [
         "flex",
         device="cuda",
         accepts=[{}, BF16, CAUSAL, GRAD, LSE, WINDOW, SOFTCAP, BLOCK, SCORE_MOD],
-        refuses={"head_dim 8 < 16": {"head_dim": 8}, "dropout is not supported": DROPOUT},
+        refuses={
+            "head_dim 8 < 16": {"head_dim": 8},
+            "dropout is not supported": DROPOUT,
+            "batch 65536 > 65535": {"batch": 65536},
+        },
     ),
     Case(
         "torch_flash",

@@ -14,12 +14,13 @@ import pytest
 import stubs
 import torch
 from fakes import DEFAULT, FAST, Clock, turn
-from stubs import flash_attn_2, flashinfer_single
+from stubs import flash_attn_2, flashinfer_single, sage_1
 from test_libraries import installed
 
 import fastattn
-from fastattn import candidates, learnt
+from fastattn import candidates, chain, config, guards, inputs, kernels, learnt, resolve
 from fastattn.device import Device
+from fastattn.problem import Problem
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
@@ -132,7 +133,7 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         **dict.fromkeys(("matmul", "matmul_mixed", "matmul_shifted"), "needs cpu, this device is cuda"),
         "torch_cudnn": "the default runs this kernel",
         "sdpa_math": "not tried: the last resort",
-        "flex": "ModuleNotFoundError: No module named 'triton.language'; 'triton' is not a package",  # a stub of it
+        "flex": rows["flex"].reason,  # it meets a stub of triton
         "fa3_fwd": "package fa3-fwd is not installed",
         "flash_attn_4": "package flash-attn-4 is not installed",
         "mslk_blackwell": "capability 90 is not one of 100",
@@ -145,3 +146,43 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
     }
     assert len(timed) == 30 and found.served_by == WINNER
     assert all(t.forward is not None and t.forward < 0.2 for name, t in rows.items() if name in timed)
+
+
+def test_a_decode_loop_leaves_a_kernel_at_the_lengths_that_it_cannot_do(monkeypatch):
+    """SageAttention 1 gives the tail of its last 64 keys a score of 0: one entry must not serve a whole bucket with it."""
+    q = torch.randn(1, 4, 1, 64, dtype=torch.float16)
+    with gpu(monkeypatch, sage_1.STUB):
+        for kv_len in (128, 127, 120, 128, 100, 192):
+            k, v = (torch.randn(1, 4, kv_len, 64, dtype=torch.float16) for _ in range(2))
+            if kv_len % 64 == 0:
+                fastattn.attention(q, k, v, kernel="sage_1", accuracy=0.5)
+                continue
+            with pytest.raises(fastattn.NoKernelError, match=f"kv_len {kv_len} is no multiple of 64"):
+                fastattn.attention(q, k, v, kernel="sage_1", accuracy=0.5)
+
+
+def test_a_decode_loop_keeps_its_entry_where_every_length_is_served(monkeypatch, clock):
+    with gpu(monkeypatch, flash_attn_2.STUB), fastattn.options(mode="cached"):
+        counted, miss = [], resolve.attention
+        monkeypatch.setattr(resolve, "attention", lambda *given: counted.append(1) or miss(*given))
+        q = torch.randn(1, 4, 1, 64, dtype=torch.float16)
+        for kv_len in range(100, 120):
+            k, v = (torch.randn(1, 4, kv_len, 64, dtype=torch.float16) for _ in range(2))
+            fastattn.attention(q, k, v, kernel=WINNER)
+        assert len(counted) <= 2, "a miss for each bucket"
+
+
+def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypatch, clock):
+    with gpu(monkeypatch, flash_attn_2.STUB):
+        assert serve(*call())[1] == WINNER
+        settings = config.current()
+        problem = Problem.from_key(inputs.call_key(*call(), None, "bhsd", inputs.parse({"is_causal": True})))
+        verdict = learnt.find(problem, H100, settings, guards.Context())
+        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name == WINNER
+        candidates.forget()  # a process that only read the verdict
+        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
+        assert chain.chain(verdict, problem, H100, settings)[0].name == WINNER
+        rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in kernels._shipped())
+        monkeypatch.setattr(kernels, "_shipped", lambda: rows)
+        assert chain.chain(verdict, problem, H100, settings)[0].name == WINNER
+        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER

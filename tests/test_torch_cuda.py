@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import test_libraries
 import torch
 from building import problem_of, qkv
+from fakes import problem
 from stubs import torch_cuda, torch_lower
 from test_libraries import installed, row_of, silicon
 
-from fastattn import candidates
+from fastattn import candidates, planning
 from fastattn.config import Config
+from fastattn.device import Device
 from fastattn.kernel import Rejected, as_bias, sees_nothing
 
 INF = float("inf")
@@ -113,3 +117,40 @@ def test_bfloat16_needs_sm80(monkeypatch):
     for stub, name in WITH_MASK[:1] + WITH_MASK[2:]:
         with installed(stub, monkeypatch):
             assert any("bfloat16 on sm75" in reason for reason in reasons(stub, name, 75))
+
+
+@pytest.mark.parametrize(("stub", "name"), WITH_MASK)
+def test_a_float32_mask_beside_half_inputs_is_not_cast(stub, name, monkeypatch):
+    """It would be rounded, and what is merely very low (finfo.min) would become hidden."""
+    with installed(stub, monkeypatch):
+        found = reasons(stub, name, changes={"mask": "float32", "mask_shape": "11qk"})
+    assert any("float32 mask beside" in reason for reason in found), found
+
+
+def test_cudnn_plans_for_each_length_where_the_default_would_not(monkeypatch):
+    with installed(torch_cuda.STUB, monkeypatch):
+        for capability, can in ((80, False), (89, False), (90, True), (100, True)):
+            found = reasons(torch_cuda.STUB, "torch_cudnn", capability, changes={"lengths": "kv"})
+            assert (not found) == can, (capability, found)
+
+
+def test_the_default_runs_what_torch_was_told_to_prefer(monkeypatch):
+    h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
+    p = problem(device="cuda", dtype="bfloat16", head_dim=64)
+    with installed(torch_cuda.STUB, monkeypatch):
+        found = candidates.decisions(p, h100, Config())
+        assert planning.default_runs(p, h100, found) == "torch_cudnn"
+        monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+        assert planning.default_runs(p, h100, found) == "torch_flash"
+        assert planning.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
+
+
+def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch):
+    """A window becomes a mask for F.sdpa, and cuDNN's backward is wrong with masks at such lengths."""
+    h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
+    for change in ({"window": (8, 8)}, {"causal": "bottom_right", "kv_len": 1408}, {"mask": "bool", "mask_shape": "bhqk"}):
+        p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, **{"kv_len": 704, **change})
+        found = candidates.decisions(p, h100, Config())
+        assert "NaN in the gradient of q" in (planning.why_not_default(p, h100, Config(), found) or ""), change
+    p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, kv_len=704, causal="top_left")
+    assert planning.why_not_default(p, h100, Config(), candidates.decisions(p, h100, Config())) is None

@@ -105,6 +105,22 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         yield why
 
 
+def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Config, lengths: Iterable[int]) -> bool:
+    """Whether a candidate that can do this problem can do it at these kv_len too. Most have no limit or fault that asks."""
+    kernel = chosen.kernel
+    asks = any(getattr(n, "field", "") == "kv_len" or "{p.kv_len}" in getattr(n, "text", "") for n in kernel.needs)
+    if not asks and not any("kv_len" in q.when for q in quirks.known(config.quirks) if kernel.name in q.kernels):
+        return True
+    library = version(kernel.library) or ""
+    for length in lengths:
+        p = problem.replace(kv_len=length)
+        if any(need.why_not(p, device) for need in kernel.needs):
+            return False
+        if quirks.ruled_out(kernel.name, p, device, library, config.quirks):
+            return False
+    return True
+
+
 def absent(kernel: Kernel) -> str | None:
     """Why the kernel's library is not there in a version that works, by its metadata alone; torch's own is looked up whole."""
     found = version(kernel.library)
@@ -118,6 +134,7 @@ def absent(kernel: Kernel) -> str | None:
     return unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
 
 
+_loaded: set[Kernel] = set()
 _broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
 loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
 
@@ -157,6 +174,7 @@ def _met(kernel: Kernel) -> str | None:
 def forget() -> None:
     """Look at the installed libraries anew."""
     _broken.clear()
+    _loaded.clear()
     for remembered in (version, load, unavailable):
         remembered.cache_clear()
 
@@ -164,7 +182,14 @@ def forget() -> None:
 @cache
 def load(kernel: Kernel) -> Run:
     """The kernel's entry point, imported once. Raises whatever the library raises."""
-    return kernel.load()
+    run = kernel.load()
+    _loaded.add(kernel)
+    return run
+
+
+def is_loaded(kernel: Kernel) -> bool:
+    """Whether its library was imported in this process; torch's own are."""
+    return kernel.library == "torch" or kernel in _loaded
 
 
 @cache

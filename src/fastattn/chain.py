@@ -39,11 +39,18 @@ def ordered(name: str, problem: Problem, silicon: Device, settings: Config) -> A
 
 
 def chain(
-    verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config, *, tracing: bool = False
+    verdict: Verdict | None,
+    problem: Problem,
+    silicon: Device,
+    settings: Config,
+    *,
+    tracing: bool = False,
+    capturing: bool = False,
 ) -> Sequence[Accepted]:
     """What may run, in order: the verdict's candidates that can do this very problem, else the fallback chain.
 
     tracing: only what stands in a graph of torch.compile: no loops, which would be unrolled, and no library's own Python.
+    capturing: only what was imported before, and compiles nothing in its first run: a CUDA graph would hold neither.
     """
     served: list[Accepted] = []
     rows = {kernel.name: kernel for kernel in kernels.rows_for(silicon.type, settings.named)}
@@ -51,6 +58,8 @@ def chain(
         kernel = rows.get(name.split("+")[0])
         is_out = verdict is not None and (verdict.problem, name) in learnt.state.buried
         if kernel is None or is_out or (tracing and not _is_traceable(kernel, name)):
+            continue
+        if capturing and (kernel.compiles is not None or not candidates.is_loaded(kernel)):
             continue
         found = candidates.decide(kernel, problem, silicon, settings, certain=True)
         served += [d for d in found if isinstance(d, Accepted) and d.name == name]
@@ -128,7 +137,7 @@ def is_capturing(x: Tensor) -> bool:
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    return is_hook or memory.is_exhausted(error) or "CUDA error" in str(error)
+    return is_hook or memory.is_exhausted(error) or memory.is_sticky(error)
 
 
 def _rescue(

@@ -135,7 +135,7 @@ def _gqa_expand(step: Run, kernel: Kernel, p: Problem) -> Run:
 def _when_contiguous(kernel: Kernel, p: Problem) -> str:
     if kernel.dense:
         return NO  # once, when all else is done
-    if kernel.dense_last_dim and "other" in p.strides:
+    if (kernel.dense_last_dim and "other" in p.strides) or (kernel.no_broadcast and "expanded" in p.strides):
         return REQUIRED
     if kernel.aligned and not (p.aligned and p.aligned_rows) and not _pads_all(kernel, p):
         return REQUIRED

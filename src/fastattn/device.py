@@ -165,6 +165,11 @@ class Device:
         return _device(device.type, device.index if device.type == "cuda" else None)
 
     @property
+    def prefers_cudnn(self) -> bool:
+        """Whether F.sdpa tries cuDNN's kernel first here: sdp_utils.cpp, check_prefer_cudnn_attention."""
+        return self.capability in (90, 100, 103) and self.cudnn > 91500
+
+    @property
     def slug(self) -> str:
         """A directory name: readable, and exact by a digest of every field."""
         digest = hashlib.sha256(repr(self).encode()).hexdigest()[:10]

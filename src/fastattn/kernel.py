@@ -16,13 +16,25 @@ from torch import Tensor
 from fastattn.config import log
 from fastattn.device import Device, private
 from fastattn.masks import additive, as_bias, sees_nothing
-from fastattn.needs import BFLOAT16, FLASH_2_BACKWARD, GRID, NOT_EMPTY, Forbid, Need, OneOf, Range, RefuseWhen
+from fastattn.needs import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
+    OWN_MASK,
+    PLANNED,
+    Forbid,
+    Need,
+    OneOf,
+    Range,
+    RefuseWhen,
+)
 from fastattn.scratch import room
 
 __all__ = [
-    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "Accepted", "Arguments", "Backward", "Decision", "Device", "Forbid",
-    "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor", "additive", "as_bias", "by_keyword", "log",
-    "require", "room", "sees_nothing",
+    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Accepted", "Arguments", "Backward",
+    "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor",
+    "additive", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")
@@ -94,6 +106,7 @@ class Kernel:
     grad: bool = True
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included
+    no_broadcast: bool = False  # q, k and v must not be broadcast views
     contiguous: bool = False  # worth trying with dense copies of q, k, v
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
     unfused: bool = False  # materialises the scores, some three times over

@@ -31,6 +31,11 @@ def free(device: torch.device) -> float:
         return float("inf")
 
 
+def is_sticky(error: BaseException) -> bool:
+    """Whether it is a CUDA error that every later call of the process meets again; a launch that was never made is not."""
+    return "CUDA error" in str(error) and "invalid configuration argument" not in str(error)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, in whichever of torch's ways."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -126,6 +126,10 @@ FLASH_2_BACKWARD = RefuseWhen(  # of torch's copy of FlashAttention 2: sdp_utils
         and (p.dropout or max(p.head_dim, p.head_dim_v) <= 224)
     ),
 )  # fmt: skip
+OWN_MASK = RefuseWhen(  # a cast would round it, and make hidden what is merely very low
+    "a {p.mask} mask beside {p.dtype} inputs", lambda p, _: p.mask not in (None, "bool", p.dtype)
+)
+PLANNED = RefuseWhen("planned for each length, and lengths change here ({p.lengths})", lambda p, _: p.lengths != "exact")
 BFLOAT16 = RefuseWhen(
     "dtype bfloat16 on sm{device.capability} < 80",
     lambda p, device: p.dtype == "bfloat16" and device.capability < 80,

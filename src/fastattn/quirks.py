@@ -1,7 +1,7 @@
 """Quirks: cases in which a kernel is known to be wrong or to fail, as data: quirks.json, and the file FASTATTN_QUIRKS names.
 
 A quirk is an object:
-  kernel    the kernel it holds for; "default" with `runs` is F.sdpa where torch would run that kernel
+  kernel    the kernel it holds for, or a list of them; "default" with `runs` is F.sdpa where torch would run that kernel
   versions  {"torch" | "cudnn" | "cuda" | "library": "2.11"}, each from one version on and before another: ">=2.11,<2.14"
   when      {field of Problem or "capability": value}; a value, a list of values, or {"min", "max", "multiple_of", "remainder"}
   reason    what goes wrong
@@ -43,12 +43,17 @@ SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*")  # a part of what "versions" 
 class Quirk:
     """One known fault of a kernel."""
 
-    kernel: str
+    kernel: str | list[str]
     reason: str
     link: str
     runs: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     when: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The kernels it holds for."""
+        return [self.kernel] if isinstance(self.kernel, str) else self.kernel
 
     def holds(self, problem: Problem, device: Device, library: str) -> bool:
         """Whether it rules its kernel out; library: the version of the kernel's library."""
@@ -68,7 +73,7 @@ def known(extra: str | None = None) -> tuple[Quirk, ...]:
 
 def ruled_out(kernel: str, problem: Problem, device: Device, library: str, extra: str | None, runs: str = "") -> list[str]:
     """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
-    found = (q for q in known(extra) if q.kernel == kernel and q.runs == runs)
+    found = (q for q in known(extra) if kernel in q.kernels and q.runs == runs)
     return [str(q) for q in found if q.holds(problem, device, library)]
 
 
@@ -95,7 +100,12 @@ def _read(path: str) -> tuple[Quirk, ...]:
 def _why_invalid(row: Any) -> str | None:
     if not isinstance(row, dict) or not {"kernel", "reason", "link"} <= set(row) <= set(KEYS):
         return f"must be an object with kernel, reason and link, and of {', '.join(KEYS)} alone"
+    names = row["kernel"]
+    if isinstance(names, list) and (not names or not all(isinstance(name, str) for name in names)):
+        return f"kernel must be a name or a list of names, got {names!r}"
     for name in KEYS:
+        if name == "kernel" and isinstance(names, list):
+            continue
         kind = dict if name in ("versions", "when") else str
         if not isinstance(row.get(name, kind()), kind):
             return f"{name} must be {'an object' if kind is dict else 'a string'}, got {row[name]!r}"

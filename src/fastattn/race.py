@@ -94,7 +94,7 @@ class Race:
             with trying.noted(self._cache, what) if what else contextlib.nullcontext():
                 self._admit(entrant, incumbent)
         except Exception as error:
-            if "CUDA error" in str(error):  # it stays, whoever runs next
+            if memory.is_sticky(error):
                 log.error("kernel %s broke the CUDA context on %s", entrant.candidate.name, self.problem)
                 raise
             is_memory = memory.is_exhausted(error)

@@ -160,7 +160,7 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
     if key.options.kernel is not None:
         chosen = chain.ordered(key.options.kernel, problem, silicon, settings)
         call = chain.bind(chosen, problem, key, structured)
-        reads, bucket = _reads(chosen, problem, settings), _bucket(problem, key)
+        reads, bucket = _reads(chosen, problem, settings), _bucket(problem, key, chosen, silicon, settings)
         return Served(call, chosen.name, "ordered", guards.may_remember(circumstances), reads, bucket)
     action, why = guards.decide(circumstances)
     if problem.is_custom:
@@ -182,7 +182,7 @@ def _resolve(key: CallKey, settings: Config, circumstances: guards.Context, give
             return Served(chain.bind(default, problem, key, structured), default.name, why, remember=False)
     elif verdict is None:
         learnt.record_miss(problem, why, circumstances)
-    return _serve(verdict, problem, silicon, settings, key, structured, why, guards.may_remember(circumstances))
+    return _serve(verdict, problem, silicon, settings, key, structured, why, circumstances)
 
 
 def _check_custom(call: planning.Call, chosen: Accepted, problem: Problem, key: CallKey, given: tuple[Any, ...]) -> None:
@@ -304,15 +304,15 @@ def _serve(
     key: CallKey,
     structured: bool,
     why: str,
-    remember: bool,
+    circumstances: guards.Context,
 ) -> Served:
-    order = chain.chain(verdict, problem, silicon, settings)
-    chosen = order[0]
+    chosen = chain.chain(verdict, problem, silicon, settings, capturing=circumstances.capturing)[0]
     call = chain.bind(chosen, problem, key, structured)
     if chosen.kernel.name != "default":
         call = chain.rescued(call, chosen, verdict, problem, settings, key, structured)
     reads = _reads(chosen, problem, settings)
-    return Served(call, chosen.name, why, remember, reads, _bucket(problem, key))
+    remember = guards.may_remember(circumstances)
+    return Served(call, chosen.name, why, remember, reads, _bucket(problem, key, chosen, silicon, settings))
 
 
 def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, ...]:
@@ -331,8 +331,13 @@ def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, .
     return tuple(reads)
 
 
-def _bucket(problem: Problem, key: CallKey) -> tuple[int, int, int] | None:
-    """A decode's entry serves its whole kv bucket; lengths up to 16 are exact, as there corners may coincide."""
+REMAINDERS = 128  # limits and known faults that ask for a length's remainder ask for one of this or a part of it
+
+
+def _bucket(
+    problem: Problem, key: CallKey, chosen: Accepted, silicon: Device, settings: Config
+) -> tuple[int, int, int] | None:
+    """A decode's entry serves its whole kv bucket where its kernel can; lengths up to 16 are exact: corners may coincide."""
     dim = TO_BHSD[problem.layout][2]
     left = None
     if problem.cut is not None:
@@ -346,4 +351,6 @@ def _bucket(problem: Problem, key: CallKey) -> tuple[int, int, int] | None:
     if not (key.mask is None or isinstance(key.mask, masks.Causal)):
         return None
     low, high = buckets.bounds(problem.kv_len)
-    return dim, low, high if left is None else min(high, left)
+    high = high if left is None else min(high, left)
+    lengths = {*range(low, min(low + REMAINDERS, high + 1)), high}
+    return (dim, low, high) if candidates.serves_range(chosen, problem, silicon, settings, lengths) else None

@@ -148,7 +148,7 @@ STUB = Stub(
         ("head_dim_multiple=8", "head_dim_multiple=1"),
         ("dense_last_dim=True,\n        aligned=True", "dense_last_dim=True"),
         ("gqa=False", "gqa=True"),
-        ('Range("kv_len", min=2)', "NO_EMPTY"),
+        ('Range("kv_len", min=2)', 'Range("kv_len", min=1)'),
         ('dtypes=(*HALF, "float32")', "dtypes=HALF"),
     ),
 )

@@ -243,7 +243,7 @@ STUB = Stub(
         ('{"softmax_scale": scale} if asks_scale else {}', "{}"),
         ("unflatten(-1, (heads, -1))", "unflatten(-1, (-1, heads)).transpose(2, 3)"),
         ('bias_type = "post_scale_bias"', 'bias_type = "pre_scale_bias"'),
-        ("'b' if bias.shape[0] == b else '1'", "'2'"),
+        ("else tuple(bias.shape)", "else (9, *bias.shape[1:])"),
         (".train(training)", ".train(False)"),
         ("max_seqlen=kv_len", "max_seqlen=q_len"),
         ("dense=True", "dense=False"),

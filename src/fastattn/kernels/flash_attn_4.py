@@ -8,6 +8,7 @@ of -inf.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,12 @@ from fastattn.kernel import (
 
 
 def load() -> Run:
+    import torch
     from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
+        raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
     return of(flash_attn_func)
 
 
@@ -118,9 +123,18 @@ KERNELS = (
                     device.capability == 90 and p.needs_grad and p.group > 1 and p.head_dim != p.head_dim_v
                 ),
             ),
+            # its kernel for 256 there, sm100_hd256_2cta_fmha_forward.py
             RefuseWhen(
-                "training with softcap {p.softcap:g} and " + DIMS + ": its backward for 256 has none there",
-                lambda p, device: p.needs_grad and bool(p.softcap) and _is_sm100(device) and p.head_dim > 192,
+                "softcap {p.softcap:g} and " + DIMS + ": its kernel for 256 has none there",
+                lambda p, device: bool(p.softcap) and _is_sm100(device) and p.head_dim > 192,
+            ),
+            RefuseWhen(
+                "a window {p.window} and " + DIMS + ": its kernel for 256 has none there",
+                lambda p, device: p.window is not None and _is_sm100(device) and p.head_dim > 192,
+            ),
+            RefuseWhen(
+                "q_len {p.q_len} != kv_len {p.kv_len} and " + DIMS + ": its kernel for 256 is wrong then",
+                lambda p, device: p.q_len != p.kv_len and _is_sm100(device) and p.head_dim > 192,
             ),
             RefuseWhen(
                 "a deterministic backward on sm{device.capability}: it has none from sm120 on",

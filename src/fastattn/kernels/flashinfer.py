@@ -18,7 +18,7 @@ import math
 from functools import cache, partial
 from typing import Any
 
-from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import NOT_EMPTY, PLANNED, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
 
 INF = float("inf")
 WORKSPACE_BYTES = 128 * 2**20
@@ -129,10 +129,7 @@ NEEDS = (
 )  # fmt: skip
 ONE = (OneOf("batch", (1,)),)
 MASK = RefuseWhen("a mask {p.mask_shape} that differs by head: it has one for all", lambda p, _: "h" in p.mask_shape)
-PLANNED = (
-    Range("batch", min=1, max=65535),
-    RefuseWhen("planned for each length, and lengths change here ({p.lengths})", lambda p, _: p.lengths != "exact"),
-)
+MANY = (Range("batch", min=1, max=65535), PLANNED)
 GPUS = {"fa2": Range("capability", min=80, max=121), "fa3": OneOf("capability", (90,))}
 
 KERNELS = tuple(
@@ -160,7 +157,7 @@ KERNELS = tuple(
     for what, backend, summary, load, more in (
         ("single", "fa3", "one request", load_single, ONE),
         ("single", "fa2", "one request", load_single, (*ONE, MASK)),
-        ("ragged", "fa3", "packed requests, planned", load_ragged, PLANNED),
-        ("ragged", "fa2", "packed requests, planned", load_ragged, PLANNED),
+        ("ragged", "fa3", "packed requests, planned", load_ragged, MANY),
+        ("ragged", "fa2", "packed requests, planned", load_ragged, MANY),
     )
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from fastattn.kernel import Arguments, Kernel, Range, Run, Tensor, log
+from fastattn.kernel import GRID, NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, log
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
 DECODE = 16  # up to so many queries, sizes are dynamic: lengths grow with every token
@@ -109,8 +109,6 @@ def _own(attend: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-NEEDS = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len"))
-
 KERNELS = (
     Kernel(
         name="flex",
@@ -126,7 +124,7 @@ KERNELS = (
         dense_last_dim=True,
         compiles="each_length",
         reads=("precision",),
-        needs=(*NEEDS, Range("head_dim", min=1)),
+        needs=(Range("batch", min=1), Range("q_heads", min=1), *NOT_EMPTY, Range("head_dim", min=1)),
     ),
     Kernel(
         name="flex",
@@ -143,6 +141,7 @@ KERNELS = (
         dense_last_dim=True,
         compiles="each_length",
         reads=("precision",),
-        needs=(*NEEDS, Range("capability", min=75), Range("head_dim", min=16), Range("head_dim_v", min=16)),
+        no_broadcast=True,  # it would read beyond them (pytorch#172225)
+        needs=(*GRID, *NOT_EMPTY, Range("capability", min=75), Range("head_dim", min=16), Range("head_dim_v", min=16)),
     ),
 )

@@ -12,6 +12,7 @@ from fastattn.kernel import (
     FLASH_2_BACKWARD,
     GRID,
     NOT_EMPTY,
+    OWN_MASK,
     Arguments,
     Device,
     Kernel,
@@ -155,6 +156,7 @@ KERNELS = (
             *NOT_EMPTY,
             *GRID,
             BFLOAT16,
+            OWN_MASK,
         ),
     ),
     Kernel(
@@ -181,6 +183,10 @@ KERNELS = (
                 lambda p, device: (
                     max(p.head_dim, p.head_dim_v) > 128 and not wide_cudnn(p.head_dim, p.head_dim_v, p.needs_grad, device)
                 ),
+            ),
+            RefuseWhen(
+                "planned for each length, and lengths change here ({p.lengths})",
+                lambda p, device: p.lengths != "exact" and not device.prefers_cudnn,  # which is what F.sdpa runs
             ),
             Range("kv_len", min=2),
             Range("q_len", min=1),

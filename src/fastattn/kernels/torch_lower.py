@@ -17,6 +17,7 @@ from fastattn.kernel import (
     FLASH_2_BACKWARD,
     GRID,
     NOT_EMPTY,
+    OWN_MASK,
     Arguments,
     Kernel,
     OneOf,
@@ -179,6 +180,7 @@ KERNELS = (
             *NOT_EMPTY,
             *GRID,
             BFLOAT16,
+            OWN_MASK,
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
                 lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,

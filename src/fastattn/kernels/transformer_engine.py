@@ -16,7 +16,20 @@ import inspect
 from functools import lru_cache, partial
 from typing import Any
 
-from fastattn.kernel import NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import (
+    GRID,
+    NOT_EMPTY,
+    OWN_MASK,
+    PLANNED,
+    Arguments,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
 
 INF = float("inf")
 HIDDEN = -32768.0  # as good as -inf in a float mask, and finite in every dtype and unit
@@ -34,10 +47,12 @@ ASKED = (
     "qkv_dtype", "qkv_layout", "batch_size", "num_heads", "num_gqa_groups", "max_seqlen_q", "max_seqlen_kv", "head_dim_qk",
     "head_dim_v", "attn_mask_type", "window_size", "bottom_right_diagonal", "core_attention_bias_type",
     "core_attention_bias_shape", "core_attention_bias_requires_grad", "attention_dropout", "deterministic", "is_training",
+    "cuda_graph",
 )  # fmt: skip
 
 
 def load(which: int) -> Run:
+    import torch
     from transformer_engine.pytorch.attention import dot_product_attention as te  # pyright: ignore[reportMissingImports]
 
     made = ("softmax_scale", "attention_dropout", *(("deterministic",) if which != UNFUSED else ()))
@@ -49,6 +64,7 @@ def load(which: int) -> Run:
     parameters = inspect.signature(describe).parameters
     says_letters = parameters["core_attention_bias_shape"].default is not None  # "bhss", up to 2.19; since then its sizes
     asks_scale = "softmax_scale" in parameters
+    is_capturing = torch.cuda.is_current_stream_capturing
 
     @lru_cache(64)
     def module(scale: float, dropout_p: float, deterministic: bool, training: bool) -> Any:
@@ -78,6 +94,7 @@ def load(which: int) -> Run:
         chosen = backend(
             a.scale, q.dtype, LAYOUT, b, heads, k.shape[2], q_len, kv_len, head_dim, v.shape[3], kind, window, bottom_right,
             bias_type, shape, bias is not None and bias.requires_grad, a.dropout_p, a.deterministic, training,
+            q.is_cuda and is_capturing(),
         )  # fmt: skip
         told = {
             "query_layer": q, "key_layer": k, "value_layer": v, "qkv_layout": LAYOUT, "attn_mask_type": kind,
@@ -125,11 +142,11 @@ def _parts(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 HALF = ("float16", "bfloat16")
 
 
-def _row(which: int, name: str, *needs: Any, **fields: Any) -> Kernel:
+def _row(which: int, name: str, *needs: Any, dropout: bool = True, **fields: Any) -> Kernel:
     return Kernel(
         name=name, summary=f"Transformer Engine's {CLASSES[which]}", load=partial(load, which), library="transformer-engine",
-        versions=("2.12", ""), environment=("NVTE_",), devices=("cuda",), layout="bshd", dropout=True,
-        needs=(Range("batch", min=1), Range("q_heads", min=1), *NOT_EMPTY, *needs), **fields,
+        versions=("2.12", ""), environment=("NVTE_",), devices=("cuda",), layout="bshd", dropout=dropout,
+        needs=(*NOT_EMPTY, *needs), **fields,
     )  # fmt: skip
 
 
@@ -140,20 +157,26 @@ KERNELS = (
         OneOf("scale", ("positive",)),
         RefuseWhen("q_len {p.q_len} > kv_len {p.kv_len} with a window or the bottom-right corner",
                    lambda p, _: p.q_len > p.kv_len and (p.causal == "bottom_right" or p.window is not None)),
-        RefuseWhen("a window {p.window} together with dropout", lambda p, _: p.window is not None and p.dropout),
-        RefuseWhen("a {p.mask} mask beside {p.dtype} inputs", lambda p, _: p.mask not in (None, "bool", p.dtype)),
+        *GRID,
+        OWN_MASK,
+        PLANNED,
         RefuseWhen("a mask {p.mask_shape}, broadcast over queries or keys: it takes whole (q, k) alone",
                    lambda p, _: p.mask is not None and not {"q", "k"} <= set(p.mask_shape)),
         dtypes=HALF, corner="any", masks=("additive",), window=True, mask_grad=True, head_dim_multiple=8,
         causal_scales=("positive",), dense=True, aligned=True,
+        dropout=False,  # some of cuDNN's kernels round the rate to sixteenths (pytorch#174245)
     ),
     _row(
         FLASH, "te_flash",
         Range("capability", min=80), OneOf("scale", ("positive",)),
+        *GRID,
         Range("head_dim", min=1, max=256), Range("head_dim_v", max=256),
         dtypes=HALF, corner="bottom_right", window=True, equal_head_dims=True, head_dim_multiple=8,
         causal_scales=("positive",), dense_last_dim=True, aligned=True,
     ),
-    _row(UNFUSED, "te_unfused", Range("head_dim", min=1), dtypes=(*HALF, "float32"), corner=None, masks=("bool", "additive"),
-         mask_grad=True, unfused=True, dense_last_dim=True),
+    _row(
+        UNFUSED, "te_unfused",
+        Range("batch", min=1), Range("q_heads", min=1), Range("head_dim", min=1),
+        dtypes=(*HALF, "float32"), corner=None, masks=("bool", "additive"), mask_grad=True, unfused=True, dense_last_dim=True,
+    ),
 )  # fmt: skip

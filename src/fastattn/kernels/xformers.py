@@ -18,6 +18,7 @@ from fastattn.kernel import (
     FLASH_2_BACKWARD,
     GRID,
     NOT_EMPTY,
+    OWN_MASK,
     Arguments,
     Kernel,
     OneOf,
@@ -183,6 +184,7 @@ KERNELS = (
             NO_GRAPH,
             NO_DROPOUT,
             BFLOAT16,
+            OWN_MASK,
             # with a mask the band becomes one with it
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
@@ -217,6 +219,7 @@ KERNELS = (
             Range("capability", min=80, max=121),
             OneOf("head_dim", SPLITK_DIMS),
             OneOf("head_dim_v", SPLITK_DIMS),
+            OWN_MASK,
             OneOf("scale", ("positive",)),
             Range("batch", min=1),
             Range("q_heads", min=1),
