@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from fakes import CPU, check, problem, qkv
 
 import fastattn
-from fastattn import buckets, candidates, learnt, resolve, store, tuning
+from fastattn import buckets, candidates, config, inputs, kernels, learnt, resolve, store, tuning
+from fastattn.config import Config
+from fastattn.device import Device
 from fastattn.kernel import Accepted
+from fastattn.masks import Causal
 from fastattn.verdict import Trial, Verdict
 
 
@@ -161,3 +165,50 @@ def test_real_bucket_mates_share_one_verdict_and_are_right(monkeypatch):
         check(*qkv(1, kv_len))
     found = [v.problem for v in learnt.verdicts(fastattn.config.current())]
     assert shapes(found) == [("kv", 1, 1, buckets.canonical(300))]
+
+
+# --- one entry, one bucket
+
+
+@pytest.mark.parametrize("batch, heads, head_dim", [(1, 12, 64), (1, 40, 128), (3, 8, 128), (1, 2, 64)])
+def test_all_lengths_of_a_bucket_have_the_same_candidates(batch, heads, head_dim):
+    """A winner of the canonical length serves all of its bucket: it must not vanish in the middle."""
+    for length in (180, 1100):
+        low, high = buckets.bounds(length)
+        made = {"dtype": "bfloat16", "batch": batch, "q_heads": heads, "kv_heads": heads, "head_dim": head_dim, "q_len": 1}
+        p = [problem(**made, kv_len=n, lengths="kv") for n in (*range(low, high + 1, 16), high)]
+        names = [{d.name for d in candidates.decisions(one, CPU, Config()) if isinstance(d, Accepted)} for one in p]
+        assert all(some == names[0] for some in names)
+
+
+def test_a_fault_in_the_middle_of_a_bucket_is_no_part_of_an_entry(tmp_path, monkeypatch):
+    file = tmp_path / "quirks.json"
+    file.write_text(json.dumps([{"kernel": "torch_flash", "when": {"kv_len": 1300}, "reason": "wrong", "link": "https://x.org"}]))
+    monkeypatch.setenv("FASTATTN_QUIRKS", str(file))
+    config.forget()
+    for length in (1100, 1299):
+        q, k, v = qkv(1, length)
+        fastattn.attention(q, k, v, kernel="torch_flash")
+    q, k, v = qkv(1, 1300)
+    with pytest.raises(fastattn.NoKernelError, match="wrong"):
+        fastattn.attention(q, k, v, kernel="torch_flash")
+
+
+def test_an_entry_ends_where_offsets_would_need_64_bits():
+    h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
+    heads, row = 80 * 8, 80 * 8 * 128
+    shape, stride = torch.Size((80, 8, 25_000, 128)), (8 * 25_000 * 128, 25_000 * 128, 128, 1)
+    kv = inputs.Spec(shape, stride, torch.bfloat16, torch.device("cuda", 0), False)
+    key = inputs.call_key(*(torch.empty(1, 1, 1, 8) for _ in range(3)), None, "bhsd", inputs.parse({}))._replace(k=kv, v=kv)
+    p = problem(device="cuda", dtype="bfloat16", head_dim=128, q_len=1, kv_len=25_000, extent=heads * 25_000 * 128 - 1)
+    default = next(k for k in kernels.rows_for("cuda") if k.name == "default")
+    _, low, high = resolve._bucket(p, key, Accepted(default), h100, Config())
+    assert low <= 25_000 <= high < buckets.bounds(25_000)[1]
+    assert high * row - 1 <= 2**31 - 1 < (high + 2) * row
+
+
+def test_a_plan_says_which_lengths_it_takes():
+    q, k, v = qkv(4, 4)
+    assert fastattn.plan(q, k, v, Causal("bottom_right")).kv_lens == (4, 4)  # square, it is drawn as the other corner
+    low, high = fastattn.plan(*qkv(1, 100), kernel="torch_flash").kv_lens
+    assert (low, high) == buckets.bounds(100)

@@ -117,6 +117,10 @@ CASES = (
         "torch_cudnn", "read as garbage", ({"mask": "float32"}, {"mask": "float32", "dtype": "float16"}),
         ({"dtype": "float32"}, {"mask": "bool"}, {"mask": "bfloat16"}, {"mask": None}),
     ),
+    Case(
+        "torch_efficient", "also within F.sdpa", ({"mask": "float32"}, {"mask": "float32", "dtype": "float16"}),
+        ({"dtype": "float32"}, {"mask": "bool"}, {"mask": "bfloat16"}, {"mask": None}),
+    ),
     masked_and_long("torch_efficient"),
     masked_and_long("aten_efficient"),
     masked_and_long("xformers_cutlass"),

@@ -154,3 +154,13 @@ def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch)
         assert "NaN in the gradient of q" in (planning.why_not_default(p, h100, Config(), found) or ""), change
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, kv_len=704, causal="top_left")
     assert planning.why_not_default(p, h100, Config(), candidates.decisions(p, h100, Config())) is None
+
+
+def test_the_default_is_not_served_where_it_would_raise(monkeypatch):
+    """Its memory-efficient kernel takes no float32 mask beside half inputs; without cuDNN it is what F.sdpa runs."""
+    a100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=92300)
+    p = problem(device="cuda", dtype="bfloat16", head_dim=64, mask="float32", mask_shape="bhqk")
+    found = candidates.decisions(p, a100, Config())
+    assert planning.default_runs(p, a100, found) == "torch_efficient"
+    assert "float32 mask" in (planning.why_not_default(p, a100, Config(), found) or "")
+    assert [c.kernel.name for c in planning.fallbacks(p, a100, Config(), found)] == ["sdpa_math"]

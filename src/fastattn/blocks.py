@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn import buckets
 from fastattn.kernel import Arguments, Kernel, Run
 from fastattn.layouts import empty_in_order, memory_order
 from fastattn.problem import Problem
@@ -165,7 +166,8 @@ def _joined(parts: list[tuple[Block, Tensor]]) -> Tensor:
 def are_copies_all(p: Problem) -> bool:
     """Whether copies of the keys and values, in float32, are most of the work, and too large to be made at once: decoding."""
     few = p.group * p.q_len <= FEW_ROWS and p.device == "cpu" and not p.needs_grad
-    return few and p.batch * p.kv_heads * _copied(p.kv_len, p.head_dim, p.head_dim_v) > 2 * CAST_BYTES
+    heads = buckets.canonical_batch(p.batch) * p.kv_heads  # all of a bucket is decided alike
+    return few and heads * _copied(buckets.canonical(p.kv_len), p.head_dim, p.head_dim_v) > 2 * CAST_BYTES
 
 
 def _copied(kv_len: int, head_dim: int, head_dim_v: int) -> int:

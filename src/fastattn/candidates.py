@@ -15,7 +15,7 @@ from fastattn.config import Config, current
 from fastattn.conversions import BY_NAME, CONVERSIONS, NO, OPTIONAL, REQUIRED
 from fastattn.device import Device
 from fastattn.files import layers
-from fastattn.kernel import Accepted, Decision, Kernel, Rejected, Run
+from fastattn.kernel import Accepted, Decision, Kernel, Range, Rejected, Run
 from fastattn.problem import Problem
 
 
@@ -105,20 +105,20 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Config) -> Iter
         yield why
 
 
-def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Config, lengths: Iterable[int]) -> bool:
-    """Whether a candidate that can do this problem can do it at these kv_len too. Most have no limit or fault that asks."""
+def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Config, low: int, high: int) -> bool:
+    """Whether a candidate that can do this problem can do it at every kv_len from low to high."""
     kernel = chosen.kernel
-    asks = any(getattr(n, "field", "") == "kv_len" or "{p.kv_len}" in getattr(n, "text", "") for n in kernel.needs)
-    if not asks and not any("kv_len" in q.when for q in quirks.known(config.quirks) if kernel.name in q.kernels):
-        return True
-    library = version(kernel.library) or ""
-    for length in lengths:
-        p = problem.replace(kv_len=length)
-        if any(need.why_not(p, device) for need in kernel.needs):
-            return False
-        if quirks.ruled_out(kernel.name, p, device, library, config.quirks):
-            return False
-    return True
+    faults = [quirk for quirk in quirks.known(config.quirks) if kernel.name in quirk.kernels]
+    if any(quirk.may_hold_between(low, high, problem, device, version(kernel.library) or "") for quirk in faults):
+        return False
+    ends = [n for n in kernel.needs if isinstance(n, Range) and n.field == "kv_len" and n.multiple_of == 1]
+    others = [n for n in kernel.needs if n not in ends and "kv_len" in (getattr(n, "text", "") or getattr(n, "field", ""))]
+    lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if others else {low, high} if ends else ()
+    at = [problem.replace(kv_len=length) for length in lengths]
+    return not any(need.why_not(p, device) for p in at for need in (*ends, *others))
+
+
+REMAINDERS = 64  # limits that ask for a length's remainder ask for one of this or a part of it
 
 
 def absent(kernel: Kernel) -> str | None:
@@ -166,9 +166,10 @@ def _met(kernel: Kernel) -> str | None:
     library = libraries.of(kernel.library)
     if library is None or library.module in sys.modules:
         return None
-    others = [*library.after, *(other.module for other in libraries.LIBRARIES if other.module in sys.modules)]
+    others = [other.module for other in libraries.LIBRARIES if other.module in sys.modules]
     root, _ = layers(current().cache_dir)
-    return importing.fatal(library.module, library.entry, version(kernel.library) or "", root[0] if root else None, others)
+    known = version(kernel.library) or ""
+    return importing.fatal(library.module, library.entry, known, root[0] if root else None, others, library.after)
 
 
 def forget() -> None:

@@ -59,7 +59,7 @@ def chain(
         is_out = verdict is not None and (verdict.problem, name) in learnt.state.buried
         if kernel is None or is_out or (tracing and not _is_traceable(kernel, name)):
             continue
-        if capturing and (kernel.compiles is not None or not candidates.is_loaded(kernel)):
+        if capturing and not _is_ready(kernel):
             continue
         found = candidates.decide(kernel, problem, silicon, settings, certain=True)
         served += [d for d in found if isinstance(d, Accepted) and d.name == name]
@@ -72,6 +72,10 @@ def chain(
 
 def _is_traceable(kernel: Kernel, name: str) -> bool:
     return kernel.library == "torch" and not blocks.IN_BLOCKS & set(name.split("+")[1:])
+
+
+def _is_ready(kernel: Kernel) -> bool:
+    return kernel.compiles is None and candidates.is_loaded(kernel)
 
 
 def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Config) -> list[Accepted]:
@@ -165,7 +169,7 @@ def _rescue(
                 raise error from None  # F.sdpa raises too: it is the caller's own error
     order = [d for name in left for d in found if isinstance(d, Accepted) and d.name == name]
     for candidate in (*order, *last):
-        if candidate == failed:
+        if candidate == failed or (is_capturing(given[0]) and not _is_ready(candidate.kernel)):
             continue
         try:
             call = bind(candidate, problem, key, structured)

@@ -167,7 +167,8 @@ class Device:
     @property
     def prefers_cudnn(self) -> bool:
         """Whether F.sdpa tries cuDNN's kernel first here: sdp_utils.cpp, check_prefer_cudnn_attention."""
-        return self.capability in (90, 100, 103) and self.cudnn > 91500
+        is_told = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"
+        return self.capability in (90, 100, 103) and self.cudnn > 91500 and not is_told
 
     @property
     def slug(self) -> str:

@@ -234,14 +234,14 @@ def _why_kept(verdict: Verdict) -> str:
 class Plan:
     """A bound Call for loops that want no dispatch at all: `plan(q, k, v, mask)`, with tensors like those it was made of.
 
-    It checks nothing: dtypes, options and shapes must be those it was made of. Only the batch may differ and, where q_len is
-    up to 16 and the mask is no tensor, kv_len may grow. `explanation` says why this kernel.
+    It checks nothing: dtypes, options and shapes must be those it was made of. Only kv_len may be another one, from the first
+    of `kv_lens` to the second: for up to 16 queries (decoding) these are wide. `explanation` says why this kernel.
     """
 
-    __slots__ = ("_call", "candidate", "explanation")
+    __slots__ = ("_call", "candidate", "explanation", "kv_lens")
 
-    def __init__(self, call: planning.Call, candidate: str, explanation: Explanation) -> None:
-        self._call, self.candidate, self.explanation = call, candidate, explanation
+    def __init__(self, call: planning.Call, candidate: str, kv_lens: tuple[int, int], explanation: Explanation) -> None:
+        self._call, self.candidate, self.kv_lens, self.explanation = call, candidate, kv_lens, explanation
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         return self._call(q, k, v, mask)
@@ -257,5 +257,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
     """
     inputs.parse(options, "plan")
     served = resolve.attention(q, k, v, mask, layout, options)
-    return Plan(served.call, served.candidate, explain(q, k, v, mask, layout, **options))
+    found = explain(q, k, v, mask, layout, **options)
+    kv_lens = served.bucket[1:] if served.bucket else (found.problem.kv_len, found.problem.kv_len)
+    return Plan(served.call, served.candidate, kv_lens, found)
 

@@ -46,16 +46,19 @@ os.write(1, {_MARK!r} + answer.encode("utf-8", "replace"))
 os._exit(0)
 """
 
-def fatal(module: str, entry: str, version: str, root: Path | None, beside: Sequence[str] = ()) -> str | None:
+def fatal(
+    module: str, entry: str, version: str, root: Path | None, beside: Sequence[str] = (), after: Sequence[str] = ()
+) -> str | None:
     """How importing a module would end or hang this process; None where it does not, or merely raises.
 
-    A child tries it, beside other modules that are here: two libraries may register the same ops. root: the cache.
+    A child tries it, beside other modules that are here: two libraries may register the same ops. root: the cache. after: what
+    it cannot be imported without.
     """
     memory = _memory(root, module, version, beside)
     answer = _remembered(memory)
     if answer is None:
         log.info("%s is tried in a child process, as it is new here", module)
-        why = why_not(module, entry, beside=beside) or ""
+        why = why_not(module, entry, beside=(*after, *beside)) or ""
         answer = why if why.startswith((ENDED, HANGS)) else ""
         is_its_own = not answer.startswith((HANGS, *KILLED))
         if memory is not None and is_its_own:

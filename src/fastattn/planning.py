@@ -5,7 +5,6 @@ No Call bakes a length in. The fallback chain lives here too: what runs when not
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -172,7 +171,7 @@ def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our quirks
     plain = {d.kernel.name for d in could if d is not None and is_native(d, d.kernel.name)}
     order = ["torch_flash", "torch_efficient", "torch_math"]
-    if device.type == "cuda" and device.prefers_cudnn and os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1":
+    if device.type == "cuda" and device.prefers_cudnn:
         order.insert(0, "torch_cudnn")
     return next((name for name in order if name in plain), "torch_math")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastattn.problem import Problem
 
 SHIPPED = Path(__file__).with_name("quirks.json")
 OF_DEVICE = ("capability",)
+OF_LENGTH = ("kv_len", "extent", "scores", "unfused_bytes", "io_bytes")
 KEYS = ("kernel", "runs", "versions", "when", "reason", "link")
 BOUNDS = ("min", "max", "multiple_of", "remainder")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -61,6 +62,14 @@ class Quirk:
         return all(_in_versions(here[name], spec) for name, spec in self.versions.items()) and all(
             _is_met(getattr(device if name in OF_DEVICE else problem, name), wanted) for name, wanted in self.when.items()
         )
+
+    def may_hold_between(self, low: int, high: int, problem: Problem, device: Device, library: str) -> bool:
+        """Whether it holds at a kv_len of that range, or may: of what else follows from a length nothing is known."""
+        fixed = {name: wanted for name, wanted in self.when.items() if name not in OF_LENGTH}
+        if len(fixed) == len(self.when) or not replace(self, when=fixed).holds(problem, device, library):
+            return False
+        wanted = self.when.get("kv_len")
+        return wanted is None or any(_is_met(length, wanted) for length in range(low, high + 1))
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.link})"
@@ -115,12 +124,15 @@ def _why_invalid(row: Any) -> str | None:
         if not isinstance(spec, str) or not all(SPEC.fullmatch(part.strip()) for part in spec.split(",")):
             return f"versions of {name} must look like '>=2.11,<2.14', got {spec!r}"
     for name, wanted in row.get("when", {}).items():
-        if name not in OF_DEVICE and not hasattr(Problem, name) and name not in Problem.__dataclass_fields__:
+        is_property = isinstance(getattr(Problem, name, None), property)
+        if name not in OF_DEVICE and not is_property and name not in Problem.__dataclass_fields__:
             return f"when speaks of {name!r}, which no Problem has"
         if isinstance(wanted, dict) and not set(wanted) <= set(BOUNDS):
             return f"when of {name} must use {', '.join(BOUNDS)}, got {', '.join(wanted)}"
         if isinstance(wanted, dict) and not all(type(n) in (int, float) for n in wanted.values()):
             return f"when of {name} must have numbers, got {wanted}"
+        if isinstance(wanted, dict) and "remainder" in wanted and "multiple_of" not in wanted:
+            return f"when of {name} has a remainder, but no multiple_of"
         if isinstance(wanted, dict) and wanted.get("multiple_of") == 0:
             return f"when of {name} must be a multiple of more than 0"
     return None

@@ -32,7 +32,7 @@ from fastattn.device import Device, has_torch_function, sdpa
 from fastattn.inputs import CallKey, Options
 from fastattn.kernel import Accepted
 from fastattn.layouts import TO_BHSD
-from fastattn.problem import Problem, default_scale
+from fastattn.problem import INT32, Problem, default_scale
 from fastattn.verdict import Verdict
 
 
@@ -331,7 +331,9 @@ def _reads(chosen: Accepted, problem: Problem, settings: Config) -> tuple[str, .
     return tuple(reads)
 
 
-REMAINDERS = 128  # limits and known faults that ask for a length's remainder ask for one of this or a part of it
+def _longest(problem: Problem, key: CallKey) -> int:
+    """The longest kv_len at which offsets into the tensors, which grow with it, have 32 bits on CUDA."""
+    return 2**40 if problem.device != "cuda" else INT32 * key.k.shape[2] // max(1, problem.extent)
 
 
 def _bucket(
@@ -345,12 +347,11 @@ def _bucket(
         if problem.cut.corner != "bottom_right" or left < 0:
             return None
         if problem.kv_len == left + 1:  # a window that is full stays so: every longer cache is the same problem
-            return dim, left + 1, 2**40
+            return dim, left + 1, _longest(problem, key)
     if problem.q_len > buckets.DECODE_Q_LEN or problem.kv_len <= buckets.DECODE_Q_LEN:
         return None
     if not (key.mask is None or isinstance(key.mask, masks.Causal)):
         return None
     low, high = buckets.bounds(problem.kv_len)
-    high = high if left is None else min(high, left)
-    lengths = {*range(low, min(low + REMAINDERS, high + 1)), high}
-    return (dim, low, high) if candidates.serves_range(chosen, problem, silicon, settings, lengths) else None
+    high = min(high, _longest(problem, key), high if left is None else left)
+    return (dim, low, high) if candidates.serves_range(chosen, problem, silicon, settings, low, high) else None

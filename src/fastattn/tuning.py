@@ -28,6 +28,7 @@ DRIFT = 0.1  # a winner whose time moved by more while it was timed is not writt
 CROWDED = 0.25  # cores lacking, beyond which a verdict is marked, and `fastattn tune` measures again
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
+NATIVE = "the default runs this kernel"
 NOT_TRIED = "not tried: budget"
 NOT_COMPILED = "not tried: it must be compiled first, which `fastattn tune --compile` does"
 
@@ -76,7 +77,7 @@ def tune(
         if kernel == "default":
             entrant.reason = planning.why_not_default(problem, silicon, config, found)
         elif first.kernel.name == "default" and incumbent.reason is None and planning.is_native(entrant.candidate, native):
-            entrant.reason = "the default runs this kernel"
+            entrant.reason = NATIVE
         elif entrant.candidate.kernel.compiles and not compiling:
             entrant.reason = NOT_COMPILED
         elif kernel == "sdpa_math" and any(e.reason is None for e in entrants if e.first_call is not None):
@@ -137,6 +138,7 @@ def _settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
         return set()
     accepted = [d for d in found if isinstance(d, Accepted)]
     names = {d.name for d in accepted if _is_tried(known, d)} - {known.incumbent, known.winner, "default"}
+    names -= {t.candidate for t in known.trials if t.reason == NATIVE}  # what F.sdpa runs may be another kernel by now
     if all(d.name != known.winner for d in accepted):  # it is gone: whoever had a time races for its place
         names -= {t.candidate for t in known.trials if t.time_us is not None}
     return names

@@ -28,17 +28,18 @@ from fastattn.kernel import (
 
 
 def load() -> Run:
-    import torch
     from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
-        raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
     return of(flash_attn_func)
 
 
 def of(function: Callable[..., Any]) -> Run:
     """Its flash_attn_func, wherever it comes from."""
+    import torch
+
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
+        raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
     attend = by_keyword(
         function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
     )  # fmt: skip

@@ -12,7 +12,6 @@ from fastattn.kernel import (
     FLASH_2_BACKWARD,
     GRID,
     NOT_EMPTY,
-    OWN_MASK,
     Arguments,
     Device,
     Kernel,
@@ -156,7 +155,6 @@ KERNELS = (
             *NOT_EMPTY,
             *GRID,
             BFLOAT16,
-            OWN_MASK,
         ),
     ),
     Kernel(

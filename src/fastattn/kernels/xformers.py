@@ -32,7 +32,6 @@ from fastattn.kernel import (
 )
 
 INF = float("inf")
-NEEDED = {"flash3": ", and the package flash_attn_3 is not there", "triton_splitk": ": triton is not there"}
 INPUTS = ("query", "key", "value", "attn_bias", "p", "scale", "op")
 
 
@@ -49,7 +48,8 @@ def load(name: str, where: str = "xformers.ops.fmha") -> Run:
     op, biases = getattr(fmha, name), fmha.attn_bias
     is_blind = name == "triton_splitk" and find_spec("triton") is None  # it says that it is there, whatever there is
     if is_blind or not op.FwOp.is_available():
-        raise ImportError(f"its {name} operator was not built" + NEEDED.get(name, ""))
+        why = ": triton is not there" if is_blind else ", and the package flash_attn_3 is not there" if name == "flash3" else ""
+        raise ImportError(f"its {name} operator was not built{why}")
     forward = by_keyword(fmha.memory_efficient_attention_forward, *INPUTS)
     with_lse = by_keyword(fmha.memory_efficient_attention_forward_requires_grad, *INPUTS)
     with_graph = by_keyword(fmha.memory_efficient_attention, *INPUTS)
@@ -185,11 +185,11 @@ KERNELS = (
             NO_DROPOUT,
             BFLOAT16,
             OWN_MASK,
-            # with a mask the band becomes one with it
             RefuseWhen(
                 "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: it hides nothing then",
                 lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
             ),
+            # with a mask the band becomes one with it
             RefuseWhen(
                 "a window {p.window} that no triangle ends, it has causal ones",
                 lambda p, _: bool(p.mask is None and p.window and p.causal is None and p.window[1] != 0),
