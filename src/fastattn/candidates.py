@@ -111,11 +111,11 @@ def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Con
     faults = [quirk for quirk in quirks.known(config.quirks) if kernel.name in quirk.kernels]
     if any(quirk.may_hold_between(low, high, problem, device, version(kernel.library) or "") for quirk in faults):
         return False
-    ends = [n for n in kernel.needs if isinstance(n, Range) and n.field == "kv_len" and n.multiple_of == 1]
-    others = [n for n in kernel.needs if n not in ends and "kv_len" in (getattr(n, "text", "") or getattr(n, "field", ""))]
-    lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if others else {low, high} if ends else ()
+    asking = [need for need in kernel.needs if "kv_len" in (getattr(need, "text", "") or getattr(need, "field", ""))]
+    walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between(low, high))]
+    lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if walked else ()
     at = [problem.replace(kv_len=length) for length in lengths]
-    return not any(need.why_not(p, device) for p in at for need in (*ends, *others))
+    return not any(need.why_not(p, device) for p in at for need in walked)
 
 
 REMAINDERS = 64  # limits that ask for a length's remainder ask for one of this or a part of it

@@ -51,6 +51,10 @@ class Range:
             return f"{self.field} {value} is not a multiple of {self.multiple_of}"
         return None
 
+    def holds_between(self, low: int, high: int) -> bool:
+        """Whether every value from low to high is within the limit."""
+        return (self.min is None or self.min <= low) and (self.max is None or high <= self.max) and self.multiple_of == 1
+
     def edges(self) -> tuple[list[int], list[int]]:
         """Values just inside the limit, and just outside it."""
         step = self.multiple_of
