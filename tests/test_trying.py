@@ -33,6 +33,9 @@ def test_the_note_is_there_while_it_is_tried_and_gone_afterwards(root):
         raise ValueError("it merely cannot")
     assert notes(root) == []
     with pytest.raises(RuntimeError), trying.noted(root, "a candidate"):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    assert notes(root) == [], "the process goes on"
+    with pytest.raises(RuntimeError), trying.noted(root, "a candidate"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     assert len(notes(root)) == 1
 

@@ -60,12 +60,13 @@ class Block(NamedTuple):
         return mask[tuple(part if n > 1 else slice(None) for n, part in zip(mask.shape, parts, strict=True))]
 
 
-def blocks_of(q: Tensor, k: Tensor, a: Arguments) -> Iterator[Block]:
-    """The blocks of a problem, in memory order."""
+def blocks_of(q: Tensor, k: Tensor, a: Arguments, sizes: tuple[int, int, int] | None = None) -> Iterator[Block]:
+    """The blocks of a problem, in memory order. sizes: (batch entries, kv heads, query rows) of one."""
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     group = q_heads // kv_heads
-    nb, nh, rows = block_sizes(batch, kv_heads, group, q_len, kv_len, a.upper is not None or a.lower is not None)
+    banded = a.upper is not None or a.lower is not None
+    nb, nh, rows = sizes or block_sizes(batch, kv_heads, group, q_len, kv_len, banded)
     for b in range(0, batch, nb):
         for h in range(0, kv_heads, nh):
             for r in range(0, q_len, rows):
@@ -98,8 +99,6 @@ def _heads_at_once(batch: int, kv_heads: int, count: int) -> tuple[int, int]:
     nb = max(1, min(batch, count // kv_heads))
     nh = kv_heads if nb > 1 else min(kv_heads, count)
     return -(-batch // -(-batch // nb)), -(-kv_heads // -(-kv_heads // nh))
-
-
 
 
 # --- chunks: the forward, or what autograd can follow
@@ -179,17 +178,9 @@ def by_heads(step: Run, kernel: Kernel, p: Problem) -> Run:
     order, threads = memory_order(p.strides[0]), p.threads
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        return forward(step, order, _heads(q, k, v, threads), q, k, v, mask, a)
+        (batch, kv_heads, kv_len, head_dim), q_len = k.shape, q.shape[2]
+        count = max(threads, CAST_BYTES // max(1, _copied(kv_len, head_dim, v.shape[3])))  # one at least for each thread
+        sizes = (*_heads_at_once(batch, kv_heads, count), q_len)
+        return forward(step, order, blocks_of(q, k, a, sizes), q, k, v, mask, a)
 
     return run
-
-
-def _heads(q: Tensor, k: Tensor, v: Tensor, threads: int) -> Iterator[Block]:
-    """Blocks of whole heads, one at least for each thread, whose copies take about CAST_BYTES."""
-    (batch, q_heads, q_len, _), (_, kv_heads, kv_len, head_dim) = q.shape, k.shape
-    group, bytes_of_head = q_heads // kv_heads, max(1, _copied(kv_len, head_dim, v.shape[3]))
-    nb, nh = _heads_at_once(batch, kv_heads, max(threads, CAST_BYTES // bytes_of_head))
-    rows, keys = slice(0, q_len), slice(0, kv_len)
-    for b in range(0, batch, nb):
-        for h in range(0, kv_heads, nh):
-            yield Block(slice(b, b + nb), slice(h * group, (h + nh) * group), slice(h, h + nh), rows, keys)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import blocks, candidates, config, kernels, learnt, memory, planning
 from fastattn.config import Config, log
 from fastattn.device import Device
-from fastattn.errors import NoKernelError
+from fastattn.errors import NoKernelError, is_sticky
 from fastattn.inputs import CallKey
 from fastattn.kernel import Accepted, Kernel, Rejected
 from fastattn.problem import Problem
@@ -141,7 +141,7 @@ def is_capturing(x: Tensor) -> bool:
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    return is_hook or memory.is_exhausted(error) or memory.is_sticky(error)
+    return is_hook or memory.is_exhausted(error) or is_sticky(error)
 
 
 def _rescue(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.config import log
 from fastattn.device import Device, private
-from fastattn.masks import additive, as_bias, sees_nothing
+from fastattn.masks import additive, as_4d, as_bias, sees_nothing
 from fastattn.needs import (
     BFLOAT16,
     FLASH_2_BACKWARD,
@@ -34,7 +34,7 @@ from fastattn.scratch import room
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Accepted", "Arguments", "Backward",
     "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor",
-    "additive", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
+    "additive", "as_4d", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
 ]  # fmt: skip
 
 FLOATS = ("float16", "bfloat16", "float32")

@@ -31,18 +31,6 @@ def free(device: torch.device) -> float:
         return float("inf")
 
 
-STICKY = (  # errors "that leave the process in an inconsistent state" (CUDA runtime API, cudaError_t), by their texts
-    "illegal memory access", "illegal instruction", "illegal address", "misaligned address", "invalid program counter",
-    "device-side assert", "launch failure", "launch timed out", "hardware stack error", "uncorrectable ECC",
-    "fallen off the bus", "address space", "device is lost", "unknown error",
-)  # fmt: skip
-
-
-def is_sticky(error: BaseException) -> bool:
-    """Whether it is a CUDA error that every later call of the process meets again; a launch that was never made is none."""
-    return "CUDA error" in str(error) and any(text in str(error) for text in STICKY)
-
-
 def is_exhausted(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, in whichever of torch's ways."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn import candidates, dropping, memory, planning, samples, timing, trying, verifying
 from fastattn.config import current, log
+from fastattn.errors import is_sticky
 from fastattn.files import layers
 from fastattn.kernel import Accepted
 from fastattn.problem import Problem
@@ -94,7 +95,7 @@ class Race:
             with trying.noted(self._cache, what) if what else contextlib.nullcontext():
                 self._admit(entrant, incumbent)
         except Exception as error:
-            if memory.is_sticky(error):
+            if is_sticky(error):
                 log.error("kernel %s broke the CUDA context on %s", entrant.candidate.name, self.problem)
                 raise
             is_memory = memory.is_exhausted(error)

@@ -13,12 +13,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastattn.errors import is_sticky
 from fastattn.files import make_directory, publish, read_safely
 
 
 @contextmanager
 def noted(root: Path | None, what: str) -> Generator[None]:
-    """Leave a note while `what` is tried. root: the cache; without one nothing is noted. It stays behind a CUDA error."""
+    """Leave a note while `what` is tried, and behind a sticky CUDA error. root: the cache; without one nothing is noted."""
     path = _path(root, what)
     if path is not None:
         with contextlib.suppress(OSError):
@@ -27,7 +28,7 @@ def noted(root: Path | None, what: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        path = None if "CUDA error" in str(error) else path  # it broke this process, if not at once
+        path = None if is_sticky(error) else path  # it broke this process, if not at once
         raise
     finally:
         if path is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from fastattn.kernel import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernel import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, as_4d, by_keyword
 
 INF = float("inf")
 LOG2E = 1.4426950408889634
@@ -62,7 +62,7 @@ def of_2(core: Any, name: str, built: str = "", **more: Any) -> Run:
         given = {**more, "is_causal": a.upper == 0, "sm_scale": a.scale, "return_lse": a.lse}
         if mask is None:
             return attend(q=q, k=k, v=v, tensor_layout="NHD", **given)
-        mask = mask if mask.dim() == 4 else mask[None, None]
+        mask = as_4d(mask)
         is_bool = mask.dtype is torch.bool
         given["attn_mask"] = mask if is_bool else (mask.float() * LOG2E).clamp_min(HIDDEN).to(q.dtype)
         found = attend(q=q, k=k, v=v, tensor_layout="NHD", **given)

@@ -12,6 +12,7 @@ from fastattn.kernel import (
     FLASH_2_BACKWARD,
     GRID,
     NOT_EMPTY,
+    PLANNED,
     Arguments,
     Device,
     Kernel,
@@ -183,7 +184,7 @@ KERNELS = (
                 ),
             ),
             RefuseWhen(
-                "planned for each length, and lengths change here ({p.lengths})",
+                PLANNED.text,
                 lambda p, device: p.lengths != "exact" and not device.prefers_cudnn,  # which is what F.sdpa runs
             ),
             Range("kv_len", min=2),

@@ -28,6 +28,7 @@ from fastattn.kernel import (
     RefuseWhen,
     Run,
     Tensor,
+    as_4d,
     by_keyword,
 )
 
@@ -130,7 +131,7 @@ def _parts(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """(what is hidden, what is added, which is finite)."""
     if mask is None:
         return None, None
-    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    mask = as_4d(mask)
     if not mask.dtype.is_floating_point:
         return mask.logical_not(), None
     hidden = mask == -INF
