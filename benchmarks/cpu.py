@@ -26,12 +26,16 @@ from rounds import environment, interleave, is_busy, peak_bytes, settle, spread
 from workload import SMALL, Case, Inputs, cases, inputs
 
 import fastattn
-from fastattn import config, samples, tuning, verifying
-from fastattn import inputs as call_inputs
-from fastattn.errors import NoKernelError
-from fastattn.layouts import to_bhsd
-from fastattn.problem import Problem
-from fastattn.verdict import Trial, Verdict
+from fastattn.environment.errors import NoKernelError
+from fastattn.environment.settings import current_settings
+from fastattn.problems import call_key as call_inputs
+from fastattn.problems.layouts import to_bhsd
+from fastattn.problems.problem import Problem
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.judge import judge_of_call
+from fastattn.tuning.tune import tune_problem
+from fastattn.verdicts.verdict import Trial, Verdict
 
 BUSY = "something else keeps this machine busy (load average above 0.5): the numbers below say little"
 SDPA, AGAIN, OURS = "F.sdpa", "F.sdpa again", "attention()"
@@ -150,7 +154,7 @@ def _pinned(
     if verdict is not None and any(_is_unjudged(t) for t in trials):
         grad = torch.enable_grad() if verdict.problem.needs_grad else torch.no_grad()
         with grad:
-            judged = tuning.tune(verdict.problem, config.current(), clock=GateOnly(), thorough=True)
+            judged = tune_problem(verdict.problem, current_settings(), clock=GateOnly(), thorough=True)
         trials = [(judged.trial(t.candidate) or t) if _is_unjudged(t) else t for t in trials]
     found, runs = [], {}
     for trial in trials:
@@ -185,7 +189,7 @@ def _own_error(x: Inputs) -> float:
     q, k, v = (t.detach() for t in (x.q, x.k, x.v))
     key = call_inputs.call_key(q, k, v, x.mask, c.layout, call_inputs.Options(is_causal=c.causal))
     problem = Problem.from_key(key, "exact")
-    judge = verifying.judge_of_call(problem, q, k, v, x.mask, samples.scale_of(problem))
+    judge = judge_of_call(problem, q, k, v, x.mask, samples.scale_of(problem))
     out = fastattn.attention(x.q, x.k, x.v, x.mask, **c.options).detach()
     mine = to_bhsd(out, c.layout)[:1, : problem.group]
     return judge.errors(lambda *_: mine).forward
@@ -222,7 +226,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if is_busy():
         console.print(BUSY, style="yellow")
-    before = config.current()
+    before = current_settings()
     fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
     start = time.perf_counter()
     results = _run(todo, args, console)

@@ -35,8 +35,9 @@ from report import Grid
 from rich.console import Console
 from rounds import environment
 
-from fastattn import candidates, kernels
-from fastattn.device import Device
+from fastattn.environment.device import Device
+from fastattn.kernels import registry
+from fastattn.planning import candidates
 
 PARTS = ("verify", "special", "workload")
 CHILD_S = 120.0
@@ -84,7 +85,7 @@ def usable(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """(kernel, why it is not run): those of this device, what compiles last."""
     silicon = Device.of(torch.device(args.device))
     found = []
-    for kernel in sorted(kernels.rows_for(silicon.type), key=lambda k: k.compiles is not None):
+    for kernel in sorted(registry.rows_for(silicon.type), key=lambda k: k.compiles is not None):
         if silicon.type not in kernel.devices or (args.only and not re.search(args.only, kernel.name)):
             continue
         is_there = candidates.version(kernel.library) is not None
@@ -205,7 +206,7 @@ def main() -> int:
 
 def installed() -> str:
     """The kernel libraries of this machine, with versions."""
-    named = {k.library: candidates.version(k.library) for k in kernels.rows() if k.library != "torch"}
+    named = {k.library: candidates.version(k.library) for k in registry.rows() if k.library != "torch"}
     return ", ".join(f"{name} {version}" for name, version in named.items() if version) or "none"
 
 

@@ -18,10 +18,17 @@ import torch
 from workload import Case, cases
 
 import fastattn
-from fastattn import candidates, config, dropping, inputs, kernels, memory, planning, samples, verifying
-from fastattn.device import Device, state
-from fastattn.kernel import Accepted
-from fastattn.problem import Problem
+from fastattn.environment.device import Device, state
+from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
+from fastattn.kernels.kernel import Accepted
+from fastattn.planning import binding, candidates
+from fastattn.problems import call_key
+from fastattn.problems.problem import Problem
+from fastattn.tuning import memory_use
+from fastattn.tuning.accuracy import dropout
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.judge import Judge, judge_of_call, summary
 
 WORKLOAD = Path(__file__).with_name("gpu_workload.toml")
 MARK = "answer:"  # begins a line that is one
@@ -98,8 +105,8 @@ class Found:
 def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
     """Each candidate of a kernel on each problem of the grid, by the gate's own judges."""
     on = torch.device(device)
-    silicon, settings = Device.of(on), config.Config().naming(name)
-    [kernel] = [k for k in kernels.rows_for(silicon.type, settings.named) if k.name == name]
+    silicon, settings = Device.of(on), Settings().naming(name)
+    [kernel] = [k for k in registry.rows_for(silicon.type, settings.named) if k.name == name]
     for p in grid(device, smoke):
         p = p.replace(accuracy=0.1) if kernel.approximate else p
         found = candidates.decide(kernel, p, silicon, settings, certain=True)
@@ -111,25 +118,25 @@ def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
             yield from _dropout(accepted, p, on)
             continue
         with torch.set_grad_enabled(p.needs_grad):
-            judges: list[verifying.Judge] = []
+            judges: list[Judge] = []
             for candidate in accepted:
                 try:
-                    judges = judges or verifying.judges(p, on)
-                    call = planning.bind(candidate, judges[0].sample.problem, samples.scale_of(p))
-                    errors = verifying.summary(judges, call)
+                    judges = judges or judges(p, on)
+                    call = binding.bind(candidate, judges[0].sample.problem, samples.scale_of(p))
+                    errors = summary(judges, call)
                     yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
                 except Exception as error:
                     yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
 
 
 def _dropout(accepted: list[Accepted], p: Problem, on: torch.device) -> Iterator[Found]:
-    small, scale = dropping.problem_of(p), samples.scale_of(p)
+    small, scale = dropout.problem_of(p), samples.scale_of(p)
     for candidate in accepted:
         try:
-            call = planning.bind(candidate, small, scale, dropout_p=dropping.RATE)
-            without = planning.bind(candidate, small, scale)
-            with torch.set_grad_enabled(p.needs_grad), dropping.own_random(on):
-                errors = dropping.check(call, without, small, on)
+            call = binding.bind(candidate, small, scale, dropout_p=dropout.RATE)
+            without = binding.bind(candidate, small, scale)
+            with torch.set_grad_enabled(p.needs_grad), dropout.own_random(on):
+                errors = dropout.check(call, without, small, on)
             yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
         except Exception as error:
             yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
@@ -146,7 +153,7 @@ def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
     """What random grids do not meet; name: a kernel, or "attention()" for what is served."""
     for what, run in SPECIAL.items():
         order: dict[str, Any] = {} if name == "attention()" else {"kernel": name}
-        if order and any(k.approximate for k in kernels.rows() if k.name == name):
+        if order and any(k.approximate for k in registry.rows() if k.name == name):
             order["accuracy"] = 0.1
         try:
             with fastattn.options(kernels=[f"+{name}"] if order else None):
@@ -158,7 +165,7 @@ def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
             yield Found(what, name, refused="this device has too little memory")
         except Exception as error:
             yield Found(what, name, error=f"{type(error).__name__}: {error}"[:300])
-        memory.release(torch.device(device))
+        memory_use.release(torch.device(device))
 
 
 def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> float:
@@ -169,8 +176,8 @@ def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> f
 
 def judged(out: Any, q: Any, k: Any, v: Any, **options: Any) -> float:
     """The error of an output that is there already."""
-    p = Problem.from_key(inputs.call_key(q, k, v, None, "bhsd", inputs.parse(options)))
-    judge = verifying.judge_of_call(p, q, k, v, None, samples.scale_of(p))
+    p = Problem.from_key(call_key.call_key(q, k, v, None, "bhsd", call_key.parse(options)))
+    judge = judge_of_call(p, q, k, v, None, samples.scale_of(p))
     assert judge is not None
     return judge.errors(lambda *_: out[:1, : p.group]).forward
 
@@ -249,7 +256,7 @@ def answer(part: str, name: str, args: argparse.Namespace) -> None:
             print(f"\n{MARK}{json.dumps({'began': title})}", flush=True)
             result = cpu.measure(case, 5 if args.smoke else 15, 0.3 if args.smoke else 1.0, args.device)
             print(f"\n{MARK}{json.dumps({'title': title, 'result': asdict(result)})}", flush=True)
-            memory.release(torch.device(args.device))
+            memory_use.release(torch.device(args.device))
         return
     for found in (verify if part == "verify" else special)(name, args.device, args.smoke):
         print(f"\n{MARK}{json.dumps(asdict(found))}", flush=True)

@@ -13,12 +13,14 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from fastattn import candidates, kernels
+from fastattn.kernels import registry
+from fastattn.planning import candidates
 
 CHILD = """
 import sys
-from fastattn import candidates, kernels
-[kernel] = [k for k in kernels.rows_for("cuda") if k.name == sys.argv[1]]
+from fastattn.kernels import registry
+from fastattn.planning import candidates
+[kernel] = [k for k in registry.rows_for("cuda") if k.name == sys.argv[1]]
 print("ANSWER", candidates.unavailable(kernel) or "loads")
 """
 
@@ -33,7 +35,7 @@ def main() -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     table = Table("kernel", "package", "version", "", box=None, padding=(0, 1, 0, 0))
     failed = 0
-    for kernel in kernels.rows_for("cuda"):
+    for kernel in registry.rows_for("cuda"):
         if "cuda" not in kernel.devices or kernel.library == "torch":
             continue
         version = candidates.version(kernel.library)

@@ -29,8 +29,9 @@ from rounds import environment, interleave, is_busy
 from torch import Tensor
 
 import fastattn
-from fastattn import api, patching, resolve
-from fastattn.buckets import bounds
+from fastattn.dispatch import attention as api
+from fastattn.dispatch import patching, resolve
+from fastattn.problems.length_buckets import bounds
 
 TINY = (1, 4, 16, 32)
 LAYERS = 32  # of the decode loop

@@ -97,7 +97,7 @@ def settle() -> None:
 def environment(on: str = "cpu") -> dict[str, str]:
     """What the numbers were taken on, and with."""
     import fastattn
-    from fastattn.device import Device
+    from fastattn.environment.device import Device
 
     device = Device.of(torch.device(on))
     gpu = {"capability": f"sm{device.capability}", "cuda": device.cuda, "cudnn": str(device.cudnn)} if on == "cuda" else {}

@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastattn import kernels, libraries, quirks
-from fastattn.kernel import Kernel, RefuseWhen
+from fastattn.kernels import known_faults, registry
+from fastattn.kernels.kernel import Kernel, RefuseWhen
+from fastattn.kernels.libraries import catalogue
 
 PAGE = Path(__file__).with_name("kernels.md")
 HEAD = """# The kernels
 
-Made from the rows in `src/fastattn/kernels/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a conversion
-may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem has, and why
-each other kernel is out.
+Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a
+conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
+has, and why each other kernel is out.
 """
 OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask")
 FAULTS = """## Known faults
 
-Rows of `src/fastattn/quirks.json`: where all of it holds, the kernel is not used; for torch's own kernels that goes for
-F.sdpa as well. `FASTATTN_QUIRKS` names a file with more of them.
+Rows of `src/fastattn/kernels/known_faults.json`: where all of it holds, the kernel is not used; for torch's own kernels that
+goes for F.sdpa as well. `FASTATTN_QUIRKS` names a file with more of them.
 
 | kernel | fault | where | reported |
 |---|---|---|---|"""
@@ -29,15 +30,15 @@ SAID = {"lse": "return_lse", "custom_mask": "BlockMask"}
 
 
 def page() -> str:
-    rows = [k for k in kernels.rows() if k not in kernels.plugins()]
+    rows = [k for k in registry.rows() if k not in registry.plugins()]
     parts = [HEAD, overview(rows)]
     for title, mine in groups(rows).items():
         parts.append(f"## {title}\n")
-        library = libraries.of(mine[0].library)
+        library = catalogue.of(mine[0].library)
         if library is not None:
             parts.append(f"`{library.install}`" + f", module `{library.module}`.\n")
         parts += [one(kernel) for kernel in mine]
-    return "\n".join([*parts, FAULTS, "\n".join(map(fault, quirks.known())) + "\n"])
+    return "\n".join([*parts, FAULTS, "\n".join(map(fault, known_faults.known())) + "\n"])
 
 
 def overview(rows: list[Kernel]) -> str:
@@ -51,7 +52,7 @@ def overview(rows: list[Kernel]) -> str:
 
 
 def library_of(k: Kernel) -> str:
-    library = libraries.of(k.library)
+    library = catalogue.of(k.library)
     return "torch" if k.library == "torch" else library.name if library else k.library
 
 
@@ -91,7 +92,7 @@ def placeholders(text: str) -> str:
     return re.sub(r"\{(?:p|device)\.([^}:]*)[^}]*\}", r"`\1`", text)
 
 
-def fault(q: quirks.Quirk) -> str:
+def fault(q: known_faults.Quirk) -> str:
     kernel = f"F.sdpa where it runs {q.runs}" if q.runs else ", ".join(q.kernels)
     where = [f"{name} {spec}" for name, spec in q.versions.items()]
     where += [f"{name} {condition(value)}" for name, value in q.when.items()]

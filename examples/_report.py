@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn import explanation, tuning
-from fastattn.device import Device
+from fastattn.dispatch import explain as explanation
+from fastattn.dispatch import resolve
+from fastattn.environment.device import Device
 
 
 class Watch:
     """Counts the tunings of this process from now on, and their seconds."""
 
     def __init__(self):
-        self.count, self.seconds, real = 0, 0.0, tuning.tune
+        self.count, self.seconds, real = 0, 0.0, resolve.tune_problem
 
         def tune(*args, **kwargs):
             start = time.perf_counter()
@@ -30,7 +31,7 @@ class Watch:
             finally:
                 self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
 
-        tuning.tune = tune
+        resolve.tune_problem = tune
 
 
 def served(met):

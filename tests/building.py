@@ -1,7 +1,7 @@
 """Shared by tests: inputs in every layout and memory form, and a float64 attention written for the tests alone.
 
-`Expected` follows the rule in fastattn.verifying's docstring and shares no code with fastattn.reference: heads are
-expanded, what is hidden is one dense bool tensor, and gradients come from autograd.
+`Expected` follows the rule in the docstring of tuning/accuracy/judge.py and shares no code with
+tuning/accuracy/reference.py: heads are expanded, what is hidden is one dense bool tensor, and gradients come from autograd.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from functools import cached_property
 
 import torch
 
-from fastattn import candidates, config, inputs, masks
-from fastattn.device import Device
-from fastattn.kernel import Accepted
-from fastattn.problem import Problem
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings
+from fastattn.kernels.kernel import Accepted
+from fastattn.planning import candidates
+from fastattn.problems import call_key, masks
+from fastattn.problems.problem import Problem
 
 ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
 HALF = (torch.bfloat16, torch.float16)
@@ -296,12 +298,12 @@ def hold(want, call, q, k, v, mask=None, rung="exact"):
 
 def problem_of(q, k, v, mask=None, layout="bhsd", **options):
     """The Problem of a call."""
-    return Problem.from_key(inputs.call_key(q, k, v, mask, layout, inputs.parse(options)), config.current().accuracy)
+    return Problem.from_key(call_key.call_key(q, k, v, mask, layout, call_key.parse(options)), current_settings().accuracy)
 
 
 def accepted(q, k, v, mask=None, layout="bhsd", **options) -> list[str]:
     """Names of the candidates that can do a call."""
-    found = candidates.decisions(problem_of(q, k, v, mask, layout, **options), CPU, config.current())
+    found = candidates.decisions(problem_of(q, k, v, mask, layout, **options), CPU, current_settings())
     return [d.name for d in found if isinstance(d, Accepted)]
 
 
@@ -326,5 +328,5 @@ def without_lse(call):
 
 def corner(mask, is_causal=False) -> tuple[str, ...]:
     """The triangles that a call draws."""
-    value = inputs.as_structured(mask)
+    value = call_key.as_structured(mask)
     return (*((value.corner,) if isinstance(value, masks.Causal) else ()), *(("top_left",) if is_causal else ()))

@@ -11,7 +11,9 @@ import torch
 os.environ.pop("FASTATTN_MODE", None)
 
 import fastattn
-from fastattn import config, crowding, learnt
+from fastattn.dispatch import session
+from fastattn.environment.settings import log, reload_settings
+from fastattn.tuning import cpu_contention
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,17 +37,17 @@ def own_store(tmp_path, monkeypatch):
     for name in [n for n in os.environ if n.startswith("FASTATTN_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "store"))
-    monkeypatch.setattr(crowding, "usage", lambda: None)  # what else runs on the machine has no say in a test
-    config.forget()
+    monkeypatch.setattr(cpu_contention, "usage", lambda: None)  # what else runs on the machine has no say in a test
+    reload_settings()
     fastattn.clear()
-    learnt.state.spent_s = 0.0
-    config.log.setLevel("NOTSET")
-    config.log.handlers.clear()
+    session.state.spent_s = 0.0
+    log.setLevel("NOTSET")
+    log.handlers.clear()
     torch.manual_seed(0)
     before = torch.nn.functional.scaled_dot_product_attention
     yield tmp_path / "store"
     assert torch.nn.functional.scaled_dot_product_attention is before, "a test left F.sdpa patched"
-    config.forget()
+    reload_settings()
     fastattn.clear()
 
 

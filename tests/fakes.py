@@ -9,12 +9,20 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn import Problem, config, inputs, kernels, learnt, planning, samples, timing, verifying
-from fastattn.device import Device
-from fastattn.kernel import Arguments, Kernel, Run
-from fastattn.kernels.matmul import load_math
+from fastattn import Problem
+from fastattn.dispatch import session
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings
+from fastattn.kernels import registry
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.kernels.plain_math import sdpa_math
+from fastattn.planning import binding
+from fastattn.problems import call_key
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.judge import Judge
 
-honest: Run = load_math()  # exact in float32: what a made-up kernel computes before it lies
+honest: Run = sdpa_math  # exact in float32: what a made-up kernel computes before it lies
 FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds
 CPU = Device.of(torch.device("cpu"))
 
@@ -57,9 +65,9 @@ class Clock:
 
 def turn(monkeypatch: Any, clock: Clock) -> Clock:
     """From now on tuning reads this clock, and every bound Call takes the time it says."""
-    bind = planning.bind
+    bind = binding.bind
 
-    def ticking(candidate: Any, *args: Any, **named: Any) -> planning.Call:
+    def ticking(candidate: Any, *args: Any, **named: Any) -> binding.Call:
         call = bind(candidate, *args, **named)
 
         def run(*given: Any) -> torch.Tensor:
@@ -68,9 +76,9 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 
         return run
 
-    monkeypatch.setattr(planning, "bind", ticking)
-    monkeypatch.setattr(timing, "stopwatch", lambda device: clock)
-    monkeypatch.setattr(learnt.state, "spent_s", 0.0)  # what other tests took of the process's budget
+    monkeypatch.setattr(binding, "bind", ticking)
+    monkeypatch.setattr(tuning, "stopwatch", lambda device: clock)
+    monkeypatch.setattr(session.state, "spent_s", 0.0)  # what other tests took of the process's budget
     return clock
 
 
@@ -82,20 +90,20 @@ def made_up(name: str, run: Run, **fields: Any) -> Kernel:
 
 def add(monkeypatch: Any, *rows: Kernel) -> None:
     """These kernels exist until the test ends."""
-    monkeypatch.setattr(kernels, "_extra", [*kernels._extra, *rows])
+    monkeypatch.setattr(registry, "_extra", [*registry._extra, *rows])
 
 
 def replace_default(monkeypatch: Any, run: Run) -> None:
     """The default computes `run` until the test ends."""
-    rows = tuple(replace(r, load=lambda: run) if r.name == "default" else r for r in kernels._shipped())
-    monkeypatch.setattr(kernels, "_shipped", lambda: rows)
+    rows = tuple(replace(r, load=lambda: run) if r.name == "default" else r for r in registry._shipped())
+    monkeypatch.setattr(registry, "_shipped", lambda: rows)
 
     def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return run(q, k, v, mask, Arguments(scale, upper=0 if is_causal else None))
 
-    monkeypatch.setattr(planning, "sdpa", sdpa)
+    monkeypatch.setattr(binding, "sdpa", sdpa)
 
 
 def qkv(
@@ -128,7 +136,7 @@ def problem(**changes: Any) -> Problem:
 
 def problem_of(q, k, v, mask=None, **options: Any) -> Problem:
     """The Problem of a call in bhsd."""
-    return Problem.from_key(inputs.call_key(q, k, v, mask, "bhsd", inputs.parse(options)), config.current().accuracy)
+    return Problem.from_key(call_key.call_key(q, k, v, mask, "bhsd", call_key.parse(options)), current_settings().accuracy)
 
 
 def check(q, k, v, mask=None, **options: Any) -> None:
@@ -136,7 +144,7 @@ def check(q, k, v, mask=None, **options: Any) -> None:
     p = problem_of(q, k, v, mask, **options)
     dense = mask if isinstance(mask, torch.Tensor) else None
     grad = torch.randn(1, p.q_heads, p.q_len, p.head_dim_v).to(q.dtype) if p.needs_grad else None
-    judge = verifying.Judge(samples.Sample(p, q, k, v, dense, grad), options.get("scale", p.head_dim**-0.5))
+    judge = Judge(samples.Sample(p, q, k, v, dense, grad), options.get("scale", p.head_dim**-0.5))
     errors = judge.errors(lambda q, k, v, _: fastattn.attention(q, k, v, mask, **options))
     assert errors.passed, errors
 

@@ -12,7 +12,7 @@ import torch
 from fakes import FAST, Clock, check, qkv, row, turn
 
 import fastattn
-from fastattn import kernels
+from fastattn.kernels import adapters, registry
 
 PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-kernel.md").read_text(encoding="utf-8")
 FILE, CASE, LOOK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -22,22 +22,22 @@ FILE, CASE, LOOK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def toy(tmp_path, monkeypatch):
     """The page's file, put where the package finds its kernels."""
     (tmp_path / "toy.py").write_text(FILE, encoding="utf-8")
-    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
-    kernels._shipped.cache_clear()
+    monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(tmp_path)])
+    registry._shipped.cache_clear()
     yield
     monkeypatch.undo()
-    kernels._shipped.cache_clear()
-    sys.modules.pop("fastattn.kernels.toy", None)
-    if hasattr(kernels, "toy"):
-        del kernels.toy
+    registry._shipped.cache_clear()
+    sys.modules.pop("fastattn.kernels.adapters.toy", None)
+    if hasattr(adapters, "toy"):
+        del adapters.toy
 
 
 def test_without_the_file_there_is_no_toy():
-    assert "toy" not in kernels.names()
+    assert "toy" not in registry.names()
 
 
 def test_the_file_alone_makes_it_known(toy):
-    assert "toy" in kernels.names()
+    assert "toy" in registry.names()
     assert row("toy", *qkv(64)).reason is None
     assert row("toy", *qkv(64), is_causal=True).reason == "causal is not supported"
 

@@ -13,11 +13,12 @@ from dataclasses import replace
 import pytest
 from fakes import CPU, problem
 
-from fastattn import candidates, kernels
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Kernel, OneOf, Range, RefuseWhen, Rejected
-from fastattn.kernels import flash_attn_3
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
+from fastattn.kernels.adapters import flash_attn_3
+from fastattn.kernels.kernel import Kernel, OneOf, Range, RefuseWhen, Rejected
+from fastattn.planning import candidates
 
 WIDTHS = (8, 32, 40, 64, 72, 96, 128, 136, 160, 168, 192, 200, 224, 232, 256, 264)
 LENGTHS = (1, 2, 64, 65, 100)
@@ -52,7 +53,7 @@ SAID = {"needs_grad": "training", "kv_heads": "heads"}  # how a sentence calls a
 
 EACH = [
     pytest.param(kernel, kind, need, id=f"{kernel.name}-{kind}-{number}")
-    for kernel in kernels.rows()
+    for kernel in registry.rows()
     for kind in kernel.devices
     for number, need in enumerate(kernel.needs)
 ]
@@ -63,7 +64,7 @@ class Space:
 
     def __init__(self, kernel: Kernel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernel, self.kind = kernel, kind
-        self.config = Config().naming(kernel.name)
+        self.config = Settings().naming(kernel.name)
         monkeypatch.setattr(candidates, "absent", lambda _: None)
         self.left_out = False  # whether FlashAttention 3 was built without all that can be left out, or whole
         flags = (f"FLASHATTENTION_DISABLE_{flag}" for flag, *_ in flash_attn_3.OPTIONAL)

@@ -12,10 +12,19 @@ import torch
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import cli, config, explanation, inputs, learnt, masks, presets, prewarming, resolve, store, tuning
-from fastattn.cli import asking, tables
-from fastattn.device import Device
-from fastattn.problem import Problem
+from fastattn import cli
+from fastattn.cli import shape_words, tables
+from fastattn.dispatch import ahead, resolve, session
+from fastattn.dispatch import explain as explanation
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings, reload_settings
+from fastattn.kernels import registry
+from fastattn.problems import call_key, masks, presets
+from fastattn.problems.layouts import stride_class
+from fastattn.problems.problem import Problem
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.tune import tune_problem
+from fastattn.verdicts import store
 
 TINY = "1x2x16x8"
 
@@ -40,13 +49,13 @@ def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with cli.tune.make_context("tune", " ".join(words).split()) as context:
         own = ("as_json", "force", "compiling")
-        return list(asking.problems(**{k: v for k, v in context.params.items() if k not in own}))
+        return list(shape_words.problems(**{k: v for k, v in context.params.items() if k not in own}))
 
 
 def of_call(q, k, v, mask=None, layout="bhsd", **options):
     """What attention() asks for this very call."""
-    key = inputs.call_key(q, k, v, mask, layout, inputs.parse(options))
-    return Problem.from_key(key, config.current().accuracy)
+    key = call_key.call_key(q, k, v, mask, layout, call_key.parse(options))
+    return Problem.from_key(key, current_settings().accuracy)
 
 
 CALLS = {
@@ -133,7 +142,7 @@ def test_an_option_means_exactly_the_problem_that_the_call_asks(words):
 @pytest.mark.parametrize("words", OPTIONS)
 def test_the_command_line_of_an_option_gives_the_problem_back(words):
     problem = of_options(words)
-    assert asked(learnt.command_line(problem)) == [problem]
+    assert asked(session.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("accuracy", ["dtype", "0.01"])
@@ -164,7 +173,7 @@ def test_threads_and_precision_are_this_process(monkeypatch):
 def test_every_preset_is_a_problem_whose_command_line_gives_it_back(name, dtype):
     for shape in presets.PRESETS[name]:
         problem = presets.problem(replace(shape, strides=None), dtype, grad=False)
-        assert asked(learnt.command_line(problem)) == [problem]
+        assert asked(session.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("words", [
@@ -173,7 +182,7 @@ def test_every_preset_is_a_problem_whose_command_line_gives_it_back(name, dtype)
 ])  # fmt: skip
 def test_command_line_is_parsed_back_to_the_same_problem(words):
     problem = asked(words)[0]
-    assert asked(learnt.command_line(problem)) == [problem]
+    assert asked(session.command_line(problem)) == [problem]
 
 
 @pytest.mark.parametrize("words", [
@@ -182,7 +191,7 @@ def test_command_line_is_parsed_back_to_the_same_problem(words):
 ])  # fmt: skip
 def test_command_line_names_the_strides(words):
     problem = asked(words)[0]
-    assert asked(learnt.command_line(problem)) == [problem]
+    assert asked(session.command_line(problem)) == [problem]
 
 
 def test_the_hint_of_an_untuned_call_tunes_that_call(caplog):
@@ -232,7 +241,7 @@ def test_a_mistake_is_a_sentence_that_says_what_would_be_right(command, words, s
 
 def test_a_bad_environment_variable_is_a_usage_error(monkeypatch):
     monkeypatch.setenv("FASTATTN_MODE", "fast")
-    config.forget()
+    reload_settings()
     output = run("cache", "path", code=2)
     assert "FASTATTN_MODE must be one of auto, cached, off, got 'fast'" in output
 
@@ -257,14 +266,14 @@ def test_tune_explain_show_export_and_clear_tell_one_story(own_store, tmp_path):
 def test_what_has_a_verdict_is_tuned_again_only_by_force():
     first = json.loads(run("tune", TINY, "--json"))[0]["created"]
     tunings = []
-    real = resolve.tuning.tune
+    real = resolve.tune_problem
 
     def counted(problem, *args, **kwargs):
         tunings.append(problem)
         return real(problem, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve.tuning, "tune", counted)
+        patch.setattr(resolve, "tune_problem", counted)
         assert json.loads(run("tune", TINY, "--json"))[0]["created"] == first
         assert tunings == []
         run("tune", TINY, "--json", "--force")
@@ -285,7 +294,7 @@ def test_a_crowded_verdict_is_tuned_again(monkeypatch):
     monkeypatch.setattr(tuning, "CROWDED", -1.0)
     tuned = []
     real = resolve.tune
-    monkeypatch.setattr(prewarming.resolve, "tune", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k))
+    monkeypatch.setattr(ahead.resolve, "tune", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k))
     assert explanation.IN_DOUBT in run("tune", "1x2x20x8")
     assert tuned == asked("1x2x20x8")
 
@@ -296,7 +305,7 @@ def test_explain_measures_only_when_told():
     assert all(row["time_us"] is None for row in before["candidates"])
     after = json.loads(run("explain", TINY, "--tune", "--json"))[0]
     assert any(row["time_us"] for row in after["candidates"])
-    assert {row["candidate"].split("+")[0] for row in after["candidates"]} == set(fastattn.config.kernel_names())
+    assert {row["candidate"].split("+")[0] for row in after["candidates"]} == set(registry.names())
 
 
 def test_version_is_the_package_version():
@@ -311,7 +320,7 @@ def test_the_geometric_mean_is_the_root_of_the_product():
                                  "interleaved", "expanded"])  # fmt: skip
 def test_strides_of_a_class_are_of_that_class(cls):
     size = (2, 3, 5, 7)
-    assert fastattn.problem.stride_class(size, presets.strides(size, cls)) == cls
+    assert stride_class(size, presets.strides(size, cls)) == cls
 
 
 # --- where nothing can be done
@@ -323,7 +332,7 @@ def homeless(monkeypatch):
     monkeypatch.delenv("FASTATTN_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/nobody-in-particular")
-    config.forget()
+    reload_settings()
     return (
         "the home directory /tmp/nobody-in-particular is under /tmp, where nothing is cached by default;"
         " set FASTATTN_CACHE_DIR"
@@ -348,7 +357,7 @@ def test_tuning_into_a_directory_that_cannot_be_written_is_an_error(own_store):
 
 def test_what_a_machine_kept_from_being_stored_is_counted(monkeypatch):
     """The second of two problems is tuned while the machine changes its speed: it stays in memory."""
-    real = tuning.tune
+    real = tune_problem
 
     def drifting(problem, *args, **how):
         verdict = real(problem, *args, **how)
@@ -356,7 +365,7 @@ def test_what_a_machine_kept_from_being_stored_is_counted(monkeypatch):
         return replace(verdict, trials=trials)
 
     monkeypatch.setattr(tuning, "DRIFT", 8.0)
-    monkeypatch.setattr(resolve.tuning, "tune", drifting)
+    monkeypatch.setattr(resolve, "tune_problem", drifting)
     assert "1 of 2 verdicts were not stored: the machine changed its speed" in run("tune", TINY, "1x4x16x8")
     assert "Error: no verdict was stored: the machine changed" in run("tune", "1x4x16x8", "--force", code=1)
 

@@ -12,13 +12,15 @@ import pytest
 SCRIPT = """
 import hashlib, json, sys
 import torch, fastattn
-from fastattn import config, resolve, tuning, masks
+from fastattn import masks
+from fastattn.dispatch import resolve
+from fastattn.tuning import tune as tuning
 
 torch.set_num_threads(1)
 tuned = []
 tuning.DRIFT = float("inf")  # a machine that changes its speed while this runs is another test's affair
-real = tuning.tune
-tuning.tune = lambda problem, *a, **kw: (tuned.append(str(problem)), real(problem, *a, **kw))[1]
+real = resolve.tune_problem
+resolve.tune_problem = lambda problem, *a, **kw: (tuned.append(str(problem)), real(problem, *a, **kw))[1]
 
 def make(*shape, seed=0, dtype=torch.float32, grad=False):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

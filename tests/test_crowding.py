@@ -6,8 +6,10 @@ import pytest
 from fakes import problem
 
 import fastattn
-from fastattn import config, crowding, tuning
-from fastattn.crowding import Crowd, Usage
+from fastattn.environment.settings import current_settings
+from fastattn.tuning import cpu_contention
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.cpu_contention import Crowd, Usage
 
 
 def crowd(others, own, *, threads=2, cores=2, seconds=1.0):
@@ -34,11 +36,11 @@ def test_where_nothing_can_be_told_nothing_is_lacking():
 
 def test_the_reading_of_this_system_moves_on(monkeypatch):
     monkeypatch.undo()
-    first = crowding.usage()
+    first = cpu_contention.usage()
     if first is None:
         pytest.skip("no /proc/stat here")
     sum(range(3_000_000))
-    second = crowding.usage()
+    second = cpu_contention.usage()
     assert second.now > first.now and second.own > first.own and second.everyone >= first.everyone
 
 
@@ -56,4 +58,4 @@ def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog
     assert not tuning.is_crowded(again)
     [third] = fastattn.tune(p)
     assert third is again  # measured in peace: no more reason to
-    assert config.current().mode == "auto"
+    assert current_settings().mode == "auto"

@@ -18,16 +18,23 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import candidates, cli, config, doctor, files, kernels, libraries, store, units
-from fastattn.cli import diagnosing
-from fastattn.device import Device
-from fastattn.doctor import Fault, Layer, Report, Row, cache, faults, redaction
-from fastattn.doctor.machine import Machine, this_machine
-from fastattn.kernel import Range
-from fastattn.store import Store
+from fastattn import cli
+from fastattn.cli import doctor
+from fastattn.cli.doctor import Fault, Layer, Report, Row, cache, command, faults, redaction
+from fastattn.cli.doctor.machine import Machine, this_machine
+from fastattn.environment import cache_files
+from fastattn.environment.device import Device
+from fastattn.environment.settings import reload_settings
+from fastattn.environment.text import format_bytes, format_duration
+from fastattn.kernels import registry
+from fastattn.kernels.kernel import Range
+from fastattn.kernels.libraries import catalogue
+from fastattn.planning import candidates
+from fastattn.verdicts import store
+from fastattn.verdicts.store import Store
 
 H100 = Device("cuda", "NVIDIA H100 132sm", 90, cuda="12.8", cudnn=91002)
-NAMES = {library.name: library for library in libraries.LIBRARIES}
+NAMES = {library.name: library for library in catalogue.LIBRARIES}
 
 
 @pytest.fixture(autouse=True)
@@ -178,11 +185,11 @@ def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site,
         install(site, name, works(name))
     assert row("SageAttention 3").why_not[0] == "needs sm120 to sm121, this device is sm90"
     assert row("FlashAttention 2").usable
-    base = next(kernel for kernel in kernels.rows() if kernel.name == "matmul")
+    base = next(kernel for kernel in registry.rows() if kernel.name == "matmul")
     mine = replace(base, name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
     too_new = replace(mine, name="flash_9", needs=(Range("capability", min=100),))
     absent = replace(mine, name="other", library="natten")
-    monkeypatch.setattr(kernels, "_extra", [mine, too_new, absent])
+    monkeypatch.setattr(registry, "_extra", [mine, too_new, absent])
     report = examined()
     own = {r.name: r for r in report.kernels}
     assert next(r for r in report.libraries if r.name == "FlashAttention 2").usable
@@ -217,7 +224,7 @@ def test_why_there_is_no_cuda(monkeypatch, tmp_path):
 
 def test_torchs_own_kernels_are_rows():
     own = {r.name: r for r in examined().kernels}
-    assert set(own) == set(kernels.names())
+    assert set(own) == set(registry.names())
     assert all(own[name].usable for name in ("default", "torch_flash", "torch_math", "matmul", "sdpa_math"))
     assert own["torch_cudnn"].why_not == ("needs CUDA, this machine has none",)
 
@@ -266,7 +273,7 @@ def test_files_bytes_and_unreadable_files_are_counted(own_store, monkeypatch):
     layer = examined().cache[0]
     assert (layer.files, layer.unreadable, layer.bytes) == (2, 1, good.stat().st_size + 1)
     assert sorted(own_store.rglob("*")) == before
-    assert f"~/store: 2 files, {units.size(layer.bytes)}, 1 unreadable (fastattn cache clear)" in run()
+    assert f"~/store: 2 files, {format_bytes(layer.bytes)}, 1 unreadable (fastattn cache clear)" in run()
 
 
 def test_a_file_in_the_way_and_a_directory_for_all_to_write_are_faults(tmp_path, monkeypatch):
@@ -279,7 +286,7 @@ def test_a_file_in_the_way_and_a_directory_for_all_to_write_are_faults(tmp_path,
             report = examined()
         assert not report.works and why in report.faults[0].what and "tune again" in report.faults[0].what
         with pytest.raises(OSError):  # what a real put meets
-            files.make_directory(tmp_path / path / store.VERSION / "slug")
+            cache_files.make_directory(tmp_path / path / store.VERSION / "slug")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
@@ -314,7 +321,7 @@ def test_no_home_to_cache_in_is_a_fault(monkeypatch):
     monkeypatch.delenv("FASTATTN_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/")
-    config.forget()
+    reload_settings()
     output = run(code=1)
     assert "there is no home directory to cache in" in output and "export FASTATTN_CACHE_DIR" in output
 
@@ -327,7 +334,7 @@ def test_every_bad_variable_is_told_and_the_good_ones_hold(monkeypatch, tmp_path
     monkeypatch.setenv("FASTATTN_LOG", "loud")
     monkeypatch.setenv("FASTATTN_CACHEDIR", "/some/where")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "good"))
-    config.forget()
+    reload_settings()
     report = json.loads(run("--json", code=1))
     assert [fault["fix"] for fault in report["faults"]] == [
         "unset FASTATTN_CACHEDIR", "unset FASTATTN_MODE", "unset FASTATTN_LOG",
@@ -339,7 +346,7 @@ def test_every_bad_variable_is_told_and_the_good_ones_hold(monkeypatch, tmp_path
 
 def test_asking_for_a_kernel_that_is_not_usable_is_a_fault(monkeypatch):
     monkeypatch.setenv("FASTATTN_KERNELS", "torch_cudnn,matmul")
-    config.forget()
+    reload_settings()
     report = examined()
     assert [f.what for f in report.faults] == [
         "FASTATTN_KERNELS asks for torch_cudnn, which is not usable here: needs CUDA, this machine has none"
@@ -352,7 +359,7 @@ def test_asking_for_a_kernel_that_is_not_usable_is_a_fault(monkeypatch):
 def test_a_manifest_must_be_for_one_of_the_devices(monkeypatch, tmp_path):
     file = tmp_path / "verdicts.json"
     monkeypatch.setenv("FASTATTN_MANIFEST", str(file))
-    config.forget()
+    reload_settings()
     assert "No such file" in examined().faults[0].what
     file.write_text(store.export(iter(()), H100))
     assert "made for torch" in examined().faults[0].what
@@ -374,14 +381,14 @@ def test_fault_58_neither_the_home_directory_nor_a_secret_is_in_a_report(monkeyp
     monkeypatch.setenv("UNRELATED", "planted-value-of-the-environment")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", os.pathsep.join([str(home / "cache"), str(home / "shared")]))
     monkeypatch.setenv("FASTATTN_MANIFEST", str(home / "verdicts.json"))
-    config.forget()
+    reload_settings()
     install(site, "xFormers", "import os; raise OSError(f'{__file__}: 401 for {os.environ[\"SECRET_TOKEN\"]}')")
     install(site, "FlashInfer", "raise OSError('https://bob:hunter22@example.org/simple refused')")
     machine = replace(doctor.this_machine(), executable=str(home / "venv/bin/python"), compiler=str(home / "bin/g++"))
     monkeypatch.setattr(doctor, "this_machine", lambda: machine)
     texts = [run("--json", code=1)]
     for columns in (80, 120):
-        monkeypatch.setattr(diagnosing, "console", lambda width=columns: Console(width=width))
+        monkeypatch.setattr(command, "console", lambda width=columns: Console(width=width))
         texts.append(run(code=1))
     for text in texts:
         whole = text.replace("\n", "")
@@ -475,7 +482,7 @@ kernel libraries: not installed; needs CUDA, this machine has none
 
 def shown(report, columns):
     out = Console(width=columns, record=True, file=io.StringIO())
-    diagnosing.show(report, out)
+    command.show(report, out)
     return "".join(line.rstrip() + "\n" for line in out.export_text().splitlines())
 
 
@@ -491,7 +498,7 @@ def test_faults_come_first_each_with_its_fix():
 
 
 def test_a_healthy_report_is_one_screen_of_80_columns(monkeypatch):
-    monkeypatch.setattr(diagnosing, "console", lambda: Console(width=80))
+    monkeypatch.setattr(command, "console", lambda: Console(width=80))
     lines = run().splitlines()
     assert len(lines) <= 32
     assert max(len(line) for line in lines if "pip install" not in line) <= 80
@@ -499,9 +506,9 @@ def test_a_healthy_report_is_one_screen_of_80_columns(monkeypatch):
 
 @pytest.mark.parametrize(("written", "count"), [("512 B", 512), ("18 MiB", 18 * 2**20), ("1.5 GiB", 1.5 * 2**30)])
 def test_sizes(written, count):
-    assert units.size(count) == written
+    assert format_bytes(count) == written
 
 
 @pytest.mark.parametrize(("written", "us"), [("", None), ("4.5 us", 4.5), ("1.2 ms", 1200), ("1000 ms", 999_700), ("2 s", 2e6)])
 def test_durations(written, us):
-    assert units.duration(us) == written
+    assert format_duration(us) == written

@@ -13,8 +13,14 @@ from building import DTYPES, accepted, name_of, qkv
 from fakes import add, honest, made_up, problem
 
 import fastattn
-from fastattn import attention, dropping, planning, samples, tuning
-from fastattn.candidates import load
+from fastattn import attention
+from fastattn.environment.settings import current_settings
+from fastattn.kernels import registry
+from fastattn.planning import binding
+from fastattn.planning.candidates import load
+from fastattn.tuning.accuracy import dropout
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.tune import tune_problem
 
 CPU = torch.device("cpu")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -56,20 +62,21 @@ def test_every_candidate_is_a_fair_dropout_forward_and_backward(dtype, options, 
     )  # fmt: skip
     names = accepted(q, k, v, dropout_p=0.5, **options)
     assert names
-    from fastattn import candidates, config
-    from fastattn.device import Device
+    from fastattn.environment.device import Device
+    from fastattn.environment.settings import current_settings
+    from fastattn.planning import candidates
 
-    for d in candidates.decisions(p, Device.of(CPU), config.current()):
+    for d in candidates.decisions(p, Device.of(CPU), current_settings()):
         if d.name in names:
-            small = dropping.problem_of(p)
-            call, without = (planning.bind(d, small, None, dropout_p=rate) for rate in (dropping.RATE, 0.0))
-            errors = dropping.check(call, without, small, CPU)
+            small = dropout.problem_of(p)
+            call, without = (binding.bind(d, small, None, dropout_p=rate) for rate in (dropout.RATE, 0.0))
+            errors = dropout.check(call, without, small, CPU)
             assert errors.passed and errors.backward is not None, (d.name, errors)
 
 
 def lying(change):
     """A kernel that takes dropout and lies about it."""
-    math_kernel = load(next(k for k in fastattn.kernels.rows() if k.name == "sdpa_math"))
+    math_kernel = load(next(k for k in registry.rows() if k.name == "sdpa_math"))
 
     def run(q, k, v, mask, a):
         return change(math_kernel, q, k, v, mask, a)
@@ -114,7 +121,7 @@ LIES["another mask in the backward"] = lying(another_mask_backward)
 def test_a_dropout_that_lies_never_wins(lie, monkeypatch):
     add(monkeypatch, made_up("liar", LIES[lie], dropout=True, masks=("bool", "additive"), mask_and_causal=True))
     p = problem(q_len=48, kv_len=48, dropout=True, needs_grad=True)
-    verdict = tuning.tune(p, fastattn.config.current())
+    verdict = tune_problem(p, current_settings())
     reason = verdict.trial("liar").reason
     assert reason and ("dropout" in reason or "inaccurate" in reason), reason
     assert honest is not None and verdict.winner != "liar"

@@ -18,7 +18,13 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, turn
 
 import fastattn
-from fastattn import api, config, guards, learnt, resolve, samples, timing, tuning, verifying
+from fastattn.dispatch import attention as api
+from fastattn.dispatch import resolve, session
+from fastattn.dispatch.circumstances import read_circumstances
+from fastattn.environment.settings import forget_calls, reload_settings
+from fastattn.tuning import screening
+from fastattn.tuning import stopwatch as timing
+from fastattn.tuning.accuracy import probes as samples
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 SOURCE = Path(fastattn.__file__).parent
@@ -37,7 +43,7 @@ def forbid(monkeypatch, *calls):
         monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
 
 
-TUNING = [(resolve, "tune"), (tuning, "tune"), (timing, "compare"), (verifying, "judges"), (samples, "plain")]
+TUNING = [(resolve, "tune"), (resolve, "tune_problem"), (timing, "compare"), (screening, "judges"), (samples, "plain")]
 
 # --- fault 47: a CUDA graph is being captured
 
@@ -48,11 +54,11 @@ DISTURBING = [(torch.cuda, "synchronize"), (torch.cuda, "Event"), (torch.cuda, "
 @pytest.fixture
 def capture(monkeypatch):
     """capture(): from then on a CUDA graph is being captured."""
-    real = guards.context
+    real = read_circumstances
 
     def start():
-        config.forget_calls()
-        monkeypatch.setattr(guards, "context", lambda *given: replace(real(*given), capturing=True))
+        forget_calls()
+        monkeypatch.setattr(resolve, "read_circumstances", lambda *given: replace(real(*given), capturing=True))
         forbid(monkeypatch, *DISTURBING)
 
     return start
@@ -79,14 +85,14 @@ def test_fault_47_anything_else_gets_the_default_without_a_file_a_clock_or_a_syn
     ran = quick.ran.count("quick")
     assert torch.equal(fastattn.attention(q, k, v), F_sdpa(q, k, v))
     assert quick.ran.count("quick") == ran
-    assert len(learnt.misses()) == 1 and "being captured" in caplog.text
+    assert len(session.misses()) == 1 and "being captured" in caplog.text
 
 
 def test_fault_47_after_the_capture_it_is_tuned(quick, monkeypatch):
     q, k, v = qkv(48)
-    real = guards.context
+    real = read_circumstances
     with monkeypatch.context() as patch:
-        patch.setattr(guards, "context", lambda *given: replace(real(*given), capturing=True))
+        patch.setattr(resolve, "read_circumstances", lambda *given: replace(real(*given), capturing=True))
         fastattn.attention(q, k, v)
     fastattn.attention(q, k, v)
     assert fastattn.explain(q, k, v).served_by == "quick"
@@ -98,7 +104,7 @@ def test_fault_47_after_the_capture_it_is_tuned(quick, monkeypatch):
 def test_fault_50_cached_mode_tunes_nothing_whatever_it_meets(monkeypatch):
     forbid(monkeypatch, *TUNING)
     monkeypatch.setenv("FASTATTN_MODE", "cached")
-    config.forget()
+    reload_settings()
     for n in (1, 7, 64):
         for grad in (False, True):
             q, k, v = qkv(n, 64, heads=4, kv_heads=2, grad=grad)
@@ -107,7 +113,7 @@ def test_fault_50_cached_mode_tunes_nothing_whatever_it_meets(monkeypatch):
         with fastattn.patch():
             F_sdpa(*qkv(n, 64))
             torch.nn.functional.scaled_dot_product_attention(*qkv(n, 65))
-    assert learnt.misses() and learnt.state.spent_s == 0
+    assert session.misses() and session.state.spent_s == 0
 
 
 def test_fault_50_cached_mode_serves_what_was_tuned_ahead(quick, monkeypatch):
@@ -117,7 +123,7 @@ def test_fault_50_cached_mode_serves_what_was_tuned_ahead(quick, monkeypatch):
     forbid(monkeypatch, *TUNING)
     with fastattn.options(mode="cached"):
         check(q, k, v)
-        assert fastattn.explain(q, k, v).served_by == "quick" and not learnt.misses()
+        assert fastattn.explain(q, k, v).served_by == "quick" and not session.misses()
 
 
 def test_fault_50_ahead_of_time_tuning_says_how_far_it_is(quick):

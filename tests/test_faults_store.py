@@ -18,9 +18,11 @@ from fakes import CPU, FAST, Clock, add, check, honest, made_up, qkv, row, turn
 from test_store import DEVICE, PROBLEM, raises, verdict
 
 import fastattn
-from fastattn import config, learnt, store
-from fastattn.store import Store
-from fastattn.verdict import Trial, Verdict
+from fastattn.dispatch import session
+from fastattn.environment.settings import current_settings
+from fastattn.verdicts import store
+from fastattn.verdicts.store import Store
+from fastattn.verdicts.verdict import Trial, Verdict
 
 # --- fault 39: NFS, shared homes
 
@@ -94,7 +96,7 @@ def test_fault_39_what_is_not_there_is_no_failure(tmp_path, caplog):
 QUOTA = """
 import resource, signal, sys
 from test_store import DEVICE, verdict
-from fastattn.store import Store
+from fastattn.verdicts.store import Store
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 print(Store([Path(sys.argv[1])]).put(verdict(), DEVICE))
@@ -171,7 +173,7 @@ def sage(monkeypatch):
 
 def plant(problem, winner):
     trials = (Trial("default", time_us=9.0), Trial(winner, time_us=1.0))
-    assert learnt.settings_store(config.current()).put(Verdict(problem, winner, trials), CPU) is not None
+    assert session.settings_store(current_settings()).put(Verdict(problem, winner, trials), CPU) is not None
     fastattn.clear()
 
 

@@ -12,7 +12,15 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, row, turn
 
 import fastattn
-from fastattn import config, device, memory, race, resolve, samples, timing, tuning, verifying
+from fastattn.dispatch import resolve
+from fastattn.environment import device
+from fastattn.environment.settings import current_settings, reload_settings
+from fastattn.tuning import memory_use, screening
+from fastattn.tuning import stopwatch as timing
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.judge import judges
+from fastattn.tuning.tune import tune_problem
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -52,9 +60,9 @@ def test_fault_48_a_candidate_without_memory_is_out_and_nothing_of_it_is_kept(ki
         released.append([ref() for ref in made])
 
     add(monkeypatch, made_up("oom", oom), made_up("quick", honest))
-    monkeypatch.setattr(memory, "release", release)
+    monkeypatch.setattr(memory_use, "release", release)
     clock = turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
-    verdict = tuning.tune(problem(), config.current(), clock=clock)
+    verdict = tune_problem(problem(), current_settings(), clock=clock)
     assert verdict.trial("oom").reason.startswith("out of memory: ") and verdict.winner == "quick"
     assert made and released == [[None] * len(made)], "memory is released once, after the exception let go of it"
 
@@ -62,9 +70,9 @@ def test_fault_48_a_candidate_without_memory_is_out_and_nothing_of_it_is_kept(ki
 def test_fault_48_what_is_released_on_a_gpu(monkeypatch):
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    memory.release(torch.device("cpu"))
+    memory_use.release(torch.device("cpu"))
     assert not emptied
-    memory.release(torch.device("cuda"))
+    memory_use.release(torch.device("cuda"))
     assert emptied == [1]
 
 
@@ -72,20 +80,20 @@ def test_fault_48_free_memory_counts_what_torch_keeps_for_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-    assert memory.free(torch.device("cuda")) == 130
-    assert memory.free(torch.device("cpu")) > 2**20
+    assert memory_use.free(torch.device("cuda")) == 130
+    assert memory_use.free(torch.device("cpu")) > 2**20
     monkeypatch.setattr(builtins, "open", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
-    assert memory.free(torch.device("cpu")) == float("inf")
+    assert memory_use.free(torch.device("cpu")) == float("inf")
 
 
 def test_fault_48_scores_that_would_take_most_of_what_is_free_are_not_tried(monkeypatch):
     """On the CPU there is no exception to catch: the process would be killed."""
     p = problem()
-    monkeypatch.setattr(memory, "free", lambda device: p.unfused_bytes)
+    monkeypatch.setattr(memory_use, "free", lambda device: p.unfused_bytes)
     clock = turn(monkeypatch, Clock({"default": 4e-3}, other=FAST))
-    verdict = tuning.tune(p, config.current(), clock=clock)
-    limit = int(race.FREE_SHARE * p.unfused_bytes)
-    assert verdict.trial("torch_math").reason == f"{race.NO_ROOM}: {p.unfused_bytes} temporary bytes > {limit}"
+    verdict = tune_problem(p, current_settings(), clock=clock)
+    limit = int(screening.FREE_SHARE * p.unfused_bytes)
+    assert verdict.trial("torch_math").reason == f"{screening.NO_ROOM}: {p.unfused_bytes} temporary bytes > {limit}"
     assert not {"torch_math", "matmul"} & set(clock.ran) and "default" in clock.ran
 
 
@@ -93,13 +101,13 @@ def test_fault_48_nor_is_a_default_that_would_write_them_down(monkeypatch, own_s
     """A mask's gradient is for torch's unfused math where nothing works in blocks. Another process may find room."""
     p = problem(needs_grad=True, mask="float32", mask_shape="bhqk", mask_grad=True)
     free = [p.unfused_bytes, 10 * p.unfused_bytes]
-    monkeypatch.setattr(memory, "free", lambda device: free[0])
+    monkeypatch.setattr(memory_use, "free", lambda device: free[0])
     clock = turn(monkeypatch, Clock({"default": FAST}))
     monkeypatch.setenv("FASTATTN_KERNELS", "torch_math")
-    config.forget()
-    verdict = resolve.tune(p, config.current())
+    reload_settings()
+    verdict = resolve.tune(p, current_settings())
     assert not clock.ran and verdict.winner == "default"
-    assert verdict.trial("default").reason.startswith(race.NO_ROOM)
+    assert verdict.trial("default").reason.startswith(screening.NO_ROOM)
     assert not list(own_store.rglob("*.json"))
     del free[0]
     [verdict] = fastattn.tune(p)
@@ -124,8 +132,8 @@ def test_fault_48_tuning_that_finds_no_memory_of_its_own_leaves_the_default(monk
 
 def test_fault_48_the_reference_of_a_long_problem_holds_no_square():
     p = problem(q_heads=1, kv_heads=1, q_len=4096, kv_len=4096, head_dim=16)
-    with memory._Meter([]) as meter:
-        verifying.judges(p, torch.device("cpu"))[0].errors(lambda q, k, v, mask: F_sdpa(q, k, v))
+    with memory_use._Meter([]) as meter:
+        judges(p, torch.device("cpu"))[0].errors(lambda q, k, v, mask: F_sdpa(q, k, v))
     assert meter.peak < 4096 * 4096 * 8 / 2  # half of one head's scores in float64
 
 

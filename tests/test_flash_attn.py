@@ -10,8 +10,8 @@ import torch
 from fakes import problem
 from stubs import flash_attn_3, module
 
-from fastattn import candidates
-from fastattn.config import Config
+from fastattn.environment.settings import Settings
+from fastattn.planning import candidates
 
 STUBS = {name: stub for stub in grid.STUBS for name in ("flash_attn_2", "flash_attn_3", "fa3_fwd", "flash_attn_4")
          if name in (stub.kernels or (stub.file,))}  # fmt: skip
@@ -111,7 +111,7 @@ def refused(name, capability, changes, monkeypatch, stub=None):
     with grid.installed(stub, monkeypatch):
         p = problem(**{"device": "cuda", "dtype": kernel.dtypes[-1], **changes})
         silicon = replace(grid.silicon(stub, name), capability=capability)
-        found = candidates.decide(kernel, p, silicon, Config(), certain=True)
+        found = candidates.decide(kernel, p, silicon, Settings(), certain=True)
         return [r for d in found for r in getattr(d, "reasons", ())]
 
 

@@ -9,11 +9,11 @@ from building import problem_of, qkv
 from stubs import flashinfer_ragged, flashinfer_single
 from test_libraries import installed
 
-from fastattn import candidates
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Arguments
-from fastattn.kernels import flashinfer
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.adapters import flashinfer
+from fastattn.kernels.kernel import Arguments
+from fastattn.planning import candidates
 
 ROWS = {kernel.name: kernel for kernel in flashinfer.KERNELS}
 TOLD = Arguments(0.125)
@@ -99,7 +99,7 @@ def reasons(name: str, capability: int = 90, **changes) -> str:
     p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
     device = Device("cuda", "made-up GPU", capability)
     return " ".join(
-        r for row in candidates.decide(ROWS[name], p, device, Config()) for r in getattr(row, "reasons", ())
+        r for row in candidates.decide(ROWS[name], p, device, Settings()) for r in getattr(row, "reasons", ())
     )
 
 

@@ -11,8 +11,13 @@ from fakes import problem
 from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
-from fastattn import NoKernelError, attention, config, resolve, tuning
-from fastattn.kernels import flex
+from fastattn import NoKernelError, attention
+from fastattn.dispatch import resolve, session
+from fastattn.environment.settings import current_settings
+from fastattn.kernels import registry
+from fastattn.kernels.adapters import flex
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.tune import tune_problem
 
 
 def alibi(score, b, h, i, j):
@@ -94,10 +99,10 @@ def test_a_block_mask_that_does_not_fit(what):
 
 def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
     """The caller's function cannot be checked ahead, so its first output is."""
-    from fastattn import candidates
+    from fastattn.planning import candidates
 
     q, k, v = qkv(sq=13)
-    row = next(r for r in fastattn.kernels.rows_for("cpu") if r.name == "flex")
+    row = next(r for r in registry.rows_for("cpu") if r.name == "flex")
     run = candidates.load(row)
     load = candidates.load
     monkeypatch.setattr(candidates, "load", lambda kernel: (lambda *a: run(*a) * 1.02) if kernel is row else load(kernel))
@@ -108,17 +113,17 @@ def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
 def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeypatch):
     monkeypatch.setattr(flex, "EAGER_SCORES", 2**30)  # its math will do here
     p = problem(q_len=40, kv_len=40, window=(8, 8))
-    verdict = tuning.tune(p, config.current())
+    verdict = tune_problem(p, current_settings())
     assert verdict.trial("flex").reason == tuning.NOT_COMPILED
     assert "fastattn tune --compile" in tuning.NOT_COMPILED
-    verdict = tuning.tune(p, config.current(), thorough=True, compiling=True)
+    verdict = tune_problem(p, current_settings(), thorough=True, compiling=True)
     assert verdict.trial("flex").forward is not None and verdict.trial("flex").forward <= 1
 
 
 def test_a_problem_with_the_callers_function_is_not_stored():
     q, k, v = qkv(sq=12)
     attention(q, k, v, score_mod=alibi)
-    assert not list(fastattn.learnt.settings_store(config.current()).verdicts())
+    assert not list(session.settings_store(current_settings()).verdicts())
     found = fastattn.explain(q, k, v, score_mod=alibi)
     assert found.served_by == "flex" and found.why == "nothing else can"
     with pytest.raises(ValueError, match="the caller's own function"):

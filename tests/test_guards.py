@@ -16,9 +16,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import api, attention, config, guards, learnt, resolve, tuning
-from fastattn.device import Device
-from fastattn.guards import PASS, RULES, STORED, TUNE, Context
+from fastattn import attention
+from fastattn.dispatch import attention as api
+from fastattn.dispatch import resolve, session
+from fastattn.dispatch.circumstances import (
+    PASS,
+    RULES,
+    STORED,
+    TUNE,
+    Circumstances,
+    decide,
+    may_remember,
+    read_circumstances,
+)
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings, reload_settings
+from fastattn.tuning.tune import tune_problem
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 EXPECTED = {  # written down once more, so that a changed row is a decision
@@ -30,8 +43,8 @@ NAMES = [name for name, _, _ in RULES]
 
 
 def test_an_ordinary_call_is_tuned_and_remembered():
-    assert guards.decide(Context())[0] == TUNE
-    assert guards.may_remember(Context())
+    assert decide(Circumstances())[0] == TUNE
+    assert may_remember(Circumstances())
 
 
 def test_every_row_has_an_expected_action():
@@ -43,20 +56,20 @@ def test_every_row_has_an_expected_action():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_first_row_that_holds_decides(size):
     for held in itertools.combinations(NAMES, size):  # combinations keep the order of the table
-        action, why = guards.decide(Context(**dict.fromkeys(held, True)))
+        action, why = decide(Circumstances(**dict.fromkeys(held, True)))
         assert (action, why) == next((a, r) for name, a, r in RULES if name == held[0]), held
 
 
 def test_passing_always_beats_serving_what_is_stored():
     for a, b in itertools.product(NAMES, NAMES):
-        action = guards.decide(Context(**{a: True, b: True}))[0]
+        action = decide(Circumstances(**{a: True, b: True}))[0]
         assert action == (PASS if PASS in (EXPECTED[a], EXPECTED[b]) else STORED), (a, b)
 
 
 def test_nothing_is_remembered_that_passes_or_is_captured_or_compiled():
     for held in itertools.chain(itertools.combinations(NAMES, 1), itertools.combinations(NAMES, 2)):
         passing = any(EXPECTED[name] == PASS or name in ("capturing", "compiling") for name in held)
-        assert guards.may_remember(Context(**dict.fromkeys(held, True))) == (not passing), held
+        assert may_remember(Circumstances(**dict.fromkeys(held, True))) == (not passing), held
 
 
 # --- for real
@@ -74,14 +87,14 @@ def never_tuned(monkeypatch):
 
 
 def circumstances(*tensors):
-    settings = config.current()
-    return guards.context([x for x in tensors if x is not None], settings, learnt.is_spent(settings))
+    settings = current_settings()
+    return read_circumstances([x for x in tensors if x is not None], settings, session.is_spent(settings))
 
 
 def holds(name, *tensors):
     found = circumstances(*tensors)
     assert getattr(found, name), found
-    return guards.decide(found)[0]
+    return decide(found)[0]
 
 
 def test_mode_off(qkv, never_tuned):
@@ -94,7 +107,7 @@ def test_mode_off(qkv, never_tuned):
 
 def test_mode_off_from_the_environment(qkv, never_tuned, monkeypatch):
     monkeypatch.setenv("FASTATTN_MODE", "off")
-    config.forget()
+    reload_settings()
     assert torch.equal(attention(*qkv), F_sdpa(*qkv))
     assert not api.front.table
 
@@ -103,7 +116,7 @@ def test_mode_cached_records_the_miss(qkv, never_tuned):
     with fastattn.options(mode="cached"):
         assert holds("cached", *qkv) == STORED
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
-    assert len(learnt.misses()) == 1
+    assert len(session.misses()) == 1
 
 
 def test_a_spent_budget(qkv, never_tuned, caplog):
@@ -120,7 +133,7 @@ def test_a_spent_budget(qkv, never_tuned, caplog):
 def test_a_stored_winner_serves_where_nothing_may_be_tuned(qkv, monkeypatch):
     verdict = fastattn.tune(problem_of(*qkv))[0]
     chosen = next(name for name in ("matmul", "torch_flash", "default") if verdict.trial(name) is not None)
-    learnt.settings_store(config.current()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
+    session.settings_store(current_settings()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
     monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
     fastattn.clear()
     for change in ({"mode": "cached"}, {"tune_budget": 0.0}):
@@ -147,14 +160,14 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
     with sdpa_kernel(SDPBackend.MATH):
         assert holds("restricted", q, k, v) == PASS
         assert torch.equal(attention(q, k, v), F_sdpa(q, k, v))
-    assert not api.front.table and not learnt.misses()
+    assert not api.front.table and not session.misses()
 
 
 def test_a_switched_off_backend_removes_that_kernel_and_nothing_else(qkv):
     before = {t.candidate: t.reason for t in fastattn.explain(*qkv).rows}
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert guards.decide(circumstances(*qkv))[0] == TUNE
+        assert decide(circumstances(*qkv))[0] == TUNE
         after = {t.candidate: t.reason for t in fastattn.explain(*qkv).rows}
         with pytest.raises(fastattn.NoKernelError, match="switched off by torch.backends.cuda.enable_flash_sdp"):
             attention(*qkv, kernel="torch_flash")
@@ -247,7 +260,7 @@ def test_deterministic_mode(qkv, never_tuned):
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(learnt.misses()) == 1
+    assert len(session.misses()) == 1
 
 
 def test_export(qkv, never_tuned):
@@ -289,7 +302,7 @@ def test_subclasses_reach_their_own_torch_function(never_tuned):
 
 def test_a_default_device_is_no_mode_to_keep_away_from(qkv):
     with torch.device("cpu"):
-        assert guards.decide(guards.context(list(qkv), config.current(), False))[0] == guards.TUNE
+        assert decide(read_circumstances(list(qkv), current_settings(), False))[0] == TUNE
         torch.testing.assert_close(attention(*qkv), F_sdpa(*qkv))
 
 
@@ -303,7 +316,7 @@ def test_empty_inputs(lengths, never_tuned):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
     """A tuner that flips: each tuning crowns another kernel. The recomputation must not meet the second one."""
-    real, crowned = tuning.tune, iter(["torch_math", "default", "torch_math", "default"])
+    real, crowned = tune_problem, iter(["torch_math", "default", "torch_math", "default"])
     order = []
 
     def flipping(problem, settings, **how):
@@ -318,7 +331,7 @@ def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
         served = real_serve(*args)
         return served._replace(call=lambda *a: (ran.append(served.candidate), served.call(*a))[1])
 
-    monkeypatch.setattr(tuning, "tune", flipping)
+    monkeypatch.setattr(resolve, "tune_problem", flipping)
     monkeypatch.setattr(resolve, "_serve", watched)
     q = torch.randn(1, 2, 20, 16, requires_grad=True)
     k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)

@@ -11,10 +11,11 @@ from building import problem_of, qkv
 from stubs import hf_kernels as stub
 from test_libraries import forget, installed, row_of, silicon
 
-from fastattn import candidates, kernels
-from fastattn.config import Config
-from fastattn.kernel import Accepted
-from fastattn.kernels import flash_attn_2, flash_attn_4, hf_kernels
+from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
+from fastattn.kernels.adapters import flash_attn_2, flash_attn_4, hf_kernels
+from fastattn.kernels.kernel import Accepted
+from fastattn.planning import candidates
 
 FLASH_2 = "kernels-community/flash-attn2"
 
@@ -42,12 +43,12 @@ def test_they_are_considered_only_where_they_are_named(monkeypatch):
         stubs.calls.clear()
         p = problem_of(*qkv(d=64, dtype=torch.float16), accuracy=0.5).replace(device="cuda", threads=0)
         for row in hf_kernels.KERNELS:
-            assert row.opt_in and row.name in kernels.names()
-            [unnamed] = candidates.decide(row, p, silicon(stub.STUB, row.name), Config())
+            assert row.opt_in and row.name in registry.names()
+            [unnamed] = candidates.decide(row, p, silicon(stub.STUB, row.name), Settings())
             assert "considered only where it is named" in unnamed.reasons[0]
         assert not stubs.calls
         for row in hf_kernels.KERNELS:
-            named = Config(kernels=(f"+{row.name}",))
+            named = Settings(kernels=(f"+{row.name}",))
             assert isinstance(candidates.decide(row, p, silicon(stub.STUB, row.name), named)[0], Accepted)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from fakes import problem
 
-from fastattn import candidates, config, importing, libraries
-from fastattn.device import Device
-from fastattn.kernel import Accepted, Rejected
-from fastattn.kernels import natten
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.adapters import natten
+from fastattn.kernels.kernel import Accepted, Rejected
+from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.planning import candidates
 
 COUNT = "import pathlib; open(pathlib.Path(__file__).with_suffix('.count'), 'a').write('x')\n"
 EXITS, SEGFAULTS, HANGS = "import os; os._exit(3)", "import ctypes; ctypes.string_at(0)", "import time; time.sleep(60)"
@@ -64,19 +66,19 @@ def remembered(root: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("source, ending", [(EXITS, "exit code 3"), (SEGFAULTS, "SIGSEGV")])
 def test_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
     name = site.put("ends_it", source)
-    why = importing.fatal(name, "entry", "1.0", root)
+    why = import_probe.fatal(name, "entry", "1.0", root)
     said = f"importing it ended the process: {ending}"
     assert why == said + AGAIN and name not in sys.modules
     assert remembered(root) == [{"module": name, "version": "1.0", "fatal": said}]
-    assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 1
+    assert import_probe.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 1
 
 
 def test_the_next_process_does_not_try_it_again(site, root):
     name = site.put("ends_it", EXITS)
-    why = importing.fatal(name, "entry", "1.0", root)
+    why = import_probe.fatal(name, "entry", "1.0", root)
     asked = f"{name!r}, 'entry', '1.0', pathlib.Path({str(root)!r})"
-    code = f"import pathlib; from fastattn import importing; print(importing.fatal({asked}))"
-    path = os.pathsep.join([str(site.path), str(Path(importing.__file__).parents[1])])
+    code = f"import pathlib; from fastattn.kernels.libraries import import_probe; print(import_probe.fatal({asked}))"
+    path = os.pathsep.join([str(site.path), str(Path(import_probe.__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
@@ -87,22 +89,22 @@ def test_the_next_process_does_not_try_it_again(site, root):
 @pytest.mark.parametrize("source", [WORKS, RAISES, "something_else = 1"])
 def test_one_that_works_or_merely_raises_is_not_fatal(site, root, source):
     name = site.put("harmless", source)
-    assert importing.fatal(name, "entry", "1.0", root) is None
+    assert import_probe.fatal(name, "entry", "1.0", root) is None
     assert [found["fatal"] for found in remembered(root)] == [""]
-    assert importing.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 1
+    assert import_probe.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 1
 
 
 def test_another_version_is_tried_anew(site, root):
     name = site.put("ends_it", EXITS)
-    importing.fatal(name, "entry", "1.0", root)
+    import_probe.fatal(name, "entry", "1.0", root)
     site.put(name, WORKS)
-    assert importing.fatal(name, "entry", "1.1", root) is None
-    assert importing.fatal(name, "entry", "1.0", root) is not None and site.imports(name) == 2
+    assert import_probe.fatal(name, "entry", "1.1", root) is None
+    assert import_probe.fatal(name, "entry", "1.0", root) is not None and site.imports(name) == 2
 
 
 def test_a_killed_child_may_have_been_killed_by_somebody_else(site, root):
     name = site.put("is_killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert importing.fatal(name, "entry", "1.0", root) == "importing it ended the process: SIGKILL"
+    assert import_probe.fatal(name, "entry", "1.0", root) == "importing it ended the process: SIGKILL"
     assert remembered(root) == []
 
 
@@ -111,30 +113,30 @@ def test_a_process_that_cannot_start_children_goes_on_without(site, root, monkey
         raise OSError(12, "Cannot allocate memory")
 
     name = site.put("harmless", WORKS)
-    monkeypatch.setattr(importing.subprocess, "Popen", no_child)
-    assert importing.fatal(name, "entry", "1.0", root) is None
+    monkeypatch.setattr(import_probe.subprocess, "Popen", no_child)
+    assert import_probe.fatal(name, "entry", "1.0", root) is None
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert importing.why_not(name, "entry") is None
+    assert import_probe.why_not(name, "entry") is None
 
 
 def test_two_modules_that_only_crash_together_are_found(site, root):
     first = site.put("registers_ops", WORKS)
     second = site.put("registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1")
-    assert importing.fatal(first, "entry", "1.0", root) is None
-    assert importing.fatal(second, "entry", "1.0", root) is None, "the first was let in, and is not imported"
-    why = importing.fatal(second, "entry", "1.0", root, [first])
+    assert import_probe.fatal(first, "entry", "1.0", root) is None
+    assert import_probe.fatal(second, "entry", "1.0", root) is None, "the first was let in, and is not imported"
+    why = import_probe.fatal(second, "entry", "1.0", root, [first])
     assert why == "importing it ended the process: exit code 7 (beside registers_ops)" + AGAIN
-    assert importing.fatal(second, "entry", "1.0", root, [first]) == why, "and it is remembered for both together"
+    assert import_probe.fatal(second, "entry", "1.0", root, [first]) == why, "and it is remembered for both together"
     assert site.imports(second) == 2
-    assert importing.fatal(second, "entry", "1.0", root) is None, "alone it works"
+    assert import_probe.fatal(second, "entry", "1.0", root) is None, "alone it works"
     assert site.imports(second) == 2
 
 
 def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
-    monkeypatch.setattr(importing, "why_not", partial(importing.why_not, timeout_s=2.0))
+    monkeypatch.setattr(import_probe, "why_not", partial(import_probe.why_not, timeout_s=2.0))
     name = site.put("hangs", HANGS)
     for tries in (1, 2):
-        assert importing.fatal(name, "entry", "1.0", root) == "importing it did not end within 2 s"
+        assert import_probe.fatal(name, "entry", "1.0", root) == "importing it did not end within 2 s"
         assert site.imports(name) == tries
     assert remembered(root) == []
 
@@ -142,7 +144,7 @@ def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
 def test_without_a_cache_directory_it_is_tried_each_time(site):
     name = site.put("ends_it", EXITS)
     for tries in (1, 2):
-        assert importing.fatal(name, "entry", "1.0", None) == "importing it ended the process: exit code 3"
+        assert import_probe.fatal(name, "entry", "1.0", None) == "importing it ended the process: exit code 3"
         assert site.imports(name) == tries
 
 
@@ -150,33 +152,33 @@ def test_a_cache_directory_that_cannot_be_made_does_not_matter(site, root):
     root.write_text("a file", encoding="utf-8")
     name = site.put("ends_it", EXITS)
     for _ in range(2):
-        assert importing.fatal(name, "entry", "1.0", root) == "importing it ended the process: exit code 3"
+        assert import_probe.fatal(name, "entry", "1.0", root) == "importing it ended the process: exit code 3"
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"fatal": 3}', b"\xff\xfe", b"[" * 10**5])
 def test_a_memory_that_cannot_be_read_is_none(site, root, garbage):
     name = site.put("ends_it", EXITS)
-    why = importing.fatal(name, "entry", "1.0", root)
+    why = import_probe.fatal(name, "entry", "1.0", root)
     [path] = root.glob("imports/*/*.json")
     path.write_bytes(garbage)
-    assert importing.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 2
+    assert import_probe.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 2
     assert [found["fatal"] + AGAIN for found in remembered(root)] == [why]
 
 
 def test_a_memory_that_others_could_have_written_is_none(site, root):
     name = site.put("harmless", WORKS)
-    assert importing.fatal(name, "entry", "1.0", root) is None
+    assert import_probe.fatal(name, "entry", "1.0", root) is None
     [path] = root.glob("imports/*/*.json")
     path.write_text(json.dumps({"fatal": "importing it ended the process: by a stranger's word"}), encoding="utf-8")
     path.chmod(0o666)
-    assert importing.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 2
+    assert import_probe.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 2
 
 
 def test_its_kernel_gives_the_sentence_as_its_reason_and_never_loads_it(site, monkeypatch):
     site.put("natten", EXITS)
-    real = libraries.installed
-    known = libraries.of("natten")
-    monkeypatch.setattr(libraries, "installed", lambda lib: ("natten", "0.21.6") if lib is known else real(lib))
+    real = catalogue.installed
+    known = catalogue.of("natten")
+    monkeypatch.setattr(catalogue, "installed", lambda lib: ("natten", "0.21.6") if lib is known else real(lib))
     candidates.forget()
     try:
         reason = candidates.unavailable(natten.KERNELS[0])
@@ -192,16 +194,16 @@ def test_a_decision_imports_nothing_and_starts_no_child(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a library was touched")
 
-    monkeypatch.setattr(libraries, "installed", lambda lib: (lib.distributions[0], "2.8.3"))
-    monkeypatch.setattr(importing, "fatal", never)
+    monkeypatch.setattr(catalogue, "installed", lambda lib: (lib.distributions[0], "2.8.3"))
+    monkeypatch.setattr(import_probe, "fatal", never)
     candidates.forget()
     try:
         h100 = Device("cuda", "made-up GPU", 90, cuda="13.0", cudnn=92300)
         p = problem(device="cuda", dtype="bfloat16")
-        found = {d.kernel.name: d for d in candidates.decisions(p, h100, config.Config())}
+        found = {d.kernel.name: d for d in candidates.decisions(p, h100, Settings())}
         assert isinstance(found["flash_attn_2"], Accepted)
-        [sure] = candidates.decide(found["flash_attn_2"].kernel, p, h100, config.Config(), certain=True)
+        [sure] = candidates.decide(found["flash_attn_2"].kernel, p, h100, Settings(), certain=True)
         assert sure.reasons == ("package flash-attn cannot be used: AssertionError: a library was touched",)
-        assert isinstance(candidates.decide(found["flash_attn_2"].kernel, p, h100, config.Config())[0], Rejected)
+        assert isinstance(candidates.decide(found["flash_attn_2"].kernel, p, h100, Settings())[0], Rejected)
     finally:
         candidates.forget()

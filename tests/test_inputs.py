@@ -13,7 +13,10 @@ from building import qkv
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
-from fastattn import NoKernelError, attention, config, explain, inputs, kernels, masks, plan
+from fastattn import NoKernelError, attention, explain, plan
+from fastattn.environment.settings import LEVELS, MODES, VARIABLES, Settings, current_settings, from_environment
+from fastattn.kernels import registry
+from fastattn.problems import call_key, masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 r = torch.randn
@@ -124,10 +127,10 @@ def test_an_option_that_is_not_ready_says_so_by_name(name):
 
 
 def test_options_not_ready_may_be_given_their_defaults():
-    defaults = {name: inputs.DEFAULTS[name] for name in NOT_READY}
+    defaults = {name: call_key.DEFAULTS[name] for name in NOT_READY}
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
     ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
-    assert set(NOT_READY) | ready == set(inputs.NAMES)
+    assert set(NOT_READY) | ready == set(call_key.NAMES)
     attention(Q, Q, Q, dropout_p=0, softcap=0)
 
 
@@ -164,7 +167,7 @@ def test_a_kernel_that_is_not_known_lists_the_names():
     for name in ("nonsense", "nonsense+fp32", ""):
         with pytest.raises(ValueError, match="unknown kernel") as error:
             attention(Q, Q, Q, kernel=name)
-        assert all(known in str(error.value) for known in kernels.names())
+        assert all(known in str(error.value) for known in registry.names())
 
 
 def test_a_candidate_that_is_not_known_lists_the_candidates():
@@ -200,7 +203,7 @@ def test_an_order_that_cannot_be_carried_out_says_why(why):
         attention(x, x, x, mask, kernel=name, **options)
     assert all(word in str(error.value) for word in [*words, name]), str(error.value)
     assert isinstance(error.value, RuntimeError)
-    assert {d.kernel.name for d in error.value.decisions} == set(kernels.names())
+    assert {d.kernel.name for d in error.value.decisions} == set(registry.names())
 
 
 @pytest.mark.parametrize("accuracy", ["best", 0, -1.0, True, float("inf"), float("nan"), [1]])
@@ -212,9 +215,9 @@ def test_a_bad_accuracy_lists_the_rungs(accuracy):
 
 
 BAD_ENVIRONMENT = {
-    "FASTATTN_MODE": ("fast", config.MODES),
-    "FASTATTN_LOG": ("loud", config.LEVELS),
-    "FASTATTN_KERNELS": ("torch_flash,turbo", kernels.names()),
+    "FASTATTN_MODE": ("fast", MODES),
+    "FASTATTN_LOG": ("loud", LEVELS),
+    "FASTATTN_KERNELS": ("torch_flash,turbo", registry.names()),
 }
 
 
@@ -222,21 +225,21 @@ BAD_ENVIRONMENT = {
 def test_a_bad_variable_lists_the_valid_values(name):
     value, valid = BAD_ENVIRONMENT[name]
     with pytest.raises(ValueError, match=name) as error:
-        config.from_environment({name: value})
+        from_environment({name: value})
     assert all(word in str(error.value) for word in (*valid, value.split(",")[-1]))
 
 
 def test_good_variables_are_read():
-    read = config.from_environment(
+    read = from_environment(
         {"FASTATTN_MODE": "off", "FASTATTN_KERNELS": "matmul, -torch_math", "FASTATTN_CACHE_DIR": "/x"}
     )
     assert (read.mode, read.kernels, read.cache_dir) == ("off", ("matmul", "-torch_math"), "/x")
     assert read.allows("matmul") and not read.allows("torch_math") and not read.allows("torch_flash")
-    assert config.from_environment({}) == config.Config()
+    assert from_environment({}) == Settings()
 
 
 def test_an_empty_variable_is_not_set():
-    assert config.from_environment(dict.fromkeys(config.VARIABLES, "")) == config.Config()
+    assert from_environment(dict.fromkeys(VARIABLES, "")) == Settings()
 
 
 def test_a_bad_variable_does_not_break_the_import_but_the_first_call_says_so():
@@ -256,18 +259,18 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("what", BAD_OPTIONS)
 def test_a_bad_option_lists_the_valid_values_and_changes_nothing(what):
-    before = config.current()
+    before = current_settings()
     value, words = BAD_OPTIONS[what]
     with pytest.raises(ValueError, match=words):
         fastattn.options(**{what.split()[0]: value})
-    assert config.current() == before
+    assert current_settings() == before
     with pytest.raises(TypeError) as error:
         fastattn.options(modus="high", speed=1)
     assert str(error.value) == (
         "fastattn.options() got an unexpected keyword argument 'modus'; did you mean 'mode'?"
         " valid: mode, kernels, accuracy, cache_dir, tune_budget"
     )
-    assert config.current() == before
+    assert current_settings() == before
 
 
 def test_no_mistake_is_remembered():

@@ -10,9 +10,11 @@ import pytest
 import stubs
 from fakes import CPU, problem
 
-from fastattn import candidates, config, kernels
-from fastattn.device import Device
-from fastattn.kernel import Accepted, Range, Rejected
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
+from fastattn.kernels.kernel import Accepted, Range, Rejected
+from fastattn.planning import candidates
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=91600)
 A100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=91600)
@@ -169,17 +171,17 @@ TABLE = [
 def decide(name, device, changes):
     """(whether it is accepted, its reasons)."""
     silicon = MADE_UP[device]
-    [kernel] = [k for k in kernels.rows_for(silicon.type) if k.name == name]
-    found = candidates.decide(kernel, problem(**{"device": silicon.type, **changes}), silicon, config.Config())
+    [kernel] = [k for k in registry.rows_for(silicon.type) if k.name == name]
+    found = candidates.decide(kernel, problem(**{"device": silicon.type, **changes}), silicon, Settings())
     return any(isinstance(d, Accepted) for d in found), [r for d in found if isinstance(d, Rejected) for r in d.reasons]
 
 
 def test_every_kernel_has_a_row_and_every_row_a_kernel():
     """What a library brings has its rows beside its stub: tests/stubs."""
     files = {stub.file for stub in stubs.all_stubs()} - {"torch_cuda"}
-    elsewhere = {kernel.name for file in files for kernel in import_module(f"fastattn.kernels.{file}").KERNELS}
-    assert {case.name for case in TABLE} == set(kernels.names()) - elsewhere
-    rows = {(kernel.name, device) for kernel in kernels.rows() if kernel.name not in elsewhere for device in kernel.devices}
+    elsewhere = {kernel.name for file in files for kernel in import_module(f"fastattn.kernels.adapters.{file}").KERNELS}
+    assert {case.name for case in TABLE} == set(registry.names()) - elsewhere
+    rows = {(kernel.name, device) for kernel in registry.rows() if kernel.name not in elsewhere for device in kernel.devices}
     assert rows <= {(case.name, MADE_UP[case.device].type) for case in TABLE}
 
 
@@ -198,10 +200,10 @@ def test_a_kernel_accepts_and_refuses_what_the_table_says(case):
 
 
 def test_an_unknown_library_a_foreign_device_and_a_closed_list_are_reasons():
-    kernel = replace(kernels.rows()[1], name="elsewhere", library="no-such-library", devices=("cuda",))
-    [found] = candidates.decide(kernel, problem(), CPU, config.Config())
+    kernel = replace(registry.rows()[1], name="elsewhere", library="no-such-library", devices=("cuda",))
+    [found] = candidates.decide(kernel, problem(), CPU, Settings())
     assert found.reasons == ("needs cuda, this device is cpu",)
-    [found] = candidates.decide(kernel, problem(device="cuda"), H100, config.Config(kernels=("matmul",)))
+    [found] = candidates.decide(kernel, problem(device="cuda"), H100, Settings(kernels=("matmul",)))
     assert found.reasons[0] == "excluded by options: kernels matmul"
     assert "package no-such-library is not installed" in found.reasons
 
@@ -222,10 +224,10 @@ def test_limits_written_out_name_both_numbers():
         "torch_efficient": "wrong with a mask or causal and q_len > 65536 (https://github.com/pytorch/pytorch/issues/162588)",
     }
     p = problem(device="cuda", dtype="float16", head_dim=200, needs_grad=True, q_len=70_000, causal="top_left")
-    reasons = {d.name: d.reasons for d in candidates.decisions(p, sm86, config.Config()) if isinstance(d, Rejected)}
+    reasons = {d.name: d.reasons for d in candidates.decisions(p, sm86, Settings()) if isinstance(d, Rejected)}
     assert all(text in reasons[name] for name, text in texts.items()), reasons
     p = p.replace(head_dim=192, head_dim_v=192, q_len=65_536, kv_len=65_536)
-    found = candidates.decisions(p, sm86, config.Config())
+    found = candidates.decisions(p, sm86, Settings())
     assert set(texts) <= {d.kernel.name for d in found if isinstance(d, Accepted)}
 
 

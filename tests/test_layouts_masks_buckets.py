@@ -9,9 +9,10 @@ import pytest
 import torch
 from building import CPU, problem_of, qkv
 
-from fastattn import buckets, inputs, layouts, masks, samples
-from fastattn.needs import Forbid, OneOf, Range, RefuseWhen
-from fastattn.problem import Cut, Problem
+from fastattn.kernels.limits import Forbid, OneOf, Range, RefuseWhen
+from fastattn.problems import call_key, layouts, length_buckets, masks
+from fastattn.problems.problem import Cut, Problem
+from fastattn.tuning.accuracy import probes as samples
 
 BASE = Problem("cpu", "float32", 16, 16, 4, 4, 2, 37, 37)
 
@@ -103,7 +104,7 @@ def test_causal_values_are_equal_by_value():
 
 
 def test_bucket_edges():
-    edges = sorted({buckets.bounds(n)[1] for n in range(1, 5000)})
+    edges = sorted({length_buckets.bounds(n)[1] for n in range(1, 5000)})
     assert edges[:13] == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 176, 256, 368]
     assert all(edge % 16 == 0 for edge in edges[4:])
 
@@ -111,8 +112,8 @@ def test_bucket_edges():
 def test_buckets_tile_the_lengths():
     end = 0
     while end < 10**6:
-        low, high = buckets.bounds(end + 1)
-        assert low == end + 1 <= high and buckets.bounds(low) == buckets.bounds(high) == (low, high)
+        low, high = length_buckets.bounds(end + 1)
+        assert low == end + 1 <= high and length_buckets.bounds(low) == length_buckets.bounds(high) == (low, high)
         if low > 16:
             assert high <= 1.6 * low + 16  # half a power of two wide
         end = high
@@ -120,16 +121,16 @@ def test_buckets_tile_the_lengths():
 
 def test_a_canonical_length_lies_in_its_own_bucket_off_the_tile_grid():
     lengths = range(1, 20000)
-    canonical = [buckets.canonical(n) for n in lengths]
+    canonical = [length_buckets.canonical(n) for n in lengths]
     assert canonical == sorted(canonical)
     for n, c in zip(lengths, canonical, strict=True):
-        assert buckets.bounds(c) == buckets.bounds(n) and buckets.canonical(c) == c
+        assert length_buckets.bounds(c) == length_buckets.bounds(n) and length_buckets.canonical(c) == c
         assert c <= 16 or c % 16 == 15
-    assert buckets.bounds(0) == (0, 0) and buckets.canonical(0) == 0
+    assert length_buckets.bounds(0) == (0, 0) and length_buckets.canonical(0) == 0
 
 
 def test_batch_buckets_are_powers_of_two():
-    assert [buckets.canonical_batch(n) for n in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
+    assert [length_buckets.canonical_batch(n) for n in (1, 2, 3, 4, 5, 8, 9, 64, 65)] == [1, 2, 4, 4, 8, 8, 16, 64, 128]
 
 
 # --- Problem
@@ -137,7 +138,7 @@ def test_batch_buckets_are_powers_of_two():
 
 def test_from_key_is_pure():
     q, k, v = qkv(hkv=2, grad=True)
-    key = inputs.call_key(q, k, v, None, "bhsd", inputs.parse({"is_causal": True}))
+    key = call_key.call_key(q, k, v, None, "bhsd", call_key.parse({"is_causal": True}))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         inside = Problem.from_key(key)
     assert inside == Problem.from_key(key) and inside.needs_grad and inside.dtype == "float32"

@@ -20,11 +20,12 @@ import torch
 from building import corner, expect, hold, mask_of, problem_of, qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import candidates, importing, libraries, planning
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Accepted, Kernel, OneOf, Rejected
-from fastattn.masks import Causal
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.kernel import Accepted, Kernel, OneOf, Rejected
+from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.planning import binding, candidates
+from fastattn.problems.masks import Causal
 
 BR = Causal("bottom_right")
 WIDE, TALL = {"sq": 5, "skv": 19}, {"sq": 19, "skv": 5}
@@ -103,10 +104,10 @@ def installed(stub: stubs.Stub, monkeypatch):
     for name, made in stub.modules().items():
         monkeypatch.setitem(sys.modules, name, made)
     stub.patch(monkeypatch)
-    known = libraries.of(stub.library)
-    real = libraries.installed
-    monkeypatch.setattr(libraries, "installed", lambda lib: (stub.library, stub.version) if lib is known else real(lib))
-    monkeypatch.setattr(importing, "fatal", lambda *_: None)
+    known = catalogue.of(stub.library)
+    real = catalogue.installed
+    monkeypatch.setattr(catalogue, "installed", lambda lib: (stub.library, stub.version) if lib is known else real(lib))
+    monkeypatch.setattr(import_probe, "fatal", lambda *_: None)
     forget()
     try:
         yield
@@ -141,14 +142,14 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     if kernel.approximate:
         options["accuracy"] = 0.5
     p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0)
-    found = candidates.decide(kernel, p, silicon(stub, kernel.name), Config(kernels=(f"+{kernel.name}",)))
+    found = candidates.decide(kernel, p, silicon(stub, kernel.name), Settings(kernels=(f"+{kernel.name}",)))
     if isinstance(found[0], Rejected):
         return list(found[0].reasons)
     asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
     want = expect(q, k, v, mask, layout=layout, corners=corner(mask, options.get("is_causal", False)), **asked)
     for candidate in found:
         assert isinstance(candidate, Accepted)
-        call = planning.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
+        call = binding.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
         rounds = kernel.approximate or (kernel.unfused and made["dtype"].itemsize == 2)  # scores to q's dtype, as plain matmul
         rung = "dtype" if rounds else "exact"
@@ -161,7 +162,7 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
 
 def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:
     """The stubbed kernels of its file; what runs on the CPU is tested with the real thing."""
-    found = (file or import_module(f"fastattn.kernels.{stub.file}")).KERNELS
+    found = (file or import_module(f"fastattn.kernels.adapters.{stub.file}")).KERNELS
     return [k for k in found if k.devices == ("cuda",) and (not stub.kernels or k.name in stub.kernels)]
 
 
@@ -218,9 +219,9 @@ def test_nothing_is_copied_where_the_library_takes_strides(stub, name, layout, m
     options = {"accuracy": 0.5} if kernel.approximate else {}
     with installed(stub, monkeypatch):
         p = problem_of(q, k, v, None, layout, **options).replace(device="cuda", threads=0)
-        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
+        found = candidates.decide(kernel, p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
         assert found[0].name == name, "a plain call needs no conversion"
-        call = planning.bind(found[0], p, None)
+        call = binding.bind(found[0], p, None)
         with Copies() as copies:
             call(q, k, v, None)
     assert bool(copies.made) is (name in stub.copies), copies.made
@@ -235,7 +236,8 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("stub, text, other", MUTATIONS)
 def test_a_broken_convention_turns_the_grid_red(stub, text, other, monkeypatch):
-    source = import_module(f"fastattn.kernels.{stub.file}").__spec__.loader.get_source(f"fastattn.kernels.{stub.file}")
+    name = f"fastattn.kernels.adapters.{stub.file}"
+    source = import_module(name).__spec__.loader.get_source(name)
     assert text in source, "the mutation's text is gone from the adapter"
     broken = ModuleType(f"broken_{stub.file}")
     sys.modules[broken.__name__] = broken  # dataclasses look their module up
@@ -265,12 +267,12 @@ def test_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
     q, k, v = qkv(dtype=getattr(torch, kernel.dtypes[0]), grad=True, **{**sizes_for(kernel), **stub.sizes})
     with installed(stub, monkeypatch):
         p = problem_of(q, k, v).replace(device="cuda", threads=0, deterministic=True)
-        found = candidates.decide(kernel, p, silicon(stub, name), Config(kernels=(f"+{name}",)))
+        found = candidates.decide(kernel, p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
         if not kernel.deterministic:
             assert "not deterministic, and torch.use_deterministic_algorithms is on" in found[0].reasons
             return
         stubs.calls.clear()
-        planning.bind(found[0], p, None)(q, k, v, None)
+        binding.bind(found[0], p, None)(q, k, v, None)
         told = stubs.calls[-1][1]
         assert told.get("deterministic", True) is True
 

@@ -10,7 +10,8 @@ from fakes import FAST, Clock, add, check, honest, made_up, qkv, replace_default
 from torch.nn.functional import pad
 
 import fastattn
-from fastattn import masks, samples
+from fastattn.problems import masks
+from fastattn.tuning.accuracy import probes as samples
 
 
 def two_percent(q, k, v, mask, a):
@@ -321,7 +322,7 @@ def test_a_default_that_raises_does_not_serve(monkeypatch):
 
 def test_a_default_that_failed_does_not_serve_bucket_mates_either(monkeypatch):
     """The winner cannot do some lengths of its bucket: then what is right serves, not the default that was found wrong."""
-    from fastattn.kernel import Range
+    from fastattn.kernels.kernel import Range
 
     replace_default(monkeypatch, two_percent)
     add(monkeypatch, made_up("even", honest, needs=(Range("extent", max=40_000),)))
@@ -333,6 +334,6 @@ def test_a_default_that_failed_does_not_serve_bucket_mates_either(monkeypatch):
 
 
 def _arguments(q):
-    from fastattn.kernel import Arguments
+    from fastattn.kernels.kernel import Arguments
 
     return Arguments(1 / math.sqrt(q.shape[-1]))

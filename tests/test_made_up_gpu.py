@@ -18,9 +18,14 @@ from stubs import flash_attn_2, flashinfer_single, sage_1
 from test_libraries import installed
 
 import fastattn
-from fastattn import candidates, chain, config, guards, inputs, kernels, learnt, resolve
-from fastattn.device import Device
-from fastattn.problem import Problem
+from fastattn.dispatch import fallback, resolve, session
+from fastattn.dispatch.circumstances import Circumstances
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings
+from fastattn.kernels import registry
+from fastattn.planning import candidates
+from fastattn.problems import call_key
+from fastattn.problems.problem import Problem
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
@@ -63,7 +68,7 @@ def serve(*given, **options):
 def restart():
     """What a new process knows: nothing but what is on disk."""
     fastattn.clear()
-    learnt.state.spent_s = 0.0
+    session.state.spent_s = 0.0
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -176,14 +181,14 @@ def test_a_decode_loop_keeps_its_entry_where_every_length_is_served(monkeypatch,
 def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypatch, clock):
     with gpu(monkeypatch, flash_attn_2.STUB):
         assert serve(*call())[1] == WINNER
-        settings = config.current()
-        problem = Problem.from_key(inputs.call_key(*call(), None, "bhsd", inputs.parse({"is_causal": True})))
-        verdict = learnt.find(problem, H100, settings, guards.Context())
-        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name == WINNER
+        settings = current_settings()
+        problem = Problem.from_key(call_key.call_key(*call(), None, "bhsd", call_key.parse({"is_causal": True})))
+        verdict = session.find(problem, H100, settings, Circumstances())
+        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name == WINNER
         candidates.forget()  # a process that only read the verdict
-        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
-        assert chain.chain(verdict, problem, H100, settings)[0].name == WINNER
-        rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in kernels._shipped())
-        monkeypatch.setattr(kernels, "_shipped", lambda: rows)
-        assert chain.chain(verdict, problem, H100, settings)[0].name == WINNER
-        assert chain.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
+        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
+        assert fallback.chain(verdict, problem, H100, settings)[0].name == WINNER
+        rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in registry._shipped())
+        monkeypatch.setattr(registry, "_shipped", lambda: rows)
+        assert fallback.chain(verdict, problem, H100, settings)[0].name == WINNER
+        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER

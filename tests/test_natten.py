@@ -11,14 +11,14 @@ from building import expect, hold, problem_of, qkv
 from stubs import natten
 from test_libraries import installed, row_of, silicon
 
-from fastattn import candidates, planning
-from fastattn.config import Config
-from fastattn.kernel import Rejected
+from fastattn.environment.settings import Settings
+from fastattn.kernels.kernel import Rejected
+from fastattn.planning import binding, candidates
 
 
 def decided(name, q, k, v, **changes):
     p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
-    return p, candidates.decide(row_of(natten.STUB, name), p, silicon(natten.STUB, name), Config())[0]
+    return p, candidates.decide(row_of(natten.STUB, name), p, silicon(natten.STUB, name), Settings())[0]
 
 
 @pytest.mark.parametrize("d, dv, width", [(32, 32, 32), (33, 33, 64), (40, 64, 64), (64, 24, 64), (100, 9, 128), (250, 9, 256)])
@@ -27,7 +27,7 @@ def test_hopper_pads_to_a_width_it_is_built_for(monkeypatch, d, dv, width):
         q, k, v = qkv(b=1, hq=2, d=d, dv=dv, dtype=torch.bfloat16)
         p, found = decided("natten_hopper", q, k, v)
         stubs.calls.clear()
-        hold(expect(q, k, v), planning.bind(found, p, None), q, k, v)
+        hold(expect(q, k, v), binding.bind(found, p, None), q, k, v)
         assert stubs.calls[-1][1]["query"].shape[3] == width
 
 
@@ -44,7 +44,7 @@ def test_a_deterministic_backward_does_not_split_the_keys(monkeypatch, name, spl
         q, k, v = qkv(d=32, dtype=torch.float16, grad=True)
         p, found = decided(name, q, k, v, deterministic=True)
         stubs.calls.clear()
-        planning.bind(found, p, None)(q, k, v, None)
+        binding.bind(found, p, None)(q, k, v, None)
         assert stubs.calls[-1][1]["backward_kv_splits"] == splits
 
 

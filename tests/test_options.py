@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from building import DTYPES, accepted, corner, expect, hold, lse_is_coarse, mask_of, name_of, qkv, rung_of, without_lse
 
-from fastattn import NoKernelError, attention, blocks, kernels, masks, sdpa
-from fastattn.explanation import explain
+from fastattn import NoKernelError, attention, sdpa
+from fastattn.dispatch.explain import explain
+from fastattn.kernels import registry
+from fastattn.planning.conversions import blocks
+from fastattn.problems import masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -143,7 +146,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kernel", [k.name for k in kernels.rows() if "cpu" in k.devices])
+@pytest.mark.parametrize("kernel", [k.name for k in registry.rows() if "cpu" in k.devices])
 def test_no_option_is_silently_dropped(kernel, change):
     """Metamorphic: with one option changed a kernel's output must change, or it refuses the option by name."""
     dtype = torch.bfloat16 if kernel in ("matmul_mixed", "matmul_shifted") else torch.float32

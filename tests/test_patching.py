@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention as imported_earlier
 from torch.overrides import TorchFunctionMode
 
 import fastattn
-from fastattn import learnt, resolve, sdpa
+from fastattn import sdpa
+from fastattn.dispatch import resolve, session
 
 ORIGINAL = F.scaled_dot_product_attention
 r = torch.randn
@@ -100,7 +101,7 @@ def test_tuned_sdpa_is_within_budget(what, dtype):
             out = sdpa(q, k, v, mask, is_causal=what == "causal", enable_gqa=what == "gqa")
             assert want.forward(out) <= 1.0
             assert want.backward(*torch.autograd.grad(out, (q, k, v), want.grad)) <= 1.0
-    assert any(v is not None for v in learnt.state.verdicts.values())
+    assert any(v is not None for v in session.state.verdicts.values())
 
 
 # --- patch()
@@ -238,12 +239,12 @@ def test_sdpa_kernel_is_obeyed():
     q, k, v = qkv(b=2, hq=4, sq=64, d=32, dtype=torch.bfloat16)
     with fastattn.options(mode="auto"), fastattn.patch():
         F.scaled_dot_product_attention(q, k, v)
-        known = dict(learnt.state.verdicts)
+        known = dict(session.state.verdicts)
         with sdpa_kernel(SDPBackend.MATH):
             assert torch.equal(F.scaled_dot_product_attention(q, k, v), ORIGINAL(q, k, v))
             for other in (qkv(sq=11), qkv(sq=12)):
                 assert torch.equal(F.scaled_dot_product_attention(*other), ORIGINAL(*other))
-    assert learnt.state.verdicts == known and len(known) == 1
+    assert session.state.verdicts == known and len(known) == 1
 
 
 def test_a_patched_model_compiles_fullgraph():

@@ -9,18 +9,22 @@ import pytest
 from fakes import FAST, Clock, check, qkv, row, turn
 
 import fastattn
-from fastattn import NoKernelError, candidates, config, kernels
+from fastattn import NoKernelError
+from fastattn.environment.settings import reload_settings
+from fastattn.kernels import registry
+from fastattn.planning import candidates
 
-CACHED = (kernels._entry_points, kernels.plugins, kernels._loaded, candidates.version, candidates.load, candidates.unavailable)
+CACHED = (registry._entry_points, registry.plugins, registry._loaded,
+          candidates.version, candidates.load, candidates.unavailable)  # fmt: skip
 MODULE = "fastattn_test_plugin"
 UNNAMED = "considered only where it is named, with a + before it: fastattn.options(kernels=...)"
 SOURCE = """
-from fastattn.kernel import Arguments, Kernel, Range
-from fastattn.kernels.matmul import load_math
+from fastattn.kernels import Arguments, Kernel, Range
+from fastattn.kernels import sdpa_math
 
 KERNEL = Kernel(
-    name="its_own_name", summary="what a plugin brings", load=load_math, devices=("cpu",), dtypes=("float32",), corner=None,
-    needs=(Range("head_dim", max=64),),
+    name="its_own_name", summary="what a plugin brings", load=lambda: sdpa_math, devices=("cpu",), dtypes=("float32",),
+    corner=None, needs=(Range("head_dim", max=64),),
 )
 NO_KERNEL = "a string"
 """
@@ -29,7 +33,7 @@ NO_KERNEL = "a string"
 def forget() -> None:
     for remembered in CACHED:
         remembered.cache_clear()
-    config.forget()
+    reload_settings()
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: test-plugin\nVersion: 1.2\n", encoding="utf-8")
         lines = [f"{name} = {MODULE}:{attribute}" for name, attribute in points.items()]
-        (info / "entry_points.txt").write_text("\n".join([f"[{kernels.GROUP}]", *lines]) + "\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text("\n".join([f"[{registry.GROUP}]", *lines]) + "\n", encoding="utf-8")
         importlib.invalidate_caches()
         forget()
 
@@ -59,11 +63,11 @@ def toy(install):
 
 
 def test_it_is_listed_from_its_metadata_and_not_imported(toy):
-    assert "toy_plugin" in kernels.names()
+    assert "toy_plugin" in registry.names()
     reason = row("toy_plugin", *qkv(64)).reason
     assert reason is not None and reason.startswith(UNNAMED)
     fastattn.attention(*qkv(64))
-    [listed] = kernels.plugins()
+    [listed] = registry.plugins()
     assert listed.library == "test-plugin" and f"{MODULE}:KERNEL" in listed.summary
     assert MODULE not in sys.modules
 
@@ -89,18 +93,18 @@ def test_options_that_name_it_put_it_into_the_race(toy, monkeypatch, names):
 
 def test_the_variable_that_names_it_does_so_too(toy, monkeypatch):
     monkeypatch.setenv("FASTATTN_KERNELS", "+toy_plugin")
-    config.forget()
+    reload_settings()
     turn(monkeypatch, Clock({"default": 4e-3, "toy_plugin": FAST}))
     q, k, v = qkv(64)
     check(q, k, v)
     assert fastattn.explain(q, k, v).served_by == "toy_plugin"
-    assert "toy_plugin" in kernels.names()
+    assert "toy_plugin" in registry.names()
 
 
 def test_its_row_goes_by_the_entry_points_name_and_stays_considered_only_where_it_is_named(toy):
-    [mine] = [kernel for kernel in kernels.rows_for("cpu", ("toy_plugin",)) if kernel.name == "toy_plugin"]
+    [mine] = [kernel for kernel in registry.rows_for("cpu", ("toy_plugin",)) if kernel.name == "toy_plugin"]
     assert mine.opt_in and mine.library == "test-plugin" and mine.summary == "what a plugin brings"
-    assert "its_own_name" not in kernels.names() and candidates.version("test-plugin") == "1.2"
+    assert "its_own_name" not in registry.names() and candidates.version("test-plugin") == "1.2"
 
 
 def test_an_unknown_name_lists_the_plugins_among_the_known_ones(toy):
@@ -113,7 +117,7 @@ def test_an_unknown_name_lists_the_plugins_among_the_known_ones(toy):
     ("raise RuntimeError('no such GPU')", "KERNEL", "RuntimeError: no such GPU"),
     ("import a_module_that_is_not_there", "KERNEL", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
     (SOURCE, "ABSENT", "AttributeError"),
-    (SOURCE, "NO_KERNEL", f"entry point {MODULE}:NO_KERNEL is a str, not a fastattn.kernel.Kernel"),
+    (SOURCE, "NO_KERNEL", f"entry point {MODULE}:NO_KERNEL is a str, not a fastattn.kernels.Kernel"),
 ])  # fmt: skip
 def test_a_broken_plugin_is_a_reason(install, source, attribute, reason):
     install({"toy_plugin": attribute}, source)
@@ -129,9 +133,9 @@ def test_a_broken_plugin_is_a_reason(install, source, attribute, reason):
 @pytest.mark.parametrize("name", ["default", "torch_flash", "flex", "flash_attn_2"])
 def test_a_plugin_cannot_take_a_shipped_name(install, name):
     install({name: "KERNEL"})
-    assert kernels.plugins() == () and kernels.names().count(name) == 1
-    [found] = [kernel for kernel in kernels.rows_for("cpu", (name,)) if kernel.name == name]
-    assert found in kernels._shipped()
+    assert registry.plugins() == () and registry.names().count(name) == 1
+    [found] = [kernel for kernel in registry.rows_for("cpu", (name,)) if kernel.name == name]
+    assert found in registry._shipped()
     assert MODULE not in sys.modules
 
 
@@ -139,4 +143,4 @@ def test_entry_points_of_other_groups_are_none_of_ours(install, tmp_path):
     install({"toy_plugin": "KERNEL"})
     (tmp_path / "test_plugin-1.2.dist-info" / "entry_points.txt").write_text(f"[other.group]\ntoy_plugin = {MODULE}:KERNEL\n")
     forget()
-    assert "toy_plugin" not in kernels.names()
+    assert "toy_plugin" not in registry.names()

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from fastattn import device
+from fastattn.environment import device
 
-# fastattn.device is executed with every private name missing, then the rest is imported on top of it.
+# fastattn.environment.device is executed with every private name missing, then the rest is imported on top of it.
 BOOTSTRAP = """
 import importlib.util, json, sys, types
 import torch
@@ -19,20 +19,22 @@ import torch.nn.functional as F
 package = importlib.util.find_spec("fastattn")
 stub = types.ModuleType("fastattn"); stub.__path__ = list(package.submodule_search_locations); stub.__spec__ = package
 sys.modules["fastattn"] = stub
-spec = importlib.util.find_spec("fastattn.device")
-source = spec.loader.get_source("fastattn.device")
+spec = importlib.util.find_spec("fastattn.environment.device")
+source = spec.loader.get_source("fastattn.environment.device")
 head = "def _find(path: str) -> Any:\\n"
 assert source.count(head) == 1
 source = source.replace(head, head + "    MISSING.append(path)\\n    return None\\n")
 module = importlib.util.module_from_spec(spec)
 module.MISSING = []
-sys.modules["fastattn.device"] = module
+sys.modules["fastattn.environment.device"] = module
 exec(compile(source, spec.origin, "exec"), module.__dict__)
 del sys.modules["fastattn"]
 import fastattn
-import fastattn.resolve
-assert fastattn.resolve.Device is module.Device, "another fastattn.device was imported"
-from fastattn import attention, api, device, probe, resolve
+import fastattn.dispatch.resolve
+assert fastattn.dispatch.resolve.Device is module.Device, "another fastattn.environment.device was imported"
+from fastattn import attention
+from fastattn.dispatch import attention as api, guard as probe, resolve
+from fastattn.environment import device
 exact = lambda q, k, v, **kw: F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **kw).to(q.dtype)
 torch.set_num_threads(1)
 q, k, v = (torch.randn(2, 4, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))

@@ -20,7 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn import api, attention, config, learnt, masks, probe, resolve
+from fastattn import attention
+from fastattn.dispatch import attention as api
+from fastattn.dispatch import guard as probe
+from fastattn.dispatch import resolve, session
+from fastattn.environment import settings
+from fastattn.problems import masks
 
 SHAPE = (1, 4, 16, 32)
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -36,7 +41,7 @@ def guard(request, monkeypatch):
     if request.param and not probe.NATIVE:
         pytest.skip("this torch has no TensorGuards")
     monkeypatch.setattr(probe, "NATIVE", request.param)
-    monkeypatch.setattr(config, "scopes_used", False)
+    monkeypatch.setattr(settings, "scopes_used", False)
     fastattn.options(mode="cached")
 
 
@@ -482,7 +487,7 @@ def test_options_for_the_process_forget_all_entries(qkv, change):
     assert not is_hit(*qkv)
 
 
-@pytest.mark.parametrize("forget", [fastattn.clear, learnt.forget_calls])
+@pytest.mark.parametrize("forget", [fastattn.clear, session.forget_calls])
 def test_forgetting_leaves_no_entry(qkv, forget):
     arm(*qkv)
     forget()

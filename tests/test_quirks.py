@@ -10,13 +10,15 @@ import pytest
 from fakes import CPU, check, problem, qkv, row
 
 import fastattn
-from fastattn import NoKernelError, attention, candidates, config, kernels, planning, quirks
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Rejected
-from fastattn.quirks import Quirk
+from fastattn import NoKernelError, attention
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings, current_settings, reload_settings
+from fastattn.kernels import known_faults, registry
+from fastattn.kernels.kernel import Rejected
+from fastattn.kernels.known_faults import Quirk
+from fastattn.planning import binding, candidates
 
-SHIPPED = quirks.known()
+SHIPPED = known_faults.known()
 SILICON = Device("cuda", "made-up GPU", 90, torch="2.13.0+cu130", cuda="13.0", cudnn=92300)
 LINK = "https://example.org/issues/1"
 
@@ -157,7 +159,7 @@ def test_every_shipped_quirk_has_its_case():
 
 def test_a_shipped_quirk_is_of_a_kernel_that_is_there_and_says_where_it_is_reported():
     for quirk in SHIPPED:
-        assert set(quirk.kernels) <= set(kernels.names()) and quirk.runs in ("", *kernels.names()), quirk
+        assert set(quirk.kernels) <= set(registry.names()) and quirk.runs in ("", *registry.names()), quirk
         assert (quirk.kernel == "default") == bool(quirk.runs), quirk
         assert quirk.link.startswith("https://") and quirk.versions.keys() | quirk.when.keys(), quirk
         assert quirk.reason and not quirk.reason.endswith("."), quirk
@@ -219,11 +221,11 @@ def mine(tmp_path, monkeypatch):
         path = tmp_path / "quirks.json"
         path.write_text(json.dumps(rows) if text is None else text, encoding="utf-8")
         monkeypatch.setenv("FASTATTN_QUIRKS", str(path))
-        config.forget()
+        reload_settings()
         return str(path)
 
     yield put
-    quirks._read.cache_clear()
+    known_faults._read.cache_clear()
 
 
 def fault(kernel: str, **more: Any) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def fault(kernel: str, **more: Any) -> dict[str, Any]:
 
 def test_a_users_quirk_is_added_and_explained_with_its_link(mine):
     path = mine(fault("matmul", when={"head_dim": {"max": 32}}))
-    assert quirks.known(path) == (*SHIPPED, Quirk("matmul", "it lies", LINK, when={"head_dim": {"max": 32}}))
+    assert known_faults.known(path) == (*SHIPPED, Quirk("matmul", "it lies", LINK, when={"head_dim": {"max": 32}}))
     assert row("matmul", *qkv(64, head_dim=32)).reason == f"it lies ({LINK})"
     assert f"it lies ({LINK})" in str(fastattn.explain(*qkv(64, head_dim=32)))
     assert row("matmul", *qkv(64, head_dim=33)).reason is None
@@ -243,16 +245,16 @@ def test_a_users_quirk_is_added_and_explained_with_its_link(mine):
 
 def test_a_rejection_says_what_it_would_have_been(mine):
     path = mine(fault("matmul"), fault("matmul", reason="and is slow"))
-    [row_of_it] = [kernel for kernel in kernels.rows() if kernel.name == "matmul"]
-    [found] = candidates.decide(row_of_it, problem(), CPU, Config(quirks=path))
+    [row_of_it] = [kernel for kernel in registry.rows() if kernel.name == "matmul"]
+    [found] = candidates.decide(row_of_it, problem(), CPU, Settings(quirks=path))
     assert isinstance(found, Rejected) and found.reasons == (f"it lies ({LINK})", f"and is slow ({LINK})")
     assert found.would is not None and found.would.name == "matmul"
 
 
 def test_without_the_variable_there_are_the_shipped_ones_alone(monkeypatch):
     monkeypatch.delenv("FASTATTN_QUIRKS", raising=False)
-    config.forget()
-    assert quirks.known(config.current().quirks) == SHIPPED
+    reload_settings()
+    assert known_faults.known(current_settings().quirks) == SHIPPED
 
 
 @pytest.mark.parametrize("text, why", [
@@ -282,7 +284,7 @@ def test_a_bad_file_raises_and_names_the_entry(mine, text, why):
 
 def test_a_file_that_is_not_there_raises_and_is_named(mine, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTATTN_QUIRKS", str(tmp_path / "absent.json"))
-    config.forget()
+    reload_settings()
     with pytest.raises(ValueError, match=r"absent\.json cannot be read"):
         attention(*qkv(64))
 
@@ -314,8 +316,8 @@ def test_nor_is_it_where_the_fault_is_of_the_default_alone(mine):
 def test_on_a_gpu_too(mine):
     mine(fault("torch_flash"))
     p = problem(device="cuda", dtype="bfloat16")
-    found = candidates.decisions(p, replace(SILICON, capability=80), config.current())
-    why = planning.why_not_default(p, replace(SILICON, capability=80), config.current(), found)
+    found = candidates.decisions(p, replace(SILICON, capability=80), current_settings())
+    why = binding.why_not_default(p, replace(SILICON, capability=80), current_settings(), found)
     assert why == f"the default would run torch_flash: it lies ({LINK})"
 
 

@@ -1,7 +1,7 @@
 """Random problems, each with one accepted candidate pinned by kernel=, against float64 within budget.
 
 Gaussian data at the problem's own size is judged by the tests' own float64 (building.py), the probes (data that breaks kernels)
-by fastattn.verifying.Judge. A draw depends on nothing but its seed. `-m long` draws 2,000.
+by fastattn.tuning.accuracy.judge.Judge. A draw depends on nothing but its seed. `-m long` draws 2,000.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import pytest
 import torch
 from building import accepted, expect, hold, lse_is_coarse, rung_of, without_lse
 
-from fastattn import attention, blocks, conversions, samples, verifying
-from fastattn.layouts import STRIDE_CLASSES
-from fastattn.problem import Problem
+from fastattn import attention
+from fastattn.planning.conversions import blocks, table
+from fastattn.problems.layouts import STRIDE_CLASSES
+from fastattn.problems.problem import Problem
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.judge import Judge
 
 BLOCK = 20
 DEVICE = torch.device("cpu")
@@ -88,10 +91,10 @@ def run(seed: int) -> str | None:
             hold(want, call, plain.q, plain.k, plain.v, plain.mask, rung)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {name} on {p}") from error
-        if name not in accepted(probes.q, probes.k, probes.v, probes.mask, **options):
+        if name not in accepted(samples.q, samples.k, samples.v, samples.mask, **options):
             return None  # one batch entry needs other conversions
-        probes = samples.Sample(probes.problem.replace(accuracy=rung, lse=p.lse and not is_coarse), *_parts(probes))
-        errors = verifying.Judge(probes, scale).errors(call)
+        probes = samples.Sample(samples.problem.replace(accuracy=rung, lse=p.lse and not is_coarse), *_parts(probes))
+        errors = Judge(probes, scale).errors(call)
     # Plain matmul in half precision is held to one draw of its own error, which another draw may exceed: then it is refused,
     # which harms nobody. Everything else must pass.
     return None if errors.passed or rung == "dtype" else f"seed {seed}: {name} on {p}: {errors}"
@@ -130,4 +133,4 @@ def test_the_draw_reaches_every_kernel_and_conversion():
             )  # fmt: skip
         pinned |= set(one_of(names, r).split("+"))
     assert pinned >= {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
-    assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand", "dense"}
+    assert pinned >= {c.name for c in table.CONVERSIONS} - {"gqa_expand", "dense"}

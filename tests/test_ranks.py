@@ -16,8 +16,10 @@ import torch
 from fakes import FAST, Clock, add, honest, made_up, qkv, turn
 
 import fastattn
-from fastattn import config, resolve, store
-from fastattn.device import Device
+from fastattn.dispatch import resolve
+from fastattn.environment.device import Device
+from fastattn.environment.settings import reload_settings
+from fastattn.verdicts import store
 
 TIMEOUT_S = 60
 SOURCE = Path(fastattn.__file__).parent
@@ -26,8 +28,10 @@ SCRIPT = """
 import json, logging, os, sys
 import torch, torch.distributed as dist
 import fastattn
-from fastattn import config, device, learnt, resolve, tuning
-from fastattn.verdict import Trial, Verdict
+from fastattn.environment import device
+from fastattn.environment import settings as config
+from fastattn.dispatch import resolve, session as learnt
+from fastattn.verdicts.verdict import Trial, Verdict
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
@@ -36,15 +40,15 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("fastattn").addHandler(handler)
 q, k, v = (torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-real = tuning.tune
-tuning.tune = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
+real = resolve.tune_problem
+resolve.tune_problem = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
 
 def private_store(name):
     "What this rank learnt alone, before there was a group."
     with fastattn.options(mode="cached"):
         mine = fastattn.explain(q, k, v).problem
     verdict = Verdict(mine, name, (Trial("default", time_us=9.0), Trial(name, time_us=1.0)))
-    learnt.settings_store(config.current()).put(verdict, device.Device.of(q.device))
+    learnt.settings_store(config.current_settings()).put(verdict, device.Device.of(q.device))
     fastattn.clear()
 
 def serve(when, **options):
@@ -137,7 +141,7 @@ def test_a_manifest_serves_all_ranks(tmp_path):
 
 
 def verdict(problem, winner):
-    from fastattn.verdict import Trial, Verdict
+    from fastattn.verdicts.verdict import Trial, Verdict
 
     return Verdict(problem, winner, (Trial("default", time_us=9.0), Trial(winner, time_us=1.0)))
 
@@ -182,7 +186,7 @@ def test_a_manifest_made_elsewhere_is_said_once_and_not_used(one_rank_of_two, tm
     manifest = tmp_path / "manifest.json"
     manifest.write_text(store.export(iter([]), Device("cpu", "another silicon")))
     monkeypatch.setenv("FASTATTN_MANIFEST", str(manifest))
-    config.forget()
+    reload_settings()
     for n in (20, 21, 22):
         x = torch.randn(1, 2, n, 16)
         fastattn.attention(x, x, x)

@@ -28,7 +28,7 @@ from stubs import attend, band, check_half, flash_attn_3, torch_lower
 from stubs.flash_attn_2 import flash_attn_func
 from torch.overrides import TorchFunctionMode
 
-from fastattn import libraries
+from fastattn.kernels.libraries import catalogue
 
 # --- what is compiled
 
@@ -171,7 +171,7 @@ def main(file: str) -> None:
     prepare, names = LIBRARIES[file]
     prepare()
     stub = import_module(f"stubs.{file}").STUB
-    real = replace(stub, version=libraries.installed(libraries.of(stub.library))[1], modules=dict, patch=lambda _: None)
+    real = replace(stub, version=catalogue.installed(catalogue.of(stub.library))[1], modules=dict, patch=lambda _: None)
     with pytest.MonkeyPatch.context() as patch, test_libraries.installed(real, patch):
         print(json.dumps({name: outcomes(test_libraries.row_of(stub, name), real, patch) for name in names}))
 
@@ -205,7 +205,7 @@ def found(file: str) -> dict[str, dict[str, str]]:
 def test_every_call_of_the_grid_is_right_or_refused_as_listed(file, name):
     stub = import_module(f"stubs.{file}").STUB
     for needed in filter(None, (stub.library, ALSO_NEEDED.get(name))):
-        if not libraries.installed(libraries.of(needed)):
+        if not catalogue.installed(catalogue.of(needed)):
             pytest.skip(f"{needed} is not installed")
     listed = stub.refuses[name].split()
     wrong = {case: what for case, what in found(file)[name].items() if what != ("refused" if case in listed else "")}

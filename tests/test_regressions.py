@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import api, attention, config, inputs, learnt, masks, race, resolve, tuning
-from fastattn.errors import NoKernelError
+from fastattn import attention
+from fastattn.dispatch import attention as api
+from fastattn.dispatch import resolve, session
+from fastattn.environment.errors import NoKernelError
+from fastattn.environment.settings import current_settings
+from fastattn.problems import call_key, masks
+from fastattn.tuning import screening
+from fastattn.tuning import tune as tuning
 
 
 def half(std: float = 16.0) -> tuple[torch.Tensor, ...]:
@@ -32,7 +38,7 @@ def test_autocast_does_not_reach_the_products_of_a_kernel_whose_inputs_are_alrea
 def test_options_take_effect_after_a_scope_that_changed_nothing():
     q = torch.randn(1, 2, 20, 16)
     attention(q, q, q)
-    with fastattn.options(mode=config.current().mode):
+    with fastattn.options(mode=current_settings().mode):
         pass
     fastattn.options(mode="off")
     assert api.front.first is None and not api.front.table
@@ -50,7 +56,7 @@ def test_garbage_in_the_first_call_does_not_decide_for_good(monkeypatch):
 
 def test_the_callers_own_error_is_not_answered_by_a_cast(monkeypatch):
     q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
-    monkeypatch.setattr(race, "HOPELESS", math.inf)
+    monkeypatch.setattr(screening, "HOPELESS", math.inf)
     monkeypatch.setattr(tuning, "_pick", lambda entrants, _: next(e for e in entrants if e.candidate.name == "matmul"))
     call = fastattn.plan(q, k, v)
     assert call.candidate == "matmul"
@@ -86,7 +92,7 @@ def test_what_was_resolved_before_a_clear_is_not_published_after_it(monkeypatch)
 
     def slow(*args):
         served = real(*args)
-        learnt.forget_calls()
+        session.forget_calls()
         return served
 
     monkeypatch.setattr(resolve, "attention", slow)
@@ -100,7 +106,7 @@ def test_a_tuning_that_fails_does_not_reach_the_caller(monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("no memory for the reference")
 
-    monkeypatch.setattr(tuning, "tune", broken)
+    monkeypatch.setattr(resolve, "tune_problem", broken)
     for _ in range(3):
         assert torch.equal(attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert sum("tuning failed" in record.message for record in caplog.records) == 1
@@ -218,7 +224,7 @@ def test_explain_says_so_where_no_kernel_can():
 
 
 def test_a_whole_number_is_an_accuracy_too():
-    assert type(inputs.parse({"accuracy": 1}).accuracy) is float
+    assert type(call_key.parse({"accuracy": 1}).accuracy) is float
 
 
 def test_a_recomputing_backward_takes_many_gradients_at_once_and_can_be_differentiated():
@@ -275,9 +281,9 @@ def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
     q, k, v = torch.randn(3, 1, 2, 64, 32).unbind()
     with fastattn.options(mode="cached"), torch.autocast("cpu", torch.bfloat16):
         attention(q, k, v, is_causal=True)
-    [missed] = fastattn.misses() if hasattr(fastattn, "misses") else learnt.misses()
-    CliRunner().invoke(main, ["tune", *learnt.command_line(missed).split()], catch_exceptions=False)
-    assert learnt.complete(missed, config.current()) is not None
+    [missed] = fastattn.misses() if hasattr(fastattn, "misses") else session.misses()
+    CliRunner().invoke(main, ["tune", *session.command_line(missed).split()], catch_exceptions=False)
+    assert session.complete(missed, current_settings()) is not None
 
 
 def test_a_tensor_that_a_score_mod_holds_may_want_a_gradient():

@@ -15,7 +15,7 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem_of, qkv, row, turn
 
 import fastattn
-from fastattn import chain
+from fastattn.dispatch import fallback
 
 
 class Fragile:
@@ -192,10 +192,11 @@ def test_fault_53_a_new_process_skips_the_tombstoned(fragile, own_store):
     check(q, k, v)
     script = """
         import fakes, fastattn, pytest, torch
-        from fastattn import kernels, resolve
+        from fastattn.dispatch import resolve
+        from fastattn.kernels import registry
         def run(*args):
             raise SystemExit("the tombstoned kernel was called")
-        kernels._extra.append(fakes.made_up("fragile", run))
+        registry._extra.append(fakes.made_up("fragile", run))
         resolve.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
         q, k, v = fakes.qkv(64)
         fastattn.attention(q, k, v)
@@ -252,7 +253,7 @@ def test_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store,
 
 def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_store, monkeypatch, caplog):
     """Whatever serves raises the same: it is the call that is wrong. Here: storage that was freed under the tensor."""
-    from fastattn import planning
+    from fastattn.planning import binding
 
     q, k, v = qkv(64)
     check(q, k, v)
@@ -264,7 +265,7 @@ def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_stor
 
         return run
 
-    monkeypatch.setattr(planning, "bind", bind)
+    monkeypatch.setattr(binding, "bind", bind)
     with pytest.raises(ValueError, match="^the caller's own$"):
         fastattn.attention(q, k, v)
     assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
@@ -324,7 +325,7 @@ def test_what_raises_while_a_graph_is_captured_is_answered_and_keeps_its_place(f
     before = stored(own_store)
     fragile.error = RuntimeError("it plans on the host")
     with monkeypatch.context() as capture:
-        capture.setattr(chain, "is_capturing", lambda x: True)
+        capture.setattr(fallback, "is_capturing", lambda x: True)
         check(q, k, v)
     assert stored(own_store) == before and "fragile" not in caplog.text
     fragile.error = None

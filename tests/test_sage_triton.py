@@ -24,8 +24,8 @@ import torch
 from sageattention import sageattn
 from stubs import sage_1
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from fastattn.kernel import Arguments
-from fastattn.kernels.sageattention import load_1
+from fastattn.kernels import Arguments
+from fastattn.kernels.adapters.sageattention import load_1
 
 
 class OnCuda(torch.Tensor):

@@ -12,10 +12,10 @@ from building import problem_of, qkv
 from stubs import module, sage_2
 from test_libraries import installed
 
-from fastattn import candidates
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernels.sageattention import KERNELS
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.adapters.sageattention import KERNELS
+from fastattn.planning import candidates
 
 ROWS = {kernel.name: kernel for kernel in KERNELS}
 
@@ -25,7 +25,7 @@ def reasons(name: str, capability: int = 90, d: int = 64, **options) -> str:
     p = problem_of(q, k, v, **options).replace(device="cuda", threads=0)
     device = Device("cuda", "made-up GPU", capability)
     return " ".join(
-        r for row in candidates.decide(ROWS[name], p, device, Config()) for r in getattr(row, "reasons", ())
+        r for row in candidates.decide(ROWS[name], p, device, Settings()) for r in getattr(row, "reasons", ())
     )
 
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from building import DTYPES, HALF, MEMORY, accepted, back, corner, expect, hold, mask_of, name_of, qkv, rung_of, to
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fastattn import attention, blocks, masks
+from fastattn import attention
+from fastattn.planning.conversions import blocks
+from fastattn.problems import masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

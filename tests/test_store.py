@@ -20,11 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastattn
-from fastattn import config, files, learnt, resolve, store
-from fastattn.device import Device
-from fastattn.problem import Problem
-from fastattn.store import Store
-from fastattn.verdict import SCHEMA, Trial, Verdict
+from fastattn.dispatch import resolve, session
+from fastattn.environment import cache_files
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings, reload_settings
+from fastattn.problems.problem import Problem
+from fastattn.verdicts import store
+from fastattn.verdicts.store import Store
+from fastattn.verdicts.verdict import SCHEMA, Trial, Verdict
 
 SOURCE = Path(fastattn.__file__).parent
 DEVICE = Device("cpu", "test silicon", torch="2.13.0", torch_git="abc")
@@ -74,10 +77,10 @@ def test_clear_deletes_our_files_and_nothing_else(kept):
 WRITER = """
 import os, sys
 from pathlib import Path
-from fastattn.problem import Problem
-from fastattn.device import Device
-from fastattn.store import Store
-from fastattn.verdict import Trial, Verdict
+from fastattn.problems.problem import Problem
+from fastattn.environment.device import Device
+from fastattn.verdicts.store import Store
+from fastattn.verdicts.verdict import Trial, Verdict
 root, first, count, device = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Device("cpu", "test silicon")
 mine = Store([root])
 def put(i, winner):
@@ -133,7 +136,7 @@ def test_fault_37_a_failing_system_call_keeps_the_old_file(kept, monkeypatch, ca
     before = path.read_bytes()
     module, name = call.split(".")
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(files, module), name, raises(error))
+        patch.setattr(getattr(cache_files, module), name, raises(error))
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
         assert mine.put(verdict(winner="sdpa_math"), DEVICE) is None
     assert path.read_bytes() == before
@@ -189,7 +192,7 @@ HOSTILE = {
     "not UTF-8": lambda text: text.replace(b"matmul", b"matm\xffl"),
     "NUL in front": lambda text: b"\x00" + text,
     "NUL inside": lambda text: text.replace(b'"winner"', b'"win\x00ner"'),
-    "too large": lambda text: text + b" " * files.MAX_FILE,
+    "too large": lambda text: text + b" " * cache_files.MAX_FILE,
     "two documents": lambda text: text + text,
 }
 
@@ -255,7 +258,7 @@ def test_fault_38_an_unknown_winner_is_never_looked_up_outside_the_kernels(winne
     monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(x, x, x).problem
-        learnt.settings_store(config.current()).put(verdict(problem, winner), Device.of(x.device))
+        session.settings_store(current_settings()).put(verdict(problem, winner), Device.of(x.device))
         fastattn.clear()
         out = fastattn.attention(x, x, x)
         assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-5)
@@ -274,8 +277,8 @@ def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, capl
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     if home is None:  # a uid without a passwd entry
         monkeypatch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
-    config.forget()
-    mine = store.of(config.current())
+    reload_settings()
+    mine = store.of(current_settings())
     assert mine.root is None
     assert mine.put(verdict(), DEVICE) is None and mine.get(PROBLEM, DEVICE) is None
     assert list(mine.verdicts()) == [] and mine.clear() == 0
@@ -288,14 +291,14 @@ def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, capl
 def test_fault_40_xdg_cache_home_serves_where_there_is_no_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert files.default_directory() == tmp_path / "fastattn"
+    assert cache_files.default_directory() == tmp_path / "fastattn"
 
 
 def test_fault_40_the_environment_comes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "mine"))
-    config.forget()
-    assert store.of(config.current()).root == tmp_path / "mine"
+    reload_settings()
+    assert store.of(current_settings()).root == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "mkstemp"])
@@ -308,7 +311,7 @@ def test_fault_40_a_read_only_directory_is_one_warning(call, own_store, monkeypa
         real = os.open
         monkeypatch.setattr(os, "open", lambda p, flags, *a, **k: no() if flags & os.O_CREAT else real(p, flags, *a, **k))
     else:
-        monkeypatch.setattr(files.tempfile, "mkstemp", no)
+        monkeypatch.setattr(cache_files.tempfile, "mkstemp", no)
     for n in (20, 21):
         x = torch.randn(1, 2, n, 16)
         out = fastattn.attention(x, x, x)
@@ -380,7 +383,7 @@ def test_fault_43_a_stored_winner_is_asked_again_whether_it_can(monkeypatch):
     x = torch.randn(1, 2, 24, 16)
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(x, x, x, accuracy="exact").problem
-        learnt.settings_store(config.current()).put(verdict(problem, "matmul_shifted"), Device.of(x.device))
+        session.settings_store(current_settings()).put(verdict(problem, "matmul_shifted"), Device.of(x.device))
         fastattn.clear()
         assert fastattn.explain(x, x, x).served_by == "default"  # float32 is not for matmul_shifted
         assert torch.equal(fastattn.attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x))
@@ -455,7 +458,7 @@ def test_fault_54_a_fifo_does_not_block(kept):
     mine, path = kept
     path.unlink()
     os.mkfifo(path, 0o600)
-    code = "import sys; from pathlib import Path; from fastattn.store import Store; " \
+    code = "import sys; from pathlib import Path; from fastattn.verdicts.store import Store; " \
            "sys.exit(len(list(Store([Path(sys.argv[1])]).verdicts())))"  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(mine.root)], timeout=30)
     assert done.returncode == 0
@@ -472,9 +475,9 @@ def test_fault_54_never_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/somebody")
     with pytest.raises(OSError, match="home directory /tmp/somebody is under /tmp, where nothing is cached by default"):
-        files.default_directory()
+        cache_files.default_directory()
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
-    assert files.default_directory() == Path("/tmp/asked-for/fastattn")
+    assert cache_files.default_directory() == Path("/tmp/asked-for/fastattn")
 
 
 # --- fault 55: no code in files
@@ -508,16 +511,16 @@ def test_fault_55_the_guard_would_see_it(bad):
 
 def test_fault_55_the_probe_generates_its_source_from_fixed_words():
     """What exec() runs holds no text of the caller's: values go in as arguments."""
-    from fastattn import probe
+    from fastattn.dispatch import guard
 
     seen = []
-    real = probe._maker
-    probe._maker = lambda names, condition: (seen.append((names, condition)), real(names, condition))[1]
+    real = guard._maker
+    guard._maker = lambda names, condition: (seen.append((names, condition)), real(names, condition))[1]
     try:
         q = torch.randn(1, 2, 8, 16)
-        probe.build(q, q, q, None, "bhsd'); evil('", {"scale": 0.5, "kernel": "'); evil('"}, lambda *a: a, ())
+        guard.build(q, q, q, None, "bhsd'); evil('", {"scale": 0.5, "kernel": "'); evil('"}, lambda *a: a, ())
     finally:
-        probe._maker = real
+        guard._maker = real
     assert seen and "evil" not in str(seen)
 
 
@@ -607,8 +610,8 @@ def test_layers_a_broken_first_is_passed_over(tmp_path):
 
 def test_layers_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTATTN_CACHE_DIR", os.pathsep.join([str(tmp_path / "a"), "", str(tmp_path / "b")]))
-    config.forget()
-    assert store.of(config.current()).layers == [tmp_path / "a", tmp_path / "b"]
+    reload_settings()
+    assert store.of(current_settings()).layers == [tmp_path / "a", tmp_path / "b"]
 
 
 def test_a_manifest_comes_back_whole(kept, tmp_path):
@@ -643,9 +646,9 @@ def test_a_manifest_serves_before_the_store(tmp_path, monkeypatch):
     path.write_text(store.export(iter([(path, verdict(problem, "sdpa_math"))]), here))
     monkeypatch.setenv("FASTATTN_MANIFEST", str(path))
     monkeypatch.setenv("FASTATTN_MODE", "cached")
-    config.forget()
+    reload_settings()
     fastattn.clear()
-    learnt.settings_store(config.current()).put(verdict(problem, "matmul"), here)
+    session.settings_store(current_settings()).put(verdict(problem, "matmul"), here)
     assert fastattn.explain(x, x, x).served_by == "sdpa_math"
     assert torch.allclose(
         fastattn.attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-5

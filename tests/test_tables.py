@@ -10,10 +10,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cli, config, explanation, presets, tuning
+from fastattn import cli
 from fastattn.cli import tables
-from fastattn.explanation import Explanation
-from fastattn.verdict import Trial, Verdict
+from fastattn.dispatch import explain as explanation
+from fastattn.dispatch.explain import Explanation
+from fastattn.environment.settings import reload_settings
+from fastattn.problems import presets
+from fastattn.tuning import tune as tuning
+from fastattn.verdicts.verdict import Trial, Verdict
 
 SHAPE = presets.of(2, (32, 8), 100, 64, causal=True)
 LONG = "matmul_mixed+gqa_fold+mask_dense+chunks"
@@ -119,7 +123,7 @@ def test_explain_prints_the_same_here_and_there(monkeypatch):
     q = torch.randn(1, 2, 16, 8)
     here = str(fastattn.explain(q, q, q, tune=True))
     fastattn.clear()
-    config.forget()
+    reload_settings()
     assert CliRunner().invoke(cli.main, ["explain", "1x2x16x8"]).output.rstrip("\n") == here
 
 

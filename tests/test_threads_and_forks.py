@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import attention, config, learnt, resolve
+from fastattn import attention
+from fastattn.dispatch import resolve, session
+from fastattn.environment.settings import current_settings
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 TIMEOUT_S = 60
@@ -60,7 +62,7 @@ def test_fault_51_32_threads_on_one_new_problem_tune_once(tunings):
     in_threads(32, work)
     assert len(tunings) == 1
     assert all(torch.allclose(out.double(), want, atol=1e-5) for out in outputs)
-    assert not learnt.state.tuning
+    assert not session.state.tuning
     attention(q, k, v)
     assert len(tunings) == 1, "the verdict of the first tuning was lost"
 
@@ -77,10 +79,10 @@ def test_a_tuning_that_raises_leaves_the_problem_open(monkeypatch):
     """The lock on a problem is given back, so that the next call may tune."""
     x = torch.randn(1, 2, 24, 16)
     with monkeypatch.context() as patch:
-        patch.setattr(resolve.tuning, "tune", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(resolve, "tune_problem", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             attention(x, x, x)
-    assert not learnt.state.tuning
+    assert not session.state.tuning
     attention(x, x, x)
     assert fastattn.explain(x, x, x).verdict is not None
 
@@ -93,43 +95,43 @@ def test_two_threads_with_opposite_scopes(tmp_path):
         only = ["torch_math", "sdpa_math"][index]
         for _ in range(20):
             with fastattn.options(mode="cached", kernels=[only]):
-                assert config.current().kernels == (only,)
+                assert current_settings().kernels == (only,)
                 found[index].update(t.candidate for t in fastattn.explain(x, x, x).rows if not t.reason)
                 assert torch.allclose(attention(x, x, x), F_sdpa(x, x, x), atol=1e-5)
 
     in_threads(2, work)
     assert "torch_math" in found[0] and "torch_math" not in found[1]
-    assert config.current().kernels == ()
+    assert current_settings().kernels == ()
 
 
 def test_scopes_made_together_leave_nothing_behind():
     """What two threads do when both enter a scope at once."""
-    before = config.current()
+    before = current_settings()
     first, second = fastattn.options(mode="off"), fastattn.options(mode="cached")
     with first, second:
-        assert config.current().mode == "cached"
-    assert config.current() == before
+        assert current_settings().mode == "cached"
+    assert current_settings() == before
 
 
 def test_a_scope_is_not_seen_by_other_threads():
     seen = []
     with fastattn.options(mode="off"):
-        in_threads(2, lambda _: seen.append(config.current().mode))
+        in_threads(2, lambda _: seen.append(current_settings().mode))
     assert seen == ["auto", "auto"]
 
 
 FORK = """
 import os, sys, threading, time
 import torch, fastattn
-from fastattn import api, learnt, resolve, tuning
+from fastattn.dispatch import attention as api, resolve, session as learnt
 
 torch.set_num_threads(1)  # a forked child must not use the parent's pool of threads, whoever calls torch
-real, at_work = tuning.tune, threading.Event()
+real, at_work = resolve.tune_problem, threading.Event()
 def slow(*args, **how):
     at_work.set()
     time.sleep(1.0)
     return real(*args, **how)
-tuning.tune = slow
+resolve.tune_problem = slow
 x = torch.randn(1, 2, 24, 16)
 want = torch.nn.functional.scaled_dot_product_attention(x, x, x)
 parent = threading.Thread(target=lambda: fastattn.attention(x, x, x))
@@ -146,7 +148,7 @@ if sys.argv[1] == "locked":  # fork while another thread holds every lock
     assert held.wait(30)
 pid = os.fork()
 if pid == 0:
-    tuning.tune = real
+    resolve.tune_problem = real
     ok = not learnt.state.tuning
     ok &= torch.allclose(fastattn.attention(x, x, x), want, atol=1e-5)
     ok &= fastattn.explain(x, x, x).verdict is not None  # it tuned, and hits from now on

@@ -8,9 +8,10 @@ from itertools import permutations
 import pytest
 from fakes import Clock, honest, made_up
 
-from fastattn import timing, tuning
-from fastattn.kernel import Accepted
-from fastattn.timing import Timing
+from fastattn.kernels.kernel import Accepted
+from fastattn.tuning import stopwatch as timing
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.stopwatch import Timing
 
 
 def race(costs, jitter=lambda name, now: 1.0, seconds=0.2, order=None):

@@ -12,10 +12,10 @@ from fakes import problem
 from stubs import torch_cuda, torch_lower
 from test_libraries import installed, row_of, silicon
 
-from fastattn import candidates, planning
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Rejected, as_bias, sees_nothing
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.kernel import Rejected, as_bias, sees_nothing
+from fastattn.planning import binding, candidates
 
 INF = float("inf")
 WITH_MASK = [
@@ -71,7 +71,7 @@ def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
     p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
     device = silicon(stub, name)
     device = type(device)("cuda", "made-up GPU", capability, cuda="12.8", cudnn=cudnn)
-    [found, *_] = candidates.decide(row_of(stub, name), p, device, Config(kernels=(f"+{name}",)))
+    [found, *_] = candidates.decide(row_of(stub, name), p, device, Settings(kernels=(f"+{name}",)))
     return found.reasons if isinstance(found, Rejected) else ()
 
 
@@ -138,11 +138,11 @@ def test_the_default_runs_what_torch_was_told_to_prefer(monkeypatch):
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
     p = problem(device="cuda", dtype="bfloat16", head_dim=64)
     with installed(torch_cuda.STUB, monkeypatch):
-        found = candidates.decisions(p, h100, Config())
-        assert planning.default_runs(p, h100, found) == "torch_cudnn"
+        found = candidates.decisions(p, h100, Settings())
+        assert binding.default_runs(p, h100, found) == "torch_cudnn"
         monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-        assert planning.default_runs(p, h100, found) == "torch_flash"
-        assert planning.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
+        assert binding.default_runs(p, h100, found) == "torch_flash"
+        assert binding.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
 
 
 def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch):
@@ -150,17 +150,17 @@ def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch)
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
     for change in ({"window": (8, 8)}, {"causal": "bottom_right", "kv_len": 1408}, {"mask": "bool", "mask_shape": "bhqk"}):
         p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, **{"kv_len": 704, **change})
-        found = candidates.decisions(p, h100, Config())
-        assert "NaN in the gradient of q" in (planning.why_not_default(p, h100, Config(), found) or ""), change
+        found = candidates.decisions(p, h100, Settings())
+        assert "NaN in the gradient of q" in (binding.why_not_default(p, h100, Settings(), found) or ""), change
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, kv_len=704, causal="top_left")
-    assert planning.why_not_default(p, h100, Config(), candidates.decisions(p, h100, Config())) is None
+    assert binding.why_not_default(p, h100, Settings(), candidates.decisions(p, h100, Settings())) is None
 
 
 def test_the_default_is_not_served_where_it_would_raise(monkeypatch):
     """Its memory-efficient kernel takes no float32 mask beside half inputs; without cuDNN it is what F.sdpa runs."""
     a100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=92300)
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, mask="float32", mask_shape="bhqk")
-    found = candidates.decisions(p, a100, Config())
-    assert planning.default_runs(p, a100, found) == "torch_efficient"
-    assert "float32 mask" in (planning.why_not_default(p, a100, Config(), found) or "")
-    assert [c.kernel.name for c in planning.fallbacks(p, a100, Config(), found)] == ["sdpa_math"]
+    found = candidates.decisions(p, a100, Settings())
+    assert binding.default_runs(p, a100, found) == "torch_efficient"
+    assert "float32 mask" in (binding.why_not_default(p, a100, Settings(), found) or "")
+    assert [c.kernel.name for c in binding.fallbacks(p, a100, Settings(), found)] == ["sdpa_math"]

@@ -13,9 +13,9 @@ from building import expect, hold, mask_of, problem_of, qkv
 from stubs import transformer_engine as te
 from test_libraries import installed, misaligned, row_of, silicon
 
-from fastattn import candidates, planning
-from fastattn.config import Config
-from fastattn.masks import Causal
+from fastattn.environment.settings import Settings
+from fastattn.planning import binding, candidates
+from fastattn.problems.masks import Causal
 
 BR = Causal("bottom_right")
 
@@ -30,8 +30,8 @@ def te_is_there(monkeypatch):
 def bound(name, q, k, v, mask=None, layout="bhsd", **changes):
     options = {key: changes.pop(key) for key in ("window", "is_causal") if key in changes}
     p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0, **changes)
-    found = candidates.decide(row_of(te.STUB, name), p, silicon(te.STUB, name), Config())
-    return found[0].name, planning.bind(found[0], p, None, structured=isinstance(mask, Causal))
+    found = candidates.decide(row_of(te.STUB, name), p, silicon(te.STUB, name), Settings())
+    return found[0].name, binding.bind(found[0], p, None, structured=isinstance(mask, Causal))
 
 
 @pytest.mark.parametrize("major", [2, 3, 4])

@@ -9,14 +9,19 @@ import torch
 from fakes import FAST, SLOW, Clock, add, check, honest, made_up, problem, qkv, replace_default, row, turn
 
 import fastattn
-from fastattn import Problem, candidates, config, memory, tuning
-from fastattn.kernel import Range
+from fastattn import Problem
+from fastattn.environment.settings import current_settings
+from fastattn.kernels.kernel import Range
+from fastattn.planning import candidates
+from fastattn.tuning import memory_use
+from fastattn.tuning import tune as tuning
+from fastattn.tuning.tune import tune_problem
 
 MIB = 2**20
 
 
 def tune(p=None, clock=None, **how):
-    return tuning.tune(p or problem(), config.current(), clock=clock, **how)
+    return tune_problem(p or problem(), current_settings(), clock=clock, **how)
 
 
 def reasons(verdict):
@@ -117,16 +122,16 @@ def test_a_known_allocation_is_measured():
         del b, c
         return out
 
-    out, temporary, saved = memory.measure(run, [x])
+    out, temporary, saved = memory_use.measure(run, [x])
     assert torch.equal(out, x * 2)
     assert temporary == 13 * MIB and saved == 0  # b and c; the output beside them is left out
 
 
 def test_saved_bytes_leave_out_inputs_and_output():
     x = torch.ones(MIB, requires_grad=True)
-    assert memory.measure(lambda: x * x, [x])[2] == 0  # it keeps x, an input
-    assert memory.measure(lambda: x.exp(), [x])[2] == 0  # it keeps its output
-    assert memory.measure(lambda: x.exp().exp().sum(), [x])[2] == 2 * 4 * MIB
+    assert memory_use.measure(lambda: x * x, [x])[2] == 0  # it keeps x, an input
+    assert memory_use.measure(lambda: x.exp(), [x])[2] == 0  # it keeps its output
+    assert memory_use.measure(lambda: x.exp().exp().sum(), [x])[2] == 2 * 4 * MIB
 
 
 def greedy(size):

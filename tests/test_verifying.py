@@ -6,16 +6,21 @@ import pytest
 import torch
 from fakes import CPU, problem, qkv
 
-from fastattn import candidates, config, planning, reference, samples, verifying
+from fastattn.environment.settings import current_settings
+from fastattn.planning import binding, candidates
+from fastattn.tuning.accuracy import judge as verifying
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy import reference
+from fastattn.tuning.accuracy.judge import Judge, judges, row_sample, summary
 
 HOST = torch.device("cpu")
 
 
 def errors(p, name):
     """What the gate finds for one candidate of a problem."""
-    found = candidates.by_name(name, candidates.decisions(p, CPU, config.current()))
+    found = candidates.by_name(name, candidates.decisions(p, CPU, current_settings()))
     scale = None if p.scale == "positive" else samples.scale_of(p)
-    return verifying.summary(verifying.judges(p, HOST), planning.bind(found[0], samples.reduced(p), scale))
+    return summary(judges(p, HOST), binding.bind(found[0], samples.reduced(p), scale))
 
 
 PROBLEMS = {
@@ -87,7 +92,7 @@ def judge(**fields):
     p = problem(kv_heads=1, q_heads=2, **fields)
     q, k, v = qkv(p.q_len, p.kv_len, heads=2, kv_heads=1, dtype=p.torch_dtype, grad=p.needs_grad)
     grad = torch.ones_like(q, requires_grad=False) if p.needs_grad else None
-    return verifying.Judge(samples.Sample(p, q, k, v, None, grad), p.head_dim**-0.5)
+    return Judge(samples.Sample(p, q, k, v, None, grad), p.head_dim**-0.5)
 
 
 @pytest.mark.parametrize("row", [0, 1, 40, 63])
@@ -109,7 +114,7 @@ def test_a_row_with_small_values_has_a_small_budget():
     p = problem(kv_heads=1, q_heads=1, causal="top_left")
     q, k, v = qkv(64, heads=1)
     v[:, :, 0] *= 1e-3  # row 0 sees nothing else
-    judged = verifying.Judge(samples.Sample(p, q, k, v, None, None), 32**-0.5)
+    judged = Judge(samples.Sample(p, q, k, v, None, None), 32**-0.5)
     assert judged.heads[0].rows[0, 0] < 0.01 * judged.heads[0].rows[0, 1:].min()
 
 
@@ -163,12 +168,12 @@ def test_an_output_of_another_form_is_an_error(out):
 
 
 def test_short_problems_are_compared_whole():
-    assert verifying.row_sample(problem(q_len=1024, kv_len=1024), HOST) is None
+    assert row_sample(problem(q_len=1024, kv_len=1024), HOST) is None
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(1025, 1024), (4096, 4096), (100_000, 77), (193, 2**20)])
 def test_the_rows_of_long_problems_include_the_first_and_the_last_tile(q_len, kv_len):
-    rows = verifying.row_sample(problem(q_len=q_len, kv_len=kv_len), HOST).tolist()
+    rows = row_sample(problem(q_len=q_len, kv_len=kv_len), HOST).tolist()
     assert rows[:64] == list(range(64))
     assert rows[-64:] == list(range(q_len - 64, q_len))
     assert len(rows) <= verifying.ROWS and rows == sorted(set(rows))
@@ -178,18 +183,18 @@ def test_the_rows_of_long_problems_include_the_first_and_the_last_tile(q_len, kv
 @pytest.mark.parametrize("row", [0, 63, 1136, -64, -1])
 def test_an_error_in_a_looked_at_row_of_a_long_problem_fails(row):
     p = problem(q_len=2200, kv_len=600, head_dim=8, needs_grad=True)
-    row = row if row != 1136 else int(verifying.row_sample(p, HOST)[100])
-    found = candidates.by_name("default", candidates.decisions(p, CPU, config.current()))
-    call = planning.bind(found[0], samples.reduced(p), None)
-    judged = verifying.judges(p, HOST)
+    row = row if row != 1136 else int(row_sample(p, HOST)[100])
+    found = candidates.by_name("default", candidates.decisions(p, CPU, current_settings()))
+    call = binding.bind(found[0], samples.reduced(p), None)
+    judged = judges(p, HOST)
 
     def spoilt(q, k, v, mask):
         out = call(q, k, v, mask).clone()
         out[0, 2, row] *= 1.05
         return out
 
-    assert verifying.summary(judged, call).passed
-    assert not verifying.summary(judged, spoilt).passed
+    assert summary(judged, call).passed
+    assert not summary(judged, spoilt).passed
 
 
 # --- random numbers

@@ -13,10 +13,10 @@ from stubs.mslk import STUB as MSLK
 from stubs.xformers import OPERATORS, STUB
 from test_libraries import installed, row_of, rows_of
 
-from fastattn import candidates, planning
-from fastattn.config import Config
-from fastattn.device import Device
-from fastattn.kernel import Rejected
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels.kernel import Rejected
+from fastattn.planning import binding, candidates
 
 HALF = torch.bfloat16
 
@@ -29,7 +29,7 @@ def decide(name, capability=90, mask=None, changes=None, **made):
     q, k, v = qkv(**{"dtype": HALF, "d": 64, **made})
     p = problem_of(q, k, v, mask).replace(device="cuda", threads=0, **(changes or {}))
     silicon = Device("cuda", "made-up GPU", capability, cuda="12.8", cudnn=92300)
-    found = candidates.decide(row_of(stub_of(name), name), p, silicon, Config(kernels=(f"+{name}",)), certain=True)
+    found = candidates.decide(row_of(stub_of(name), name), p, silicon, Settings(kernels=(f"+{name}",)), certain=True)
     return found[0], p, (q, k, v)
 
 
@@ -45,7 +45,7 @@ def test_each_row_pins_its_own_operator(kernel, grad, monkeypatch):
     with installed(stub_of(library), monkeypatch):
         found, p, given = decide(kernel.name, 100 if name == "blackwell" else 90, grad=grad)
         stubs.calls.clear()
-        planning.bind(found, p, None)(*given, None)
+        binding.bind(found, p, None)(*given, None)
     [(_, told)] = stubs.calls
     pinned = told["op"] if grad else (told["op"],)
     wanted = NAMED.get(name, name)
@@ -59,7 +59,7 @@ def test_a_mask_alone_gets_its_gradient(monkeypatch):
     with installed(STUB, monkeypatch):
         found, p, _ = decide("xformers_cutlass", mask=mask)
         assert p.needs_grad and p.mask_grad
-        out = planning.bind(found, p, None)(q, k, v, mask)
+        out = binding.bind(found, p, None)(q, k, v, mask)
         grad = torch.randn_like(out)
         [given] = torch.autograd.grad(out, mask, grad)
     wide = mask.detach().double().requires_grad_()
@@ -73,8 +73,8 @@ def test_inputs_that_ask_for_a_graph_may_be_used_without_one(monkeypatch):
     q, k, v = qkv(dtype=HALF, d=64, grad=True)
     with torch.no_grad(), installed(STUB, monkeypatch):
         p = problem_of(q, k, v).replace(device="cuda", threads=0)
-        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Config(), certain=True)
-        hold(expect(q, k, v), planning.bind(found, p, None), q, k, v)
+        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Settings(), certain=True)
+        hold(expect(q, k, v), binding.bind(found, p, None), q, k, v)
 
 
 def test_an_operator_that_was_not_built_is_a_reason(monkeypatch):

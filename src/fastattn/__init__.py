@@ -1,25 +1,25 @@
 """fastattn: attention by the fastest kernel on this machine that is right.
 
-    from fastattn import attention
-    out = attention(q, k, v, is_causal=True, layout="bshd")
+from fastattn import attention
+out = attention(q, k, v, is_causal=True, layout="bshd")
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastattn import masks
-from fastattn.api import attention
-from fastattn.config import options
-from fastattn.errors import FastattnError, NoKernelError
-from fastattn.patching import Patch, patch, sdpa
+from fastattn.dispatch.attention import attention
+from fastattn.dispatch.patching import Patch, patch, sdpa
+from fastattn.environment.errors import FastattnError, NoKernelError
+from fastattn.environment.settings import options
+from fastattn.problems import masks
 
 if TYPE_CHECKING:
-    from fastattn.explanation import Explanation, Plan, explain, plan
-    from fastattn.learnt import clear
-    from fastattn.prewarming import tune
-    from fastattn.problem import Problem
-    from fastattn.ranks import sync
-    from fastattn.verdict import Verdict
+    from fastattn.dispatch.ahead import tune
+    from fastattn.dispatch.explain import Explanation, Plan, explain, plan
+    from fastattn.dispatch.ranks import sync
+    from fastattn.dispatch.session import clear
+    from fastattn.problems.problem import Problem
+    from fastattn.verdicts.verdict import Verdict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,8 +29,9 @@ __all__ = [
 
 # Imported when first asked for: a program that only calls attention() pays for what a call needs.
 _LATER = {
-    "Explanation": "explanation", "Plan": "explanation", "explain": "explanation", "plan": "explanation",
-    "clear": "learnt", "tune": "prewarming", "Problem": "problem", "sync": "ranks", "Verdict": "verdict",
+    "Explanation": "dispatch.explain", "Plan": "dispatch.explain", "explain": "dispatch.explain", "plan": "dispatch.explain",
+    "clear": "dispatch.session", "tune": "dispatch.ahead", "sync": "dispatch.ranks",
+    "Problem": "problems.problem", "Verdict": "verdicts.verdict",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ INF = float("inf")
 
 @dataclass(frozen=True)
 class Stub:
-    """One library. file: its kernels' file in fastattn.kernels."""
+    """One library. file: its kernels' file in fastattn.kernels.adapters."""
 
     file: str
     library: str  # the distribution that is then installed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastattn.kernels import flash_attn_3
+from fastattn.kernels.adapters import flash_attn_3
 from stubs import Stub, attend, band, check_aligned, check_half, module, signed
 
 FLAGS = ("BACKWARD", "LOCAL", "SOFTCAP", "FP16", "HDIM256", "SM8x")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastattn import kernel
+from fastattn.kernels import kernel
 from stubs import INF, Stub, attend, band, check_aligned, check_half, of_operator, signed
 
 HALF = (torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fastattn.masks import Causal
+from fastattn.problems.masks import Causal
 from stubs import Stub, attend, band, check_aligned, check_half, module, signed
 
 FILE = "transformer_engine"

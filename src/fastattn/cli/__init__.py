@@ -8,11 +8,11 @@ from __future__ import annotations
 import click
 
 import fastattn
-from fastattn import config
-from fastattn.cli.asking import Group
-from fastattn.cli.caching import cache
-from fastattn.cli.diagnosing import doctor
-from fastattn.cli.tuning import explain, tune
+from fastattn.cli.cache import cache
+from fastattn.cli.doctor.command import doctor
+from fastattn.cli.shape_words import Group
+from fastattn.cli.tune import explain, tune
+from fastattn.environment.settings import current_settings
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def main(context: click.Context) -> None:
     if context.invoked_subcommand == doctor.name:
         return  # it reports a bad variable among the rest
     try:
-        config.current()
+        current_settings()
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

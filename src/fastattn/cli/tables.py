@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn import explanation, units
-from fastattn.problem import Problem
-from fastattn.verdict import Verdict
+from fastattn.dispatch import explain as explanation
+from fastattn.dispatch.explain import Explanation
+from fastattn.environment.text import format_duration
+from fastattn.problems.problem import Problem
+from fastattn.verdicts.verdict import Verdict
 
 ONE_LINE: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
 WIDE = 10_000  # columns: what is piped is never wrapped, so that grep finds it
@@ -101,8 +103,8 @@ def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) 
                 about.append(f"  {short(v.problem)}", "dim")
             before, after = v.trial(v.incumbent), v.trial(v.winner)
             cells = {
-                "default": units.duration(before.time_us if before else None),
-                "winner": units.duration(after.time_us if after else None),
+                "default": format_duration(before.time_us if before else None),
+                "winner": format_duration(after.time_us if after else None),
                 "error": explanation.errors_of(after),
             }
             gain = _gain(v.speedup(), explanation.doubt_of(v) or unsure)
@@ -123,7 +125,7 @@ def print_tuned(found: Sequence[Named], out: Console, *notes: str) -> None:
 STYLES = {"head": "", "served": "bold green", "timed": "", "out": "dim", "note": "yellow"}
 
 
-def print_explained(e: explanation.Explanation, out: Console) -> None:
+def print_explained(e: Explanation, out: Console) -> None:
     """What `print(fastattn.explain(...))` prints, in colours, folded at the terminal's width."""
     for kind, line in e.lines(None if out.width == WIDE else out.width):
         out.print(Text(line, STYLES[kind]), soft_wrap=True)

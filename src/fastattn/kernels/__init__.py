@@ -1,104 +1,34 @@
-"""Every file here is a library; `rows_for` lists their kernels in the fixed order that decides between equals.
+"""The contract of a kernel, and all that adapters may use.
 
-A package elsewhere brings a kernel by an entry point of the group "fastattn.kernels" that names a Kernel. It is listed from
-its metadata alone, and imported only where the caller names it.
+A kernel is a row of data about one entry point of one library, with one `load()`. Adapters import this package alone;
+`registry` lists their rows, `limits` has what they refuse, `known_faults` where they are known to be wrong, `libraries/`
+what is installed.
 """
 
-from __future__ import annotations
+from torch import Tensor
 
-from collections.abc import Collection
-from dataclasses import replace
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any
+from fastattn.environment.device import Device
+from fastattn.environment.settings import log
+from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, by_keyword, require
+from fastattn.kernels.limits import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
+    OWN_MASK,
+    PLANNED,
+    Forbid,
+    Need,
+    OneOf,
+    Range,
+    RefuseWhen,
+)
+from fastattn.kernels.plain_math import NEVER, fold, sdpa_math
+from fastattn.kernels.workspace import room
+from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
 
-from fastattn.kernel import Kernel
-
-# Always there, whatever FASTATTN_KERNELS says: what the user would have had, and what accepts every problem.
-FALLBACKS = ("default", "sdpa_math")
-# The fixed order: torch's own before what was installed, what is most often best before what seldom is.
-ORDER = (
-    "default", "torch_flash", "torch_cudnn", "torch_efficient", "aten_flash", "aten_efficient", "torch_varlen",
-    "matmul_mixed", "matmul_shifted", "matmul", "torch_math", "flex", "sdpa_math",
-    "flash_attn_3", "fa3_fwd", "flash_attn_4", "flash_attn_2", "cudnn_frontend", "te_fused", "te_flash",
-    "xformers_flash3", "xformers_flash", "xformers_cutlass", "xformers_splitk",
-    "mslk_blackwell", "mslk_flash3", "mslk_flash", "mslk_cutlass", "mslk_splitk",
-    "flashinfer_single_fa3", "flashinfer_ragged_fa3", "flashinfer_single_fa2", "flashinfer_ragged_fa2",
-)  # fmt: skip
-GROUP = "fastattn.kernels"
-_extra: list[Kernel] = []
-
-
-@cache
-def _shipped() -> tuple[Kernel, ...]:
-    rows: list[Kernel] = []
-    for module in sorted(m.name for m in iter_modules(__path__)):
-        rows += import_module(f"{__name__}.{module}").KERNELS
-    return tuple(sorted(rows, key=lambda k: (ORDER.index(k.name) if k.name in ORDER else len(ORDER), k.name)))
-
-
-def rows() -> tuple[Kernel, ...]:
-    """All kernels known, the default first; a plugin's as far as its metadata tells."""
-    return (*_shipped(), *plugins(), *_extra)
-
-
-def rows_for(device_type: str, named: Collection[str] = ()) -> list[Kernel]:
-    """The rows to ask on a device: where a name has several rows, the one of that device.
-
-    named: names that the caller gave; the plugins among them are imported.
-    """
-    by_name: dict[str, Kernel] = {}
-    for kernel in rows():
-        row = _loaded(kernel) if kernel.name in named and kernel in plugins() else kernel
-        if row.name not in by_name or device_type in row.devices:
-            by_name[row.name] = row
-    return list(by_name.values())
-
-
-def names() -> tuple[str, ...]:
-    """Names of all kernels."""
-    return tuple(dict.fromkeys(kernel.name for kernel in rows()))
-
-
-# --- plugins
-
-
-@cache
-def _entry_points() -> dict[str, Any]:
-    from importlib.metadata import entry_points
-
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
-@cache
-def plugins() -> tuple[Kernel, ...]:
-    """The kernels that other packages bring, as far as their metadata tells."""
-    taken = {kernel.name for kernel in _shipped()}
-    return tuple(_unloaded(point) for name, point in _entry_points().items() if name not in taken)
-
-
-def _unloaded(point: Any, error: Exception | None = None) -> Kernel:
-    """A row that says no more than the metadata: what it can do is known once it was named."""
-    distribution = point.dist.name if point.dist is not None else "?"
-
-    def load() -> Any:
-        raise error if error is not None else ImportError("it was not named")
-
-    return Kernel(
-        name=point.name, summary=f"plugin {point.value} of {distribution}", load=load, library=distribution,
-        devices=("cpu", "cuda"), opt_in=True,
-    )  # fmt: skip
-
-
-@cache
-def _loaded(kernel: Kernel) -> Kernel:
-    """The plugin's own row; where it cannot be had, one that says why."""
-    point = _entry_points()[kernel.name]
-    try:
-        row = point.load()
-        if not isinstance(row, Kernel):
-            raise TypeError(f"entry point {point.value} is a {type(row).__name__}, not a fastattn.kernel.Kernel")
-    except Exception as error:
-        return _unloaded(point, error)
-    return replace(row, name=kernel.name, library=kernel.library, opt_in=True)
+__all__ = [
+    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Arguments", "Backward", "Device",
+    "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Run", "Tensor", "additive", "as_4d", "as_bias", "by_keyword",
+    "fold", "log", "require", "room", "sdpa_math", "sees_nothing",
+]  # fmt: skip

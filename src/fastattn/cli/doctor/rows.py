@@ -1,0 +1,94 @@
+"""A row for each kernel and each kernel library: found, importable, usable here; else why not, and what would fix it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastattn.cli.doctor.machine import Machine
+from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
+from fastattn.kernels.kernel import Kernel
+from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.libraries.catalogue import Library
+from fastattn.planning import candidates
+
+NOT_INSTALLED = "not installed"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel, or one kernel library. `importable` is None where nobody tried."""
+
+    name: str
+    found: bool
+    version: str | None
+    importable: bool | None
+    usable: bool
+    why_not: tuple[str, ...] = ()
+    fix: str | None = None
+
+
+def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
+    """Its row; what is installed is imported in a child process."""
+    found = catalogue.installed(library)
+    why = [] if found else [NOT_INSTALLED]
+    why += _of_hardware(*library.sm, machine)
+    error = import_probe.why_not(library.module, library.entry, timeout_s, library.after) if found else None
+    fix = library.repair if error else None if found else library.install
+    if error:
+        why.append(error)
+    return Row(
+        name=library.name,
+        found=found is not None,
+        version=found[1] if found else None,
+        importable=error is None if found else None,
+        usable=not why,
+        why_not=tuple(why),
+        fix=fix,
+    )
+
+
+def _of_hardware(first: int, last: int, machine: Machine) -> list[str]:
+    if machine.why_no_cuda is not None:
+        return [f"needs CUDA, {machine.why_no_cuda}"]
+    here = sorted({device.capability for device in machine.devices if device.type == "cuda"})
+    if any(first <= sm <= last for sm in here):
+        return []
+    return [f"needs sm{first} to sm{last}, this device is {' and '.join(f'sm{sm}' for sm in here)}"]
+
+
+def _brings(library: Library, kernel: Kernel) -> bool:
+    return re.sub(r"[-_.]+", "-", kernel.library).lower() in library.distributions
+
+
+def of_kernel(name: str, machine: Machine, settings: Settings, found: Sequence[Row]) -> Row:
+    """Its row; found: the rows of LIBRARIES. A name is usable if one of its kernels is, on one of the devices."""
+    rows = [kernel for kernel in registry.rows() if kernel.name == name]
+    why = [_why_not(kernel, machine, found) for kernel in rows]
+    reasons = [] if not all(why) else list(dict.fromkeys(reason for reasons in why for reason in reasons))
+    if name not in registry.FALLBACKS and not settings.allows(name):
+        reasons.append("FASTATTN_KERNELS leaves it out")
+    version = candidates.version(rows[0].library)
+    return Row(name, version is not None, version, None, not reasons, tuple(reasons))
+
+
+def _why_not(kernel: Kernel, machine: Machine, found: Sequence[Row]) -> list[str]:
+    devices = [device for device in machine.devices if device.type in kernel.devices]
+    if not devices:
+        return [
+            f"needs CUDA, {machine.why_no_cuda}" if "cuda" in kernel.devices else f"needs {' or '.join(kernel.devices)}"
+        ]
+    limits = [need for need in kernel.needs if getattr(need, "field", None) == "capability"]
+    refused = [[text for need in limits if (text := need.why_not(None, device))] for device in devices]  # type: ignore[arg-type]
+    if all(refused):
+        return refused[0]
+    if kernel.library == "torch":
+        missing = candidates.unavailable(kernel)
+        return [missing] if missing else []
+    rows = [row for row, library in zip(found, catalogue.LIBRARIES, strict=True) if _brings(library, kernel)]
+    if rows:
+        return list(rows[0].why_not)
+    why = candidates.absent(kernel)  # a plugin's package
+    return [why] if why else ["considered only where it is named"] if kernel.opt_in else []

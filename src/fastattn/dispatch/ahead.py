@@ -1,0 +1,61 @@
+"""tune(): verdicts ahead of time, for listed problems or for what a model really calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fastattn.dispatch import resolve, session
+from fastattn.environment.settings import Settings, current_settings, options
+from fastattn.problems.problem import Problem
+from fastattn.tuning.tune import Progress
+from fastattn.verdicts.verdict import Verdict
+
+
+def tune(
+    what: Problem | Iterable[Problem] | torch.nn.Module,
+    *inputs: Any,
+    progress: Progress | None = None,
+    force: bool = False,
+    compiling: bool = False,
+    **named_inputs: Any,
+) -> list[Verdict]:
+    """Tune problems thoroughly (no time limit) and store the verdicts.
+
+    what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
+    every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.
+    force: tune again what has a complete verdict. compiling: also try kernels that take seconds to compile first.
+    Returns the verdicts, in the order of the problems.
+    """
+    if isinstance(what, torch.nn.Module):
+        what = _problems_of(what, inputs, named_inputs)
+    elif inputs or named_inputs:
+        raise TypeError("fastattn.tune: inputs are only for a module")
+    settings = current_settings()
+    found = []
+    for problem in [what] if isinstance(what, Problem) else list(what):
+        if not isinstance(problem, Problem):
+            raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
+        if problem.is_custom:
+            raise ValueError(f"fastattn.tune: {problem} has the caller's own function, which no verdict can stand for")
+        found.append(_tune_one(problem, settings, progress, force, compiling))
+    session.forget_calls()
+    return found
+
+
+def _tune_one(problem: Problem, settings: Settings, progress: Progress | None, force: bool, compiling: bool) -> Verdict:
+    problem = session.lengths(problem)
+    known = None if force else session.complete(problem, settings, compiling)
+    return known or resolve.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
+
+
+def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:
+    """The problems that one run of a model misses on, collected without timing anything."""
+    from fastattn.dispatch.patching import patch
+
+    session.forget_calls()
+    with options(mode="cached"), patch(), session.collected() as met:
+        model(*inputs, **named)
+    return [problem for problem in met if not problem.is_custom]

@@ -1,0 +1,124 @@
+"""When a miss may be tuned, when only what is stored may serve, and when fastattn keeps out of the way: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastattn.environment import device
+from fastattn.environment.settings import Settings
+
+# What a miss may do.
+TUNE = "tune"  # look in the store, else tune
+STORED = "stored"  # serve what is stored where it is exact and safe, else the default; record the miss
+PASS = "pass"  # F.sdpa, nothing learnt and nothing remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """The circumstances of one call; all False is an ordinary eager call."""
+
+    off: bool = False
+    foreign: bool = False
+    other_device: bool = False
+    function_mode: bool = False
+    dispatch_mode: bool = False
+    functorch: bool = False
+    forward_ad: bool = False
+    tracing: bool = False
+    compiling: bool = False
+    restricted: bool = False
+    empty: bool = False
+    capturing: bool = False
+    deterministic: bool = False
+    distributed: bool = False
+    cached: bool = False
+    spent: bool = False
+
+
+# The first row that holds decides.
+RULES: tuple[tuple[str, str, str], ...] = (
+    ("off", PASS, "mode is off"),
+    ("foreign", PASS, "an input is not a plain strided Tensor or Parameter"),
+    ("other_device", PASS, "only cpu and cuda are served; other devices, meta and fake tensors go to F.sdpa"),
+    ("function_mode", PASS, "a torch function mode is active"),
+    ("dispatch_mode", PASS, "a torch dispatch mode is active"),
+    ("functorch", PASS, "inside a torch.func transform"),
+    ("forward_ad", PASS, "forward-mode differentiation is active"),
+    ("tracing", PASS, "torch.jit is tracing"),
+    ("restricted", PASS, "inside sdpa_kernel(...): F.sdpa obeys it"),
+    ("empty", PASS, "a dimension is 0"),
+    ("compiling", STORED, "torch.compile is tracing: nothing may be timed"),
+    ("capturing", STORED, "a CUDA graph is being captured: nothing may be timed"),
+    ("deterministic", STORED, "torch.use_deterministic_algorithms is on: nothing may be chosen by timing"),
+    (
+        "distributed",
+        STORED,
+        "a process group of several ranks: all must choose alike (FASTATTN_MANIFEST, fastattn.sync)",
+    ),
+    ("cached", STORED, "mode is cached: nothing is tuned"),
+    ("spent", STORED, "the process's tuning budget is spent"),
+)
+
+
+def decide(context: Circumstances) -> tuple[str, str]:
+    """(what a miss may do, why)."""
+    for name, action, reason in RULES:
+        if getattr(context, name):
+            return action, reason
+    return TUNE, "an ordinary call"
+
+
+def may_remember(context: Circumstances) -> bool:
+    """Whether the Call may be published: it must not outlive a passing circumstance that no probe sees."""
+    return decide(context)[0] != PASS and not (context.capturing or context.compiling)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _has_storage(x: Tensor) -> bool:
+    """Where torch does not tell about torch.func, its wrapped tensors still have no memory of their own."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def read_circumstances(tensors: list[Tensor], settings: Settings, spent: bool) -> Circumstances:
+    """The Context of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
+    plain = all(type(x) in _PLAIN for x in tensors)
+    if device.has_torch_function(*tensors) and not (plain and device.only_default_device()):
+        return Circumstances(off=settings.mode == "off", foreign=not plain, function_mode=plain)
+    foreign = any(type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided for x in tensors)
+    foreign = foreign or (not device.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))
+    kind = "" if foreign else tensors[0].device.type
+    return Circumstances(
+        off=settings.mode == "off",
+        foreign=foreign,
+        other_device=not foreign and kind not in ("cpu", "cuda"),
+        dispatch_mode=bool(device.dispatch_modes()),
+        functorch=device.functorch_level() is not None,
+        forward_ad=device.forward_ad._current_level >= 0,
+        tracing=torch.jit.is_tracing(),
+        compiling=torch.compiler.is_compiling(),
+        restricted=not device.unrestricted(),
+        empty=not foreign and any(0 in x.shape for x in tensors),
+        capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),
+        deterministic=device.deterministic(),
+        distributed=ranks() > 1,
+        cached=settings.mode == "cached",
+        spent=spent,
+    )
+
+
+def ranks() -> int:
+    """How many ranks the default process group has; 1 without one."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+assert {name for name, _, _ in RULES} == {f.name for f in fields(Circumstances)}

@@ -1,0 +1,211 @@
+"""The guard of one hot-path entry: a generated function probe(q, k, v, m, layout, kw) that returns the Call or None.
+
+It is generated so that each entry reads just the state its plan depends on. What TensorGuards does not see is read beside
+it: nested tensors before it (it aborts the process on a strided one), repeated tensors by identity, grad mode where an
+input asks for a gradient, modes, forward-mode AD, autocast's dtype. It never calls what it returns, so that nothing can
+mistake an error of the kernel for a miss. Costs are in docs/how-it-works.md; `benchmarks/overhead.py` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.environment import device
+from fastattn.environment.settings import current_settings
+
+Probe = Callable[..., Any]
+Sizes = dict[str, int]  # tensor name -> dimension whose size is free
+
+# State a plan may depend on beside its tensors: how to read it.
+READERS: dict[str, Callable[[], Any]] = {
+    "deterministic": device.deterministic,
+    "grad": torch.is_grad_enabled,
+    "threads": torch.get_num_threads,
+    "precision": device.precision,
+    "unrestricted": device.unrestricted,
+    **device.BACKEND_SWITCHES,
+    "autocast_cpu": lambda: torch.get_autocast_dtype("cpu"),
+    "autocast_cuda": lambda: torch.get_autocast_dtype("cuda"),
+    "config": current_settings,
+}
+
+
+def _moving_strides(x: Tensor, dim: int) -> list[int]:
+    """Dimensions whose stride follows the length of `dim`: those that step over all of it."""
+    step = x.stride(dim) * x.shape[dim]
+    return [i for i, stride in enumerate(x.stride()) if i != dim and stride and stride % step == 0]
+
+
+def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
+    sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
+    strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
+    for i, dim in free.items():
+        sizes[i][dim] = None
+        for moving in _moving_strides(tensors[i], dim):
+            strides[i][moving] = None
+    guards = device.private("tensor_guards")
+    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
+    """The stand-in where torch has no TensorGuards: the same answers from public attributes, in some microseconds."""
+
+    def facts(x: Any, dim: int | None) -> tuple[Any, ...]:
+        shape, stride = list(x.shape), list(x.stride())
+        if dim is not None:
+            for moving in _moving_strides(x, dim):
+                stride[moving] = -1
+            shape[dim] = -1
+        keys = (x.is_conj(), x.is_neg(), x.is_inference(), x.requires_grad, x.layout)
+        return (type(x), shape, stride, x.dtype, x.device, keys)
+
+    def switches() -> tuple[Any, ...]:
+        on = torch.is_autocast_enabled
+        tracing = torch.jit.is_tracing()
+        return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), device.functorch_level(), tracing)
+
+    dims = [free.get(i) for i in range(len(tensors))]
+    want = [facts(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    state = switches()
+
+    def check(*given: Any) -> bool:
+        found = (facts(x, dim) for x, dim in zip(given, dims, strict=True))
+        return state == switches() and all(f == w for f, w in zip(found, want, strict=True))
+
+    return check
+
+
+def _native_works() -> bool:
+    """Whether TensorGuards of this torch tells apart all that the probes rely on."""
+    try:
+        a, b = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+        check = _native([a, b], {})
+        other = [a.double(), torch.zeros(2, 3, 5), torch.zeros(2, 4, 3).mT, a.clone().requires_grad_(), a[:, :2],
+                 torch.nn.Parameter(a.clone(), False), torch._neg_view(a), 1]  # fmt: skip
+        ok = check(b, a) and not any(check(x, b) for x in other)
+        with torch.inference_mode():
+            ok = ok and not check(a, b)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ok = ok and not check(a, b)
+        free = _native([a], {0: 1})
+        return ok and free(torch.zeros(2, 9, 4)) and not free(torch.zeros(2, 3, 5))
+    except Exception:
+        return False
+
+
+NATIVE = _native_works()
+
+
+def build(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    layout: str,
+    kw: Any,
+    call: Callable[..., Tensor],
+    reads: tuple[str, ...],
+    bucket: tuple[int, int, int] | None = None,
+) -> Probe:
+    """The probe of an entry made by this very call.
+
+    reads: names of READERS whose present value the plan depends on. bucket: (dimension of the length in k and v, lowest,
+    highest kv_len) for which `call` serves; k and v must then be distinct tensors of one length.
+    """
+    conditions: list[str] = []
+    values: dict[str, Any] = {"call": call, "LAYOUT": layout}
+    unique: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
+        if not isinstance(x, Tensor):
+            conditions.append("m is None" if x is None else "m.__class__ is MASK.__class__ and m == MASK")
+            values["MASK"] = x
+        elif name == "m":
+            values["MASK_CLASS"] = type(x)
+            conditions.append("m.__class__ is MASK_CLASS")
+            if id(x) not in seen:
+                unique[name] = x
+            else:
+                conditions.append(f"m is {seen[id(x)]}")
+        elif id(x) in seen:
+            conditions.append(f"{name} is {seen[id(x)]}")
+        else:
+            seen[id(x)] = name
+            unique[name] = x
+    conditions += ["layout == LAYOUT", *_option_conditions(kw, values)]
+    names = ", ".join(unique)
+    # a default device changes where tensors are made, which no Call leaves to chance
+    mode = "only_default_device()" if device.only_default_device() else f"not has_torch_function({names})"
+    conditions += [mode, "not dispatch_modes()", "forward_ad._current_level < 0"]
+    conditions += [f"not {name}.is_nested" for name in unique]
+    free: Sizes = {}
+    if bucket is not None:
+        dim, low, high = bucket
+        free = {"k": dim, "v": dim}
+        unit = k.nbytes // k.shape[dim]
+        values.update(LOW=low * unit, HIGH=high * unit)
+        same = v.nbytes == k.nbytes
+        conditions.append("LOW <= k.nbytes <= HIGH")
+        conditions.append("v.nbytes == k.nbytes" if same else f"v.nbytes * {k.nbytes} == k.nbytes * {v.nbytes}")
+        # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
+        conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
+    conditions.append(f"check({names})")
+    for name in reads:
+        conditions.append(_state_condition(name, READERS[name](), values))
+    make = _native if NATIVE else _plain
+    values["check"] = make(list(unique.values()), {i: free[n] for i, n in enumerate(unique) if n in free})
+    return _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
+
+
+def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
+    """Equal options of the same class: 1 == True and a Tensor may equal a float, yet they are other calls."""
+    if not kw:
+        return ["not kw"]
+    items = kw.items() if isinstance(kw, dict) else enumerate(kw)
+    if isinstance(kw, dict):  # a list stays the caller's, who may change it
+        kw = {name: list(value) if type(value) is list else value for name, value in items}
+    values["KW"] = kw
+    classes = []
+    for name, value in items:
+        if value is None or value is True or value is False:
+            classes.append(f"kw[{name!r}] is {value}")
+        else:
+            values[f"C_{name}"] = type(value)
+            classes.append(f"kw[{name!r}].__class__ is C_{name}")
+    return ["kw == KW", *classes]
+
+
+def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
+    values[f"read_{name}"] = READERS[name]
+    if isinstance(value, bool):
+        return f"read_{name}()" if value else f"not read_{name}()"
+    values[f"WANT_{name}"] = value
+    if name == "config":
+        return "read_config() is WANT_config"
+    return f"read_{name}() == WANT_{name}"
+
+
+_CONSTANTS = {
+    "has_torch_function": device.has_torch_function,
+    "dispatch_modes": device.dispatch_modes,
+    "only_default_device": device.only_default_device,
+    "forward_ad": device.forward_ad,
+}
+
+
+@lru_cache(512)
+def _maker(names: tuple[str, ...], condition: str) -> Callable[..., Probe]:
+    """Compiled once per shape of condition: building a bucket-mate's probe must stay cheap."""
+    arguments = ", ".join((*names, *_CONSTANTS))
+    source = (
+        f"def make({arguments}):\n    def probe(q, k, v, m, layout, kw):\n"
+        f"        if {condition}:\n            return call\n    return probe\n"
+    )
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    return scope["make"]

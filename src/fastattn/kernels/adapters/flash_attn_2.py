@@ -1,0 +1,94 @@
+"""FlashAttention 2, package flash-attn: half dtypes, sm80 and newer, no masks.
+
+Needs 2.6: causal turned from the top-left to the bottom-right corner in 2.1, windows came in 2.3, `deterministic` in 2.4,
+softcap in 2.6. Where no key is visible it gives a zero row and a log-sum-exp of +inf. It takes a side of a window that is as
+long as the keys for none, and an unlimited right side beside a limited left one for kv_len keys: both right on the bands of
+its own corner, which are all it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastattn.kernels import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+
+INF = float("inf")
+
+
+def load() -> Run:
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return of(flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
+    attend = by_keyword(
+        function, "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
+        "return_attn_probs",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.beside(q.shape[1], k.shape[1])
+        found = attend(
+            q=q,
+            k=k,
+            v=v,
+            dropout_p=a.dropout_p,
+            softmax_scale=a.scale,
+            causal=right == 0,
+            window_size=(-1 if left is None else left, right or -1),  # causal makes the right side 0
+            softcap=a.softcap,
+            deterministic=a.deterministic,
+            return_attn_probs=a.lse,
+        )
+        if not a.lse:
+            return found
+        out, lse, _ = found
+        lse = lse.detach()
+        return out, lse.masked_fill(lse == INF, -INF)
+
+    return run
+
+
+KERNELS = (
+    Kernel(
+        name="flash_attn_2",
+        summary="FlashAttention 2 (package flash-attn)",
+        load=load,
+        library="flash-attn",
+        versions=("2.6", "3"),
+        environment=("FLASH_ATTENTION_",),
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16"),
+        layout="bshd",
+        corner="bottom_right",
+        window=True,
+        softcap=True,
+        dropout=True,
+        lse=True,
+        equal_head_dims=True,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        aligned=True,
+        needs=(
+            Range("capability", min=80, max=121),
+            Range("head_dim", min=1, max=256),
+            Range("head_dim_v", max=256),
+            # batch and heads are grid dimensions
+            *GRID,
+            *NOT_EMPTY,
+            OneOf("scale", ("positive",)),
+            RefuseWhen("softcap {p.softcap:g} together with dropout", lambda p, _: bool(p.softcap and p.dropout)),
+            RefuseWhen("return_lse together with dropout: it would write all weights out", lambda p, _: p.lse and p.dropout),
+            RefuseWhen(
+                "training with dropout and head_dim {p.head_dim} > 192 on sm{device.capability} (86, 89, 120, 121 cannot)",
+                lambda p, device: (
+                    p.needs_grad and p.dropout and max(p.head_dim, p.head_dim_v) > 192
+                    and device.capability in (86, 89, 120, 121)
+                ),
+            ),
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,164 @@
+"""FlashAttention 3: package flash-attn-3, built from source, and fa3-fwd, a forward for bfloat16 alone.
+
+Half dtypes, sm90 (sm80 to sm89 where built for them), no masks, no dropout. Its functions changed under one version, 3.0.0:
+they returned (out, lse) until July 2025, out alone until August, and since then as return_attn_probs says. Where no key is
+visible it gives a zero row and a log-sum-exp of -inf, +inf on the few ways around the kernel. What a build left out stands in
+its flash_attn_config, since November 2025; the library repacked from xFormers has none, and lacks softcap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+
+from fastattn.kernels import (
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Device,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
+
+INF = float("inf")
+
+
+def load(module: str) -> Run:
+    return of(import_module(module).flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
+    import torch
+
+    attend = by_keyword(
+        function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic",
+    )  # fmt: skip
+    asks_lse = "return_attn_probs" in inspect.signature(function).parameters
+    is_compiling = torch.compiler.is_compiling
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.beside(q.shape[1], k.shape[1])
+        found = attend(
+            q=q, k=k, v=v,
+            softmax_scale=a.scale,
+            causal=right == 0,
+            window_size=(-1 if left is None else left, right or -1),  # causal makes the right side 0
+            softcap=a.softcap,
+            num_splits=1 if a.needs_grad or is_compiling() else 0,  # 0 lets it split the keys where queries are few
+            deterministic=a.deterministic,
+            **({"return_attn_probs": a.lse} if asks_lse else {}),
+        )  # fmt: skip
+        out, lse = found[:2] if isinstance(found, tuple) else (found, None)
+        if not a.lse:
+            return out
+        if lse is None:
+            raise NotImplementedError("this FlashAttention 3, of July or August 2025, returns no log-sum-exp")
+        lse = lse.detach()
+        return out, lse.masked_fill(lse == INF, -INF)
+
+    return run
+
+
+@cache
+def flags() -> dict[str, bool] | None:
+    """What the build says that it left out, None where it does not tell. Plain Python: nothing of CUDA is loaded."""
+    try:
+        return import_module("flash_attn_config").CONFIG["build_flags"]
+    except Exception:
+        return None
+
+
+UNCERTAIN = ("SOFTCAP", "SM8x")  # refused where the build does not tell
+
+
+def unless_built(flag: str, what: str, asked: Callable[[Any, Device], bool]) -> RefuseWhen:
+    """Refuses what the build left out: FLASHATTENTION_DISABLE_<flag>, or FLASH_ATTENTION_DISABLE_<flag>."""
+
+    def lacks() -> bool:
+        told = flags()
+        if told is None:
+            return flag in UNCERTAIN
+        return any(told[name] for name in told if name.endswith(f"_DISABLE_{flag}"))
+
+    text = f"{what}: this build lacks it" + (", or has no flash_attn_config to tell" if flag in UNCERTAIN else "")
+    return RefuseWhen(text, lambda p, device: bool(asked(p, device)) and lacks())
+
+
+def _is_pair(p: Any, device: Device) -> bool:
+    """Whether it has a kernel for this pair of head dims, both padded to a multiple of 8."""
+    d, dv = (-(-head_dim // 8) * 8 for head_dim in (p.head_dim, p.head_dim_v))
+    return d == dv or (device.capability == 90 and ((128 < d <= 192 and 96 < dv <= 128) or d <= 64))
+
+
+PAIR = "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}"
+NEEDS = (
+    Range("capability", min=80, max=90),
+    Range("head_dim", min=1, max=256),
+    Range("head_dim_v", min=1, max=512),
+    *GRID, *NOT_EMPTY,
+    OneOf("scale", ("positive",)),
+    RefuseWhen(
+        PAIR + " on sm{device.capability}: unequal ones are 129-192 with 97-128, or 1-64 with 1-512, on sm90",
+        lambda p, device: not _is_pair(p, device),
+    ),
+)  # fmt: skip
+
+
+def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
+    """What the two packages have in common."""
+    return Kernel(
+        name=name, summary=summary, load=partial(load, module), devices=("cuda",), layout="bshd", corner="bottom_right",
+        softcap=True, lse=True, head_dim_multiple=8, dense_last_dim=True, aligned=True, **row,
+    )  # fmt: skip
+
+
+OPTIONAL = (
+    ("BACKWARD", "training", lambda p, _: p.needs_grad),
+    ("FP16", "dtype float16", lambda p, _: p.dtype == "float16"),
+    ("LOCAL", "a window ({p.window[0]}, {p.window[1]})", lambda p, _: p.window is not None),
+    ("SOFTCAP", "softcap {p.softcap:g}", lambda p, _: p.softcap),
+    ("SM8x", "sm{device.capability}", lambda _, device: device.capability < 90),
+    ("HDIM256", "head_dim {p.head_dim} > 192", lambda p, _: p.head_dim > 192),
+    ("HDIMDIFF64", PAIR, lambda p, _: p.head_dim <= 64 < p.head_dim_v),
+    ("HDIMDIFF192", PAIR, lambda p, _: p.head_dim_v <= 128 < p.head_dim),
+)
+KERNELS = (
+    kernel(
+        name="flash_attn_3",
+        summary="FlashAttention 3 (package flash-attn-3)",
+        module="flash_attn_interface",
+        library="flash-attn-3",
+        versions=("3", "4"),
+        environment=("FLASH_ATTENTION_",),
+        dtypes=("float16", "bfloat16"),
+        window=True,
+        needs=(
+            *NEEDS,
+            RefuseWhen("training: head_dim_v {p.head_dim_v} > 256", lambda p, _: p.needs_grad and p.head_dim_v > 256),
+            RefuseWhen(
+                "a deterministic backward with " + PAIR + ": it ends at 192",
+                lambda p, _: p.deterministic and p.needs_grad and max(p.head_dim, p.head_dim_v) > 192,
+            ),
+            *(unless_built(*row) for row in OPTIONAL),
+        ),
+    ),
+    kernel(
+        name="fa3_fwd",
+        summary="FlashAttention 3's forward (package fa3-fwd), bfloat16",
+        module="fa3_fwd_interface",
+        library="fa3-fwd",
+        versions=("0.0.3", "0.1"),
+        dtypes=("bfloat16",),  # it was built without float16, windows and the backward
+        grad=False,
+        needs=NEEDS,
+    ),
+)

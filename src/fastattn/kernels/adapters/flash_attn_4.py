@@ -1,0 +1,146 @@
+"""FlashAttention 4, package flash-attn-4 (CuTe DSL): half dtypes, sm80 and newer, its backward from sm90 on.
+
+It compiles for each kind of call, for seconds, and for the silicon of the first device it meets. A side of its window without
+a limit is None: -1 beside a number hides every key. It returns (out, lse) always, and its score_mod is a CuTe function, not
+one of torch. Before August 2026 it did not look at alignment. Where no key is visible it gives a zero row and a log-sum-exp
+of -inf.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from fastattn.kernels import (
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Device,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    by_keyword,
+)
+
+
+def load() -> Run:
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    return of(flash_attn_func)
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
+    import torch
+
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
+        raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
+    attend = by_keyword(
+        function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.beside(q.shape[1], k.shape[1])
+        out, lse = attend(
+            q=q,
+            k=k,
+            v=v,
+            softmax_scale=a.scale,
+            causal=right == 0,
+            window_size=(left, right or None),  # causal makes the right side 0
+            softcap=a.softcap,
+            deterministic=a.deterministic,
+            return_lse=a.lse,
+        )
+        return (out, lse.detach()) if a.lse else out
+
+    return run
+
+
+def _is_sm100(device: Device) -> bool:
+    return 100 <= device.capability < 120
+
+
+def _fits_sm100(p: Any) -> bool:
+    """The pairs of head dims, padded to multiples of 8, of its kernels for sm100 and sm110."""
+    dims = tuple(-(-d // 8) * 8 for d in (p.head_dim, p.head_dim_v))
+    return max(dims) <= 128 or dims in ((192, 128), (256, 256))
+
+
+def _widest(p: Any) -> int:
+    return max(p.head_dim, p.head_dim_v)
+
+
+DIMS = "head_dim {p.head_dim} and head_dim_v {p.head_dim_v} on sm{device.capability}"
+KERNELS = (
+    Kernel(
+        name="flash_attn_4",
+        summary="FlashAttention 4 (package flash-attn-4)",
+        load=load,
+        library="flash-attn-4",
+        versions=("4", "5"),
+        environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_"),
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16"),
+        layout="bshd",
+        corner="bottom_right",
+        window=True,
+        softcap=True,
+        lse=True,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        aligned=True,
+        compiles="once",
+        needs=(
+            Range("capability", min=80, max=121),
+            Range("head_dim", min=1, max=256),
+            Range("head_dim_v", min=1, max=256),  # with 512, where k is v, it takes them for DeepSeek's latent
+            # batch and heads are grid dimensions
+            *GRID,
+            *NOT_EMPTY,
+            OneOf("scale", ("positive",)),
+            RefuseWhen(
+                DIMS + ": it has up to (128, 128), (192, 128) and (256, 256) there",
+                lambda p, device: _is_sm100(device) and not _fits_sm100(p),
+            ),
+            # 99 KB of shared memory: 512 bytes for each of them, and 16 KB more in the backward
+            RefuseWhen(DIMS + ": it ends at 192", lambda p, device: device.capability >= 120 and _widest(p) > 192),
+            RefuseWhen(
+                "training with " + DIMS + ": it ends at 160",
+                lambda p, device: p.needs_grad and device.capability >= 120 and _widest(p) > 160,
+            ),
+            RefuseWhen(
+                "training on sm{device.capability}: its backward begins at sm90",
+                lambda p, device: p.needs_grad and device.capability < 90,
+            ),
+            RefuseWhen(
+                "training with grouped queries ({p.q_heads} / {p.kv_heads}) and " + DIMS + ": they must be equal there",
+                lambda p, device: (
+                    device.capability == 90 and p.needs_grad and p.group > 1 and p.head_dim != p.head_dim_v
+                ),
+            ),
+            # its kernel for 256 there, sm100_hd256_2cta_fmha_forward.py
+            RefuseWhen(
+                "softcap {p.softcap:g} and " + DIMS + ": its kernel for 256 has none there",
+                lambda p, device: bool(p.softcap) and _is_sm100(device) and p.head_dim > 192,
+            ),
+            RefuseWhen(
+                "a window {p.window} and " + DIMS + ": its kernel for 256 has none there",
+                lambda p, device: p.window is not None and _is_sm100(device) and p.head_dim > 192,
+            ),
+            RefuseWhen(
+                "q_len {p.q_len} != kv_len {p.kv_len} and " + DIMS + ": its kernel for 256 is wrong then",
+                lambda p, device: p.q_len != p.kv_len and _is_sm100(device) and p.head_dim > 192,
+            ),
+            RefuseWhen(
+                "a deterministic backward on sm{device.capability}: it has none from sm120 on",
+                lambda p, device: p.deterministic and p.needs_grad and device.capability >= 120,
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,163 @@
+"""FlashInfer: prefill over one request (no batch), and over packed requests of equal lengths, planned on the host first.
+
+Forward only, causal from the bottom-right corner, a window to the left alone, the log-sum-exp in base 2. Its masks are bool,
+shared by the heads, of fa2 alone, and packed anew in each call; those of packed requests belong to a plan, and are not used.
+What must be known:
+  - Hidden scores are -5e4 before the scale, up to 0.6.18 (flashinfer#4450, #4451, #4452): a row that sees nothing gets a mean
+    of v, or fa2 raises (causal, q_len > kv_len); a row whose every product is below -5e4 gives zeros.
+  - A row's maximum is taken before the scale: positive ones alone.
+  - fa3 of one request reads lengths and heads as NHD whatever kv_layout says.
+  - plan() takes float16 unless told otherwise, copies from the host, and cannot be captured. A plan belongs to its lengths:
+    where they churn it is no candidate. Each has 8 MiB on the device and on the host; those of a stream share 128 MiB.
+  - Kernels are compiled by nvcc for each dtype, head_dim, window and softcap.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+from typing import Any
+
+from fastattn.kernels import NOT_EMPTY, PLANNED, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+
+INF = float("inf")
+WORKSPACE_BYTES = 128 * 2**20
+PLANS = 32  # kept at once
+TOLD = ("causal", "window_left", "logits_soft_cap", "sm_scale")
+
+
+def load_single(backend: str) -> Run:
+    from flashinfer import single_prefill_with_kv_cache  # type: ignore[attr-defined]
+
+    attend = by_keyword(
+        single_prefill_with_kv_cache, "q", "k", "v", "custom_mask", "kv_layout", "backend", "return_lse", *TOLD
+    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        q3, k3, v3 = (x.detach()[0] for x in (q, k, v))  # DLPack takes nothing that requires a gradient
+        seen = None if mask is None else mask.reshape(mask.shape[-2:]).expand(q.shape[1], k.shape[1])
+        found = attend(
+            q=q3, k=k3, v=v3, custom_mask=seen, kv_layout="NHD", backend=backend, return_lse=a.lse, **told(q, k, a)
+        )  # fmt: skip
+        found = batched(found, 1)
+        if seen is None:
+            return found
+        empty = seen.any(-1).logical_not()  # they get a mean of v
+        out, lse = found if a.lse else (found, None)
+        out = out.masked_fill(empty[:, None, None], 0.0)
+        return out if lse is None else (out, lse.masked_fill(empty, -INF))
+
+    return run
+
+
+def load_ragged(backend: str) -> Run:
+    import torch
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper as Wrapper  # type: ignore[attr-defined]
+
+    by_keyword(Wrapper, "float_workspace_buffer", "kv_layout", "backend")
+    sizes = ("qo_indptr", "kv_indptr", "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "q_data_type")
+    by_keyword(Wrapper.plan, *sizes, *TOLD)
+    by_keyword(Wrapper.run, "q", "k", "v", "return_lse")
+    plans: dict[Any, Any] = {}
+    captured: dict[Any, Any] = {}  # a graph goes on to read a plan's memory
+
+    def planned(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> Any:
+        more = told(q, k, a)
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        key = (q.device, stream, q.dtype, q.shape, k.shape, v.shape, *more.values())
+        found, is_capturing = plans.get(key), q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if found is None:
+            if is_capturing:
+                raise RuntimeError("FlashInfer plans on the host, which a CUDA graph cannot capture")
+            if len(plans) >= PLANS:
+                plans.pop(next(iter(plans), None), None)
+            with torch.inference_mode(False):
+                found = Wrapper(float_workspace_buffer=workspace(q.device, stream), kv_layout="NHD", backend=backend)
+                starts = torch.arange(q.shape[0] + 1, dtype=torch.int32)  # on the host, where it is wanted
+                lengths = starts * q.shape[1], starts * k.shape[1]
+                values = (*lengths, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
+                found.plan(**dict(zip(sizes, values, strict=True)), **more)
+            plans[key] = found
+        if is_capturing:
+            captured[key] = found
+        return found
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        wrapper = planned(q, k, v, a)
+        q3, k3, v3 = (x.detach().flatten(0, 1) for x in (q, k, v))  # a view wherever the batch lies outside the rows
+        return batched(wrapper.run(q=q3, k=k3, v=v3, return_lse=a.lse), q.shape[0])
+
+    return run
+
+
+def told(q: Tensor, k: Tensor, a: Arguments) -> dict[str, Any]:
+    left, right = a.beside(q.shape[1], k.shape[1])
+    return dict(zip(TOLD, (right == 0, -1 if left is None else left, a.softcap, a.scale), strict=True))
+
+
+def batched(found: Any, batch: int) -> Any:
+    """(tokens, h, d), and a log-sum-exp in base 2 (tokens, h), as (b, s, h, d) and (b, h, s)."""
+    if not isinstance(found, tuple):
+        return found.unflatten(0, (batch, -1))
+    out, lse = found
+    return out.unflatten(0, (batch, -1)), lse.unflatten(0, (batch, -1)).transpose(1, 2) * math.log(2)
+
+
+@cache
+def workspace(device: Any, stream: int) -> Tensor:
+    """What partial results lie in; of one stream alone, as what runs beside it would write there too."""
+    import torch
+
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+NEEDS = (
+    *NOT_EMPTY,
+    Range("q_heads", min=1, max=65535),
+    Range("extent", max=2**31 - 1),  # 32-bit offsets
+    OneOf("head_dim", (64, 128, 192, 256)),
+    RefuseWhen(
+        "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}: it has 64, 128 and 256 with the same, and 192 with 128",
+        lambda p, _: p.head_dim_v != (128 if p.head_dim == 192 else p.head_dim),
+    ),
+    OneOf("scale", ("positive",)),
+    RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
+    RefuseWhen(
+        "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: rows that see nothing (flashinfer#4452)",
+        lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
+    ),
+)  # fmt: skip
+ONE = (OneOf("batch", (1,)),)
+MASK = RefuseWhen("a mask {p.mask_shape} that differs by head: it has one for all", lambda p, _: "h" in p.mask_shape)
+MANY = (Range("batch", min=1, max=65535), PLANNED)
+GPUS = {"fa2": Range("capability", min=80, max=121), "fa3": OneOf("capability", (90,))}
+
+KERNELS = tuple(
+    Kernel(
+        name=f"flashinfer_{what}_{backend}",
+        summary=f"FlashInfer's {backend}: {summary}",
+        load=partial(load, backend),
+        library="flashinfer-python",
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16"),
+        layout="bshd",
+        corner="bottom_right",
+        masks=("bool",) if MASK in more else (),
+        window=True,
+        softcap=True,
+        lse=True,
+        grad=False,
+        dense_last_dim=True,
+        aligned=True,
+        compiles="once",
+        environment=("FLASHINFER_",),
+        versions=("0.6", ""),
+        needs=(*NEEDS, *more, GPUS[backend]),
+    )
+    for what, backend, summary, load, more in (
+        ("single", "fa3", "one request", load_single, ONE),
+        ("single", "fa2", "one request", load_single, (*ONE, MASK)),
+        ("ragged", "fa3", "packed requests, planned", load_ragged, MANY),
+        ("ragged", "fa2", "packed requests, planned", load_ragged, MANY),
+    )
+)

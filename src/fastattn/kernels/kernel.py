@@ -1,0 +1,176 @@
+"""The contract of a kernel: a row of data about one entry point of one library, and one `load()`.
+
+A kernel file imports this module and, inside `load()`, its library; nothing else. What it declares, conversions.py brings
+about: a kernel never transposes, casts, pads or checks a shape itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastattn.environment.device import Device, private
+from fastattn.environment.settings import log
+from fastattn.kernels.limits import (
+    BFLOAT16,
+    FLASH_2_BACKWARD,
+    GRID,
+    NOT_EMPTY,
+    OWN_MASK,
+    PLANNED,
+    Forbid,
+    Need,
+    OneOf,
+    Range,
+    RefuseWhen,
+)
+from fastattn.kernels.workspace import room
+from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
+
+__all__ = [
+    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Accepted", "Arguments", "Backward",
+    "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor",
+    "additive", "as_4d", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
+]  # fmt: skip
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+class Arguments(NamedTuple):
+    """What a kernel is told beside its tensors.
+
+    scale multiplies q k^T. Key j is visible to query i when i + lower <= j <= i + upper; None is no limit. softcap (0 is off):
+    scores become softcap * tanh(scores / softcap), before a mask is added. dropout_p: share of the weights that are dropped.
+    lse: return (out, lse) with the natural log-sum-exp of each row, (b, h, q_len) float32, -inf where nothing is visible.
+    score_mod(score, b, h, q, kv) changes a score.
+    """
+
+    scale: float
+    upper: int | None = None
+    lower: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    needs_grad: bool = False
+    lse: bool = False
+    score_mod: Callable[..., Tensor] | None = None
+    deterministic: bool = False  # the backward must give the same bits on every run
+
+    def beside(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
+        """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
+
+        It is how kernels of the bottom-right corner are told: right == 0 is their triangle.
+        """
+        at = kv_len - q_len
+        return None if self.lower is None else at - self.lower, None if self.upper is None else self.upper - at
+
+
+# run(q, k, v, mask, arguments) -> out, or (out, lse); tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1)
+Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
+# backward(q, k, v, mask, out, grad, arguments) -> (dq, dk, dv, dscores) from the inputs alone: the scores are made again
+Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor, Arguments], "tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One entry point. The order of rows is the order that decides between equals."""
+
+    name: str
+    summary: str
+    load: Callable[[], Run]
+    library: str = "torch"  # the distribution that brings it
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[str, ...] = (*FLOATS, "float64")
+    layout: str = "bhsd"  # what `run` takes and returns
+    # which causal corner it draws: "top_left", "bottom_right", "any", "square" (neither, but q_len == kv_len), None
+    corner: str | None = "top_left"
+    causal_scales: tuple[str, ...] = ("positive", "zero", "negative")  # signs of the scale it draws a triangle for
+    masks: tuple[str, ...] = ()  # of "bool", "additive"
+    mask_and_causal: bool = False  # both at once
+    window: bool = False  # draws a window of keys around that diagonal itself
+    softcap: bool = False
+    dropout: bool = False
+    lse: bool = False  # can return the log-sum-exp
+    score_mod: bool = False
+    custom_mask: bool = False  # takes a flex BlockMask
+    gqa: bool = True  # takes fewer kv heads as they are
+    gqa_fold: bool = False  # worth trying with the query group folded into rows
+    equal_head_dims: bool = False  # v must be as wide as q
+    head_dim_multiple: int = 1
+    dense_last_dim: bool = False  # the last stride must be 1
+    dense: bool = False  # reads q, k and v as dense memory in its layout, whatever their strides say
+    aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
+    grad: bool = True
+    mask_grad: bool = False
+    deterministic: bool = True  # the same bits on every run, backward included
+    no_broadcast: bool = False  # q, k and v must not be broadcast views
+    contiguous: bool = False  # worth trying with dense copies of q, k, v
+    fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
+    unfused: bool = False  # materialises the scores, some three times over
+    chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
+    load_backward: Callable[[], Backward] | None = (
+        None  # forward runs without a graph, the backward makes the scores again
+    )
+    # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
+    compiles: str | None = None
+    switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
+    reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
+    approximate: bool = False  # quantises its inputs: needs a number from the caller
+    versions: tuple[str, str] = ("", "")  # of the library: the first that it works with, and the first that it does not
+    environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
+    opt_in: bool = False  # considered only where the caller names it
+    needs: tuple[Need, ...] = ()
+
+
+class Accepted(NamedTuple):
+    """A candidate: a kernel with its conversions in the order they are applied."""
+
+    kernel: Kernel
+    conversions: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.kernel.name, *self.conversions))
+
+
+class Rejected(NamedTuple):
+    """A kernel that cannot, with every reason. would: the candidate that only a known fault rules out."""
+
+    kernel: Kernel
+    reasons: tuple[str, ...]
+    would: Accepted | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+
+Decision = Accepted | Rejected
+
+
+def require(name: str) -> Callable[..., Tensor]:
+    """torch's private entry point of that name in environment.device. Raises ImportError where this torch has it not."""
+    found = private(name)
+    if found is None:
+        raise ImportError(f"this torch has no {name} entry point")
+    return found
+
+
+def by_keyword(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """The library's function, once it is known to take these parameters by keyword: their order is no library's promise.
+
+    Raises ImportError naming those it lacks; one that **kwargs would swallow is lacking.
+    """
+    schema = getattr(function, "_schema", None)  # of torch's operators
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if schema is not None:
+        known = {argument.name for argument in schema.arguments}
+    else:
+        known = {name for name, p in inspect.signature(function).parameters.items() if p.kind in kinds}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ImportError(f"its {function.__name__} takes no {', '.join(missing)}: another version is needed")
+    return function

@@ -1,0 +1,165 @@
+"""Quirks: cases in which a kernel is known to be wrong or to fail, as data: quirks.json, and the file FASTATTN_QUIRKS names.
+
+A quirk is an object:
+  kernel    the kernel it holds for, or a list of them; "default" with `runs` is F.sdpa where torch would run that kernel
+  versions  {"torch" | "cudnn" | "cuda" | "library": "2.11"}, each from one version on and before another: ">=2.11,<2.14"
+  when      {field of Problem or "capability": value}; a value, a list of values, or {"min", "max", "multiple_of", "remainder"}
+  reason    what goes wrong
+  link      where it is reported
+It rules the kernel out where all of it holds. Nothing in a file is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastattn.environment.device import Device
+from fastattn.kernels.libraries.catalogue import as_numbers
+from fastattn.problems.problem import Problem
+
+SHIPPED = Path(__file__).with_name("known_faults.json")
+OF_DEVICE = ("capability",)
+OF_LENGTH = ("kv_len", "extent", "scores", "unfused_bytes", "io_bytes")
+KEYS = ("kernel", "runs", "versions", "when", "reason", "link")
+BOUNDS = ("min", "max", "multiple_of", "remainder")
+COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": lambda a, b: a >= b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+}
+
+
+SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*")  # a part of what "versions" asks for
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """One known fault of a kernel."""
+
+    kernel: str | list[str]
+    reason: str
+    link: str
+    runs: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    when: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The kernels it holds for."""
+        return [self.kernel] if isinstance(self.kernel, str) else self.kernel
+
+    def holds(self, problem: Problem, device: Device, library: str) -> bool:
+        """Whether it rules its kernel out; library: the version of the kernel's library."""
+        here = {"torch": device.torch, "cuda": device.cuda, "cudnn": cudnn_version(device.cudnn), "library": library}
+        return all(_in_versions(here[name], spec) for name, spec in self.versions.items()) and all(
+            _is_met(getattr(device if name in OF_DEVICE else problem, name), wanted)
+            for name, wanted in self.when.items()
+        )
+
+    def may_hold_between(self, low: int, high: int, problem: Problem, device: Device, library: str) -> bool:
+        """Whether it holds at a kv_len of that range, or may: of what else follows from a length nothing is known."""
+        fixed = {name: wanted for name, wanted in self.when.items() if name not in OF_LENGTH}
+        if len(fixed) == len(self.when) or not replace(self, when=fixed).holds(problem, device, library):
+            return False
+        wanted = self.when.get("kv_len")
+        return wanted is None or any(_is_met(length, wanted) for length in range(low, high + 1))
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.link})"
+
+
+def known(extra: str | None = None) -> tuple[Quirk, ...]:
+    """The quirks shipped, and those of the file `extra`. Raises ValueError that names a bad file, or a bad entry of it."""
+    return (*_read(str(SHIPPED)), *(_read(extra) if extra else ()))
+
+
+def ruled_out(
+    kernel: str, problem: Problem, device: Device, library: str, extra: str | None, runs: str = ""
+) -> list[str]:
+    """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
+    found = (q for q in known(extra) if kernel in q.kernels and q.runs == runs)
+    return [str(q) for q in found if q.holds(problem, device, library)]
+
+
+def cudnn_version(number: int) -> str:
+    """cuDNN's number as people write it: 91500 is "9.15.0"."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else ""
+
+
+@cache
+def _read(path: str) -> tuple[Quirk, ...]:
+    try:
+        rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the quirks of {path} cannot be read: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"the quirks of {path} must be a list of objects, got {type(rows).__name__}")
+    for at, row in enumerate(rows):
+        why = _why_invalid(row)
+        if why:
+            raise ValueError(f"quirk {at} of {path}: {why}")
+    return tuple(Quirk(**row) for row in rows)
+
+
+def _why_invalid(row: Any) -> str | None:
+    if not isinstance(row, dict) or not {"kernel", "reason", "link"} <= set(row) <= set(KEYS):
+        return f"must be an object with kernel, reason and link, and of {', '.join(KEYS)} alone"
+    names = row["kernel"]
+    if isinstance(names, list) and (not names or not all(isinstance(name, str) for name in names)):
+        return f"kernel must be a name or a list of names, got {names!r}"
+    for name in KEYS:
+        if name == "kernel" and isinstance(names, list):
+            continue
+        kind = dict if name in ("versions", "when") else str
+        if not isinstance(row.get(name, kind()), kind):
+            return f"{name} must be {'an object' if kind is dict else 'a string'}, got {row[name]!r}"
+    for name, spec in row.get("versions", {}).items():
+        if name not in ("torch", "cuda", "cudnn", "library"):
+            return f"versions speaks of {name!r}, not of torch, cuda, cudnn or library"
+        if not isinstance(spec, str) or not all(SPEC.fullmatch(part.strip()) for part in spec.split(",")):
+            return f"versions of {name} must look like '>=2.11,<2.14', got {spec!r}"
+    for name, wanted in row.get("when", {}).items():
+        is_property = isinstance(getattr(Problem, name, None), property)
+        if name not in OF_DEVICE and not is_property and name not in Problem.__dataclass_fields__:
+            return f"when speaks of {name!r}, which no Problem has"
+        if isinstance(wanted, dict) and not set(wanted) <= set(BOUNDS):
+            return f"when of {name} must use {', '.join(BOUNDS)}, got {', '.join(wanted)}"
+        if isinstance(wanted, dict) and not all(type(n) in (int, float) for n in wanted.values()):
+            return f"when of {name} must have numbers, got {wanted}"
+        if isinstance(wanted, dict) and "remainder" in wanted and "multiple_of" not in wanted:
+            return f"when of {name} has a remainder, but no multiple_of"
+        if isinstance(wanted, dict) and wanted.get("multiple_of") == 0:
+            return f"when of {name} must be a multiple of more than 0"
+    return None
+
+
+def _in_versions(version: str, spec: str) -> bool:
+    if not version:
+        return False
+    here = as_numbers(version)
+    for part in (p.strip() for p in spec.split(",")):
+        sign = next(s for s in COMPARE if part.startswith(s))
+        wanted = as_numbers(part.removeprefix(sign).strip())
+        if not COMPARE[sign](here[: len(wanted)] if sign in ("==", "<=", ">") else here, wanted):
+            return False
+    return True
+
+
+def _is_met(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        if not isinstance(value, (int, float)):
+            return False
+        step = wanted.get("multiple_of")
+        is_on = step is None or value % step == wanted.get("remainder", 0) % step
+        return is_on and wanted.get("min", value) <= value <= wanted.get("max", value)
+    if isinstance(wanted, list):
+        return value in wanted
+    return bool(value) is wanted if isinstance(wanted, bool) else value == wanted

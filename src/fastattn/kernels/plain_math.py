@@ -1,0 +1,52 @@
+"""softmax(q k^T) v by torch's own products, accumulated in float32: what can do every problem, and can be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels.kernel import Arguments
+
+NEVER = float("-inf")  # the score of a hidden key
+
+
+def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, group * q_len, d), (n, kv_len, d), (n, kv_len, dv) of n = batch * kv_heads; views where strides allow."""
+    b, kv_heads, kv_len, d = k.shape
+    n = b * kv_heads
+    rows = q.shape[1] // max(1, kv_heads) * q.shape[2]
+    return q.reshape(n, rows, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
+
+
+def outside(scores: Tensor, a: Arguments) -> Iterator[Tensor]:
+    """(q_len, kv_len) bool: the keys above the band, then those below."""
+    if a.upper is not None:
+        yield torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu_(a.upper + 1)
+    if a.lower is not None:
+        yield torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril_(a.lower - 1)
+
+
+def sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+    """Attention of (b, h, s, d) tensors as the contract of a kernel asks; a row that sees nothing becomes zeros."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q3, k3, v3 = (x.to(dtype) for x in fold(q, k, v))
+    scores = (torch.bmm(q3, k3.mT) * a.scale).view(*q.shape[:3], k.shape[2])
+    if a.softcap:
+        scores = torch.tanh(scores / a.softcap) * a.softcap
+    if mask is not None and mask.dtype is not torch.bool:
+        scores = scores + mask
+    hidden = mask.logical_not() if mask is not None and mask.dtype is torch.bool else None
+    for beyond in outside(scores, a):
+        hidden = beyond if hidden is None else hidden | beyond
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, NEVER)
+    nothing = (scores.detach() == NEVER).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    if a.dropout_p:
+        weights = torch.dropout(weights, a.dropout_p, True)
+    out = torch.bmm(weights.view(*q3.shape[:2], k.shape[2]), v3)
+    out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
+    return (out, torch.logsumexp(scores.detach(), -1).float()) if a.lse else out

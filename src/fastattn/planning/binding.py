@@ -1,0 +1,209 @@
+"""Candidate + Problem -> Call: a closure call(q, k, v, mask) -> out over the caller's tensors as they come.
+
+No Call bakes a length in. The fallback chain lives here too: what runs when nothing was tuned, or the winner raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.environment.device import Device, sdpa
+from fastattn.environment.settings import Settings
+from fastattn.kernels import known_faults
+from fastattn.kernels.kernel import Accepted, Arguments, Decision, Kernel, Rejected, Run
+from fastattn.planning import candidates
+from fastattn.planning.conversions.table import BY_NAME, on_out
+from fastattn.problems import masks
+from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
+from fastattn.problems.problem import INT32, Problem, default_scale
+
+# call(q, k, v, mask) -> out, or (out, lse)
+Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
+
+
+def bind(
+    candidate: Accepted,
+    p: Problem,
+    scale: float | None,
+    *,
+    structured: bool = False,
+    dropout_p: float = 0.0,
+    score_mod: Callable[..., Tensor] | None = None,
+) -> Call:
+    """The Call of a candidate for the caller's layout.
+
+    `scale` is the caller's, None means head_dim ** -0.5; `structured` says that the mask argument is no tensor.
+    """
+    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not p.cut:
+        return _direct_default(p, scale, structured, dropout_p)
+    step = candidates.load(candidate.kernel)
+    if candidate.kernel.library != "torch":
+        step = _on_its_device(step)
+    step = _in_layout(step, candidate.kernel)
+    for name in reversed(candidate.conversions):
+        step = BY_NAME[name].wrap(step, candidate.kernel, p)
+    return _outermost(step, candidate, p, Arguments(
+        default_scale(p.head_dim) if scale is None else scale,
+        softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
+        deterministic=p.deterministic,
+    ))  # fmt: skip
+
+
+def _on_its_device(step: Run) -> Run:
+    """Libraries launch on the current device, whatever device the tensors are on."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        if not q.is_cuda or q.device.index == torch.cuda.current_device():
+            return step(q, k, v, mask, a)
+        with torch.cuda.device(q.device):
+            return step(q, k, v, mask, a)
+
+    return run
+
+
+def _direct_default(p: Problem, scale: float | None, structured: bool, dropout_p: float) -> Call:
+    """F.sdpa itself, with as little around it as can be: it is the hot path of every untuned and every tied problem."""
+    causal, gqa = p.causal is not None, p.group > 1
+    if structured:
+        return lambda q, k, v, mask: sdpa(q, k, v, None, dropout_p, causal, scale=scale, enable_gqa=gqa)
+    if scale is not None or gqa:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
+    if causal or dropout_p:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, causal)
+    return sdpa
+
+
+def _in_layout(step: Run, kernel: Kernel) -> Run:
+    layout = kernel.layout
+    if layout == "bhsd":
+        return step
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        q, k, v = from_bhsd(q, layout), from_bhsd(k, layout), from_bhsd(v, layout)
+        return on_out(step(q, k, v, mask, a), lambda out: to_bhsd(out, layout))
+
+    return run
+
+
+def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call:
+    """From (q, k, v, mask) in the caller's layout to the step, and back."""
+    order = TO_BHSD[p.layout]
+    back = FROM_BHSD[p.layout]
+    is_view = p.layout != "bhsd"
+    is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
+    is_banded, causal, window, cut = p.is_banded, p.causal, p.window, p.cut
+    has_mask = p.mask is not None  # a structured mask has become the corner
+    is_tensor = p.mask != "block"
+    wanted = _wanted_order(candidate, p)
+    by_strides = candidate.kernel.name != "default" and p.strides[0] in ("expanded", "other")
+    if is_banded and not is_moving:
+        lower, upper = masks.band(causal, window, 0, 0)
+        a = a._replace(lower=lower, upper=upper)
+
+    def in_order(out: Tensor, like: Tensor) -> Tensor:
+        order_out = order_of(like) if by_strides else wanted
+        if order_out is not None and not is_dense(out, order_out):
+            out = _densify(out, order_out)
+        return out.permute(back) if is_view else out
+
+    if not (is_view or is_moving or has_mask or wanted or by_strides or cut or p.autocast):
+        return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        if is_view:
+            q, k, v = q.permute(order), k.permute(order), v.permute(order)
+        if cut is not None:
+            first, last = cut.keys(k.shape[2])
+            k, v = k[:, :, first:last], v[:, :, first:last]
+        now = a
+        if is_moving:
+            lower, upper = masks.band(causal, window, q.shape[2], k.shape[2])
+            now = a._replace(lower=lower, upper=upper)
+        if not has_mask:
+            mask = None
+        elif is_tensor and mask is not None and mask.dim() == 2:
+            mask = mask[None, None]
+        found = step(q, k, v, mask, now)
+        return on_out(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
+
+    return _under_autocast(call, p) if p.autocast else call
+
+
+def _densify(out: Tensor, order: Sequence[int]) -> Tensor:
+    """The same values, laid out densely in `order`."""
+    return out.permute(*order).contiguous().permute([order.index(i) for i in range(4)])
+
+
+def _wanted_order(candidate: Accepted, p: Problem) -> tuple[int, int, int, int] | None:
+    """F.sdpa's fused kernels lay their output out as q lies; a caller may view it to (..., heads * head_dim_v)."""
+    order = memory_order(p.strides[0])
+    if candidate.kernel.name == "default" or order == (0, 1, 2, 3):
+        return None
+    return order
+
+
+def _under_autocast(call: Call, p: Problem) -> Call:
+    """Cast as F.sdpa casts, then keep autocast away from the products inside."""
+    dtype, device = p.torch_dtype, p.device
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype is torch.bool or x.dtype is torch.float64 else x.to(dtype)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return call(cast(q), cast(k), cast(v), cast(mask) if isinstance(mask, Tensor) else mask)  # type: ignore[arg-type]
+
+    return run
+
+
+# --- the fallback chain
+
+
+def plain_name(is_math: bool, is_custom: bool) -> str:
+    """What serves where nothing may be learnt: F.sdpa, or what takes a softcap, or the caller's own function."""
+    return "flex" if is_custom else "sdpa_math" if is_math else "default"
+
+
+def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
+    """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
+    could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our quirks
+    plain = {d.kernel.name for d in could if d is not None and is_native(d, d.kernel.name)}
+    order = ["torch_flash", "torch_efficient", "torch_math"]
+    if device.type == "cuda" and device.prefers_cudnn:
+        order.insert(0, "torch_cudnn")
+    return next((name for name in order if name in plain), "torch_math")
+
+
+def is_native(candidate: Accepted, kernel: str) -> bool:
+    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing."""
+    return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
+
+
+def fallbacks(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> list[Accepted]:
+    """What may always be run, in order: the default unless something names what it would run, then sdpa_math.
+
+    Where the caller's own function is part of the problem neither can, and whatever can do it serves.
+    """
+    default = candidates.by_name("default", found)
+    math = candidates.by_name("sdpa_math", found)
+    if why_not_default(p, device, config, found) is not None:
+        default = []
+    return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
+
+
+def why_not_default(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> str | None:
+    """Why the default must not be served untested: a quirk, int32 extents on CUDA, or unfused math past the memory limit."""
+    runs = default_runs(p, device, found)
+    faults = [d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.would is not None]
+    faults += [known_faults.ruled_out("default", p, device, device.torch, config.quirks, runs)]
+    if any(faults):
+        return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
+    if device.type == "cuda" and p.extent > INT32:
+        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
+    if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
+        return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+    return None

@@ -1,0 +1,214 @@
+"""Which candidates can do a problem on a device, and why the others cannot. Pure: nothing is run here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import product
+
+import torch
+
+from fastattn.environment.cache_files import layers
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings, current_settings
+from fastattn.kernels import known_faults, registry
+from fastattn.kernels.kernel import Accepted, Decision, Kernel, Range, Rejected, Run
+from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.planning.conversions.table import BY_NAME, CONVERSIONS, NO, OPTIONAL, REQUIRED
+from fastattn.problems.problem import Problem
+
+
+def decisions(
+    problem: Problem, device: Device, config: Settings, rows: Sequence[Kernel] | None = None, *, certain: bool = False
+) -> list[Decision]:
+    """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons.
+
+    certain: libraries are imported to know that they can be; else what their metadata tells is enough.
+    """
+    found: list[Decision] = []
+    for kernel in registry.rows_for(device.type, config.named) if rows is None else rows:
+        found += decide(kernel, problem, device, config, certain=certain)
+    return found
+
+
+def decide(
+    kernel: Kernel, problem: Problem, device: Device, config: Settings, *, certain: bool = False
+) -> list[Decision]:
+    """One kernel: its candidates, plainest first, or one Rejected with all reasons. certain: as for decisions()."""
+    answers = {c.name: c.when(kernel, problem) for c in CONVERSIONS}
+    reasons = list(_reasons(kernel, problem, device, config))
+    reasons += [answer for answer in answers.values() if answer not in (NO, OPTIONAL, REQUIRED)]
+    if certain and not reasons:
+        reasons += [why] if (why := unavailable(kernel)) else []
+    if reasons:
+        return [Rejected(kernel, tuple(reasons))]
+    choices = [_choices(name, answer) for name, answer in answers.items()]
+    chosen = (tuple(name for name in names if name) for names in product(*choices))
+    chosen = (names for names in chosen if all(BY_NAME[name].beside in ("", *names) for name in names))
+    found: list[Decision] = [Accepted(kernel, names) for names in chosen]
+    faults = known_faults.ruled_out(kernel.name, problem, device, version(kernel.library) or "", config.quirks)
+    return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
+
+
+def _choices(name: str, answer: str) -> tuple[str, ...]:
+    first = (name, "") if name == "gqa_fold" else ("", name)  # a view that saves work: tried before all that copies
+    return {NO: ("",), OPTIONAL: first, REQUIRED: (name,)}[answer]
+
+
+def _reasons(kernel: Kernel, p: Problem, device: Device, config: Settings) -> Iterable[str]:
+    if device.type not in kernel.devices:
+        yield f"needs {' or '.join(kernel.devices)}, this device is {device.type}"
+        return  # its other limits speak of that device
+    if not config.allows(kernel.name) and kernel.name not in registry.FALLBACKS:
+        yield f"excluded by options: kernels {', '.join(config.kernels)}"
+    elif kernel.opt_in and kernel.name not in config.named:
+        yield "considered only where it is named, with a + before it: fastattn.options(kernels=...) or FASTATTN_KERNELS"
+        return
+    if kernel.switch in p.off:
+        yield f"switched off by torch.backends.cuda.enable_{kernel.switch}_sdp(False) or sdpa_kernel(...)"
+    if p.dtype not in kernel.dtypes and not (kernel.fp32 and "float32" in kernel.dtypes and p.dtype != "float64"):
+        yield f"dtype {p.dtype} is not one of {', '.join(kernel.dtypes)}"
+    if p.causal and kernel.corner is None and not kernel.masks:
+        yield "causal is not supported"
+    if p.mask == "block":
+        if not kernel.custom_mask:
+            yield "a BlockMask is not supported"
+    elif p.mask and not kernel.masks:
+        yield f"a mask is not supported ({p.mask} {p.mask_shape})"
+    elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
+        yield f"a float mask is not supported ({p.mask})"
+    for asked, can, what in (
+        (p.softcap, kernel.softcap, f"softcap ({p.softcap:g})"),
+        (p.dropout, kernel.dropout, "dropout"),
+        (p.lse, kernel.lse, "return_lse: the log-sum-exp"),
+        (p.score_mod, kernel.score_mod, "a score_mod"),
+    ):
+        if asked and not can:
+            yield f"{what} is not supported"
+    if p.needs_grad and not kernel.grad:
+        yield "gradients are not supported"
+    if p.mask_grad and not kernel.mask_grad:
+        yield "a gradient for the mask is not supported"
+    if p.deterministic and not kernel.deterministic:
+        yield "not deterministic, and torch.use_deterministic_algorithms is on"
+    if kernel.approximate and isinstance(p.accuracy, str):
+        yield f"quantises its inputs: accuracy {p.accuracy!r} asks for more, pass a number"
+    if kernel.compiles == "each_length" and p.lengths != "exact":
+        yield "compiled for each length, and lengths change here"
+    for need in kernel.needs:
+        reason = need.why_not(p, device)
+        if reason:
+            yield reason
+    why = absent(kernel)
+    if why:
+        yield why
+
+
+def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Settings, low: int, high: int) -> bool:
+    """Whether a candidate that can do this problem can do it at every kv_len from low to high."""
+    kernel = chosen.kernel
+    faults = [quirk for quirk in known_faults.known(config.quirks) if kernel.name in quirk.kernels]
+    if any(quirk.may_hold_between(low, high, problem, device, version(kernel.library) or "") for quirk in faults):
+        return False
+    asking = [need for need in kernel.needs if "kv_len" in (getattr(need, "text", "") or getattr(need, "field", ""))]
+    walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between(low, high))]
+    lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if walked else ()
+    at = [problem.replace(kv_len=length) for length in lengths]
+    return not any(need.why_not(p, device) for p in at for need in walked)
+
+
+REMAINDERS = 64  # limits that ask for a length's remainder ask for one of this or a part of it
+
+
+def absent(kernel: Kernel) -> str | None:
+    """Why the kernel's library is not there in a version that works, by its metadata alone; torch's own is looked up whole."""
+    found = version(kernel.library)
+    if found is None:
+        return f"package {kernel.library} is not installed"
+    first, last = kernel.versions
+    if first and catalogue.as_numbers(found) < catalogue.as_numbers(first):
+        return f"package {kernel.library} {found} < {first}"
+    if last and catalogue.as_numbers(found) >= catalogue.as_numbers(last):
+        return f"package {kernel.library} {found} >= {last}, which is not known to work"
+    return unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
+
+
+_loaded: set[Kernel] = set()
+_broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
+loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
+
+
+@cache
+def unavailable(kernel: Kernel) -> str | None:
+    """Why the kernel's library cannot be used here: it is met in a child process, then imported. Seconds, the first time."""
+    global loading_s
+    why = absent(kernel) if kernel.library != "torch" else None
+    if why is not None:
+        return why
+    start = time.perf_counter()
+    try:
+        why = _met(kernel)
+        if why is None:
+            with torch.inference_mode(False):  # what a library makes on import must serve later calls too
+                load(kernel)
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    loading_s += time.perf_counter() - start
+    if why is None:
+        return None
+    _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
+    return _broken[kernel]
+
+
+def _met(kernel: Kernel) -> str | None:
+    """Why importing the library would end this process; beside whatever other library is here."""
+    library = catalogue.of(kernel.library)
+    if library is None or library.module in sys.modules:
+        return None
+    others = [other.module for other in catalogue.LIBRARIES if other.module in sys.modules]
+    root, _ = layers(current_settings().cache_dir)
+    known = version(kernel.library) or ""
+    return import_probe.fatal(library.module, library.entry, known, root[0] if root else None, others, library.after)
+
+
+def forget() -> None:
+    """Look at the installed libraries anew."""
+    _broken.clear()
+    _loaded.clear()
+    for remembered in (version, load, unavailable):
+        remembered.cache_clear()
+
+
+@cache
+def load(kernel: Kernel) -> Run:
+    """The kernel's entry point, imported once. Raises whatever the library raises."""
+    run = kernel.load()
+    _loaded.add(kernel)
+    return run
+
+
+def is_loaded(kernel: Kernel) -> bool:
+    """Whether its library was imported in this process; torch's own are."""
+    return kernel.library == "torch" or kernel in _loaded
+
+
+@cache
+def version(library: str) -> str | None:
+    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
+    import importlib.metadata  # 5 ms, and only a miss needs it
+
+    known = catalogue.of(library)
+    if known is not None:
+        return (catalogue.installed(known) or (None, None))[1]
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def by_name(name: str, found: Iterable[Decision]) -> list[Accepted]:
+    """The candidates an order means: `torch_flash` any of its candidates, `torch_flash+fp32` just that one."""
+    accepted = [d for d in found if isinstance(d, Accepted)]
+    return [d for d in accepted if d.name == name] or [d for d in accepted if d.kernel.name == name]

@@ -1,0 +1,98 @@
+"""A forward without a graph, in blocks, and a backward of our own that makes each block's scores again.
+
+FlashAttention, arXiv 2205.14135, algorithm 4, with torch's own products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.environment.device import functorch_level, is_batched
+from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
+from fastattn.kernels.plain_math import sdpa_math
+from fastattn.planning.conversions.blocks import NO, REQUIRED, blocks_of, forward
+from fastattn.problems.layouts import memory_order
+from fastattn.problems.problem import Problem
+
+
+def when_recompute(kernel: Kernel, p: Problem) -> str:
+    return REQUIRED if p.needs_grad and kernel.load_backward is not None else NO
+
+
+def recompute(step: Run, kernel: Kernel, p: Problem) -> Run:
+    assert kernel.load_backward is not None
+    backward, order = kernel.load_backward(), memory_order(p.strides[0])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        return _Recomputed.apply(step, backward, order, a, q, k, v, mask)
+
+    return run
+
+
+def _followed_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The gradients by operations that autograd follows, for what is wanted of q, k, v and the mask."""
+    inputs = (q, k, v, mask)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        out = sdpa_math(q, k, v, mask, a)
+        asked = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+        found = iter(torch.autograd.grad(out, asked, grad, create_graph=create_graph))
+    return (next(found) if is_wanted else None for is_wanted in wanted)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Saves q, k, v, mask and the output; no scores."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        step: Run,
+        backward: Backward,
+        order: Any,
+        a: Arguments,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> Any:
+        found = forward(step, order, blocks_of(q, k, a), q, k, v, mask, a)
+        out, lse = found if a.lse else (found, None)
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.step_back, ctx.a = backward, a._replace(lse=False)
+        if lse is None:
+            return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        q, k, v, mask, out = ctx.saved_tensors
+        # to be differentiated again, or many gradients at once
+        if torch.is_grad_enabled() or is_batched(grad) or functorch_level() is not None:
+            wanted = ctx.needs_input_grad[4:]
+            return None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
+        # several blocks add to the same keys: their sum is rounded once
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dmask = torch.zeros(mask.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[7] else None
+        with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
+            for block in blocks_of(q, k, ctx.a):
+                given = block.inputs(q, k, v, mask, ctx.a)
+                found = ctx.step_back(*given[:4], out[block.query], grad[block.query], given[4])
+                kv = (block.batch, block.kv_heads, block.keys)
+                dq[block.query] = found[0]
+                dk[kv] += found[1]
+                dv[kv] += found[2]
+                if dmask is not None:
+                    part = block.of_mask(dmask)
+                    assert part is not None
+                    part += found[3].sum_to_size(part.shape)
+        of_mask = dmask.to(mask.dtype) if dmask is not None else None
+        return None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask

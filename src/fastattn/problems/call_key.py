@@ -1,0 +1,322 @@
+"""What the caller passed: options and tensors, checked, and the exact call key they make.
+
+The call key lives in memory only and determines everything that is decided below it. Mistakes that
+F.scaled_dot_product_attention also refuses raise the same type of error here, with the shapes in the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.environment import device
+from fastattn.environment.settings import check_accuracy, unexpected_argument
+from fastattn.problems import masks
+from fastattn.problems.layouts import LAYOUTS, TO_BHSD, stride_class
+
+Float = (float, int)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
+
+    is_causal: bool = False
+    scale: float | None = None
+    kernel: str | None = None
+    accuracy: str | float | None = None  # None: the Config's
+    dropout_p: float = 0.0
+    window: masks.Window | None = None
+    softcap: float = 0.0
+    score_mod: Callable[..., Tensor] | None = None
+    return_lse: bool = False
+    # For options whose issue is not done, any value but the default raises NotImplementedError.
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+    max_q_len: Any = None
+    max_kv_len: Any = None
+    kv_lens: Any = None
+    page_table: Any = None
+
+
+NAMES = tuple(f.name for f in fields(Options))
+DEFAULTS = {f.name: f.default for f in fields(Options)}
+_LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
+_VALID = ("mask", "layout", *(name for name in NAMES if name not in _LATER))
+# What other attention functions call it.
+_ELSEWHERE = {
+    **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
+    **dict.fromkeys(("softmax_scale", "sm_scale"), "scale"),
+    "window_size": "window",
+    "logits_soft_cap": "softcap",
+}
+_HINTS = {
+    "enable_gqa": "it is not needed, GQA follows from the shapes;",
+    **{name: f"did you mean {ours!r}?" for name, ours in _ELSEWHERE.items()},
+}
+
+
+def parse(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> Options:
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option.
+
+    function: whose arguments they are; more: what it takes beside attention's.
+    """
+    for name, value in given.items():
+        if name not in DEFAULTS:
+            raise unexpected_argument(function, name, (*_VALID, *more), _HINTS.get(name, ""))
+        if name in _LATER and value is not None:
+            raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
+    options = Options(**given)
+    _check_type("is_causal", options.is_causal, bool, "bool")
+    _check_type("return_lse", options.return_lse, bool, "bool")
+    if options.scale is not None:
+        _check_type("scale", options.scale, Float, "float or None")
+    if options.kernel is not None:
+        _check_type("kernel", options.kernel, str, "a name or None")
+    _check_type("softcap", options.softcap, Float, "float")
+    if not 0 <= options.softcap < float("inf"):
+        raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
+    _check_type("dropout_p", options.dropout_p, Float, "float")
+    if not 0 <= options.dropout_p <= 1:  # F.sdpa's type of error
+        raise RuntimeError(f"attention(): dropout_p must be between 0 and 1, got {options.dropout_p}")
+    if options.score_mod is not None and not callable(options.score_mod):
+        raise TypeError(f"attention(): score_mod must be a function or None, got {type(options.score_mod).__name__}")
+    if options.score_mod is not None and options.softcap:
+        raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
+    if options.accuracy is not None:
+        options = replace(options, accuracy=check_accuracy(options.accuracy))
+    return options if options.window is None else replace(options, window=_window(options.window))
+
+
+def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"attention(): {name} must be {wanted}, got {type(value).__name__}")
+
+
+def _window(given: Any) -> masks.Window | None:
+    """(left, right) with -1 for no limit; None where neither side has one."""
+    sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
+        raise ValueError(
+            "attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit;"
+            f" got {given!r}"
+        )
+    return None if sides == (-1, -1) else sides
+
+
+class Spec(NamedTuple):
+    """A tensor without its values; shape and stride are those of the (b, h, s, d) view."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    aligned: bool = True  # to 16 bytes
+
+
+class CallKey(NamedTuple):
+    """All that one call is, without its values."""
+
+    q: Spec
+    k: Spec
+    v: Spec
+    mask: Any  # a Spec, masks.Causal, a BlockMask or None
+    layout: str
+    options: Options
+    state: device.State
+
+
+def spec(x: Tensor, layout: str = "bhsd") -> Spec:
+    shape, stride = tuple(x.shape), x.stride()
+    if layout != "bhsd":
+        order = TO_BHSD[layout]
+        shape, stride = tuple(shape[i] for i in order), tuple(stride[i] for i in order)
+    return Spec(shape, stride, x.dtype, x.device, x.requires_grad, x.data_ptr() % 16 == 0)
+
+
+def as_structured(mask: Any) -> Any:
+    """torch.nn.attention.bias's causal biases as our own value; everything else as it is."""
+    if type(mask).__name__ == "CausalBias" and hasattr(mask, "variant"):
+        return masks.Causal("top_left" if mask.variant.name == "UPPER_LEFT" else "bottom_right")
+    return mask
+
+
+def tensors_of(q: Any, k: Any, v: Any, mask: Any) -> list[Any]:
+    """The inputs that circumstances are read from; torch's causal biases are values to us, a Tensor subclass to torch."""
+    return [q, k, v, *([mask] if isinstance(mask, Tensor) and as_structured(mask) is mask else [])]
+
+
+def check_layout(layout: Any) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout == "thd":
+        raise NotImplementedError("attention(): layout='thd' is not implemented yet")
+
+
+def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: Options) -> CallKey:
+    """The key of this call. Raises what F.scaled_dot_product_attention raises for the same mistake."""
+    check_layout(layout)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention(): {name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"attention(): {name} must have 4 dimensions ({layout}), got shape {tuple(x.shape)}")
+    structured = as_structured(mask)
+    if structured is not mask:
+        _check_bias_lengths(mask, q, k, layout)
+    key = CallKey(
+        spec(q, layout),
+        spec(k, layout),
+        spec(v, layout),
+        spec(structured) if isinstance(structured, Tensor) else structured,
+        layout,
+        options,
+        device.state(q.device.type),
+    )
+    check(key)
+    return key
+
+
+def check(key: CallKey) -> None:
+    """Raise what F.scaled_dot_product_attention raises for the same mistake."""
+    _check_tensors(key)
+    _check_mask(key)
+    mask, (q_len, kv_len) = key.mask, (key.q.shape[2], key.k.shape[2])
+    both = key.options.is_causal and isinstance(mask, masks.Causal) and mask.corner == "bottom_right"
+    if key.options.window and both and q_len != kv_len:
+        raise ValueError(
+            "attention(): window with is_causal and Causal('bottom_right') could mean either diagonal; give one"
+        )
+
+
+def _check_tensors(key: CallKey) -> None:
+    q, k, v = key.q, key.k, key.v
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape} (as b, h, s, d)"
+    if not q.device == k.device == v.device:
+        raise RuntimeError(f"attention(): q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
+        kind = NotImplementedError if q.dtype.is_complex or q.dtype.is_floating_point else RuntimeError
+        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {_name(q.dtype)}")
+    if not _one_dtype(key, (q.dtype, k.dtype, v.dtype)):
+        dtypes = ", ".join(_name(x.dtype) for x in (q, k, v))
+        raise RuntimeError(f"attention(): q, k and v must have one dtype, got {dtypes}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise RuntimeError(f"attention(): batch sizes differ: {shapes}")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise RuntimeError(f"attention(): k and v must agree in heads and length: {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise RuntimeError(f"attention(): q and k must have the same head_dim: {shapes}")
+    if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise RuntimeError(f"attention(): q_heads must be a multiple of kv_heads: {shapes}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _one_dtype(key: CallKey, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return len({after_autocast(dtype, key.state) for dtype in dtypes}) == 1
+
+
+def after_autocast(dtype: torch.dtype, state: device.State) -> torch.dtype:
+    """The dtype F.sdpa computes in: autocast casts every float tensor but float64."""
+    if state.autocast is None or not dtype.is_floating_point or dtype is torch.float64:
+        return dtype
+    return state.autocast
+
+
+def _check_mask(key: CallKey) -> None:
+    mask = key.mask
+    if mask is None or isinstance(mask, masks.Causal):
+        return
+    if is_block_mask(mask):
+        _check_block_mask(key)
+        return
+    if not isinstance(mask, Spec):
+        raise TypeError(
+            "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks, one of"
+            f" torch.nn.attention.bias's causal biases or a flex BlockMask, got {type(mask).__name__}"
+        )
+    b, hq, sq, _ = key.q.shape
+    scores = (b, hq, sq, key.k.shape[2])
+    if len(mask.shape) == 3:
+        raise ValueError(
+            f"attention(): a 3-D mask {mask.shape} is ambiguous; pass mask[:, None] if its first dimension is the"
+            " batch, mask[None] if it is the heads"
+        )
+    if len(mask.shape) not in (2, 4):
+        raise RuntimeError(f"attention(): mask must be 2-D or 4-D, got shape {mask.shape}")
+    if any(n not in (1, full) for n, full in zip(mask.shape, scores[-len(mask.shape) :], strict=True)):
+        is_padding = mask.shape == (b, key.k.shape[2])
+        hint = "; a padding mask (b, kv_len) is passed as mask[:, None, None]" if is_padding else ""
+        raise RuntimeError(
+            f"attention(): mask {mask.shape} does not broadcast to (b, h, q_len, kv_len) = {scores}{hint}"
+        )
+    dtype, q_dtype = after_autocast(mask.dtype, key.state), after_autocast(key.q.dtype, key.state)
+    if dtype not in (torch.bool, torch.float32, q_dtype):
+        wanted = "bool or float32" if q_dtype is torch.float32 else f"bool, float32 or {_name(q_dtype)} as q is"
+        raise RuntimeError(f"attention(): mask must be {wanted}, got {_name(mask.dtype)}")
+    if mask.device != key.q.device:
+        raise RuntimeError(f"attention(): mask is on {mask.device}, q on {key.q.device}")
+
+
+def is_block_mask(mask: Any) -> bool:
+    """Whether it is flex_attention's BlockMask; by its name, as importing it takes half a second."""
+    return type(mask).__name__ == "BlockMask" and hasattr(mask, "mask_mod")
+
+
+def _check_block_mask(key: CallKey) -> None:
+    lengths = (key.q.shape[2], key.k.shape[2])
+    if tuple(key.mask.seq_lengths) != lengths:
+        raise RuntimeError(
+            f"attention(): the BlockMask is for (q_len, kv_len) {tuple(key.mask.seq_lengths)}, got {lengths}"
+        )
+    if key.mask.kv_num_blocks.device != key.q.device:
+        raise RuntimeError(f"attention(): the BlockMask is on {key.mask.kv_num_blocks.device}, q on {key.q.device}")
+    check_block_mask_alone(key.options)
+
+
+def captures_grad(function: Any) -> bool:
+    """Whether a caller's function holds a tensor that requires grad."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in held)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def check_block_mask_alone(options: Options) -> None:
+    """Raises ValueError where a BlockMask comes with what it could hold itself."""
+    if options.is_causal or options.window:
+        raise ValueError(
+            "attention(): a BlockMask together with is_causal or window; put them into its mask_mod (and_masks)"
+        )
+
+
+def _check_bias_lengths(bias: Any, q: Tensor, k: Tensor, layout: str) -> None:
+    dim = TO_BHSD[layout][2]
+    lengths = (q.shape[dim], k.shape[dim])
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise RuntimeError(
+            f"attention(): the causal bias is for q_len {bias.seq_len_q}, kv_len {bias.seq_len_kv}, got {lengths}"
+        )
+
+
+def mask_class(mask: Spec, q: Spec, kv_len: int) -> tuple[str, str]:
+    """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
+    shape = (1,) * (4 - len(mask.shape)) + mask.shape
+    stride = (0,) * (4 - len(mask.shape)) + mask.stride
+    pattern = "".join(
+        name if n != 1 or (n == full == 1 and name in "qk") else "1"
+        for name, n, full in zip("bhqk", shape, (q.shape[0], q.shape[1], q.shape[2], kv_len), strict=True)
+    )
+    return pattern, stride_class(shape, stride)

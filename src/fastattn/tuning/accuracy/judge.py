@@ -1,0 +1,351 @@
+"""The gate: a candidate is timed only after its numbers were compared with float64, row by row.
+
+Rung "exact", per output row i of a head:
+
+    max_d |o - o64| <= c (e32_i + (u + 2^-23 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
+
+  e32_i       that row's error of float32 math rounded to the output dtype, under the caller's precision flags
+  u           unit roundoff of the output dtype
+  (P|V|)_i    max_d sum_j p_ij |v_jd|, the scale of what is summed
+  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, its
+              weight by as much, and so is the sum it is divided by. e32_i is one draw of that error and can be zero by
+              luck where few keys matter; without this term equally good float32 kernels fail. Taken as 0 for half
+              dtypes, where it cannot matter
+
+Gradients, per head:
+
+    max |g - g64| <= 3 (e32 + (u + 2^-24 max|lse|) max|g64| + D)
+
+  2^-24 max|lse|   what rebuilding P from a float32 log-sum-exp costs every flash backward
+  D                what rounding costs where the gradient cancels, as with one visible key, or keys with a large common part
+                   (reference.Gradients.cancelling): delta = sum_d o_d do_d is taken from the rounded output, P and dS are
+                   rounded before their products
+
+Rung "dtype": max_d |o - o64| <= 2 (e_plain + u (P|V|)_i), e_plain the head's largest error of plain matmul and softmax in the
+input's dtype (the rule of FlashAttention's own tests), gradients likewise.
+A number: max_d |o - o64| <= number x (P|V|)_i.
+The log-sum-exp, float32 whatever the inputs are:
+
+    |lse - lse64| <= 4 (e32 + 2^-24 (1 + |lse| + S_i))
+
+An error is reported in budgets: 1.0 is the most that is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.problems import masks
+from fastattn.problems.layouts import to_bhsd
+from fastattn.problems.problem import Problem
+from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy import reference
+from fastattn.tuning.accuracy.probes import Sample
+
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
+ROWS = 192
+
+Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """The largest errors found, in budgets; backward is None where no gradient is wanted."""
+
+    forward: float
+    backward: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.forward <= 1.0 and (self.backward is None or self.backward <= 1.0)
+
+    def worst(self, other: Errors | None) -> Errors:
+        """The larger of both, part by part."""
+        if other is None:
+            return self
+        backward = [e for e in (self.backward, other.backward) if e is not None]
+        return Errors(max(self.forward, other.forward), max(backward) if backward else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The budget of one kv head, and the float64 results it is around."""
+
+    exact: reference.Result
+    rows: Tensor  # (g, r) budget of each row
+    gradients: dict[str, tuple[Tensor, float]]  # name -> (float64 gradient, budget)
+    lse: Tensor  # (g, r) budget of each row's log-sum-exp
+
+
+class Judge:
+    """A sample with its reference, computed once and used for every candidate."""
+
+    def __init__(self, sample: Sample, scale: float, drop: Tensor | None = None) -> None:
+        """drop (q_heads, q_len, kv_len): the factors that a dropout puts on the weights."""
+        self.sample, self.drop = sample, drop
+        p = sample.problem
+        self.rows = row_sample(p, sample.q.device)
+        self.grad = sample.grad
+        if self.grad is not None and self.rows is not None:
+            only = torch.zeros_like(self.grad)
+            view, source = to_bhsd(only, p.layout), to_bhsd(self.grad, p.layout)
+            view[:, :, self.rows] = source[:, :, self.rows]
+            self.grad = only  # rows that are not compared must not reach dk and dv
+        self.heads = [self._head(h, scale) for h in range(p.kv_heads)]
+        self._mask_grad = self._whole_mask_grad() if p.mask_grad else None
+
+    def _head(self, h: int, scale: float) -> _Head:
+        p, g = self.sample.problem, self.sample.problem.group
+        dtype = p.torch_dtype
+        q = _bhsd(self.sample.q, p, dtype)[0, h * g : (h + 1) * g]
+        k, v = _bhsd(self.sample.k, p, dtype)[0, h], _bhsd(self.sample.v, p, dtype)[0, h]
+        mask = _mask_of(self.sample, h * g, g)
+        lower, upper = masks.band(p.causal, p.window, p.q_len, p.kv_len)
+        drop = None if self.drop is None else self.drop[h * g : (h + 1) * g]
+        grad = None
+        if self.grad is not None:
+            grad = to_bhsd(self.grad, p.layout)[0, h * g : (h + 1) * g]
+            grad = grad if self.rows is None else grad[:, self.rows]
+
+        def run(in_dtype: torch.dtype) -> reference.Result:
+            return reference.attend(
+                q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse,
+                rows=self.rows, grad=grad, dtype=in_dtype,
+            )  # fmt: skip
+
+        exact = run(torch.float64)
+        accuracy = p.accuracy
+        rounded = run(dtype if accuracy == "dtype" else torch.float32)
+        u = ROUNDOFF[dtype]
+        shrink = 2.0**-29 if dtype is torch.float64 else 1.0  # float64 math errs like float32 math, 2^29 times less
+
+        def error(got: Tensor, want: Tensor) -> Tensor:
+            return (_round(got, dtype if shrink == 1.0 else torch.float32) - want).abs() * shrink
+
+        rows = _row_budget(exact, error(rounded.out, exact.out).amax(-1), p, shrink)
+        gradients = {}
+        if exact.gradients is not None and rounded.gradients is not None:
+            most = _score_size(exact)
+            allowed = accuracy if isinstance(accuracy, float) else u + 2.0**-24 * shrink * most
+            of_dq, of_dk, of_dv = exact.gradients.cancelling(u, most)
+            for name, cancelling in (("dq", of_dq), ("dk", of_dk), ("dv", of_dv)):
+                want = getattr(exact.gradients, name)
+                e32 = _most(error(getattr(rounded.gradients, name), want))
+                gradients[name] = (want, 3 * (e32 + allowed * _most(want) + cancelling))
+        if (
+            not p.mask_grad and exact.gradients is not None
+        ):  # its matrices are large, and only a mask's gradient needs them
+            exact = replace(exact, gradients=None)
+        e_lse = (rounded.lse - exact.lse).abs().nan_to_num_(nan=0.0) * shrink  # -inf where nothing is visible
+        lse = 4 * (e_lse + 2.0**-24 * shrink * (1 + exact.lse.abs() + exact.noise))
+        return _Head(exact, rows, gradients, lse)
+
+    def _whole_mask_grad(self) -> tuple[Tensor, float]:
+        p, u = self.sample.problem, ROUNDOFF[self.sample.problem.torch_dtype]
+        parts = [head.exact.gradients for head in self.heads if head.exact.gradients is not None]
+        shape = masks.as_4d(self.sample.mask).shape  # type: ignore[arg-type]
+
+        def over_rows(x: Tensor) -> Tensor:
+            full = x.new_zeros(1, p.q_heads, p.q_len, p.kv_len)
+            full[:, :, slice(None) if self.rows is None else self.rows] = x[None]
+            return full.sum_to_size(shape)
+
+        want = over_rows(torch.cat([g.dmask for g in parts]))
+        # The terms of a broadcast sum are rounded one by one, and delta comes from the rounded output.
+        spread = [g.weights * g.delta[..., None] if g.sizes is None else g.sizes for g in parts]
+        sizes = over_rows(torch.cat([g.dmask.abs() + s for g, s in zip(parts, spread, strict=True)]))
+        most = max(_score_size(head.exact) for head in self.heads)
+        return want, 3 * (u + min(2.0**-24, u) * most) * _most(sizes)
+
+    def errors(self, call: Call) -> Errors:
+        """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
+        s, p = self.sample, self.sample.problem
+        inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+        before = [x.detach().clone() for x in inputs]
+        _poison(s)
+        found = call(s.q, s.k, s.v, s.mask)
+        out, lse = found if p.lse else (found, None)
+        if any(not _same_bits(x, y) for x, y in zip(inputs, before, strict=True)):
+            raise ValueError("it changes its inputs")
+        got = to_bhsd(out, p.layout).detach()[0]
+        if out.shape != (want := _out_shape(p)) or out.dtype is not p.torch_dtype:
+            raise ValueError(f"its output is {tuple(out.shape)} {out.dtype}, not {want} {p.torch_dtype}")
+        got = got if self.rows is None else got[:, self.rows]
+        forward = 0.0
+        g = p.group
+        for h, head in enumerate(self.heads):
+            error = (got[h * g : (h + 1) * g].double() - head.exact.out).abs().amax(-1)
+            forward = max(forward, _in_budgets(error, head.rows))
+            if lse is not None:
+                forward = max(forward, self._lse(lse.detach()[0, h * g : (h + 1) * g], head))
+        if self.grad is None:
+            return Errors(forward)
+        return Errors(forward, self._backward(out))
+
+    def _lse(self, lse: Tensor, head: _Head) -> float:
+        if lse.dtype is not torch.float32 or lse.shape[-1] != self.sample.problem.q_len:
+            raise ValueError(f"its log-sum-exp is {lse.dtype} with rows of {lse.shape[-1]}")
+        lse = lse if self.rows is None else lse[:, self.rows]
+        hidden = head.exact.lse == float("-inf")
+        if not torch.equal(lse == float("-inf"), hidden):
+            return float("inf")
+        return _in_budgets((lse.double() - head.exact.lse).masked_fill(hidden, 0.0).abs(), head.lse)
+
+    def _backward(self, out: Tensor) -> float:
+        s, p, g = self.sample, self.sample.problem, self.sample.problem.group
+        wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
+        found = torch.autograd.grad(out, wanted, self.grad)
+        dq, dk, dv = (to_bhsd(x, p.layout)[0] for x in found[:3])
+        worst = 0.0
+        for h, head in enumerate(self.heads):
+            mine = dq[h * g : (h + 1) * g]
+            mine = mine if self.rows is None else mine[:, self.rows]
+            for name, got in (("dq", mine), ("dk", dk[h]), ("dv", dv[h])):
+                want, budget = head.gradients[name]
+                worst = max(worst, _in_budgets((got.double() - want).abs(), torch.tensor(budget)))
+        if self._mask_grad is not None:
+            want, budget = self._mask_grad
+            got = masks.as_4d(found[3]).double().masked_fill(masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
+            worst = max(worst, _in_budgets((got - want).abs(), torch.tensor(budget)))
+        return worst
+
+
+def judges(p: Problem, device: torch.device) -> list[Judge]:
+    """The probes of a problem, and a plain sample where a stride of 0 is part of it."""
+    scale = samples.scale_of(p)
+    found = [Judge(samples.probes(p, device), scale)]
+    if "expanded" in p.strides:
+        r = samples.reduced(p)
+        found.append(Judge(samples.plain(r.replace(strides=p.strides), device), scale))
+    return found
+
+
+def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Judge | None:
+    """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
+    dtype = p.torch_dtype  # as autocast would cast
+    views = [to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1))]
+    if mask is not None:
+        mask = masks.as_4d(mask.detach())[:1, : p.group]
+        mask = mask if p.mask in (None, "bool") else mask.to(getattr(torch, p.mask))
+    if not all(bool(x.isfinite().all()) for x in views):
+        return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
+    one = p.replace(batch=1, q_heads=p.group, kv_heads=1, layout="bhsd", lengths="exact", cast_from=())
+    grad = None
+    if p.needs_grad:
+        views = [x.requires_grad_() for x in views]
+        mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
+        grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
+    return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
+
+
+def _row_budget(exact: reference.Result, e_rows: Tensor, p: Problem, shrink: float = 1.0) -> Tensor:
+    """(g, r): what each row's error may be; e_rows is that of the rounded computation."""
+    dtype, u = p.torch_dtype, ROUNDOFF[p.torch_dtype]
+    if p.accuracy == "dtype":
+        return 2 * (e_rows.amax() + u * exact.spread)
+    if isinstance(p.accuracy, float):
+        return p.accuracy * exact.spread
+    c = 4 if dtype in (torch.float32, torch.float64) else 2
+    return c * (e_rows + (u + 2.0**-23 * shrink * exact.noise) * exact.spread)
+
+
+def errors_of_custom(
+    call: Call, p: Problem, given: tuple[Any, ...], scale: float, change: Callable[[Tensor, Tensor], Tensor]
+) -> Errors | None:
+    """The forward error of a call with the caller's own function on the caller's tensors, one kv head of the first batch entry.
+
+    change(scores (g, r, kv_len), rows (r)): what that function makes of the scores, -inf where it hides a key. None where the
+    tensors hold values that tell nothing.
+    """
+    q, k, v, mask = given
+    out = call(q, k, v, mask)
+    out = to_bhsd((out[0] if p.lse else out).detach(), p.layout)[0, : p.group]
+    dtype = p.torch_dtype
+    q, k, v = (to_bhsd(x.detach(), p.layout)[0, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1)))
+    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
+        return None
+    sampled = row_sample(p, q.device)
+    rows = torch.arange(p.q_len, device=q.device) if sampled is None else sampled
+    exact, rounded = (
+        reference.attend(
+            q, k[0], v[0], scale=scale, softcap=p.softcap, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide
+        )
+        for wide in (torch.float64, torch.float32)
+    )
+    e_rows = (_round(rounded.out, dtype) - exact.out).abs().amax(-1)
+    return Errors(_in_budgets((out[:, rows].double() - exact.out).abs().amax(-1), _row_budget(exact, e_rows, p)))
+
+
+def row_sample(p: Problem, device: torch.device) -> Tensor | None:
+    """The rows the reference looks at: all, or the first and last tile and an even spread between (None is all)."""
+    if p.q_len * p.kv_len <= ROW_LIMIT or p.q_len <= ROWS:
+        return None
+    edge = 64
+    spread = torch.linspace(edge, p.q_len - edge - 1, ROWS - 2 * edge).long()
+    return torch.cat([torch.arange(edge), spread, torch.arange(p.q_len - edge, p.q_len)]).unique().to(device)
+
+
+def _bhsd(x: Tensor, p: Problem, dtype: torch.dtype) -> Tensor:
+    return to_bhsd(x.detach(), p.layout).to(dtype)
+
+
+def _mask_of(s: Sample, start: int, group: int) -> Tensor | None:
+    if s.mask is None:
+        return None
+    mask = masks.as_4d(s.mask.detach())[0]
+    if s.problem.cast_from and mask.dtype is not torch.bool:
+        mask = mask.to(s.problem.torch_dtype)
+    return mask if mask.shape[0] == 1 else mask[start : start + group]
+
+
+def _out_shape(p: Problem) -> tuple[int, ...]:
+    sizes = {"b": p.batch, "h": p.q_heads, "s": p.q_len, "d": p.head_dim_v}
+    return tuple(sizes[letter] for letter in p.layout)
+
+
+def _poison(s: Sample) -> None:
+    """Leave NaN where the allocator will hand out memory next: a partial write then shows."""
+    for x in (s.q, s.k):
+        torch.full_like(x, float("nan"), requires_grad=False)
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """Equal, NaN included."""
+    return bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).double()
+
+
+def _most(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _score_size(result: reference.Result) -> float:
+    """max(|lse|, S): the size of the scores whose float32 rounding reaches the weights."""
+    finite = result.lse[result.lse.isfinite()]
+    return max(_most(finite), _most(result.noise))
+
+
+def _in_budgets(error: Tensor, budget: Tensor) -> float:
+    """The largest error / budget; a NaN, or an error where none is allowed, is infinite."""
+    if not error.numel():
+        return 0.0
+    ratio = torch.where(error == 0, torch.zeros_like(error), error / budget)
+    return float(ratio.nan_to_num(nan=float("inf")).max())
+
+
+def summary(judged: Sequence[Judge], call: Call) -> Errors:
+    """The worst over several samples."""
+    worst: Errors | None = None
+    for judge in judged:
+        worst = judge.errors(call).worst(worst)
+    assert worst is not None
+    return worst

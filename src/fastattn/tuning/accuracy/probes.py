@@ -1,0 +1,197 @@
+"""Tensors made from a Problem alone: plain ones to time with, and the probes, data that breaks kernels, to check with.
+
+Tuning never uses the caller's tensors but for one last look (verifying.py), so that first-call tuning and `fastattn tune` are
+one path. Nothing here touches torch's global random state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastattn.problems.layouts import from_bhsd
+from fastattn.problems.problem import Problem, default_scale
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One call's tensors in the caller's layout; q, k, v and mask ask for a gradient as the problem says."""
+
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    grad: Tensor | None  # upstream gradient, (b, h, s, dv) in the caller's layout
+
+
+def scale_of(p: Problem) -> float:
+    """The scale that stands for the problem's: the sign is part of the problem, the value is not."""
+    return {"positive": 1.0, "zero": 0.0, "negative": -1.0}[p.scale] * default_scale(p.head_dim)
+
+
+def plain(p: Problem, device: torch.device, seed: int = 0) -> Sample:
+    """Gaussian tensors at the problem's own size and strides."""
+    g = torch.Generator(device).manual_seed(seed)
+    q = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim), p.torch_dtype)
+    k = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim), p.torch_dtype)
+    v = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim_v), p.torch_dtype)
+    return _sample(p, g, q, k, v, _mask(p, g, None))
+
+
+def reduced(p: Problem) -> Problem:
+    """The problem that is checked: the same but for batch 1 and one kv head for each probe (so none can be expanded)."""
+    count = len(PROBES) - (0 if p.mask or p.causal else 1)
+    q, k, v = ("contiguous" if cls == "expanded" else cls for cls in p.strides)
+    return replace(p, batch=1, kv_heads=count, q_heads=count * p.group, strides=(q, k, v))
+
+
+def probes(p: Problem, device: torch.device, seed: int = 1) -> Sample:
+    """The reduced problem with each probe in a kv head of its own."""
+    r = reduced(p)
+    g = torch.Generator(device).manual_seed(seed)
+    shape = (r.kv_heads, r.group, r.q_len, r.head_dim)
+    q, k = _normal(g, shape), _normal(g, (r.kv_heads, r.kv_len, r.head_dim))
+    v = _normal(g, (r.kv_heads, r.kv_len, r.head_dim_v))
+    unit = (
+        1.0 / (abs(scale_of(p)) * math.sqrt(p.head_dim)) if scale_of(p) else 1.0
+    )  # q ~ N(0, unit): scores of deviation 1
+    q *= unit
+    for head, probe in enumerate(PROBES[: r.kv_heads]):
+        probe(g, q[head], k[head], v[head], unit if scale_of(p) >= 0 else -unit)
+    q, k, v = q.flatten(0, 1)[None], k[None], v[None]
+    return _sample(r, g, q, k, v, _mask(r, g, (q, k)))
+
+
+# A probe rewrites the tensors of its kv head: q (g, s, d), k (kv_len, d), v (kv_len, dv). `unit` makes a product with a
+# standard normal key score 1, and carries the sign of the scale.
+
+
+def _gaussian(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """Scores of standard deviation 1."""
+
+
+def _wide(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """Scores of standard deviation 16, which products rounded to half precision cannot hold."""
+    q *= 16
+
+
+def _negative_rows(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """Some rows score about -300 everywhere: a padding key that slips in as 0 takes the whole row."""
+    sign = torch.randint(0, 2, (k.shape[-1],), generator=g, device=k.device).float() * 2 - 1
+    k += 2 * sign
+    size = 150 * abs(unit) / math.sqrt(k.shape[-1])
+    q[:, :: max(1, q.shape[1] // 16)] = -sign * math.copysign(2 ** round(math.log2(size)), unit)
+
+
+def _one_hot(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """Each row looks at one key."""
+    chosen = torch.randint(0, k.shape[0], q.shape[:2], generator=g, device=k.device)
+    q[:] = k[chosen] * unit * 50 / math.sqrt(k.shape[-1])
+
+
+def _sink(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """The first key holds half the mass, all the others are equal."""
+    root = math.sqrt(k.shape[-1])
+    k[:] = 0
+    k[0] = math.log(max(2, k.shape[0] - 1)) / root
+    k -= 4 / root  # equal, not zero
+    q[:] = unit
+
+
+def _last_tile(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """Large values at the end: a tail that is dropped, or read past, shows."""
+    v[-min(16, max(1, k.shape[0] // 2)) :] *= 64
+
+
+def _hidden_large(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
+    """The keys that a mask or the triangle hides from some rows score high: they must not set the row's maximum."""
+    start = k.shape[0] - max(1, k.shape[0] // 4)
+    q[:] = q * 0.25 + 8 * unit / math.sqrt(k.shape[-1])
+    k[start:] = 0.25 * k[start:] + 6
+
+
+PROBES = (_gaussian, _wide, _negative_rows, _one_hot, _sink, _last_tile, _hidden_large)
+
+
+def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """A mask of the problem's class: some rows see nothing where rows differ; a float one cancels part of the scores."""
+    if p.mask is None:
+        return None
+    sizes = {"b": p.batch, "h": p.q_heads, "q": p.q_len, "k": p.kv_len}
+    shape = tuple(sizes[letter] if letter in p.mask_shape else 1 for letter in "bhqk")
+    rows_differ = "q" in p.mask_shape and p.q_len > 1
+    visible = torch.rand(shape, generator=g, device=g.device) < 0.75
+    if "k" in p.mask_shape:
+        visible[..., 0] = True
+        if p.kv_len > 4:
+            visible[..., -(p.kv_len // 8) - 1 :] = False  # as padding does
+    if rows_differ:
+        visible[..., :: max(2, p.q_len // 4), :] = False
+    if p.mask == "bool":
+        return _strided(visible, p.mask_strides)
+    bias = _normal(g, shape)
+    if cancel is not None and rows_differ and "k" in p.mask_shape:
+        q, k = cancel
+        heads = slice(None) if shape[1] > 1 else slice(p.group, p.group + 1)  # the wide probe
+        keys = k.repeat_interleave(p.group, 1)[:, heads]
+        bias[:, :, 1::2] = -(q[:, heads, 1::2] @ keys.mT * scale_of(p)).clamp(-1e4, 1e4)
+    bias = bias.masked_fill_(visible.logical_not(), float("-inf"))
+    return _strided(bias.to(getattr(torch, p.mask)), p.mask_strides)
+
+
+def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Sample:
+    dtypes = [getattr(torch, name) for name in p.cast_from[:3]] or [p.torch_dtype] * 3
+    parts = [
+        from_bhsd(_strided(x.to(dtype), cls), p.layout)
+        for x, dtype, cls in zip((q, k, v), dtypes, p.strides, strict=True)
+    ]
+    grad = None
+    if p.needs_grad:
+        for x in parts:
+            x.requires_grad_()
+        if mask is not None and p.mask_grad:
+            mask.requires_grad_()
+        grad = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim_v), p.torch_dtype)
+        grad = from_bhsd(_strided(grad, p.strides[0]), p.layout)
+    q, k, v = parts
+    return Sample(p, q, k, v, mask, grad)
+
+
+def _normal(g: torch.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape, generator=g, device=g.device)
+
+
+def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Gaussian numbers over and over: drawing each of a large cache's would take longer than timing with it."""
+    size = math.prod(shape)
+    drawn = _normal(g, (min(size, 2**20),)).to(dtype)
+    return drawn.repeat(-(-size // max(1, drawn.numel())))[:size].view(*shape)
+
+
+def _strided(x: Tensor, cls: str) -> Tensor:
+    """The same values, (b, h, s, d), in memory of that stride class; `expanded` repeats the first head."""
+    b, h, s, d = x.shape
+    if cls in ("contiguous", ""):
+        return x.contiguous()
+    if cls == "expanded":
+        return x[:, :1].contiguous().expand(b, h, s, d)
+    if cls == "transposed":
+        room = x.new_empty(b, s, h, d).permute(0, 2, 1, 3)
+    elif cls == "seq_first":
+        room = x.new_empty(s, b, h, d).permute(1, 2, 0, 3)
+    elif cls == "packed":
+        room = x.new_empty(b, s, 3 * h, d)[:, :, :h].permute(0, 2, 1, 3)
+    elif cls == "interleaved":
+        room = x.new_empty(b, s, h, 3, d)[:, :, :, 0].permute(0, 2, 1, 3)
+    elif cls == "cache":
+        room = x.new_empty(b, h, s + s // 4 + 1, d)[:, :, :s]
+    elif cls == "cache_bshd":
+        room = x.new_empty(b, s + s // 4 + 1, h, d)[:, :s].permute(0, 2, 1, 3)
+    else:
+        room = x.new_empty(b, h, d, s).transpose(2, 3)
+    return room.copy_(x)

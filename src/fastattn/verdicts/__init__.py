@@ -1,0 +1,1 @@
+"""What a tuning found, and the files that keep it: `Verdict`, `Store`, and a manifest that ranks share."""

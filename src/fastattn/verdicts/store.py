@@ -1,0 +1,183 @@
+"""Verdicts on disk: one small readable JSON file per problem, in a directory per fingerprint of what torch would answer.
+
+Files are published whole and never changed in place (environment/cache_files.py). Anything unreadable is a miss, never an
+error. Nothing in a file is run, imported or used as a path. Every failing system call means: this store does not help, work
+from memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastattn.environment.cache_files import NO_HOME, layers, make_directory, publish, read_safely
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings, log
+from fastattn.problems.problem import Problem
+from fastattn.verdicts.verdict import SCHEMA, Verdict
+
+MAX_FILES = 10_000
+MAX_BYTES = 64 * 2**20
+VERSION = f"v{SCHEMA}"  # the directory inside a layer that holds what this fastattn can read
+_TRIM_EVERY = 100  # puts
+ABSENT = (errno.ENOENT, errno.ENOTDIR)
+IN_MEMORY = "verdicts are kept in memory only"
+SET_ONE = "set FASTATTN_CACHE_DIR"
+
+
+def of(config: Settings) -> Store:
+    """The store that a Config asks for: the first directory is written, the others are only read."""
+    return Store(*layers(config.cache_dir))
+
+
+class Store:
+    """Layers of directories; the first is the user's own. why_none: why there are none, where there are none."""
+
+    def __init__(self, layers: list[Path], why_none: str = NO_HOME) -> None:
+        self.layers = layers
+        self.why_none = why_none
+        self._warned = False
+        self._puts = 0
+
+    @property
+    def root(self) -> Path | None:
+        """The directory that is written."""
+        return self.layers[0] if self.layers else None
+
+    def get(self, problem: Problem, device: Device) -> Verdict | None:
+        """The stored verdict of a problem, or None."""
+        for layer in self.layers:
+            verdict = self._read(self._path(layer, problem, device), problem)
+            if verdict is not None:
+                return verdict
+        return None
+
+    def put(self, verdict: Verdict, device: Device) -> Path | None:
+        """Publish a verdict; None, and one warning a process, where that is not possible."""
+        if self.root is None:
+            self._warn(f"{IN_MEMORY}: {self.why_none}; {SET_ONE}")
+            return None
+        path = self._path(self.root, verdict.problem, device)
+        text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)
+        try:
+            make_directory(path.parent)
+            publish(path, text.encode())
+        except OSError as error:
+            self._warn(f"{IN_MEMORY}: cannot write {path.parent}: {error.strerror or error}")
+            return None
+        self._puts += 1
+        if self._puts % _TRIM_EVERY == 1:
+            self.trim()
+        return path
+
+    def verdicts(self, device: Device | None = None) -> Iterator[tuple[Path, Verdict]]:
+        """Every readable verdict of the writable layer, of one device or all."""
+        for path in self.files(device):
+            verdict = self._read(path, None)
+            if verdict is not None:
+                yield path, verdict
+
+    def clear(self) -> int:
+        """Delete this store's files (nothing else in the directory); how many."""
+        count = 0
+        for path in list(self.files()):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                count += 1
+        if self.root is not None:
+            with contextlib.suppress(OSError):
+                for path in [
+                    *self.root.glob("imports/*/*.json"),
+                    *self.root.glob("trying/*/*.json"),
+                ]:  # what came of libraries
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                for directory in [
+                    *(self.root / VERSION).glob("*"),
+                    *self.root.glob("imports/*"),
+                    *self.root.glob("trying/*"),
+                ]:
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
+        return count
+
+    def trim(self) -> None:
+        """Keep at most MAX_FILES files and MAX_BYTES bytes: the least recently used go first."""
+        entries: list[tuple[float, int, Path]] = []
+        for path in self.files():
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+        entries.sort(reverse=True)
+        total = 0
+        for index, (_, size, path) in enumerate(entries):
+            total += size
+            if index >= MAX_FILES or total > MAX_BYTES:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def files(self, device: Device | None = None) -> Iterator[Path]:
+        """Every file of the writable layer, readable or not, of one device or all."""
+        if self.root is None:
+            return
+        pattern = f"{device.slug if device else '*'}/*.json"
+        with contextlib.suppress(OSError):
+            yield from sorted((self.root / VERSION).glob(pattern))
+
+    @staticmethod
+    def _path(layer: Path, problem: Problem, device: Device) -> Path:
+        return layer / VERSION / device.slug / f"{problem.digest}.json"
+
+    def _read(self, path: Path, problem: Problem | None) -> Verdict | None:
+        """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
+        try:
+            verdict = Verdict.from_json(json.loads(read_safely(path), parse_constant=_refuse))
+        except OSError as error:
+            if error.errno not in (None, *ABSENT):
+                self._warn(f"stored verdicts cannot be read: {path}: {error.strerror}")
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if problem is not None and verdict.problem != problem:
+            return None
+        if verdict.problem.digest != path.stem:
+            return None
+        return verdict
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s", text)
+
+
+def export(verdicts: Iterator[tuple[Path, Verdict]], device: Device) -> str:
+    """A manifest: one JSON text with many verdicts and the environment they hold in."""
+    found = [verdict.to_json() for _, verdict in verdicts]
+    return json.dumps({"schema": SCHEMA, "environment": _environment(device), "verdicts": found}, indent=1)
+
+
+def read_manifest(path: str | os.PathLike[str], device: Device) -> dict[Problem, Verdict]:
+    """The verdicts of a manifest. Raises OSError or ValueError, naming the file, if it cannot serve here."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        found = [Verdict.from_json(v) for v in data["verdicts"]]
+        made_for = data["environment"]["slug"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"FASTATTN_MANIFEST {path}: not a manifest ({type(error).__name__}: {error})") from None
+    if made_for != device.slug:
+        raise ValueError(f"FASTATTN_MANIFEST {path}: made for {made_for}, this is {device.slug}")
+    return {v.problem: v for v in found}
+
+
+def _environment(device: Device) -> dict[str, Any]:
+    names = ("type", "name", "capability", "torch", "torch_git", "cuda", "cudnn")
+    return {"slug": device.slug, **{name: getattr(device, name) for name in names}}
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
