@@ -28,13 +28,13 @@ from workload import SMALL, Case, Inputs, cases, inputs
 import fastattn
 from fastattn.environment.errors import NoKernelError
 from fastattn.environment.settings import current_settings
-from fastattn.problems import call_key as call_inputs
+from fastattn.problems.call_key import call_key
+from fastattn.problems.call_options import CallOptions
 from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.accuracy import probes as samples
 from fastattn.tuning.accuracy.judge import judge_of_call
-from fastattn.tuning.tune import tune_problem
+from fastattn.tuning.accuracy.probes import stand_in_scale
+from fastattn.tuning.tune import NOT_TRIED, tune_problem
 from fastattn.verdicts.verdict import Trial, Verdict
 
 BUSY = "something else keeps this machine busy (load average above 0.5): the numbers below say little"
@@ -176,7 +176,7 @@ def _pinned(
 
 def _is_unjudged(trial: Trial) -> bool:
     """Left out of the tuning for its time alone, so that it may be the oracle all the same."""
-    return trial.reason is not None and (trial.reason == tuning.NOT_TRIED or "slower than the default" in trial.reason)
+    return trial.reason is not None and (trial.reason == NOT_TRIED or "slower than the default" in trial.reason)
 
 
 def _with_time(c: Candidate, us: dict[str, float]) -> Candidate:
@@ -187,9 +187,9 @@ def _own_error(x: Inputs) -> float:
     """Error of attention()'s real output: the heads of the first kv head, in budgets."""
     c = x.case
     q, k, v = (t.detach() for t in (x.q, x.k, x.v))
-    key = call_inputs.call_key(q, k, v, x.mask, c.layout, call_inputs.Options(is_causal=c.causal))
+    key = call_key(q, k, v, x.mask, c.layout, CallOptions(is_causal=c.causal))
     problem = Problem.from_key(key, "exact")
-    judge = judge_of_call(problem, q, k, v, x.mask, samples.scale_of(problem))
+    judge = judge_of_call(problem, q, k, v, x.mask, stand_in_scale(problem))
     out = fastattn.attention(x.q, x.k, x.v, x.mask, **c.options).detach()
     mine = to_bhsd(out, c.layout)[:1, : problem.group]
     return judge.errors(lambda *_: mine).forward
@@ -207,7 +207,9 @@ def chosen(args: argparse.Namespace) -> list[Case]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", metavar="REGEX", help="problems whose title matches, such as 'vit.*bfloat16 training'")
+    parser.add_argument(
+        "--only", metavar="REGEX", help="problems whose title matches, such as 'vit.*bfloat16 training'"
+    )
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="may be repeated")
     parser.add_argument("--rounds", type=int, help="at most so many interleaved rounds (default 15, with --smoke 5)")
     parser.add_argument("--seconds", type=float, help="of rounds for one problem, 5 rounds at least (default 2)")

@@ -37,7 +37,7 @@ from rounds import environment
 
 from fastattn.environment.device import Device
 from fastattn.kernels import registry
-from fastattn.planning import candidates
+from fastattn.kernels.libraries import availability
 
 PARTS = ("verify", "special", "workload")
 CHILD_S = 120.0
@@ -88,7 +88,7 @@ def usable(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     for kernel in sorted(registry.rows_for(silicon.type), key=lambda k: k.compiles is not None):
         if silicon.type not in kernel.devices or (args.only and not re.search(args.only, kernel.name)):
             continue
-        is_there = candidates.version(kernel.library) is not None
+        is_there = availability.library_version(kernel.library) is not None
         why = None if is_there else f"package {kernel.library} is not installed"
         if kernel.compiles == "each_length" and not args.compile:
             why = why or "compiles for each length: --compile"
@@ -174,7 +174,9 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a small part of everything")
     parser.add_argument("--results", metavar="FOLDER", help="write gpu_<part>.json and .md there")
     parser.add_argument("--compile", action="store_true", help="verify also what must compile for each length (flex)")
-    parser.add_argument("--child-seconds", type=float, default=CHILD_S, help="that one kernel may take (default %(default).0f)")
+    parser.add_argument(
+        "--child-seconds", type=float, default=CHILD_S, help="that one kernel may take (default %(default).0f)"
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything (default %(default).0f)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -206,7 +208,7 @@ def main() -> int:
 
 def installed() -> str:
     """The kernel libraries of this machine, with versions."""
-    named = {k.library: candidates.version(k.library) for k in registry.rows() if k.library != "torch"}
+    named = {k.library: availability.library_version(k.library) for k in registry.rows() if k.library != "torch"}
     return ", ".join(f"{name} {version}" for name, version in named.items() if version) or "none"
 
 

@@ -18,17 +18,18 @@ import torch
 from workload import Case, cases
 
 import fastattn
-from fastattn.environment.device import Device, state
+from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
+from fastattn.environment.torch_state import torch_state
 from fastattn.kernels import registry
-from fastattn.kernels.kernel import Accepted
 from fastattn.planning import binding, candidates
-from fastattn.problems import call_key
+from fastattn.planning.decision import Accepted
+from fastattn.problems import call_key, call_options
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import dropout
-from fastattn.tuning.accuracy import probes as samples
-from fastattn.tuning.accuracy.judge import Judge, judge_of_call, summary
+from fastattn.tuning.accuracy.judge import Judge, judge_of_call, worst_errors
+from fastattn.tuning.accuracy.probes import stand_in_scale
 
 WORKLOAD = Path(__file__).with_name("gpu_workload.toml")
 MARK = "answer:"  # begins a line that is one
@@ -82,7 +83,7 @@ CORNERS = ("top_left", "bottom_right")
 
 
 def precision(device: str) -> str:
-    return state(device).precision
+    return torch_state(device).precision
 
 
 @dataclass(frozen=True)
@@ -122,21 +123,21 @@ def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
             for candidate in accepted:
                 try:
                     judges = judges or judges(p, on)
-                    call = binding.bind(candidate, judges[0].sample.problem, samples.scale_of(p))
-                    errors = summary(judges, call)
+                    call = binding.bind(candidate, judges[0].sample.problem, stand_in_scale(p))
+                    errors = worst_errors(judges, call)
                     yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
                 except Exception as error:
                     yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
 
 
 def _dropout(accepted: list[Accepted], p: Problem, on: torch.device) -> Iterator[Found]:
-    small, scale = dropout.problem_of(p), samples.scale_of(p)
+    small, scale = dropout.dropout_problem(p), stand_in_scale(p)
     for candidate in accepted:
         try:
             call = binding.bind(candidate, small, scale, dropout_p=dropout.RATE)
             without = binding.bind(candidate, small, scale)
-            with torch.set_grad_enabled(p.needs_grad), dropout.own_random(on):
-                errors = dropout.check(call, without, small, on)
+            with torch.set_grad_enabled(p.needs_grad), dropout.preserve_rng(on):
+                errors = dropout.check_dropout(call, without, small, on)
             yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
         except Exception as error:
             yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
@@ -158,14 +159,18 @@ def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
         try:
             with fastattn.options(kernels=[f"+{name}"] if order else None):
                 error = run(device, order, smoke)
-            yield Found(what, name, round(error, 3)) if error is not None else Found(what, name, refused="not on this device")
+            yield (
+                Found(what, name, round(error, 3))
+                if error is not None
+                else Found(what, name, refused="not on this device")
+            )
         except fastattn.NoKernelError as refusal:
             yield Found(what, name, refused=str(refusal)[:300])
         except torch.cuda.OutOfMemoryError:
             yield Found(what, name, refused="this device has too little memory")
         except Exception as error:
             yield Found(what, name, error=f"{type(error).__name__}: {error}"[:300])
-        memory_use.release(torch.device(device))
+        memory_use.release_memory(torch.device(device))
 
 
 def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> float:
@@ -176,8 +181,8 @@ def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> f
 
 def judged(out: Any, q: Any, k: Any, v: Any, **options: Any) -> float:
     """The error of an output that is there already."""
-    p = Problem.from_key(call_key.call_key(q, k, v, None, "bhsd", call_key.parse(options)))
-    judge = judge_of_call(p, q, k, v, None, samples.scale_of(p))
+    p = Problem.from_key(call_key.call_key(q, k, v, None, "bhsd", call_options.parse_options(options)))
+    judge = judge_of_call(p, q, k, v, None, stand_in_scale(p))
     assert judge is not None
     return judge.errors(lambda *_: out[:1, : p.group]).forward
 
@@ -256,7 +261,7 @@ def answer(part: str, name: str, args: argparse.Namespace) -> None:
             print(f"\n{MARK}{json.dumps({'began': title})}", flush=True)
             result = cpu.measure(case, 5 if args.smoke else 15, 0.3 if args.smoke else 1.0, args.device)
             print(f"\n{MARK}{json.dumps({'title': title, 'result': asdict(result)})}", flush=True)
-            memory_use.release(torch.device(args.device))
+            memory_use.release_memory(torch.device(args.device))
         return
     for found in (verify if part == "verify" else special)(name, args.device, args.smoke):
         print(f"\n{MARK}{json.dumps(asdict(found))}", flush=True)

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastattn.kernels import registry
-from fastattn.planning import candidates
+from fastattn.kernels.libraries import availability
 
 CHILD = """
 import sys
 from fastattn.kernels import registry
-from fastattn.planning import candidates
+from fastattn.kernels.libraries.availability import why_unavailable
 [kernel] = [k for k in registry.rows_for("cuda") if k.name == sys.argv[1]]
-print("ANSWER", candidates.unavailable(kernel) or "loads")
+print("ANSWER", why_unavailable(kernel) or "loads")
 """
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     for kernel in registry.rows_for("cuda"):
         if "cuda" not in kernel.devices or kernel.library == "torch":
             continue
-        version = candidates.version(kernel.library)
+        version = availability.library_version(kernel.library)
         said = answer(kernel.name) if version else "not installed"
         failed += bool(version) and said != "loads"
         table.add_row(kernel.name, kernel.library, version or "", said)

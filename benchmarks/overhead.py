@@ -29,9 +29,9 @@ from rounds import environment, interleave, is_busy
 from torch import Tensor
 
 import fastattn
-from fastattn.dispatch import attention as api
 from fastattn.dispatch import patching, resolve
-from fastattn.problems.length_buckets import bounds
+from fastattn.dispatch.attention import front
+from fastattn.problems.length_buckets import bucket_bounds
 
 TINY = (1, 4, 16, 32)
 LAYERS = 32  # of the decode loop
@@ -68,7 +68,7 @@ def null(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 def lead_to(call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> None:
     """Publish an entry of attention() for these arguments that leads to `call`, with what a miss would have it compare."""
     real = resolve.attention(q, k, v, mask, "bhsd", options)
-    api.front.publish(real._replace(call=call), q, k, v, mask, "bhsd", options)
+    front.publish(real._replace(call=call), q, k, v, mask, "bhsd", options)
     if fastattn.attention(q, k, v, mask, **options) is not q and call is null:
         raise SystemExit("the entry is not hit: this benchmark no longer fits fastattn.api")
 
@@ -107,9 +107,7 @@ class Bench:
         )
         ns = {arm: median(samples) / runs * 1e9 for arm, samples in found.items()}
         over = median((h - b) / runs * 1e9 for h, b in zip(found["hit"], found["base"], strict=True))
-        self.rows.append(
-            Row(name, "ns", ns["base"], ns["hit"], over, abs(ns["again"] - ns["base"]), aim, absurd, note)
-        )
+        self.rows.append(Row(name, "ns", ns["base"], ns["hit"], over, abs(ns["again"] - ns["base"]), aim, absurd, note))
 
     def alternate(
         self, name: str, base: Callable[..., object], problems: Sequence[tuple[Tensor, Tensor, Tensor]], **how: Any
@@ -132,14 +130,14 @@ def null_rows(bench: Bench) -> None:
     q, k, v = tensors()
 
     def fresh(*args: Any, **options: Any) -> None:
-        api.front.clear()
+        front.clear()
         lead_to(null, *args, **options)
 
     fresh(q, k, v)
     base = lambda: null(q, k, v, None)  # noqa: E731
     bench.compare("null op: 1 problem", base, lambda: attention(q, k, v), aim=900, absurd=20_000)
     for count, aim in ((4, 1200), (64, 1200)):
-        api.front.clear()
+        front.clear()
         problems = many(count)
         for problem in problems:
             lead_to(null, *problem)
@@ -166,7 +164,7 @@ def null_rows(bench: Bench) -> None:
         raise SystemExit("the entry is not hit: this benchmark no longer fits fastattn.patching")
     bench.compare("null op: sdpa(), the drop-in", base, lambda: sdpa(q, k, v))
     patching._front.clear()
-    api.front.clear()
+    front.clear()
 
 
 def op_rows(bench: Bench) -> None:
@@ -174,7 +172,7 @@ def op_rows(bench: Bench) -> None:
     attention, f_sdpa = fastattn.attention, F.scaled_dot_product_attention
     q, k, v = tensors()
     plain = lambda: f_sdpa(q, k, v)  # noqa: E731
-    api.front.clear()
+    front.clear()
     attention(q, k, v)
     bench.compare("F.sdpa -> attention(), 1 problem", plain, lambda: attention(q, k, v))
     handle = fastattn.plan(q, k, v)
@@ -187,7 +185,7 @@ def op_rows(bench: Bench) -> None:
     )
     fastattn.sdpa(q, k, v)
     bench.compare("F.sdpa -> sdpa(), the drop-in", plain, lambda: fastattn.sdpa(q, k, v))
-    api.front.clear()
+    front.clear()
     problems = many(64)
     for problem in problems:
         attention(*problem)
@@ -196,14 +194,14 @@ def op_rows(bench: Bench) -> None:
     flash = getattr(torch, "_scaled_dot_product_flash_attention_for_cpu", None)
     if flash is not None:
         pinned = fastattn.plan(q, k, v, kernel="torch_flash")
-        api.front.clear()
+        front.clear()
         served = resolve.attention(q, k, v, None, "bhsd", {"kernel": "torch_flash"})
-        api.front.publish(served, q, k, v, None, "bhsd", {})
+        front.publish(served, q, k, v, None, "bhsd", {})
         bare = lambda: flash(q, k, v)[0]  # noqa: E731
         bench.compare("bare flash op -> F.sdpa", bare, plain, note="what torch itself adds")
         bench.compare("bare flash op -> attention()", bare, lambda: attention(q, k, v), note="torch_flash served")
         bench.compare("bare flash op -> plan() handle", bare, lambda: pinned(q, k, v), note="torch_flash")
-    api.front.clear()
+    front.clear()
 
 
 # --- decode
@@ -226,7 +224,7 @@ def decode_row(bench: Bench, tokens: int, start: int) -> None:
     k, v = caches[0][0, :, :, :start], caches[0][1, :, :, :start]
     fastattn.attention(q, k, v)  # tunes
     handle = fastattn.plan(q, k, v, kernel=fastattn.plan(q, k, v).candidate)  # pinned: no fallback chain behind it
-    edges = len({bounds(n) for n in range(start, start + tokens)}) - 1
+    edges = len({bucket_bounds(n) for n in range(start, start + tokens)}) - 1
     loop(fastattn.attention)()  # meets, and tunes, the next bucket
     calls = {"base": loop(handle), "hit": loop(fastattn.attention), "again": loop(handle)}
     found = interleave(calls, rounds=max(5, bench.rounds // 4), seconds=4 * bench.seconds, min_rounds=3)
@@ -243,13 +241,13 @@ def decode_row(bench: Bench, tokens: int, start: int) -> None:
 def null_decode_row(bench: Bench) -> None:
     """The way alone for a growing kv_len: one entry serves a whole bucket."""
     q = torch.randn(1, 4, 1, 32)
-    low, high = bounds(100)
+    low, high = bucket_bounds(100)
     cache = torch.randn(2, 1, 4, high, 32)
     views = [(q, cache[0, :, :, :n], cache[1, :, :, :n]) for n in range(low, high + 1)]
-    api.front.clear()
+    front.clear()
     lead_to(null, *views[0])
     bench.alternate("null op: decode, kv_len + 1 a call", null, views, aim=1200, absurd=20_000)
-    api.front.clear()
+    front.clear()
 
 
 # --- import
@@ -265,20 +263,26 @@ def import_row(runs: int) -> Row:
     )
     took, loaded = [], set()
     for _ in range(runs):
-        lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split("\n")
+        lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split(
+            "\n"
+        )
         took.append(float(lines[0]))
         loaded |= set(lines[1].split())
     spread = median(abs(t - median(took)) for t in took)
     note = f"imports {', '.join(sorted(loaded))}" if loaded else "no kernel library imported"
     over = math.inf if loaded else median(took)
-    return Row("import fastattn beyond torch", "ms", 0.0, median(took), over, spread, aim=30.0, absurd=1000.0, note=note)
+    return Row(
+        "import fastattn beyond torch", "ms", 0.0, median(took), over, spread, aim=30.0, absurd=1000.0, note=note
+    )
 
 
 # --- output
 
 
 def table(rows: Sequence[Row]) -> Table:
-    found = Table(title="what a hit costs; base and hit are one call", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    found = Table(
+        title="what a hit costs; base and hit are one call", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     found.add_column("", no_wrap=True)
     for heading in ("base", "hit", "over", "A/A", "aim"):
         found.add_column(heading, justify="right", no_wrap=True)
@@ -332,7 +336,11 @@ def main() -> int:
     if missed:
         console.print(f"aims missed: {', '.join(missed)}" + (" (a smoke run decides nothing)" if args.smoke else ""))
     if args.json:
-        data = {"environment": facts, "smoke": args.smoke, "rows": [asdict(row) | {"is_met": row.is_met} for row in bench.rows]}
+        data = {
+            "environment": facts,
+            "smoke": args.smoke,
+            "rows": [asdict(row) | {"is_met": row.is_met} for row in bench.rows],
+        }
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
     return 1 if absurd or (missed and not args.smoke) else 0

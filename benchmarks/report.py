@@ -137,7 +137,18 @@ def candidates_of(r: Any) -> Grid:
 
 def summary(results: Sequence[Any]) -> Grid:
     """Means and the worst over problems of 100 us and more, forward and training apart; the other columns over all."""
-    headings = ("geometric means", "problems", "gain", "aim", "regret", "first call", "disk", "error", "slower", "worst regret")
+    headings = (
+        "geometric means",
+        "problems",
+        "gain",
+        "aim",
+        "regret",
+        "first call",
+        "disk",
+        "error",
+        "slower",
+        "worst regret",
+    )
     rows = []
     for of_kind in ("forward", "training"):
         for dtype in (*DTYPES, "all"):

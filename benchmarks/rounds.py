@@ -100,7 +100,11 @@ def environment(on: str = "cpu") -> dict[str, str]:
     from fastattn.environment.device import Device
 
     device = Device.of(torch.device(on))
-    gpu = {"capability": f"sm{device.capability}", "cuda": device.cuda, "cudnn": str(device.cudnn)} if on == "cuda" else {}
+    gpu = (
+        {"capability": f"sm{device.capability}", "cuda": device.cuda, "cudnn": str(device.cudnn)}
+        if on == "cuda"
+        else {}
+    )
     return {
         "machine": device.name,
         **gpu,

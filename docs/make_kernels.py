@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from fastattn.kernels import known_faults, registry
-from fastattn.kernels.kernel import Kernel, RefuseWhen
+from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import catalogue
+from fastattn.kernels.limits import RefuseWhen
 
 PAGE = Path(__file__).with_name("kernels.md")
 HEAD = """# The kernels
@@ -20,11 +21,17 @@ OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask")
 FAULTS = """## Known faults
 
 Rows of `src/fastattn/kernels/known_faults.json`: where all of it holds, the kernel is not used; for torch's own kernels that
-goes for F.sdpa as well. `FASTATTN_QUIRKS` names a file with more of them.
+goes for F.sdpa as well. `FASTATTN_KNOWN_FAULTS` names a file with more of them.
 
 | kernel | fault | where | reported |
 |---|---|---|---|"""
-CORNERS = {"top_left": "top left", "bottom_right": "bottom right", "any": "both corners", "square": "equal lengths", None: ""}
+CORNERS = {
+    "top_left": "top left",
+    "bottom_right": "bottom right",
+    "any": "both corners",
+    "square": "equal lengths",
+    None: "",
+}
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 SAID = {"lse": "return_lse", "custom_mask": "BlockMask"}
 
@@ -34,15 +41,18 @@ def page() -> str:
     parts = [HEAD, overview(rows)]
     for title, mine in groups(rows).items():
         parts.append(f"## {title}\n")
-        library = catalogue.of(mine[0].library)
+        library = catalogue.library_of(mine[0].library)
         if library is not None:
             parts.append(f"`{library.install}`" + f", module `{library.module}`.\n")
         parts += [one(kernel) for kernel in mine]
-    return "\n".join([*parts, FAULTS, "\n".join(map(fault, known_faults.known())) + "\n"])
+    return "\n".join([*parts, FAULTS, "\n".join(map(fault, known_faults.known_faults())) + "\n"])
 
 
 def overview(rows: list[Kernel]) -> str:
-    lines = ["| kernel | of | devices | dtypes | causal | masks | options | gradients |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | of | devices | dtypes | causal | masks | options | gradients |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for k in rows:
         options = ", ".join(SAID.get(o, o) for o in OPTIONS if getattr(k, o))
         dtypes = ", ".join(SHORT[d] for d in k.dtypes)
@@ -52,7 +62,7 @@ def overview(rows: list[Kernel]) -> str:
 
 
 def library_of(k: Kernel) -> str:
-    library = catalogue.of(k.library)
+    library = catalogue.library_of(k.library)
     return "torch" if k.library == "torch" else library.name if library else k.library
 
 
@@ -92,7 +102,7 @@ def placeholders(text: str) -> str:
     return re.sub(r"\{(?:p|device)\.([^}:]*)[^}]*\}", r"`\1`", text)
 
 
-def fault(q: known_faults.Quirk) -> str:
+def fault(q: known_faults.KnownFault) -> str:
     kernel = f"F.sdpa where it runs {q.runs}" if q.runs else ", ".join(q.kernels)
     where = [f"{name} {spec}" for name, spec in q.versions.items()]
     where += [f"{name} {condition(value)}" for name, value in q.when.items()]

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.dispatch import explain as explanation
 from fastattn.dispatch import resolve
+from fastattn.dispatch.explain import of_problem
 from fastattn.environment.device import Device
 
 
@@ -36,7 +36,7 @@ class Watch:
 
 def served(met):
     """How many of these problems each candidate serves, the most frequent first."""
-    return dict(Counter(explanation.of_problem(problem).served_by for problem in met).most_common())
+    return dict(Counter(of_problem(problem).served_by for problem in met).most_common())
 
 
 def second_process(script, *arguments):

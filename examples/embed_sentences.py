@@ -152,11 +152,18 @@ def measure(given):
     tokenized = batches(tokenizer, given.sentences)
     reference = embed(model, tokenized)
     rows = [one_dtype(name, model, tokenized, reference, given, watch) for name in DTYPES]
-    return {"sentences": len(SENTENCES[: given.sentences]), "rows": rows, "tuned": watch.count, "tuning_s": watch.seconds}
+    return {
+        "sentences": len(SENTENCES[: given.sentences]),
+        "rows": rows,
+        "tuned": watch.count,
+        "tuning_s": watch.seconds,
+    }
 
 
 def show(first, second):
-    console = _report.open_console(f"all-MiniLM-L6-v2, {first['sentences']} sentences in padded batches, then as paragraphs")
+    console = _report.open_console(
+        f"all-MiniLM-L6-v2, {first['sentences']} sentences in padded batches, then as paragraphs"
+    )
     table = _report.table(*_report.TIMES, "cosine", wide="kernels that served")
     for row in first["rows"]:
         table.add_row(row["dtype"], *_report.times(row), f"{row['cosine']:.6f}", _report.kernels(row))

@@ -13,9 +13,9 @@ import torch
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
-from fastattn.kernels.kernel import Accepted
 from fastattn.planning import candidates
-from fastattn.problems import call_key, masks
+from fastattn.planning.decision import Accepted
+from fastattn.problems import call_key, call_options, masks
 from fastattn.problems.problem import Problem
 
 ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
@@ -153,7 +153,13 @@ class Expected:
         scores = scores.masked_fill(self.hidden, float("-inf")).masked_fill(empty, 0.0)
         weights = scores.softmax(-1).masked_fill(self.hidden, 0.0)
         out = weights @ v
-        found = {"out": out.detach(), "scores": scores.detach(), "weights": weights.detach(), "k": k.detach(), "v": v.detach()}
+        found = {
+            "out": out.detach(),
+            "scores": scores.detach(),
+            "weights": weights.detach(),
+            "k": k.detach(),
+            "v": v.detach(),
+        }
         found["slope"] = 1.0 if cap is None else 1 - cap.detach().square()
         found["lse"] = scores.detach().masked_fill(self.hidden, float("-inf")).logsumexp(-1)
         if self.grad is not None:
@@ -224,7 +230,9 @@ class Expected:
             # delta = sum_d o_d do_d is taken from an output whose terms were rounded, P and dS are rounded before products
             delta = terms.square().sum(-1, keepdim=True).sqrt() * w
             both = delta.square() + (dscores * x["slope"]).square()
-            of_q = (delta.sum(-1, keepdim=True) * (w @ x["k"])).square() + (dscores * x["slope"]).square() @ x["k"].square()
+            of_q = (delta.sum(-1, keepdim=True) * (w @ x["k"])).square() + (dscores * x["slope"]).square() @ x[
+                "k"
+            ].square()
             cancel_q = s * self.u * self._per_kv_head(of_q).sqrt()
             cancel_k = s * self.u * self._heads_sum(both.mT @ self.q.double().square()).sqrt()
             cancel_v = self.u * self._heads_sum(w.square().mT @ grad.square(), self.dv).sqrt()
@@ -298,7 +306,9 @@ def hold(want, call, q, k, v, mask=None, rung="exact"):
 
 def problem_of(q, k, v, mask=None, layout="bhsd", **options):
     """The Problem of a call."""
-    return Problem.from_key(call_key.call_key(q, k, v, mask, layout, call_key.parse(options)), current_settings().accuracy)
+    return Problem.from_key(
+        call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options)), current_settings().accuracy
+    )
 
 
 def accepted(q, k, v, mask=None, layout="bhsd", **options) -> list[str]:

@@ -12,7 +12,8 @@ os.environ.pop("FASTATTN_MODE", None)
 
 import fastattn
 from fastattn.dispatch import session
-from fastattn.environment.settings import log, reload_settings
+from fastattn.environment.log import log
+from fastattn.environment.settings import reload_settings
 from fastattn.tuning import cpu_contention
 
 
@@ -37,7 +38,9 @@ def own_store(tmp_path, monkeypatch):
     for name in [n for n in os.environ if n.startswith("FASTATTN_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "store"))
-    monkeypatch.setattr(cpu_contention, "usage", lambda: None)  # what else runs on the machine has no say in a test
+    monkeypatch.setattr(
+        cpu_contention, "read_cpu_usage", lambda: None
+    )  # what else runs on the machine has no say in a test
     reload_settings()
     fastattn.clear()
     session.state.spent_s = 0.0

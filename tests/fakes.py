@@ -17,10 +17,10 @@ from fastattn.kernels import registry
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning import binding
-from fastattn.problems import call_key
+from fastattn.problems import call_key, call_options
 from fastattn.tuning import tune as tuning
-from fastattn.tuning.accuracy import probes as samples
 from fastattn.tuning.accuracy.judge import Judge
+from fastattn.tuning.accuracy.probes import Sample
 
 honest: Run = sdpa_math  # exact in float32: what a made-up kernel computes before it lies
 FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds
@@ -130,13 +130,23 @@ def qkv(
 def problem(**changes: Any) -> Problem:
     """A Problem of the CPU: 1 x 4 heads x 64 on 64 x d32, float32; `device` and all else may be changed."""
     head_dim = changes.get("head_dim", 32)
-    sizes = {"head_dim": head_dim, "head_dim_v": head_dim, "q_heads": 4, "kv_heads": 4, "batch": 1, "q_len": 64, "kv_len": 64}
+    sizes = {
+        "head_dim": head_dim,
+        "head_dim_v": head_dim,
+        "q_heads": 4,
+        "kv_heads": 4,
+        "batch": 1,
+        "q_len": 64,
+        "kv_len": 64,
+    }
     return Problem(**{"device": "cpu", "dtype": "float32", **sizes, **changes})
 
 
 def problem_of(q, k, v, mask=None, **options: Any) -> Problem:
     """The Problem of a call in bhsd."""
-    return Problem.from_key(call_key.call_key(q, k, v, mask, "bhsd", call_key.parse(options)), current_settings().accuracy)
+    return Problem.from_key(
+        call_key.call_key(q, k, v, mask, "bhsd", call_options.parse_options(options)), current_settings().accuracy
+    )
 
 
 def check(q, k, v, mask=None, **options: Any) -> None:
@@ -144,7 +154,7 @@ def check(q, k, v, mask=None, **options: Any) -> None:
     p = problem_of(q, k, v, mask, **options)
     dense = mask if isinstance(mask, torch.Tensor) else None
     grad = torch.randn(1, p.q_heads, p.q_len, p.head_dim_v).to(q.dtype) if p.needs_grad else None
-    judge = Judge(samples.Sample(p, q, k, v, dense, grad), options.get("scale", p.head_dim**-0.5))
+    judge = Judge(Sample(p, q, k, v, dense, grad), options.get("scale", p.head_dim**-0.5))
     errors = judge.errors(lambda q, k, v, _: fastattn.attention(q, k, v, mask, **options))
     assert errors.passed, errors
 

@@ -17,8 +17,11 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flash_attn_3
-from fastattn.kernels.kernel import Kernel, OneOf, Range, RefuseWhen, Rejected
+from fastattn.kernels.kernel import Kernel
+from fastattn.kernels.libraries import availability
+from fastattn.kernels.limits import OneOf, Range, RefuseWhen
 from fastattn.planning import candidates
+from fastattn.planning.decision import Rejected
 
 WIDTHS = (8, 32, 40, 64, 72, 96, 128, 136, 160, 168, 192, 200, 224, 232, 256, 264)
 LENGTHS = (1, 2, 64, 65, 100)
@@ -65,11 +68,13 @@ class Space:
     def __init__(self, kernel: Kernel, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernel, self.kind = kernel, kind
         self.config = Settings().naming(kernel.name)
-        monkeypatch.setattr(candidates, "absent", lambda _: None)
+        monkeypatch.setattr(availability, "why_absent", lambda _: None)
         self.left_out = False  # whether FlashAttention 3 was built without all that can be left out, or whole
         flags = (f"FLASHATTENTION_DISABLE_{flag}" for flag, *_ in flash_attn_3.OPTIONAL)
         monkeypatch.setattr(flash_attn_3, "flags", lambda flags=tuple(flags): dict.fromkeys(flags, self.left_out))
-        self.axes = {fields: list(values) for fields, values in DOMAIN.items() if kind == "cuda" or fields[0] != "capability"}
+        self.axes = {
+            fields: list(values) for fields, values in DOMAIN.items() if kind == "cuda" or fields[0] != "capability"
+        }
         for need in kernel.needs:  # the values beside its edges
             if isinstance(need, Range | OneOf):
                 values = sum(need.edges(), []) if isinstance(need, Range) else need.values

@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner
 
 import fastattn
-from fastattn import cli
-from fastattn.cli import shape_words, tables
+from fastattn.cli import main, shape_words, tables
+from fastattn.cli import tune as tune_command
 from fastattn.dispatch import ahead, resolve, session
-from fastattn.dispatch import explain as explanation
+from fastattn.dispatch.explain import IN_DOUBT
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.kernels import registry
-from fastattn.problems import call_key, masks, presets
+from fastattn.problems import call_key, call_options, masks, presets, shapes
 from fastattn.problems.layouts import stride_class
 from fastattn.problems.problem import Problem
 from fastattn.tuning import tune as tuning
@@ -40,21 +40,21 @@ def qkv(**how):
 
 
 def run(*words, code=0):
-    result = CliRunner().invoke(cli.main, [str(w) for w in words])
+    result = CliRunner().invoke(main.main, [str(w) for w in words])
     assert result.exit_code == code, result.output
     return result.output
 
 
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
-    with cli.tune.make_context("tune", " ".join(words).split()) as context:
+    with tune_command.tune.make_context("tune", " ".join(words).split()) as context:
         own = ("as_json", "force", "compiling")
         return list(shape_words.problems(**{k: v for k, v in context.params.items() if k not in own}))
 
 
 def of_call(q, k, v, mask=None, layout="bhsd", **options):
     """What attention() asks for this very call."""
-    key = call_key.call_key(q, k, v, mask, layout, call_key.parse(options))
+    key = call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options))
     return Problem.from_key(key, current_settings().accuracy)
 
 
@@ -94,9 +94,7 @@ def test_a_mask_means_exactly_the_problem_that_the_call_asks(word, causal):
     mask = torch.ones(size, dtype=dtype).requires_grad_(wanted)
     grad = ["--grad"] if wanted else []
     corner = ["--causal top_left"] if causal else []
-    assert asked("2x4x37x16", f"--mask {word}", *grad, *corner) == [
-        of_call(*qkv(grad=wanted), mask, is_causal=causal)
-    ]
+    assert asked("2x4x37x16", f"--mask {word}", *grad, *corner) == [of_call(*qkv(grad=wanted), mask, is_causal=causal)]
 
 
 @pytest.mark.parametrize("corner", masks.CORNERS)
@@ -108,7 +106,9 @@ def test_causal_without_a_corner_is_torchs_triangle():
     assert asked("2x4x5x33x16 --causal") == [of_call(*qkv(sq=5, skv=33), is_causal=True)]
 
 
-@pytest.mark.parametrize(("word", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
 def test_a_dtype_has_a_short_name(word, dtype):
     assert asked("2x4x37x16 --dtype", word) == [of_call(*qkv(dtype=dtype))]
 
@@ -172,7 +172,7 @@ def test_threads_and_precision_are_this_process(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_preset_is_a_problem_whose_command_line_gives_it_back(name, dtype):
     for shape in presets.PRESETS[name]:
-        problem = presets.problem(replace(shape, strides=None), dtype, grad=False)
+        problem = shapes.problem_of_shape(replace(shape, strides=None), dtype, grad=False)
         assert asked(session.command_line(problem)) == [problem]
 
 
@@ -295,7 +295,7 @@ def test_a_crowded_verdict_is_tuned_again(monkeypatch):
     tuned = []
     real = resolve.tune
     monkeypatch.setattr(ahead.resolve, "tune", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k))
-    assert explanation.IN_DOUBT in run("tune", "1x2x20x8")
+    assert IN_DOUBT in run("tune", "1x2x20x8")
     assert tuned == asked("1x2x20x8")
 
 
@@ -320,7 +320,7 @@ def test_the_geometric_mean_is_the_root_of_the_product():
                                  "interleaved", "expanded"])  # fmt: skip
 def test_strides_of_a_class_are_of_that_class(cls):
     size = (2, 3, 5, 7)
-    assert stride_class(size, presets.strides(size, cls)) == cls
+    assert stride_class(size, shapes.strides_of_class(size, cls)) == cls
 
 
 # --- where nothing can be done

@@ -129,7 +129,11 @@ CASES = {
     "both corners": ({"mask": masks.Causal("bottom_right"), "is_causal": True}, seen(6, 9, 0), None),
     "accuracy": ({"accuracy": "dtype"}, None, None),
     "window": ({"window": (2, 1)}, seen(6, 9, 1) & ~seen(6, 9, -3), None),
-    "window, bottom right": ({"mask": masks.Causal("bottom_right"), "window": (2, 0)}, seen(6, 9, 3) & ~seen(6, 9, 0), None),
+    "window, bottom right": (
+        {"mask": masks.Causal("bottom_right"), "window": (2, 0)},
+        seen(6, 9, 3) & ~seen(6, 9, 0),
+        None,
+    ),
     "window and mask": ({"mask": HIDE, "window": (9, 1)}, HIDE & seen(6, 9, 1), None),
     "dropout of nothing": ({"dropout_p": 0.0}, None, None),
 }

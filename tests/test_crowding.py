@@ -8,14 +8,16 @@ from fakes import problem
 import fastattn
 from fastattn.environment.settings import current_settings
 from fastattn.tuning import cpu_contention
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.cpu_contention import Crowd, Usage
+from fastattn.tuning.cpu_contention import CpuContention, CpuUsage
+from fastattn.tuning.tune import _said, is_crowded
 
 
 def crowd(others, own, *, threads=2, cores=2, seconds=1.0):
     """What is lacking after `seconds` in which others and this process used so many cores."""
-    readings = iter([Usage(100.0, 10.0, 5.0), Usage(100.0 + (others + own) * seconds, 10.0 + own * seconds, 5.0 + seconds)])
-    return Crowd(threads, cores, lambda: next(readings)).lacking()
+    readings = iter(
+        [CpuUsage(100.0, 10.0, 5.0), CpuUsage(100.0 + (others + own) * seconds, 10.0 + own * seconds, 5.0 + seconds)]
+    )
+    return CpuContention(threads, cores, lambda: next(readings)).lacking()
 
 
 @pytest.mark.parametrize(
@@ -31,31 +33,31 @@ def test_cores_are_lacking_where_others_leave_too_few(others, own, threads, core
 
 def test_where_nothing_can_be_told_nothing_is_lacking():
     assert crowd(2.0, 1.0, seconds=0.01) == 0.0  # shorter than the system's clock ticks
-    assert Crowd(2, 2, lambda: None).lacking() == 0.0
+    assert CpuContention(2, 2, lambda: None).lacking() == 0.0
 
 
 def test_the_reading_of_this_system_moves_on(monkeypatch):
     monkeypatch.undo()
-    first = cpu_contention.usage()
+    first = cpu_contention.read_cpu_usage()
     if first is None:
         pytest.skip("no /proc/stat here")
     sum(range(3_000_000))
-    second = cpu_contention.usage()
+    second = cpu_contention.read_cpu_usage()
     assert second.now > first.now and second.own > first.own and second.everyone >= first.everyone
 
 
 def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog):
     p = problem(q_len=32, kv_len=32)
     cores = [1.5]
-    tuning._said.clear()
-    monkeypatch.setattr(Crowd, "lacking", lambda self: cores[0])
+    _said.clear()
+    monkeypatch.setattr(CpuContention, "lacking", lambda self: cores[0])
     [verdict] = fastattn.tune(p)
-    assert tuning.is_crowded(verdict) and verdict.crowded == 1.5
+    assert is_crowded(verdict) and verdict.crowded == 1.5
     assert "other programs used 1.5 of the cores" in caplog.text and caplog.records[-1].levelname == "WARNING"
     cores[0] = 0.0
     fastattn.clear()
     [again] = fastattn.tune(p)
-    assert not tuning.is_crowded(again)
+    assert not is_crowded(again)
     [third] = fastattn.tune(p)
     assert third is again  # measured in peace: no more reason to
     assert current_settings().mode == "auto"

@@ -18,18 +18,19 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cli
-from fastattn.cli import doctor
-from fastattn.cli.doctor import Fault, Layer, Report, Row, cache, command, faults, redaction
+from fastattn.cli import doctor, main
+from fastattn.cli.doctor import Report, cache, command, faults, redaction
+from fastattn.cli.doctor.cache import Layer
+from fastattn.cli.doctor.faults import Fault
 from fastattn.cli.doctor.machine import Machine, this_machine
+from fastattn.cli.doctor.rows import Row
 from fastattn.environment import cache_files
 from fastattn.environment.device import Device
 from fastattn.environment.settings import reload_settings
 from fastattn.environment.text import format_bytes, format_duration
 from fastattn.kernels import registry
-from fastattn.kernels.kernel import Range
-from fastattn.kernels.libraries import catalogue
-from fastattn.planning import candidates
+from fastattn.kernels.libraries import availability, catalogue
+from fastattn.kernels.limits import Range
 from fastattn.verdicts import store
 from fastattn.verdicts.store import Store
 
@@ -62,7 +63,7 @@ def site(tmp_path, monkeypatch):
     path.mkdir()
     monkeypatch.syspath_prepend(str(path))
     yield path
-    candidates.forget()
+    availability.forget_libraries()
 
 
 def install(site, name, code, version="1.2.3"):
@@ -89,7 +90,7 @@ def row(name, timeout_s=30.0):
 
 
 def run(*words, code=0):
-    result = CliRunner().invoke(cli.main, ["doctor", *words])
+    result = CliRunner().invoke(main.main, ["doctor", *words])
     assert result.exit_code == code, result.output
     return result.output
 
@@ -243,7 +244,7 @@ def test_attention_that_does_not_work_is_a_fault(break_it, monkeypatch):
             raise RuntimeError("no such operator\nmore")
         return q * float("nan")
 
-    monkeypatch.setattr(faults.api, "attention", broken)
+    monkeypatch.setattr(faults, "attention", broken)
     said = {"raise": "RuntimeError: no such operator", "lie": "its answer is off by nan"}[break_it]
     assert f"attention() does not work on cpu: {said}" in run(code=1)
 
@@ -265,7 +266,7 @@ def test_a_cache_that_is_not_made_yet_is_healthy_and_still_not_made(own_store):
 
 def test_files_bytes_and_unreadable_files_are_counted(own_store, monkeypatch):
     monkeypatch.setenv("HOME", str(own_store.parent))
-    run_tune = CliRunner().invoke(cli.main, ["tune", "1x2x16x8"])
+    run_tune = CliRunner().invoke(main.main, ["tune", "1x2x16x8"])
     assert run_tune.exit_code == 0
     good = next(own_store.glob("*/*/*.json"))
     (good.parent / ("0" * 32 + ".json")).write_text("{")
@@ -422,7 +423,7 @@ KEYS = {
     "kernels": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "libraries": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "cache": ["path", "is_written", "exists", "files", "unreadable", "bytes", "free", "why_not"],
-    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget", "manifest", "quirks", "log"],
+    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget", "manifest", "known_faults", "log"],
     "faults": ["what", "fix"],
 }  # fmt: skip
 
@@ -509,6 +510,8 @@ def test_sizes(written, count):
     assert format_bytes(count) == written
 
 
-@pytest.mark.parametrize(("written", "us"), [("", None), ("4.5 us", 4.5), ("1.2 ms", 1200), ("1000 ms", 999_700), ("2 s", 2e6)])
+@pytest.mark.parametrize(
+    ("written", "us"), [("", None), ("4.5 us", 4.5), ("1.2 ms", 1200), ("1000 ms", 999_700), ("2 s", 2e6)]
+)
 def test_durations(written, us):
     assert format_duration(us) == written

@@ -16,10 +16,10 @@ import fastattn
 from fastattn import attention
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
+from fastattn.kernels.libraries.availability import load_kernel
 from fastattn.planning import binding
-from fastattn.planning.candidates import load
 from fastattn.tuning.accuracy import dropout
-from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.probes import probe_sample
 from fastattn.tuning.tune import tune_problem
 
 CPU = torch.device("cpu")
@@ -68,15 +68,15 @@ def test_every_candidate_is_a_fair_dropout_forward_and_backward(dtype, options, 
 
     for d in candidates.decisions(p, Device.of(CPU), current_settings()):
         if d.name in names:
-            small = dropout.problem_of(p)
+            small = dropout.dropout_problem(p)
             call, without = (binding.bind(d, small, None, dropout_p=rate) for rate in (dropout.RATE, 0.0))
-            errors = dropout.check(call, without, small, CPU)
+            errors = dropout.check_dropout(call, without, small, CPU)
             assert errors.passed and errors.backward is not None, (d.name, errors)
 
 
 def lying(change):
     """A kernel that takes dropout and lies about it."""
-    math_kernel = load(next(k for k in registry.rows() if k.name == "sdpa_math"))
+    math_kernel = load_kernel(next(k for k in registry.rows() if k.name == "sdpa_math"))
 
     def run(q, k, v, mask, a):
         return change(math_kernel, q, k, v, mask, a)
@@ -147,7 +147,7 @@ def test_dropout_of_one_is_zeros_and_of_none_is_nothing(untuned):
 
 def test_samples_do_not_touch_the_global_state():
     before = torch.get_rng_state()
-    samples.probes(problem(dropout=True), CPU)
+    probe_sample(problem(dropout=True), CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -18,13 +18,12 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, turn
 
 import fastattn
-from fastattn.dispatch import attention as api
 from fastattn.dispatch import resolve, session
+from fastattn.dispatch.attention import front
 from fastattn.dispatch.circumstances import read_circumstances
 from fastattn.environment.settings import forget_calls, reload_settings
 from fastattn.tuning import screening
-from fastattn.tuning import stopwatch as timing
-from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning import tune as tune_module
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 SOURCE = Path(fastattn.__file__).parent
@@ -43,7 +42,13 @@ def forbid(monkeypatch, *calls):
         monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
 
 
-TUNING = [(resolve, "tune"), (resolve, "tune_problem"), (timing, "compare"), (screening, "judges"), (samples, "plain")]
+TUNING = [
+    (resolve, "tune"),
+    (resolve, "tune_problem"),
+    (tune_module, "time_interleaved"),
+    (screening, "judges_of_problem"),
+    (screening, "plain_sample"),
+]
 
 # --- fault 47: a CUDA graph is being captured
 
@@ -71,7 +76,7 @@ def test_fault_47_a_capture_is_served_by_what_was_met_before_it(quick, capture):
     capture()
     fastattn.attention(q, k, v)
     assert quick.ran.count("quick") == ran + 1
-    assert not api.front.table, "what was bound in a capture must not outlive it"
+    assert not front.table, "what was bound in a capture must not outlive it"
 
 
 @pytest.mark.parametrize("known", ["unknown", "on disk"])
@@ -182,7 +187,7 @@ def reaches_out(source):
 def test_fault_56_no_source_fetches_builds_or_asks_for_plugins():
     """Plugins are listed from their metadata, and loaded only where they are named: tests/test_plugins.py."""
     found = {(str(p.relative_to(SOURCE)), name) for p in SOURCE.rglob("*.py") for name in reaches_out(p.read_text())}
-    assert found == {("kernels/__init__.py", "entry_points")}
+    assert found == {("kernels/registry.py", "entry_points")}
 
 
 @pytest.mark.parametrize("bad", [

@@ -106,7 +106,10 @@ print(Store([Path(sys.argv[1])]).put(verdict(), DEVICE))
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on file sizes here")
 @pytest.mark.parametrize("bytes_left", [0, 100])
 def test_fault_41_a_quota_leaves_neither_a_temporary_file_nor_half_an_entry(bytes_left, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", QUOTA, str(tmp_path / "own"), str(bytes_left)],
         env=environment, timeout=120, capture_output=True, text=True,
@@ -146,7 +149,9 @@ def test_fault_41_a_disk_that_fills_up_keeps_the_old_entry_and_the_result(own_st
     before = path.read_bytes()
     clock.costs.update(default=4e-3, quick=FAST)
     real = os.fdopen
-    monkeypatch.setattr(os, "fdopen", lambda fd, mode, *a: FullDisk(real(fd, mode)) if mode == "wb" else real(fd, mode, *a))
+    monkeypatch.setattr(
+        os, "fdopen", lambda fd, mode, *a: FullDisk(real(fd, mode)) if mode == "wb" else real(fd, mode, *a)
+    )
     fastattn.tune(fastattn.explain(q, k, v).problem, force=True)
     check(q, k, v)
     assert fastattn.explain(q, k, v).served_by == "quick"

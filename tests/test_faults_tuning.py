@@ -16,11 +16,10 @@ from fastattn.dispatch import resolve
 from fastattn.environment import device
 from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.tuning import memory_use, screening
-from fastattn.tuning import stopwatch as timing
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.accuracy import probes as samples
-from fastattn.tuning.accuracy.judge import judges
-from fastattn.tuning.tune import tune_problem
+from fastattn.tuning import tune as tune_module
+from fastattn.tuning.accuracy.judge import judges_of_problem
+from fastattn.tuning.stopwatch import time_interleaved
+from fastattn.tuning.tune import STEADY_TRIES, is_lasting, tune_problem
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -60,7 +59,7 @@ def test_fault_48_a_candidate_without_memory_is_out_and_nothing_of_it_is_kept(ki
         released.append([ref() for ref in made])
 
     add(monkeypatch, made_up("oom", oom), made_up("quick", honest))
-    monkeypatch.setattr(memory_use, "release", release)
+    monkeypatch.setattr(memory_use, "release_memory", release)
     clock = turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
     verdict = tune_problem(problem(), current_settings(), clock=clock)
     assert verdict.trial("oom").reason.startswith("out of memory: ") and verdict.winner == "quick"
@@ -70,9 +69,9 @@ def test_fault_48_a_candidate_without_memory_is_out_and_nothing_of_it_is_kept(ki
 def test_fault_48_what_is_released_on_a_gpu(monkeypatch):
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    memory_use.release(torch.device("cpu"))
+    memory_use.release_memory(torch.device("cpu"))
     assert not emptied
-    memory_use.release(torch.device("cuda"))
+    memory_use.release_memory(torch.device("cuda"))
     assert emptied == [1]
 
 
@@ -80,16 +79,16 @@ def test_fault_48_free_memory_counts_what_torch_keeps_for_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-    assert memory_use.free(torch.device("cuda")) == 130
-    assert memory_use.free(torch.device("cpu")) > 2**20
+    assert memory_use.free_bytes(torch.device("cuda")) == 130
+    assert memory_use.free_bytes(torch.device("cpu")) > 2**20
     monkeypatch.setattr(builtins, "open", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
-    assert memory_use.free(torch.device("cpu")) == float("inf")
+    assert memory_use.free_bytes(torch.device("cpu")) == float("inf")
 
 
 def test_fault_48_scores_that_would_take_most_of_what_is_free_are_not_tried(monkeypatch):
     """On the CPU there is no exception to catch: the process would be killed."""
     p = problem()
-    monkeypatch.setattr(memory_use, "free", lambda device: p.unfused_bytes)
+    monkeypatch.setattr(memory_use, "free_bytes", lambda device: p.unfused_bytes)
     clock = turn(monkeypatch, Clock({"default": 4e-3}, other=FAST))
     verdict = tune_problem(p, current_settings(), clock=clock)
     limit = int(screening.FREE_SHARE * p.unfused_bytes)
@@ -101,7 +100,7 @@ def test_fault_48_nor_is_a_default_that_would_write_them_down(monkeypatch, own_s
     """A mask's gradient is for torch's unfused math where nothing works in blocks. Another process may find room."""
     p = problem(needs_grad=True, mask="float32", mask_shape="bhqk", mask_grad=True)
     free = [p.unfused_bytes, 10 * p.unfused_bytes]
-    monkeypatch.setattr(memory_use, "free", lambda device: free[0])
+    monkeypatch.setattr(memory_use, "free_bytes", lambda device: free[0])
     clock = turn(monkeypatch, Clock({"default": FAST}))
     monkeypatch.setenv("FASTATTN_KERNELS", "torch_math")
     reload_settings()
@@ -121,7 +120,7 @@ def test_fault_48_tuning_that_finds_no_memory_of_its_own_leaves_the_default(monk
         tries.append(1)
         no_memory()
 
-    monkeypatch.setattr(samples, "plain", plain)
+    monkeypatch.setattr(screening, "plain_sample", plain)
     q, k, v = qkv(48)
     for _ in range(3):
         assert torch.equal(fastattn.attention(q, k, v), F_sdpa(q, k, v))
@@ -133,7 +132,7 @@ def test_fault_48_tuning_that_finds_no_memory_of_its_own_leaves_the_default(monk
 def test_fault_48_the_reference_of_a_long_problem_holds_no_square():
     p = problem(q_heads=1, kv_heads=1, q_len=4096, kv_len=4096, head_dim=16)
     with memory_use._Meter([]) as meter:
-        judges(p, torch.device("cpu"))[0].errors(lambda q, k, v, mask: F_sdpa(q, k, v))
+        judges_of_problem(p, torch.device("cpu"))[0].errors(lambda q, k, v, mask: F_sdpa(q, k, v))
     assert meter.peak < 4096 * 4096 * 8 / 2  # half of one head's scores in float64
 
 
@@ -147,13 +146,13 @@ RAMPS = {  # seconds since the first timing began -> what everything costs
 
 def change_speed(monkeypatch, clock, ramp):
     """From the first timing on everything costs `ramp` times as much."""
-    real, began = timing.compare, []
+    real, began = time_interleaved, []
 
     def compare(calls, clock, *rest):
         began.append(clock.now())
         return real(calls, clock, *rest)
 
-    monkeypatch.setattr(timing, "compare", compare)
+    monkeypatch.setattr(tune_module, "time_interleaved", compare)
     clock.jitter = lambda name, now: ramp(now - began[0]) if began else ramp(0.0)
     return began
 
@@ -191,16 +190,16 @@ def test_fault_52_noise_is_no_drift(noise, quick, own_store):
 def test_fault_52_ahead_of_time_tuning_waits_for_a_steady_machine(quick, own_store, monkeypatch):
     timings = change_speed(monkeypatch, quick, lambda t: 1 + min(t, 0.1) / 0.05)
     [verdict] = fastattn.tune(problem())
-    assert 1 < len(timings) <= tuning.STEADY_TRIES
-    assert tuning.is_lasting(verdict) and len(list(own_store.rglob("*.json"))) == 1
+    assert 1 < len(timings) <= STEADY_TRIES
+    assert is_lasting(verdict) and len(list(own_store.rglob("*.json"))) == 1
 
 
 def test_fault_52_it_does_not_wait_for_ever(quick, own_store, monkeypatch):
     timings = change_speed(monkeypatch, quick, RAMPS["throttled"])
     quick.jitter = lambda name, now: RAMPS["throttled"](now - timings[-1]) if timings else 1.0  # every time anew
     [verdict] = fastattn.tune(problem())
-    assert len(timings) == tuning.STEADY_TRIES
-    assert not tuning.is_lasting(verdict) and not list(own_store.rglob("*.json"))
+    assert len(timings) == STEADY_TRIES
+    assert not is_lasting(verdict) and not list(own_store.rglob("*.json"))
 
 
 def test_fault_52_a_tombstone_is_written_whatever_the_machine_did(quick, own_store, monkeypatch):

@@ -11,6 +11,7 @@ from fakes import problem
 from stubs import flash_attn_3, module
 
 from fastattn.environment.settings import Settings
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
 
 STUBS = {name: stub for stub in grid.STUBS for name in ("flash_attn_2", "flash_attn_3", "fa3_fwd", "flash_attn_4")
@@ -214,8 +215,8 @@ def test_flash_attn_4_beside_gpus_of_two_kinds_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
     monkeypatch.setattr(torch.cuda, "get_device_capability", kinds.get)
     with grid.installed(STUBS["flash_attn_4"], monkeypatch):
-        why = candidates.unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4"))
+        why = availability.why_unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4"))
         assert why and "these differ: set FLASH_ATTENTION_ARCH" in why
         monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
-        candidates.forget()
-        assert candidates.unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4")) is None
+        availability.forget_libraries()
+        assert availability.why_unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4")) is None

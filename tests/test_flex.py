@@ -16,8 +16,7 @@ from fastattn.dispatch import resolve, session
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flex
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.tune import tune_problem
+from fastattn.tuning.tune import NOT_COMPILED, tune_problem
 
 
 def alibi(score, b, h, i, j):
@@ -99,13 +98,15 @@ def test_a_block_mask_that_does_not_fit(what):
 
 def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
     """The caller's function cannot be checked ahead, so its first output is."""
-    from fastattn.planning import candidates
+    from fastattn.kernels.libraries import availability
 
     q, k, v = qkv(sq=13)
     row = next(r for r in registry.rows_for("cpu") if r.name == "flex")
-    run = candidates.load(row)
-    load = candidates.load
-    monkeypatch.setattr(candidates, "load", lambda kernel: (lambda *a: run(*a) * 1.02) if kernel is row else load(kernel))
+    run = availability.load_kernel(row)
+    load = availability.load_kernel
+    monkeypatch.setattr(
+        availability, "load_kernel", lambda kernel: (lambda *a: run(*a) * 1.02) if kernel is row else load(kernel)
+    )
     attention(q, k, v, score_mod=alibi)
     assert "flex is off by" in caplog.text
 
@@ -114,8 +115,8 @@ def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeyp
     monkeypatch.setattr(flex, "EAGER_SCORES", 2**30)  # its math will do here
     p = problem(q_len=40, kv_len=40, window=(8, 8))
     verdict = tune_problem(p, current_settings())
-    assert verdict.trial("flex").reason == tuning.NOT_COMPILED
-    assert "fastattn tune --compile" in tuning.NOT_COMPILED
+    assert verdict.trial("flex").reason == NOT_COMPILED
+    assert "fastattn tune --compile" in NOT_COMPILED
     verdict = tune_problem(p, current_settings(), thorough=True, compiling=True)
     assert verdict.trial("flex").forward is not None and verdict.trial("flex").forward <= 1
 

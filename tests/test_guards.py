@@ -19,6 +19,7 @@ import fastattn
 from fastattn import attention
 from fastattn.dispatch import attention as api
 from fastattn.dispatch import resolve, session
+from fastattn.dispatch.attention import front
 from fastattn.dispatch.circumstances import (
     PASS,
     RULES,
@@ -102,14 +103,14 @@ def test_mode_off(qkv, never_tuned):
         assert holds("off", *qkv) == PASS
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
         assert torch.equal(attention(*qkv, kernel="sdpa_math"), F_sdpa(*qkv))  # plain F.sdpa everywhere
-    assert not api.front.table
+    assert not front.table
 
 
 def test_mode_off_from_the_environment(qkv, never_tuned, monkeypatch):
     monkeypatch.setenv("FASTATTN_MODE", "off")
     reload_settings()
     assert torch.equal(attention(*qkv), F_sdpa(*qkv))
-    assert not api.front.table
+    assert not front.table
 
 
 def test_mode_cached_records_the_miss(qkv, never_tuned):
@@ -160,7 +161,7 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
     with sdpa_kernel(SDPBackend.MATH):
         assert holds("restricted", q, k, v) == PASS
         assert torch.equal(attention(q, k, v), F_sdpa(q, k, v))
-    assert not api.front.table and not session.misses()
+    assert not front.table and not session.misses()
 
 
 def test_a_switched_off_backend_removes_that_kernel_and_nothing_else(qkv):
@@ -200,12 +201,12 @@ def test_inside_a_transform(qkv, transform, armed, never_tuned):
     if armed:
         with fastattn.options(mode="cached"):
             attention(q, k, v, is_causal=True)
-    entries = sum(map(len, api.front.table.values()))
+    entries = sum(map(len, front.table.values()))
     run = TRANSFORMS[transform]
     got = run(lambda x: attention(x, k, v, is_causal=True), q)
     want = run(lambda x: F_sdpa(x, k, v, is_causal=True), q)
     assert torch.equal(got, want)
-    assert sum(map(len, api.front.table.values())) == entries
+    assert sum(map(len, front.table.values())) == entries
 
 
 def test_jvp_and_dual_tensors(qkv, never_tuned):

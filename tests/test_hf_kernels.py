@@ -14,8 +14,9 @@ from test_libraries import forget, installed, row_of, silicon
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flash_attn_2, flash_attn_4, hf_kernels
-from fastattn.kernels.kernel import Accepted
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted
 
 FLASH_2 = "kernels-community/flash-attn2"
 
@@ -33,7 +34,7 @@ def loaded() -> list[str]:
     """What hf_flash_attn_2 loads: the commits in turn."""
     stubs.calls.clear()
     forget()
-    reason = candidates.unavailable(row_of(stub.STUB, "hf_flash_attn_2"))
+    reason = availability.why_unavailable(row_of(stub.STUB, "hf_flash_attn_2"))
     commits = [told["repo_path"].name for name, told in stubs.calls if name == "get_local_kernel"]
     return [*commits, *([reason] if reason else [])]
 

@@ -16,9 +16,9 @@ from fakes import problem
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels.adapters import natten
-from fastattn.kernels.kernel import Accepted, Rejected
-from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.libraries import availability, catalogue, import_probe
 from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted, Rejected
 
 COUNT = "import pathlib; open(pathlib.Path(__file__).with_suffix('.count'), 'a').write('x')\n"
 EXITS, SEGFAULTS, HANGS = "import os; os._exit(3)", "import ctypes; ctypes.string_at(0)", "import time; time.sleep(60)"
@@ -66,21 +66,26 @@ def remembered(root: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("source, ending", [(EXITS, "exit code 3"), (SEGFAULTS, "SIGSEGV")])
 def test_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
     name = site.put("ends_it", source)
-    why = import_probe.fatal(name, "entry", "1.0", root)
+    why = import_probe.why_import_crashes(name, "entry", "1.0", root)
     said = f"importing it ended the process: {ending}"
     assert why == said + AGAIN and name not in sys.modules
     assert remembered(root) == [{"module": name, "version": "1.0", "fatal": said}]
-    assert import_probe.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 1
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) == why and site.imports(name) == 1
 
 
 def test_the_next_process_does_not_try_it_again(site, root):
     name = site.put("ends_it", EXITS)
-    why = import_probe.fatal(name, "entry", "1.0", root)
+    why = import_probe.why_import_crashes(name, "entry", "1.0", root)
     asked = f"{name!r}, 'entry', '1.0', pathlib.Path({str(root)!r})"
-    code = f"import pathlib; from fastattn.kernels.libraries import import_probe; print(import_probe.fatal({asked}))"
+    code = "import pathlib; from fastattn.kernels.libraries.import_probe import why_import_crashes; "
+    code += f"print(why_import_crashes({asked}))"
     path = os.pathsep.join([str(site.path), str(Path(import_probe.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == why, done.stderr
     assert site.imports(name) == 1
@@ -89,22 +94,22 @@ def test_the_next_process_does_not_try_it_again(site, root):
 @pytest.mark.parametrize("source", [WORKS, RAISES, "something_else = 1"])
 def test_one_that_works_or_merely_raises_is_not_fatal(site, root, source):
     name = site.put("harmless", source)
-    assert import_probe.fatal(name, "entry", "1.0", root) is None
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is None
     assert [found["fatal"] for found in remembered(root)] == [""]
-    assert import_probe.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 1
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is None and site.imports(name) == 1
 
 
 def test_another_version_is_tried_anew(site, root):
     name = site.put("ends_it", EXITS)
-    import_probe.fatal(name, "entry", "1.0", root)
+    import_probe.why_import_crashes(name, "entry", "1.0", root)
     site.put(name, WORKS)
-    assert import_probe.fatal(name, "entry", "1.1", root) is None
-    assert import_probe.fatal(name, "entry", "1.0", root) is not None and site.imports(name) == 2
+    assert import_probe.why_import_crashes(name, "entry", "1.1", root) is None
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is not None and site.imports(name) == 2
 
 
 def test_a_killed_child_may_have_been_killed_by_somebody_else(site, root):
     name = site.put("is_killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert import_probe.fatal(name, "entry", "1.0", root) == "importing it ended the process: SIGKILL"
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) == "importing it ended the process: SIGKILL"
     assert remembered(root) == []
 
 
@@ -114,29 +119,35 @@ def test_a_process_that_cannot_start_children_goes_on_without(site, root, monkey
 
     name = site.put("harmless", WORKS)
     monkeypatch.setattr(import_probe.subprocess, "Popen", no_child)
-    assert import_probe.fatal(name, "entry", "1.0", root) is None
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is None
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert import_probe.why_not(name, "entry") is None
+    assert import_probe.why_import_fails(name, "entry") is None
 
 
 def test_two_modules_that_only_crash_together_are_found(site, root):
     first = site.put("registers_ops", WORKS)
-    second = site.put("registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1")
-    assert import_probe.fatal(first, "entry", "1.0", root) is None
-    assert import_probe.fatal(second, "entry", "1.0", root) is None, "the first was let in, and is not imported"
-    why = import_probe.fatal(second, "entry", "1.0", root, [first])
+    second = site.put(
+        "registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1"
+    )
+    assert import_probe.why_import_crashes(first, "entry", "1.0", root) is None
+    assert import_probe.why_import_crashes(second, "entry", "1.0", root) is None, (
+        "the first was let in, and is not imported"
+    )
+    why = import_probe.why_import_crashes(second, "entry", "1.0", root, [first])
     assert why == "importing it ended the process: exit code 7 (beside registers_ops)" + AGAIN
-    assert import_probe.fatal(second, "entry", "1.0", root, [first]) == why, "and it is remembered for both together"
+    assert import_probe.why_import_crashes(second, "entry", "1.0", root, [first]) == why, (
+        "and it is remembered for both together"
+    )
     assert site.imports(second) == 2
-    assert import_probe.fatal(second, "entry", "1.0", root) is None, "alone it works"
+    assert import_probe.why_import_crashes(second, "entry", "1.0", root) is None, "alone it works"
     assert site.imports(second) == 2
 
 
 def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
-    monkeypatch.setattr(import_probe, "why_not", partial(import_probe.why_not, timeout_s=2.0))
+    monkeypatch.setattr(import_probe, "why_import_fails", partial(import_probe.why_import_fails, timeout_s=2.0))
     name = site.put("hangs", HANGS)
     for tries in (1, 2):
-        assert import_probe.fatal(name, "entry", "1.0", root) == "importing it did not end within 2 s"
+        assert import_probe.why_import_crashes(name, "entry", "1.0", root) == "importing it did not end within 2 s"
         assert site.imports(name) == tries
     assert remembered(root) == []
 
@@ -144,7 +155,9 @@ def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
 def test_without_a_cache_directory_it_is_tried_each_time(site):
     name = site.put("ends_it", EXITS)
     for tries in (1, 2):
-        assert import_probe.fatal(name, "entry", "1.0", None) == "importing it ended the process: exit code 3"
+        assert (
+            import_probe.why_import_crashes(name, "entry", "1.0", None) == "importing it ended the process: exit code 3"
+        )
         assert site.imports(name) == tries
 
 
@@ -152,38 +165,42 @@ def test_a_cache_directory_that_cannot_be_made_does_not_matter(site, root):
     root.write_text("a file", encoding="utf-8")
     name = site.put("ends_it", EXITS)
     for _ in range(2):
-        assert import_probe.fatal(name, "entry", "1.0", root) == "importing it ended the process: exit code 3"
+        assert (
+            import_probe.why_import_crashes(name, "entry", "1.0", root) == "importing it ended the process: exit code 3"
+        )
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[]", b'{"fatal": 3}', b"\xff\xfe", b"[" * 10**5])
 def test_a_memory_that_cannot_be_read_is_none(site, root, garbage):
     name = site.put("ends_it", EXITS)
-    why = import_probe.fatal(name, "entry", "1.0", root)
+    why = import_probe.why_import_crashes(name, "entry", "1.0", root)
     [path] = root.glob("imports/*/*.json")
     path.write_bytes(garbage)
-    assert import_probe.fatal(name, "entry", "1.0", root) == why and site.imports(name) == 2
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) == why and site.imports(name) == 2
     assert [found["fatal"] + AGAIN for found in remembered(root)] == [why]
 
 
 def test_a_memory_that_others_could_have_written_is_none(site, root):
     name = site.put("harmless", WORKS)
-    assert import_probe.fatal(name, "entry", "1.0", root) is None
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is None
     [path] = root.glob("imports/*/*.json")
     path.write_text(json.dumps({"fatal": "importing it ended the process: by a stranger's word"}), encoding="utf-8")
     path.chmod(0o666)
-    assert import_probe.fatal(name, "entry", "1.0", root) is None and site.imports(name) == 2
+    assert import_probe.why_import_crashes(name, "entry", "1.0", root) is None and site.imports(name) == 2
 
 
 def test_its_kernel_gives_the_sentence_as_its_reason_and_never_loads_it(site, monkeypatch):
     site.put("natten", EXITS)
-    real = catalogue.installed
-    known = catalogue.of("natten")
-    monkeypatch.setattr(catalogue, "installed", lambda lib: ("natten", "0.21.6") if lib is known else real(lib))
-    candidates.forget()
+    real = catalogue.installed_distribution
+    known = catalogue.library_of("natten")
+    monkeypatch.setattr(
+        catalogue, "installed_distribution", lambda lib: ("natten", "0.21.6") if lib is known else real(lib)
+    )
+    availability.forget_libraries()
     try:
-        reason = candidates.unavailable(natten.KERNELS[0])
+        reason = availability.why_unavailable(natten.KERNELS[0])
     finally:
-        candidates.forget()
+        availability.forget_libraries()
     assert reason == "package natten cannot be used: importing it ended the process: exit code 3" + AGAIN
     assert "natten" not in sys.modules
 
@@ -194,9 +211,9 @@ def test_a_decision_imports_nothing_and_starts_no_child(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a library was touched")
 
-    monkeypatch.setattr(catalogue, "installed", lambda lib: (lib.distributions[0], "2.8.3"))
-    monkeypatch.setattr(import_probe, "fatal", never)
-    candidates.forget()
+    monkeypatch.setattr(catalogue, "installed_distribution", lambda lib: (lib.distributions[0], "2.8.3"))
+    monkeypatch.setattr(import_probe, "why_import_crashes", never)
+    availability.forget_libraries()
     try:
         h100 = Device("cuda", "made-up GPU", 90, cuda="13.0", cudnn=92300)
         p = problem(device="cuda", dtype="bfloat16")
@@ -206,4 +223,4 @@ def test_a_decision_imports_nothing_and_starts_no_child(monkeypatch):
         assert sure.reasons == ("package flash-attn cannot be used: AssertionError: a library was touched",)
         assert isinstance(candidates.decide(found["flash_attn_2"].kernel, p, h100, Settings())[0], Rejected)
     finally:
-        candidates.forget()
+        availability.forget_libraries()

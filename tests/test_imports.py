@@ -23,7 +23,11 @@ def fresh(code, **environment):
     """What a fresh process prints as JSON."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env={**environ, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

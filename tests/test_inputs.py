@@ -16,7 +16,7 @@ import fastattn
 from fastattn import NoKernelError, attention, explain, plan
 from fastattn.environment.settings import LEVELS, MODES, VARIABLES, Settings, current_settings, from_environment
 from fastattn.kernels import registry
-from fastattn.problems import call_key, masks
+from fastattn.problems import call_options, masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 r = torch.randn
@@ -38,11 +38,21 @@ SAME_MISTAKE = {
     "mask of heads that repeat": (Q, Q, Q, r(2, 2, 5, 5), ["(2, 2, 5, 5)", "(2, 4, 5, 5)"]),
     "mask of 5 dimensions": (Q, Q, Q, r(1, 2, 4, 5, 5), ["(1, 2, 4, 5, 5)"]),
     "mask of another half dtype": (
-        Q.half(), Q.half(), Q.half(), r(5, 5).bfloat16(), ["must be bool, float32 or float16 as q is, got bfloat16"]
+        Q.half(),
+        Q.half(),
+        Q.half(),
+        r(5, 5).bfloat16(),
+        ["must be bool, float32 or float16 as q is, got bfloat16"],
     ),
     "mask of float64": (Q, Q, Q, r(5, 5).double(), ["must be bool or float32, got float64"]),
     "mask of integers": (Q, Q, Q, torch.ones(5, 5, dtype=torch.long), ["must be bool or float32, got int64"]),
-    "padding mask of two dimensions": (Q, Q[:, :, :3], Q[:, :, :3], r(2, 3), ["(2, 3)", "(2, 4, 5, 3)", "mask[:, None, None]"]),
+    "padding mask of two dimensions": (
+        Q,
+        Q[:, :, :3],
+        Q[:, :, :3],
+        r(2, 3),
+        ["(2, 3)", "(2, 4, 5, 3)", "mask[:, None, None]"],
+    ),
     "mask that is a list": (Q, Q, Q, [[True]], ["list", "mask"]),
 }
 
@@ -59,7 +69,9 @@ def test_the_same_mistake_raises_the_same_type(mistake):
         assert all(word in str(ours.value) for word in words), str(ours.value)
 
 
-@pytest.mark.parametrize("k, v", [(r(2, 4, 6, 8), r(2, 4, 7, 8)), (r(2, 4, 6, 8), r(2, 2, 6, 8))], ids=["length", "heads"])
+@pytest.mark.parametrize(
+    "k, v", [(r(2, 4, 6, 8), r(2, 4, 7, 8)), (r(2, 4, 6, 8), r(2, 2, 6, 8))], ids=["length", "heads"]
+)
 def test_what_f_sdpa_reads_past_the_end_of_is_refused(k, v):
     """torch's CPU kernel does not look whether k and v agree."""
     with pytest.raises(RuntimeError, match="k and v must agree") as error:
@@ -127,10 +139,10 @@ def test_an_option_that_is_not_ready_says_so_by_name(name):
 
 
 def test_options_not_ready_may_be_given_their_defaults():
-    defaults = {name: call_key.DEFAULTS[name] for name in NOT_READY}
+    defaults = {name: call_options.OPTION_DEFAULTS[name] for name in NOT_READY}
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
     ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
-    assert set(NOT_READY) | ready == set(call_key.NAMES)
+    assert set(NOT_READY) | ready == set(call_options.OPTION_NAMES)
     attention(Q, Q, Q, dropout_p=0, softcap=0)
 
 
@@ -149,7 +161,9 @@ def test_a_mask_of_three_dimensions_is_refused_with_both_readings():
     for shape in ((2, 5, 5), (4, 5, 5), (1, 5, 5)):
         with pytest.raises(ValueError) as error:
             attention(Q, Q, Q, torch.ones(shape, dtype=torch.bool))
-        assert "mask[:, None]" in str(error.value) and "mask[None]" in str(error.value) and str(shape) in str(error.value)
+        assert (
+            "mask[:, None]" in str(error.value) and "mask[None]" in str(error.value) and str(shape) in str(error.value)
+        )
 
 
 def test_a_causal_bias_for_other_lengths_names_both():
@@ -192,7 +206,13 @@ CANNOT = {
     "scale": ("matmul_shifted", Q.bfloat16(), None, {"scale": -1.0}, ["scale negative", "positive"]),
     "gradient": ("flex", Q.clone().requires_grad_(), None, {}, ["gradients are not supported"]),
     "mask gradient": ("torch_flash", Q, r(5, 5).requires_grad_(), {}, ["gradient for the mask"]),
-    "several": ("matmul_shifted", Q.clone().requires_grad_(), None, {"scale": -1.0}, ["float32", "gradients", "negative"]),
+    "several": (
+        "matmul_shifted",
+        Q.clone().requires_grad_(),
+        None,
+        {"scale": -1.0},
+        ["float32", "gradients", "negative"],
+    ),
 }
 
 
@@ -243,7 +263,9 @@ def test_an_empty_variable_is_not_set():
 
 
 def test_a_bad_variable_does_not_break_the_import_but_the_first_call_says_so():
-    code = "import torch, fastattn; x = torch.ones(1, 1, 2, 2); print('imported', flush=True); fastattn.attention(x, x, x)"
+    code = (
+        "import torch, fastattn; x = torch.ones(1, 1, 2, 2); print('imported', flush=True); fastattn.attention(x, x, x)"
+    )
     bad = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "FASTATTN_MODE": "fast"}, capture_output=True, text=True
     )

@@ -13,8 +13,9 @@ from fakes import CPU, problem
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry
-from fastattn.kernels.kernel import Accepted, Range, Rejected
+from fastattn.kernels.limits import Range
 from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted, Rejected
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=91600)
 A100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=91600)
@@ -94,7 +95,18 @@ TABLE = [
     Case(
         "matmul",
         accepts=[
-            {}, CAUSAL, BOTTOM, BOOL, BIAS, GQA, BF16, GRAD, {**BIAS, **GRAD, "mask_grad": True}, WINDOW, SOFTCAP, LSE,
+            {},
+            CAUSAL,
+            BOTTOM,
+            BOOL,
+            BIAS,
+            GQA,
+            BF16,
+            GRAD,
+            {**BIAS, **GRAD, "mask_grad": True},
+            WINDOW,
+            SOFTCAP,
+            LSE,
         ],
         refuses={"dropout is not supported": DROPOUT, "a BlockMask is not supported": BLOCK},
     ),
@@ -121,7 +133,19 @@ TABLE = [
     Case(
         "sdpa_math",
         accepts=[
-            {}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"kv_len": 0}, {"deterministic": True}, WINDOW, SOFTCAP, DROPOUT, LSE,
+            {},
+            CAUSAL,
+            BOTTOM,
+            BOOL,
+            BIAS,
+            GRAD,
+            GQA,
+            {"kv_len": 0},
+            {"deterministic": True},
+            WINDOW,
+            SOFTCAP,
+            DROPOUT,
+            LSE,
         ],
         refuses={"a score_mod is not supported": SCORE_MOD, "a BlockMask is not supported": BLOCK},
     ),
@@ -152,7 +176,14 @@ TABLE = [
     Case(
         "torch_cudnn",
         device="cuda",
-        accepts=[BF16, {**BF16, **CAUSAL}, {**BF16, **BOOL}, {**BF16, **GRAD}, {**BF16, **GQA}, {**BF16, "head_dim": 37}],
+        accepts=[
+            BF16,
+            {**BF16, **CAUSAL},
+            {**BF16, **BOOL},
+            {**BF16, **GRAD},
+            {**BF16, **GQA},
+            {**BF16, "head_dim": 37},
+        ],
         refuses={
             "head_dim 264 > 256": {**BF16, "head_dim": 264},
             "kv_len 1 < 2": {**BF16, "kv_len": 1},
@@ -161,7 +192,12 @@ TABLE = [
     ),
     Case("torch_cudnn", device="a100", accepts=[BF16]),
     Case("default", device="cuda", accepts=[{}, BF16, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA]),
-    Case("torch_math", device="cuda", accepts=[{}, BF16, CAUSAL, BOOL, GRAD, GQA], refuses={"kv_len 0 < 1": {"kv_len": 0}}),
+    Case(
+        "torch_math",
+        device="cuda",
+        accepts=[{}, BF16, CAUSAL, BOOL, GRAD, GQA],
+        refuses={"kv_len 0 < 1": {"kv_len": 0}},
+    ),
     Case("matmul", device="cuda", accepts=[], refuses={"needs cpu, this device is cuda": {}}),
     Case("matmul_shifted", device="cuda", accepts=[], refuses={"needs cpu, this device is cuda": BF16}),
     Case("sdpa_math", device="cuda", accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA]),
@@ -181,7 +217,9 @@ def test_every_kernel_has_a_row_and_every_row_a_kernel():
     files = {stub.file for stub in stubs.all_stubs()} - {"torch_cuda"}
     elsewhere = {kernel.name for file in files for kernel in import_module(f"fastattn.kernels.adapters.{file}").KERNELS}
     assert {case.name for case in TABLE} == set(registry.names()) - elsewhere
-    rows = {(kernel.name, device) for kernel in registry.rows() if kernel.name not in elsewhere for device in kernel.devices}
+    rows = {
+        (kernel.name, device) for kernel in registry.rows() if kernel.name not in elsewhere for device in kernel.devices
+    }
     assert rows <= {(case.name, MADE_UP[case.device].type) for case in TABLE}
 
 
@@ -209,6 +247,7 @@ def test_an_unknown_library_a_foreign_device_and_a_closed_list_are_reasons():
 
 
 # --- limits, beside what test_boundaries.py finds in the rows themselves
+
 
 def test_the_edges_of_a_range_are_just_that():
     assert Range("kv_len", min=1).edges() == ([1], [0])

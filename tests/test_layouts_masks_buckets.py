@@ -10,9 +10,9 @@ import torch
 from building import CPU, problem_of, qkv
 
 from fastattn.kernels.limits import Forbid, OneOf, Range, RefuseWhen
-from fastattn.problems import call_key, layouts, length_buckets, masks
+from fastattn.problems import call_key, call_options, layouts, length_buckets, masks
 from fastattn.problems.problem import Cut, Problem
-from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.probes import _strided
 
 BASE = Problem("cpu", "float32", 16, 16, 4, 4, 2, 37, 37)
 
@@ -30,7 +30,7 @@ def test_layouts_are_views_and_round_trip(layout):
 
 @pytest.mark.parametrize("cls", layouts.STRIDE_CLASSES)
 def test_every_stride_class_is_recognised(cls):
-    x = samples._strided(torch.randn(2, 3, 5, 7), cls)
+    x = _strided(torch.randn(2, 3, 5, 7), cls)
     assert x.shape == (2, 3, 5, 7) and layouts.stride_class(x.shape, x.stride()) == cls
 
 
@@ -49,7 +49,7 @@ ONES = {
 @pytest.mark.parametrize("shape", ONES)
 @pytest.mark.parametrize("cls", layouts.STRIDE_CLASSES)
 def test_strides_of_dimensions_of_one_have_no_say(shape, cls):
-    x = samples._strided(torch.randn(shape), cls)
+    x = _strided(torch.randn(shape), cls)
     found = layouts.stride_class(x.shape, x.stride())
     # whatever stands in the stride of a dimension of size 1, the class is the same
     for dim, n in enumerate(shape):
@@ -66,7 +66,7 @@ def test_strides_of_dimensions_of_one_have_no_say(shape, cls):
 
 @pytest.mark.parametrize("cls", ["contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed"])
 def test_memory_order_is_f_sdpas_for_that_query(cls):
-    q = samples._strided(torch.randn(2, 3, 5, 8), cls)
+    q = _strided(torch.randn(2, 3, 5, 8), cls)
     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert layouts.is_dense(out, layouts.memory_order(cls))
     assert layouts.empty_in_order(q, out.shape, layouts.memory_order(cls)).stride() == out.stride()
@@ -89,8 +89,14 @@ def test_additive_and_intersect():
     inf = float("inf")
     assert masks.additive(mask, torch.zeros(1)).tolist() == [[0, -inf, 0], [0, 0, 0]]
     assert masks.additive(mask, torch.zeros(1).bfloat16()).dtype is torch.bfloat16
-    assert masks.intersect(mask, masks.visible(mask, 2, 3, None, 0)).tolist() == [[True, False, False], [True, True, False]]
-    assert masks.intersect(None, masks.visible(mask, 2, 3, None, 1)).tolist() == [[True, True, False], [True, True, True]]
+    assert masks.intersect(mask, masks.visible(mask, 2, 3, None, 0)).tolist() == [
+        [True, False, False],
+        [True, True, False],
+    ]
+    assert masks.intersect(None, masks.visible(mask, 2, 3, None, 1)).tolist() == [
+        [True, True, False],
+        [True, True, True],
+    ]
     bias = torch.tensor([[1.0, 2.0, 3.0]])
     assert masks.intersect(bias, masks.visible(mask, 2, 3, None, 0)).tolist() == [[1, -inf, -inf], [1, 2, -inf]]
 
@@ -104,7 +110,7 @@ def test_causal_values_are_equal_by_value():
 
 
 def test_bucket_edges():
-    edges = sorted({length_buckets.bounds(n)[1] for n in range(1, 5000)})
+    edges = sorted({length_buckets.bucket_bounds(n)[1] for n in range(1, 5000)})
     assert edges[:13] == [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 176, 256, 368]
     assert all(edge % 16 == 0 for edge in edges[4:])
 
@@ -112,8 +118,11 @@ def test_bucket_edges():
 def test_buckets_tile_the_lengths():
     end = 0
     while end < 10**6:
-        low, high = length_buckets.bounds(end + 1)
-        assert low == end + 1 <= high and length_buckets.bounds(low) == length_buckets.bounds(high) == (low, high)
+        low, high = length_buckets.bucket_bounds(end + 1)
+        assert low == end + 1 <= high and length_buckets.bucket_bounds(low) == length_buckets.bucket_bounds(high) == (
+            low,
+            high,
+        )
         if low > 16:
             assert high <= 1.6 * low + 16  # half a power of two wide
         end = high
@@ -121,12 +130,15 @@ def test_buckets_tile_the_lengths():
 
 def test_a_canonical_length_lies_in_its_own_bucket_off_the_tile_grid():
     lengths = range(1, 20000)
-    canonical = [length_buckets.canonical(n) for n in lengths]
+    canonical = [length_buckets.canonical_length(n) for n in lengths]
     assert canonical == sorted(canonical)
     for n, c in zip(lengths, canonical, strict=True):
-        assert length_buckets.bounds(c) == length_buckets.bounds(n) and length_buckets.canonical(c) == c
+        assert (
+            length_buckets.bucket_bounds(c) == length_buckets.bucket_bounds(n)
+            and length_buckets.canonical_length(c) == c
+        )
         assert c <= 16 or c % 16 == 15
-    assert length_buckets.bounds(0) == (0, 0) and length_buckets.canonical(0) == 0
+    assert length_buckets.bucket_bounds(0) == (0, 0) and length_buckets.canonical_length(0) == 0
 
 
 def test_batch_buckets_are_powers_of_two():
@@ -138,7 +150,7 @@ def test_batch_buckets_are_powers_of_two():
 
 def test_from_key_is_pure():
     q, k, v = qkv(hkv=2, grad=True)
-    key = call_key.call_key(q, k, v, None, "bhsd", call_key.parse({"is_causal": True}))
+    key = call_key.call_key(q, k, v, None, "bhsd", call_options.parse_options({"is_causal": True}))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         inside = Problem.from_key(key)
     assert inside == Problem.from_key(key) and inside.needs_grad and inside.dtype == "float32"
@@ -209,14 +221,24 @@ def test_every_field_changes_the_digest(name):
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Problem) if not f.compare])
 def test_what_is_one_calls_own_does_not(name):
-    other = {"extent": 9, "aligned": False, "aligned_rows": False, "off": ("flash",), "asks_grad": True, "autocast": True}
+    other = {
+        "extent": 9,
+        "aligned": False,
+        "aligned_rows": False,
+        "off": ("flash",),
+        "asks_grad": True,
+        "autocast": True,
+    }
     other["cut"] = Cut("bottom_right", (4, -1))
     changed = BASE.replace(**{name: other[name]})
     assert changed == BASE and changed.digest == BASE.digest and name not in changed.to_json()
 
 
 def test_json_round_trip():
-    for p in (BASE, BASE.replace(strides=("packed", "cache", "other"), accuracy=0.25, mask="bool", cast_from=("float32",) * 3)):
+    for p in (
+        BASE,
+        BASE.replace(strides=("packed", "cache", "other"), accuracy=0.25, mask="bool", cast_from=("float32",) * 3),
+    ):
         assert Problem.from_json(json.loads(json.dumps(p.to_json()))) == p
 
 
@@ -227,7 +249,9 @@ def test_json_that_is_no_problem_is_refused(broken):
     with pytest.raises((ValueError, TypeError)):
         Problem.from_json({**BASE.to_json(), **broken})
     with pytest.raises((ValueError, TypeError, KeyError)):
-        Problem.from_json({name: x for name, x in BASE.to_json().items() if name not in broken} if "more" not in broken else {})
+        Problem.from_json(
+            {name: x for name, x in BASE.to_json().items() if name not in broken} if "more" not in broken else {}
+        )
 
 
 def test_bucketed_keeps_what_is_not_a_length():

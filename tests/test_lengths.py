@@ -14,11 +14,11 @@ from fastattn.dispatch import resolve, session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings, reload_settings
 from fastattn.kernels import registry
-from fastattn.kernels.kernel import Accepted
 from fastattn.planning import candidates
-from fastattn.problems import call_key, length_buckets
+from fastattn.planning.decision import Accepted
+from fastattn.problems import call_key, call_options, length_buckets
 from fastattn.problems.masks import Causal
-from fastattn.tuning import tune as tuning
+from fastattn.tuning.screening import library_tag
 from fastattn.verdicts import store
 from fastattn.verdicts.verdict import Trial, Verdict
 
@@ -31,7 +31,7 @@ def tuned(monkeypatch):
     def tune(p, settings, *args, **how):
         problems.append(p)
         found = [d for d in candidates.decisions(p, CPU, settings) if isinstance(d, Accepted)]
-        trials = [Trial(d.name, time_us=1.0, forward=0.1, library=tuning.library_of(d)) for d in found]
+        trials = [Trial(d.name, time_us=1.0, forward=0.1, library=library_tag(d)) for d in found]
         verdict = Verdict(p, "default", tuple(trials))
         session.keep(verdict, settings, CPU)
         return verdict
@@ -76,7 +76,7 @@ def test_batches_count_as_lengths_and_are_bucketed_in_powers_of_two(tuned):
     for batch in (1, 2, 3, 4, 5, 6, 7, 8, 9):
         call(100, batch=batch)
     assert [p.batch for p in tuned] == [1, 2, 3, 4, 8, 16]
-    assert tuned[4].lengths == "all" and tuned[4].q_len == length_buckets.canonical(100)
+    assert tuned[4].lengths == "all" and tuned[4].q_len == length_buckets.canonical_length(100)
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 3, 15, 16])
@@ -96,7 +96,7 @@ def test_17_rows_are_exact(tuned):
 def test_a_growing_cache_is_tuned_once_per_bucket(tuned):
     for kv_len in range(1, 2100):
         call(1, kv_len)
-    edges = sorted({length_buckets.bounds(n)[1] for n in range(1, 2100)})
+    edges = sorted({length_buckets.bucket_bounds(n)[1] for n in range(1, 2100)})
     assert [p.kv_len for p in tuned] == [n if n <= 16 else n - 1 for n in edges]
     assert len(tuned) <= 5 + 2 * 8  # 1 to 16, then two per octave
 
@@ -124,16 +124,16 @@ def test_a_bucket_is_tuned_at_the_same_problem_whatever_came_first(tuned):
 
 @pytest.mark.parametrize("length", [17, 32, 33, 48, 100, 1023, 1024, 1025, 8191, 100_000])
 def test_a_bucket_stands_at_its_upper_edge_less_one(length):
-    low, high = length_buckets.bounds(length)
+    low, high = length_buckets.bucket_bounds(length)
     assert low <= length <= high and high % 16 == 0
-    assert {length_buckets.canonical(n) for n in (low, length, high)} == {high - 1}
-    assert length_buckets.bounds(high + 1)[0] == high + 1
+    assert {length_buckets.canonical_length(n) for n in (low, length, high)} == {high - 1}
+    assert length_buckets.bucket_bounds(high + 1)[0] == high + 1
     assert high / low < (1.6 if low > 32 else 2)  # about the square root of 2
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 8, 16])
 def test_the_smallest_buckets_are_exact(length):
-    assert length_buckets.bounds(length)[1] == length == length_buckets.canonical(length)
+    assert length_buckets.bucket_bounds(length)[1] == length == length_buckets.canonical_length(length)
 
 
 def test_a_bucket_of_unequal_lengths_is_not_square():
@@ -148,7 +148,7 @@ def test_ten_thousand_random_lengths_tune_a_bounded_number_of_problems(tuned):
     random_ = random.Random(0)
     for _ in range(10_000):
         call(int(2 ** random_.uniform(0, 13)))
-    edges = {length_buckets.bounds(n)[1] for n in range(1, 2**13 + 1)}
+    edges = {length_buckets.bucket_bounds(n)[1] for n in range(1, 2**13 + 1)}
     assert len(tuned) <= 4 + 16 + len(edges)  # four exact, up to 16 rows one each, then one per bucket
 
 
@@ -156,7 +156,7 @@ def test_ten_thousand_random_pairs_of_lengths_too(tuned):
     random_ = random.Random(1)
     for _ in range(10_000):
         call(int(2 ** random_.uniform(0, 11)), int(2 ** random_.uniform(0, 11)))
-    edges = len({length_buckets.bounds(n)[1] for n in range(1, 2**11 + 1)})
+    edges = len({length_buckets.bucket_bounds(n)[1] for n in range(1, 2**11 + 1)})
     assert len(tuned) <= 4 + 16 * edges + 2 * edges**2
     before = len(tuned)
     for _ in range(2_000):
@@ -169,7 +169,7 @@ def test_real_bucket_mates_share_one_verdict_and_are_right(monkeypatch):
     for kv_len in (300, 301, 350, 360):
         check(*qkv(1, kv_len))
     found = [v.problem for v in session.verdicts(current_settings())]
-    assert shapes(found) == [("kv", 1, 1, length_buckets.canonical(300))]
+    assert shapes(found) == [("kv", 1, 1, length_buckets.canonical_length(300))]
 
 
 # --- one entry, one bucket
@@ -179,17 +179,26 @@ def test_real_bucket_mates_share_one_verdict_and_are_right(monkeypatch):
 def test_all_lengths_of_a_bucket_have_the_same_candidates(batch, heads, head_dim):
     """A winner of the canonical length serves all of its bucket: it must not vanish in the middle."""
     for length in (180, 1100):
-        low, high = length_buckets.bounds(length)
-        made = {"dtype": "bfloat16", "batch": batch, "q_heads": heads, "kv_heads": heads, "head_dim": head_dim, "q_len": 1}
+        low, high = length_buckets.bucket_bounds(length)
+        made = {
+            "dtype": "bfloat16",
+            "batch": batch,
+            "q_heads": heads,
+            "kv_heads": heads,
+            "head_dim": head_dim,
+            "q_len": 1,
+        }
         p = [problem(**made, kv_len=n, lengths="kv") for n in (*range(low, high + 1, 16), high)]
         names = [{d.name for d in candidates.decisions(one, CPU, Settings()) if isinstance(d, Accepted)} for one in p]
         assert all(some == names[0] for some in names)
 
 
 def test_a_fault_in_the_middle_of_a_bucket_is_no_part_of_an_entry(tmp_path, monkeypatch):
-    file = tmp_path / "quirks.json"
-    file.write_text(json.dumps([{"kernel": "torch_flash", "when": {"kv_len": 1300}, "reason": "wrong", "link": "https://x.org"}]))
-    monkeypatch.setenv("FASTATTN_QUIRKS", str(file))
+    file = tmp_path / "known_faults.json"
+    file.write_text(
+        json.dumps([{"kernel": "torch_flash", "when": {"kv_len": 1300}, "reason": "wrong", "link": "https://x.org"}])
+    )
+    monkeypatch.setenv("FASTATTN_KNOWN_FAULTS", str(file))
     reload_settings()
     for length in (1100, 1299):
         q, k, v = qkv(1, length)
@@ -203,12 +212,14 @@ def test_an_entry_ends_where_offsets_would_need_64_bits():
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
     heads, row = 80 * 8, 80 * 8 * 128
     shape, stride = torch.Size((80, 8, 25_000, 128)), (8 * 25_000 * 128, 25_000 * 128, 128, 1)
-    kv = call_key.Spec(shape, stride, torch.bfloat16, torch.device("cuda", 0), False)
-    key = call_key.call_key(*(torch.empty(1, 1, 1, 8) for _ in range(3)), None, "bhsd", call_key.parse({}))._replace(k=kv, v=kv)
+    kv = call_key.TensorSpec(shape, stride, torch.bfloat16, torch.device("cuda", 0), False)
+    key = call_key.call_key(
+        *(torch.empty(1, 1, 1, 8) for _ in range(3)), None, "bhsd", call_options.parse_options({})
+    )._replace(k=kv, v=kv)
     p = problem(device="cuda", dtype="bfloat16", head_dim=128, q_len=1, kv_len=25_000, extent=heads * 25_000 * 128 - 1)
     default = next(k for k in registry.rows_for("cuda") if k.name == "default")
     _, low, high = resolve._bucket(p, key, Accepted(default), h100, Settings())
-    assert low <= 25_000 <= high < length_buckets.bounds(25_000)[1]
+    assert low <= 25_000 <= high < length_buckets.bucket_bounds(25_000)[1]
     assert high * row - 1 <= 2**31 - 1 < (high + 2) * row
 
 
@@ -216,4 +227,4 @@ def test_a_plan_says_which_lengths_it_takes():
     q, k, v = qkv(4, 4)
     assert fastattn.plan(q, k, v, Causal("bottom_right")).kv_lens == (4, 4)  # square, it is drawn as the other corner
     low, high = fastattn.plan(*qkv(1, 100), kernel="torch_flash").kv_lens
-    assert (low, high) == length_buckets.bounds(100)
+    assert (low, high) == length_buckets.bucket_bounds(100)

@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
-from fastattn.kernels.kernel import Accepted, Kernel, OneOf, Rejected
-from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.kernel import Kernel
+from fastattn.kernels.libraries import availability, catalogue, import_probe
+from fastattn.kernels.limits import OneOf
 from fastattn.planning import binding, candidates
+from fastattn.planning.decision import Accepted, Rejected
 from fastattn.problems.masks import Causal
 
 BR = Causal("bottom_right")
@@ -104,10 +106,12 @@ def installed(stub: stubs.Stub, monkeypatch):
     for name, made in stub.modules().items():
         monkeypatch.setitem(sys.modules, name, made)
     stub.patch(monkeypatch)
-    known = catalogue.of(stub.library)
-    real = catalogue.installed
-    monkeypatch.setattr(catalogue, "installed", lambda lib: (stub.library, stub.version) if lib is known else real(lib))
-    monkeypatch.setattr(import_probe, "fatal", lambda *_: None)
+    known = catalogue.library_of(stub.library)
+    real = catalogue.installed_distribution
+    monkeypatch.setattr(
+        catalogue, "installed_distribution", lambda lib: (stub.library, stub.version) if lib is known else real(lib)
+    )
+    monkeypatch.setattr(import_probe, "why_import_crashes", lambda *_: None)
     forget()
     try:
         yield
@@ -116,7 +120,7 @@ def installed(stub: stubs.Stub, monkeypatch):
 
 
 def forget() -> None:
-    candidates.forget()
+    availability.forget_libraries()
 
 
 def silicon(stub: stubs.Stub, kernel: str) -> Device:
@@ -151,12 +155,18 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         assert isinstance(candidate, Accepted)
         call = binding.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
-        rounds = kernel.approximate or (kernel.unfused and made["dtype"].itemsize == 2)  # scores to q's dtype, as plain matmul
+        rounds = kernel.approximate or (
+            kernel.unfused and made["dtype"].itemsize == 2
+        )  # scores to q's dtype, as plain matmul
         rung = "dtype" if rounds else "exact"
         dense = mask if isinstance(mask, torch.Tensor) else None
         hold(want, call, q, k, v, dense, rung)
-        assert isinstance(call(q, k, v, dense), tuple) is p.lse, "with a log-sum-exp where it is asked for, and only there"
-        assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), f"{candidate.name} changed its inputs"
+        assert isinstance(call(q, k, v, dense), tuple) is p.lse, (
+            "with a log-sum-exp where it is asked for, and only there"
+        )
+        assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), (
+            f"{candidate.name} changed its inputs"
+        )
     return []
 
 
@@ -230,7 +240,9 @@ def test_nothing_is_copied_where_the_library_takes_strides(stub, name, layout, m
 # --- the mutation run
 
 MUTATIONS = [
-    pytest.param(stub, *change, id=f"{stub.file}: {change[0]} -> {change[1]}") for stub in STUBS for change in stub.mutations
+    pytest.param(stub, *change, id=f"{stub.file}: {change[0]} -> {change[1]}")
+    for stub in STUBS
+    for change in stub.mutations
 ]
 
 
@@ -244,7 +256,9 @@ def test_a_broken_convention_turns_the_grid_red(stub, text, other, monkeypatch):
     exec(compile(source.replace(text, other), f"<{stub.file} broken>", "exec"), broken.__dict__)
     with installed(stub, monkeypatch):
         calls = {**GRID, **stub.cases}
-        assert any(_is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in calls.items())
+        assert any(
+            _is_red(kernel, stub, name, call) for kernel in rows_of(stub, broken) for name, call in calls.items()
+        )
 
 
 def _is_red(kernel: Kernel, stub: stubs.Stub, name: str, call: dict[str, Any]) -> bool:
@@ -284,8 +298,8 @@ def test_a_library_that_is_not_there_is_a_reason():
     forget()
     for stub in STUBS:
         for kernel in rows_of(stub):
-            if kernel.library != "torch" and candidates.version(kernel.library) is None:
-                assert candidates.unavailable(kernel) == f"package {kernel.library} is not installed"
+            if kernel.library != "torch" and availability.library_version(kernel.library) is None:
+                assert availability.why_unavailable(kernel) == f"package {kernel.library} is not installed"
 
 
 @pytest.mark.parametrize("stub, name", EACH)
@@ -296,5 +310,5 @@ def test_a_version_that_is_too_old_or_too_new_is_refused_with_both_numbers(stub,
         pytest.skip("any version")
     for bad in filter(None, (first and "0.0.1", last)):
         with installed(replace(stub, version=bad), monkeypatch):
-            reason = candidates.unavailable(kernel)
+            reason = availability.why_unavailable(kernel)
             assert reason and bad in reason and re.search(r"\d", reason.replace(bad, "", 1)), reason

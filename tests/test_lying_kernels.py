@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 import fastattn
 from fastattn.problems import masks
 from fastattn.tuning.accuracy import probes as samples
+from fastattn.tuning.accuracy.probes import _gaussian, _hidden_large
 
 
 def two_percent(q, k, v, mask, a):
@@ -222,7 +223,7 @@ def test_a_maximum_over_padding_passes_gaussian_data_and_fails_negative_rows(fas
     fast(_over_padding(False))
     q, k, v = qkv(64, 100)
     with monkeypatch.context() as only_gaussian:
-        only_gaussian.setattr(samples, "PROBES", (samples._gaussian, samples._hidden_large))
+        only_gaussian.setattr(samples, "PROBES", (_gaussian, _hidden_large))
         fastattn.attention(q, k, v)
         assert fastattn.explain(q, k, v).served_by == "fastest"
     fastattn.clear()
@@ -277,7 +278,9 @@ def test_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
     def load():
         raise ImportError("libfast.so.3: cannot open shared object file")
 
-    add(monkeypatch, replace(made_up("broken", honest), load=load), made_up("absent", honest, library="no-such-library"))
+    add(
+        monkeypatch, replace(made_up("broken", honest), load=load), made_up("absent", honest, library="no-such-library")
+    )
     rows = {t.candidate: t.reason for t in fastattn.explain(*qkv(64)).rows}
     assert rows["broken"] == "package torch cannot be used: ImportError: libfast.so.3: cannot open shared object file"
     assert rows["absent"] == "package no-such-library is not installed"
@@ -322,7 +325,7 @@ def test_a_default_that_raises_does_not_serve(monkeypatch):
 
 def test_a_default_that_failed_does_not_serve_bucket_mates_either(monkeypatch):
     """The winner cannot do some lengths of its bucket: then what is right serves, not the default that was found wrong."""
-    from fastattn.kernels.kernel import Range
+    from fastattn.kernels.limits import Range
 
     replace_default(monkeypatch, two_percent)
     add(monkeypatch, made_up("even", honest, needs=(Range("extent", max=40_000),)))

@@ -23,8 +23,8 @@ from fastattn.dispatch.circumstances import Circumstances
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
-from fastattn.planning import candidates
-from fastattn.problems import call_key
+from fastattn.kernels.libraries import availability
+from fastattn.problems import call_key, call_options
 from fastattn.problems.problem import Problem
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
@@ -131,7 +131,7 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
     with gpu(monkeypatch, *(import_module(f"stubs.{name}").STUB for name in BESIDE)), without_flex:
         single = flashinfer_single.single_prefill_with_kv_cache  # the other half of its stub
         sys.modules["flashinfer"].single_prefill_with_kv_cache = single
-        candidates.forget()
+        availability.forget_libraries()
         found = fastattn.explain(q, k, v, is_causal=True, accuracy=0.5, tune=True, compiling=True)
     rows = {t.candidate.split("+")[0]: t for t in found.rows}
     timed = {name for name, t in rows.items() if t.time_us is not None}
@@ -182,10 +182,12 @@ def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypa
     with gpu(monkeypatch, flash_attn_2.STUB):
         assert serve(*call())[1] == WINNER
         settings = current_settings()
-        problem = Problem.from_key(call_key.call_key(*call(), None, "bhsd", call_key.parse({"is_causal": True})))
+        problem = Problem.from_key(
+            call_key.call_key(*call(), None, "bhsd", call_options.parse_options({"is_causal": True}))
+        )
         verdict = session.find(problem, H100, settings, Circumstances())
         assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name == WINNER
-        candidates.forget()  # a process that only read the verdict
+        availability.forget_libraries()  # a process that only read the verdict
         assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
         assert fallback.chain(verdict, problem, H100, settings)[0].name == WINNER
         rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in registry._shipped())

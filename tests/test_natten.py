@@ -12,8 +12,9 @@ from stubs import natten
 from test_libraries import installed, row_of, silicon
 
 from fastattn.environment.settings import Settings
-from fastattn.kernels.kernel import Rejected
+from fastattn.kernels.libraries import availability
 from fastattn.planning import binding, candidates
+from fastattn.planning.decision import Rejected
 
 
 def decided(name, q, k, v, **changes):
@@ -21,7 +22,9 @@ def decided(name, q, k, v, **changes):
     return p, candidates.decide(row_of(natten.STUB, name), p, silicon(natten.STUB, name), Settings())[0]
 
 
-@pytest.mark.parametrize("d, dv, width", [(32, 32, 32), (33, 33, 64), (40, 64, 64), (64, 24, 64), (100, 9, 128), (250, 9, 256)])
+@pytest.mark.parametrize(
+    "d, dv, width", [(32, 32, 32), (33, 33, 64), (40, 64, 64), (64, 24, 64), (100, 9, 128), (250, 9, 256)]
+)
 def test_hopper_pads_to_a_width_it_is_built_for(monkeypatch, d, dv, width):
     with installed(natten.STUB, monkeypatch):
         q, k, v = qkv(b=1, hq=2, d=d, dv=dv, dtype=torch.bfloat16)
@@ -31,7 +34,9 @@ def test_hopper_pads_to_a_width_it_is_built_for(monkeypatch, d, dv, width):
         assert stubs.calls[-1][1]["query"].shape[3] == width
 
 
-@pytest.mark.parametrize("d, grad, reason", [(72, False, "none of 32, 64, 128"), (250, True, "> 128"), (257, False, "none")])
+@pytest.mark.parametrize(
+    "d, grad, reason", [(72, False, "none of 32, 64, 128"), (250, True, "> 128"), (257, False, "none")]
+)
 def test_hopper_refuses_what_it_is_not_built_for(monkeypatch, d, grad, reason):
     with installed(natten.STUB, monkeypatch):
         _, found = decided("natten_hopper", *qkv(b=1, d=d, dtype=torch.float16, grad=grad))
@@ -59,7 +64,7 @@ def test_each_backend_is_for_its_silicon(monkeypatch, name, capability):
 def test_a_build_without_kernels_is_a_reason(monkeypatch):
     with installed(natten.STUB, monkeypatch):
         sys.modules["natten"].HAS_LIBNATTEN = False
-        assert "without libnatten" in (candidates.unavailable(row_of(natten.STUB, "natten_cutlass")) or "")
+        assert "without libnatten" in (availability.why_unavailable(row_of(natten.STUB, "natten_cutlass")) or "")
 
 
 def test_a_libnatten_that_cannot_be_loaded_says_why(monkeypatch):
@@ -68,7 +73,7 @@ def test_a_libnatten_that_cannot_be_loaded_says_why(monkeypatch):
         broken = type("Broken", (), {"find_spec": staticmethod(_undefined_symbol)})
         monkeypatch.setattr(sys, "meta_path", [broken, *sys.meta_path])
         sys.modules["natten"].HAS_LIBNATTEN, sys.modules["natten"].__path__ = False, []
-        why = candidates.unavailable(row_of(natten.STUB, "natten_cutlass")) or ""
+        why = availability.why_unavailable(row_of(natten.STUB, "natten_cutlass")) or ""
         assert "undefined symbol: _ZN3c10" in why and "without" not in why
 
 

@@ -114,8 +114,16 @@ def test_flex_unfused(name, dtype):
 
 
 REFUSED = {
-    "softcap": ({"softcap": 2.0}, {"default", "torch_flash", "torch_math", "matmul_shifted"}, "softcap (2) is not supported"),
-    "lse": ({"return_lse": True}, {"default", "torch_math", "matmul_shifted"}, "return_lse: the log-sum-exp is not supported"),
+    "softcap": (
+        {"softcap": 2.0},
+        {"default", "torch_flash", "torch_math", "matmul_shifted"},
+        "softcap (2) is not supported",
+    ),
+    "lse": (
+        {"return_lse": True},
+        {"default", "torch_math", "matmul_shifted"},
+        "return_lse: the log-sum-exp is not supported",
+    ),
     "dropout": ({"dropout_p": 0.5}, {"torch_flash", "matmul", "matmul_mixed", "flex"}, "dropout is not supported"),
     "score_mod": ({"score_mod": lambda s, *_: s}, {"default", "matmul", "sdpa_math"}, "a score_mod is not supported"),
 }
@@ -229,7 +237,9 @@ def test_decoding_in_a_window_is_decoding_on_a_slice():
             kc, vc = k.narrow(dim, 0, kv_len), v.narrow(dim, 0, kv_len)
             first = max(0, kv_len - 51)
             out = attention(q, kc, vc, BOTTOM, layout, window=(50, 0))
-            want = attention(q, kc.narrow(dim, first, kv_len - first), vc.narrow(dim, first, kv_len - first), None, layout)
+            want = attention(
+                q, kc.narrow(dim, first, kv_len - first), vc.narrow(dim, first, kv_len - first), None, layout
+            )
             assert torch.equal(out, want), kv_len
     assert "x 51" in str(explain(q, k, v, BOTTOM, "bshd", window=(50, 0)).problem).replace("on 51", "x 51")
 

@@ -12,10 +12,10 @@ import fastattn
 from fastattn import NoKernelError
 from fastattn.environment.settings import reload_settings
 from fastattn.kernels import registry
-from fastattn.planning import candidates
+from fastattn.kernels.libraries import availability
 
 CACHED = (registry._entry_points, registry.plugins, registry._loaded,
-          candidates.version, candidates.load, candidates.unavailable)  # fmt: skip
+          availability.library_version, availability.load_kernel, availability.why_unavailable)  # fmt: skip
 MODULE = "fastattn_test_plugin"
 UNNAMED = "considered only where it is named, with a + before it: fastattn.options(kernels=...)"
 SOURCE = """
@@ -104,7 +104,7 @@ def test_the_variable_that_names_it_does_so_too(toy, monkeypatch):
 def test_its_row_goes_by_the_entry_points_name_and_stays_considered_only_where_it_is_named(toy):
     [mine] = [kernel for kernel in registry.rows_for("cpu", ("toy_plugin",)) if kernel.name == "toy_plugin"]
     assert mine.opt_in and mine.library == "test-plugin" and mine.summary == "what a plugin brings"
-    assert "its_own_name" not in registry.names() and candidates.version("test-plugin") == "1.2"
+    assert "its_own_name" not in registry.names() and availability.library_version("test-plugin") == "1.2"
 
 
 def test_an_unknown_name_lists_the_plugins_among_the_known_ones(toy):
@@ -141,6 +141,8 @@ def test_a_plugin_cannot_take_a_shipped_name(install, name):
 
 def test_entry_points_of_other_groups_are_none_of_ours(install, tmp_path):
     install({"toy_plugin": "KERNEL"})
-    (tmp_path / "test_plugin-1.2.dist-info" / "entry_points.txt").write_text(f"[other.group]\ntoy_plugin = {MODULE}:KERNEL\n")
+    (tmp_path / "test_plugin-1.2.dist-info" / "entry_points.txt").write_text(
+        f"[other.group]\ntoy_plugin = {MODULE}:KERNEL\n"
+    )
     forget()
     assert "toy_plugin" not in registry.names()

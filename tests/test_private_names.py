@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from fastattn.environment import device
+from fastattn.environment import torch_private
 
-# fastattn.environment.device is executed with every private name missing, then the rest is imported on top of it.
+# environment/torch_private.py is executed with every private name missing, then the rest is imported on top of it.
 BOOTSTRAP = """
 import importlib.util, json, sys, types
 import torch
@@ -19,19 +19,19 @@ import torch.nn.functional as F
 package = importlib.util.find_spec("fastattn")
 stub = types.ModuleType("fastattn"); stub.__path__ = list(package.submodule_search_locations); stub.__spec__ = package
 sys.modules["fastattn"] = stub
-spec = importlib.util.find_spec("fastattn.environment.device")
-source = spec.loader.get_source("fastattn.environment.device")
+spec = importlib.util.find_spec("fastattn.environment.torch_private")
+source = spec.loader.get_source("fastattn.environment.torch_private")
 head = "def _find(path: str) -> Any:\\n"
 assert source.count(head) == 1
 source = source.replace(head, head + "    MISSING.append(path)\\n    return None\\n")
 module = importlib.util.module_from_spec(spec)
 module.MISSING = []
-sys.modules["fastattn.environment.device"] = module
+sys.modules["fastattn.environment.torch_private"] = module
 exec(compile(source, spec.origin, "exec"), module.__dict__)
 del sys.modules["fastattn"]
 import fastattn
-import fastattn.dispatch.resolve
-assert fastattn.dispatch.resolve.Device is module.Device, "another fastattn.environment.device was imported"
+import fastattn.dispatch.guard
+assert fastattn.dispatch.guard.torch_private is module, "another environment.torch_private was imported"
 from fastattn import attention
 from fastattn.dispatch import attention as api, guard as probe, resolve
 from fastattn.environment import device
@@ -131,7 +131,9 @@ def said(tmp_path_factory):
 
 
 def test_every_private_name_was_missing(said):
-    on_the_cpu = [name for name in device.PRIVATE if not name.startswith("cuda_")]  # CUDA's are asked for when loaded
+    on_the_cpu = [
+        name for name in torch_private.PRIVATE if not name.startswith("cuda_")
+    ]  # CUDA's are asked for when loaded
     assert said["missing"] >= len(on_the_cpu) - 2  # nor the kernels', which load when first a candidate
     assert said["native"] is False
 
@@ -145,7 +147,7 @@ def test_a_kernel_that_lives_below_the_dispatcher_is_out(said):
     assert not said["served"].startswith("torch_")
 
 
-@pytest.mark.parametrize("name", device.PRIVATE)
+@pytest.mark.parametrize("name", torch_private.PRIVATE)
 def test_every_row_is_a_name_of_this_torch(name):
     """The table is of names that exist; a typo would silently turn the stand-in on for ever."""
-    assert device.private(name) is not None
+    assert torch_private.private(name) is not None

@@ -24,6 +24,8 @@ from fastattn import attention
 from fastattn.dispatch import attention as api
 from fastattn.dispatch import guard as probe
 from fastattn.dispatch import resolve, session
+from fastattn.dispatch.attention import STREAK, front
+from fastattn.dispatch.guard import NATIVE
 from fastattn.environment import settings
 from fastattn.problems import masks
 
@@ -38,7 +40,7 @@ class Missed(Exception):
 @pytest.fixture(params=[True, False], ids=["native", "plain"], autouse=True)
 def guard(request, monkeypatch):
     """Both guards; nothing is timed, and no scope was ever used."""
-    if request.param and not probe.NATIVE:
+    if request.param and not NATIVE:
         pytest.skip("this torch has no TensorGuards")
     monkeypatch.setattr(probe, "NATIVE", request.param)
     monkeypatch.setattr(settings, "scopes_used", False)
@@ -65,19 +67,19 @@ def is_hit(*args, **options):
     def missed(*_):
         raise Missed
 
-    real, front = resolve.attention, api.front.first
+    real, before = resolve.attention, front.first
     resolve.attention = missed
     found = []
     try:
-        for first in (front, None):
-            api.front.first = first
+        for first in (before, None):
+            front.first = first
             try:
                 attention(*args, **options)
                 found.append(True)
             except Missed:
                 found.append(False)
     finally:
-        resolve.attention, api.front.first = real, front
+        resolve.attention, front.first = real, before
     assert found[0] == found[1], "the front and the table disagree"
     return found[0]
 
@@ -458,7 +460,7 @@ def test_a_forked_child_tells_apart_what_the_parent_did(qkv):
     arm(*qkv)
     pid = os.fork()
     if pid == 0:  # no operator may run here: the parent's thread pool is gone
-        first = api.front.first
+        first = front.first
         ok = first(*qkv, None, "bhsd", {}) and not first(qkv[0].detach().requires_grad_(), *qkv[1:], None, "bhsd", {})
         os._exit(0 if ok else 1)
     assert os.waitpid(pid, 0)[1] == 0
@@ -575,7 +577,7 @@ def test_more_problems_of_equal_bytes_than_are_kept(monkeypatch):
     assert len(calls) > api.SAME_BYTES
     for _ in range(2):
         assert all(torch.equal(attention(*c), F_sdpa(*c)) for c in calls)
-    assert sum(map(len, api.front.table.values())) <= api.SAME_BYTES
+    assert sum(map(len, front.table.values())) <= api.SAME_BYTES
 
 
 def test_the_table_starts_anew_at_its_limit(monkeypatch):
@@ -584,19 +586,19 @@ def test_the_table_starts_anew_at_its_limit(monkeypatch):
         x = make(1, 1, n, 8)
         attention(x, x, x)
         assert is_hit(x, x, x)
-        assert sum(map(len, api.front.table.values())) <= 4
+        assert sum(map(len, front.table.values())) <= 4
 
 
 def test_the_front_is_dropped_while_problems_alternate_and_used_again_after():
     a, b, c = (make(1, 2, n, 8) for n in (20, 24, 28))
-    for _ in range(1 + api.STREAK):
+    for _ in range(1 + STREAK):
         for x in (a, b, c):
             attention(x, x, x)
-    assert api.front.first is None
-    for _ in range(2 * api.STREAK + 2):
+    assert front.first is None
+    for _ in range(2 * STREAK + 2):
         attention(a, a, a)
-    assert api.front.first is not None
-    assert api.front.first(a, a, a, None, "bhsd", {}) is not None
+    assert front.first is not None
+    assert front.first(a, a, a, None, "bhsd", {}) is not None
 
 
 def test_an_error_of_the_call_is_not_a_miss(qkv, monkeypatch):
@@ -608,7 +610,7 @@ def test_an_error_of_the_call_is_not_a_miss(qkv, monkeypatch):
         raise ArithmeticError("from the kernel")
 
     served = resolve.Served(broken, "broken", "a test")
-    api.front.publish(served, *qkv, None, "bhsd", {})
+    front.publish(served, *qkv, None, "bhsd", {})
     monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("took the error for a miss"))
     with pytest.raises(ArithmeticError, match="from the kernel"):
         attention(*qkv)

@@ -14,11 +14,12 @@ import torch
 from building import accepted, expect, hold, lse_is_coarse, rung_of, without_lse
 
 from fastattn import attention
-from fastattn.planning.conversions import blocks, table
+from fastattn.planning import conversions
+from fastattn.planning.conversions import blocks
 from fastattn.problems.layouts import STRIDE_CLASSES
 from fastattn.problems.problem import Problem
-from fastattn.tuning.accuracy import probes as samples
 from fastattn.tuning.accuracy.judge import Judge
+from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_sample, stand_in_scale
 
 BLOCK = 20
 DEVICE = torch.device("cpu")
@@ -59,7 +60,9 @@ def drawn(seed: int) -> tuple[Problem, random.Random]:
         scale=r.choice(["positive"] * 4 + ["zero", "negative"]),
         needs_grad=grad,
         layout=r.choice(["bhsd", "bshd", "sbhd"]),
-        window=r.choice([None] * 4 + [(r.randint(0, 40), -1), (-1, r.randint(0, 9)), (r.randint(0, 20), r.randint(0, 20))]),
+        window=r.choice(
+            [None] * 4 + [(r.randint(0, 40), -1), (-1, r.randint(0, 9)), (r.randint(0, 20), r.randint(0, 20))]
+        ),
         softcap=r.choice([0.0] * 4 + [0.5, 5.0]),
         lse=r.random() < 0.15,
     ), r
@@ -74,9 +77,15 @@ def one_of(names: list[str], r: random.Random) -> str:
 def run(seed: int) -> str | None:
     """Draw, pin and hold one problem; returns why the gate refused the candidate on the probes, if it did."""
     p, r = drawn(seed)
-    plain, probes = samples.plain(p, DEVICE, seed), samples.probes(p, DEVICE, seed)
-    scale = samples.scale_of(p)
-    options = {"layout": p.layout, "is_causal": p.causal is not None, "scale": scale, "window": p.window, "softcap": p.softcap}
+    plain, probes = plain_sample(p, DEVICE, seed), probe_sample(p, DEVICE, seed)
+    scale = stand_in_scale(p)
+    options = {
+        "layout": p.layout,
+        "is_causal": p.causal is not None,
+        "scale": scale,
+        "window": p.window,
+        "softcap": p.softcap,
+    }
     options["return_lse"] = p.lse
     with torch.set_grad_enabled(p.needs_grad):
         name = one_of(accepted(plain.q, plain.k, plain.v, plain.mask, **options), r)
@@ -91,16 +100,16 @@ def run(seed: int) -> str | None:
             hold(want, call, plain.q, plain.k, plain.v, plain.mask, rung)
         except Exception as error:
             raise AssertionError(f"seed {seed}: {name} on {p}") from error
-        if name not in accepted(samples.q, samples.k, samples.v, samples.mask, **options):
+        if name not in accepted(probes.q, probes.k, probes.v, probes.mask, **options):
             return None  # one batch entry needs other conversions
-        probes = samples.Sample(samples.problem.replace(accuracy=rung, lse=p.lse and not is_coarse), *_parts(probes))
+        probes = Sample(probes.problem.replace(accuracy=rung, lse=p.lse and not is_coarse), *_parts(probes))
         errors = Judge(probes, scale).errors(call)
     # Plain matmul in half precision is held to one draw of its own error, which another draw may exceed: then it is refused,
     # which harms nobody. Everything else must pass.
     return None if errors.passed or rung == "dtype" else f"seed {seed}: {name} on {p}: {errors}"
 
 
-def _parts(s: samples.Sample):
+def _parts(s: Sample):
     return s.q, s.k, s.v, s.mask, s.grad
 
 
@@ -125,12 +134,21 @@ def test_the_draw_reaches_every_kernel_and_conversion():
     pinned = set()
     for seed in range(200):
         p, r = drawn(seed)
-        s = samples.plain(p, DEVICE, seed)
+        s = plain_sample(p, DEVICE, seed)
         with torch.set_grad_enabled(p.needs_grad):
             names = accepted(
-                s.q, s.k, s.v, s.mask, p.layout, is_causal=p.causal is not None, scale=samples.scale_of(p),
+                s.q, s.k, s.v, s.mask, p.layout, is_causal=p.causal is not None, scale=stand_in_scale(p),
                 window=p.window, softcap=p.softcap, return_lse=p.lse,
             )  # fmt: skip
         pinned |= set(one_of(names, r).split("+"))
-    assert pinned >= {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
-    assert pinned >= {c.name for c in table.CONVERSIONS} - {"gqa_expand", "dense"}
+    assert pinned >= {
+        "default",
+        "torch_flash",
+        "torch_math",
+        "matmul",
+        "matmul_mixed",
+        "matmul_shifted",
+        "flex",
+        "sdpa_math",
+    }
+    assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand", "dense"}

@@ -95,14 +95,19 @@ def two_ranks(tmp_path, body, **environment):
 
 def test_ranks_choose_alike(tmp_path):
     """Each knows another winner. Alone it serves; in a group the default does, and after sync() rank 0's."""
-    found = two_ranks(tmp_path, 'private_store(["sdpa_math", "matmul"][rank])\nserve("alone", mode="cached")\n' + INIT + """
+    found = two_ranks(
+        tmp_path,
+        'private_store(["sdpa_math", "matmul"][rank])\nserve("alone", mode="cached")\n'
+        + INIT
+        + """
 fastattn.clear()
 serve("group")
 q2 = q[:, :, :20].contiguous()
 fastattn.attention(q2, q2, q2)
 said["took"] = fastattn.sync()
 serve("synced")
-""")
+""",
+    )
     assert [r["alone"] for r in found] == ["sdpa_math", "matmul"]
     assert [r["group"] for r in found] == ["default", "default"]
     assert [r["synced"] for r in found] == ["sdpa_math", "sdpa_math"]
@@ -114,15 +119,19 @@ serve("synced")
 
 
 def test_a_rank_with_another_fingerprint_uses_the_default(tmp_path):
-    body = """
+    body = (
+        """
 if rank == 1:
     other = device.Device("cpu", "another silicon")
     device.Device.of = staticmethod(lambda _: other)
 private_store("sdpa_math")
-""" + INIT + """
+"""
+        + INIT
+        + """
 said["took"] = fastattn.sync()
 serve("synced")
 """
+    )
     found = two_ranks(tmp_path, body)
     assert [(r["synced"], r["took"], r["tuned"]) for r in found] == [("sdpa_math", 1, 0), ("default", 0, 0)]
     assert any("another-silicon" in line and "the default serves here" in line for line in found[1]["lines"])
@@ -190,7 +199,9 @@ def test_a_manifest_made_elsewhere_is_said_once_and_not_used(one_rank_of_two, tm
     for n in (20, 21, 22):
         x = torch.randn(1, 2, n, 16)
         fastattn.attention(x, x, x)
-    said = [r.getMessage() for r in caplog.records if "FASTATTN_MANIFEST" in r.getMessage() and "made for" in r.getMessage()]
+    said = [
+        r.getMessage() for r in caplog.records if "FASTATTN_MANIFEST" in r.getMessage() and "made for" in r.getMessage()
+    ]
     assert len(said) == 1
 
 
@@ -205,7 +216,9 @@ def test_sync_without_a_process_group_says_so():
 def collectives():
     """Names of torch.distributed that send or wait."""
     words = ("all_", "broadcast", "gather", "scatter", "reduce", "barrier", "send", "recv", "monitored")
-    return sorted(n for n in dir(torch.distributed) if any(w in n for w in words) and callable(getattr(torch.distributed, n)))
+    return sorted(
+        n for n in dir(torch.distributed) if any(w in n for w in words) and callable(getattr(torch.distributed, n))
+    )
 
 
 def calls_of_collectives(source):

@@ -62,7 +62,9 @@ def extension_bwd(grad, q, k, v, out, lse, dq, dk, dv, alibi_slopes, *asked):
     return *(into.copy_(x) for into, x in zip((dq, dk, dv), found, strict=True)), torch.empty(0)
 
 
-def flash_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, *asked, window_left, window_right, **others):
+def flash_fwd(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, *asked, window_left, window_right, **others
+):
     assert cu_seqlens_q is cu_seqlens_k is seqused_k is None and not any(others.values())
     return *flash_2(q, k, v, *asked, window_left, window_right), None
 
@@ -73,7 +75,9 @@ def flash_bwd(share, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q,
     return gradients(lambda *x: flash_2(*x, *asked, window_left, window_right), (q, k, v), grad, out, lse)
 
 
-def flash_3_fwd(q, k, v, *, softmax_scale, is_causal, window_left, window_right, max_seqlen_q=0, max_seqlen_k=0, **others):
+def flash_3_fwd(
+    q, k, v, *, softmax_scale, is_causal, window_left, window_right, max_seqlen_q=0, max_seqlen_k=0, **others
+):
     """(out, lse) of hopper/flash_api.cpp."""
     assert not any(others.values())
     asked = {"softmax_scale": softmax_scale, "causal": is_causal, "window_size": (window_left, window_right)}
@@ -146,7 +150,9 @@ def with_flash_attn() -> None:
     extension = {"fwd": extension_fwd, "bwd": extension_bwd, "varlen_fwd": None, "varlen_bwd": None}
     sys.modules["flash_attn_2_cuda"] = stubs.module("flash_attn_2_cuda", **extension)
     real = torch.library.custom_op
-    torch.library.custom_op = lambda *given, device_types=None, **named: real(*given, **named)  # theirs are for CUDA alone
+    torch.library.custom_op = lambda *given, device_types=None, **named: real(
+        *given, **named
+    )  # theirs are for CUDA alone
 
 
 def with_operators(module: str) -> None:
@@ -171,7 +177,12 @@ def main(file: str) -> None:
     prepare, names = LIBRARIES[file]
     prepare()
     stub = import_module(f"stubs.{file}").STUB
-    real = replace(stub, version=catalogue.installed(catalogue.of(stub.library))[1], modules=dict, patch=lambda _: None)
+    real = replace(
+        stub,
+        version=catalogue.installed_distribution(catalogue.library_of(stub.library))[1],
+        modules=dict,
+        patch=lambda _: None,
+    )
     with pytest.MonkeyPatch.context() as patch, test_libraries.installed(real, patch):
         print(json.dumps({name: outcomes(test_libraries.row_of(stub, name), real, patch) for name in names}))
 
@@ -196,7 +207,9 @@ def outcome(kernel, stub, call) -> str:
 def found(file: str) -> dict[str, dict[str, str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
-    child = subprocess.run([sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=600)
+    child = subprocess.run(
+        [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -205,7 +218,7 @@ def found(file: str) -> dict[str, dict[str, str]]:
 def test_every_call_of_the_grid_is_right_or_refused_as_listed(file, name):
     stub = import_module(f"stubs.{file}").STUB
     for needed in filter(None, (stub.library, ALSO_NEEDED.get(name))):
-        if not catalogue.installed(catalogue.of(needed)):
+        if not catalogue.installed_distribution(catalogue.library_of(needed)):
             pytest.skip(f"{needed} is not installed")
     listed = stub.refuses[name].split()
     wrong = {case: what for case, what in found(file)[name].items() if what != ("refused" if case in listed else "")}

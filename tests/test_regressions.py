@@ -12,13 +12,12 @@ from click.testing import CliRunner
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import attention as api
 from fastattn.dispatch import resolve, session
+from fastattn.dispatch.attention import front
 from fastattn.environment.errors import NoKernelError
 from fastattn.environment.settings import current_settings
-from fastattn.problems import call_key, masks
-from fastattn.tuning import screening
-from fastattn.tuning import tune as tuning
+from fastattn.problems import call_options, masks
+from fastattn.tuning import choose, screening
 
 
 def half(std: float = 16.0) -> tuple[torch.Tensor, ...]:
@@ -41,7 +40,7 @@ def test_options_take_effect_after_a_scope_that_changed_nothing():
     with fastattn.options(mode=current_settings().mode):
         pass
     fastattn.options(mode="off")
-    assert api.front.first is None and not api.front.table
+    assert front.first is None and not front.table
 
 
 def test_garbage_in_the_first_call_does_not_decide_for_good(monkeypatch):
@@ -56,8 +55,8 @@ def test_garbage_in_the_first_call_does_not_decide_for_good(monkeypatch):
 
 def test_the_callers_own_error_is_not_answered_by_a_cast(monkeypatch):
     q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
-    monkeypatch.setattr(screening, "HOPELESS", math.inf)
-    monkeypatch.setattr(tuning, "_pick", lambda entrants, _: next(e for e in entrants if e.candidate.name == "matmul"))
+    monkeypatch.setattr(screening, "TOO_SLOW", math.inf)
+    monkeypatch.setattr(choose, "pick", lambda entrants, _: next(e for e in entrants if e.candidate.name == "matmul"))
     call = fastattn.plan(q, k, v)
     assert call.candidate == "matmul"
     with pytest.raises(RuntimeError):
@@ -82,7 +81,7 @@ def test_a_causal_bias_of_torch_leaves_no_dead_entries():
     q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 24, 16)
     for _ in range(5):
         out = attention(q, k, k, causal_lower_right(8, 24))
-    assert not api.front.table
+    assert not front.table
     assert torch.allclose(out, F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 24)), atol=1e-5)
 
 
@@ -97,7 +96,7 @@ def test_what_was_resolved_before_a_clear_is_not_published_after_it(monkeypatch)
 
     monkeypatch.setattr(resolve, "attention", slow)
     attention(q, q, q)
-    assert not api.front.table and api.front.first is None
+    assert not front.table and front.first is None
 
 
 def test_a_tuning_that_fails_does_not_reach_the_caller(monkeypatch, caplog):
@@ -136,8 +135,6 @@ def test_threads_that_read_no_verdict_just_before_one_was_found_do_not_tune_agai
     for thread in threads:
         thread.join()
     assert len(count) == 1
-
-
 
 
 # --- what a reviewer of the options found
@@ -185,7 +182,9 @@ def test_a_traced_score_mod_takes_bands_and_refuses_an_order_it_cannot_carry_out
     q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
     i, j = torch.arange(64)[:, None], torch.arange(64)
     want = by_hand(q, k, v, (j <= i) & (j >= i - 5), change=lambda s: s + torch.where(j % 3 == 0, 2.0, 0.0))
-    banded = torch.compile(lambda *x: attention(*x, is_causal=True, window=(5, 0), score_mod=every_third), fullgraph=True)
+    banded = torch.compile(
+        lambda *x: attention(*x, is_causal=True, window=(5, 0), score_mod=every_third), fullgraph=True
+    )
     torch.testing.assert_close(banded(q, k, v), want)
     ordered = torch.compile(lambda *x: attention(*x, kernel="torch_flash", score_mod=every_third))
     with pytest.raises(fastattn.NoKernelError, match="torch_flash"):
@@ -224,7 +223,7 @@ def test_explain_says_so_where_no_kernel_can():
 
 
 def test_a_whole_number_is_an_accuracy_too():
-    assert type(call_key.parse({"accuracy": 1}).accuracy) is float
+    assert type(call_options.parse_options({"accuracy": 1}).accuracy) is float
 
 
 def test_a_recomputing_backward_takes_many_gradients_at_once_and_can_be_differentiated():
@@ -272,11 +271,11 @@ def test_under_a_default_device_calls_are_served_and_hit():
             for _ in range(2):
                 torch.testing.assert_close(attention(q, k, v, **call), right)
             assert fastattn.explain(q, k, v, **call).verdict is not None
-    assert api.front.table
+    assert front.table
 
 
 def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
-    from fastattn.cli import main
+    from fastattn.cli.main import main
 
     q, k, v = torch.randn(3, 1, 2, 64, 32).unbind()
     with fastattn.options(mode="cached"), torch.autocast("cpu", torch.bfloat16):

@@ -15,6 +15,7 @@ from test_libraries import installed
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels.adapters.sageattention import KERNELS
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
 
 ROWS = {kernel.name: kernel for kernel in KERNELS}
@@ -70,22 +71,23 @@ def test_a_2_2_0_of_before_august_2025_is_told_by_its_signature(monkeypatch):
     assert "attn_mask" not in inspect.signature(old).parameters
     with installed(sage_2.STUB, monkeypatch):
         monkeypatch.setitem(sys.modules, "sageattention", library(sageattn_qk_int8_pv_fp16_triton=old))
-        why = candidates.unavailable(ROWS["sage_2_triton"])
+        why = availability.why_unavailable(ROWS["sage_2_triton"])
         assert why and "takes no attn_mask: another version is needed" in why
-        assert candidates.unavailable(ROWS["sage_2_fp16"]) is None
+        assert availability.why_unavailable(ROWS["sage_2_fp16"]) is None
 
 
 def test_an_extension_that_was_not_built_is_a_reason(monkeypatch):
     with installed(sage_2.STUB, monkeypatch):
         monkeypatch.setitem(sys.modules, "sageattention", library(SM90_ENABLED=False))
-        assert "SM90_ENABLED is False" in str(candidates.unavailable(ROWS["sage_2_fp8_sm90"]))
-        assert candidates.unavailable(ROWS["sage_2_fp16"]) is None
+        assert "SM90_ENABLED is False" in str(availability.why_unavailable(ROWS["sage_2_fp8_sm90"]))
+        assert availability.why_unavailable(ROWS["sage_2_fp16"]) is None
 
 
 def test_version_1_and_2_share_a_distribution(monkeypatch):
     with installed(sage_2.STUB, monkeypatch):
         assert (
-            candidates.unavailable(ROWS["sage_1"]) == "package sageattention 2.2.0 >= 2.0, which is not known to work"
+            availability.why_unavailable(ROWS["sage_1"])
+            == "package sageattention 2.2.0 >= 2.0, which is not known to work"
         )
 
 
@@ -97,5 +99,5 @@ def test_a_build_without_its_extension_says_so_and_not_that_it_imports_itself(mo
         monkeypatch.delitem(sys.modules, "sageattention")
         monkeypatch.delitem(sys.modules, "sageattention.core", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
-        why = str(candidates.unavailable(ROWS["sage_2_triton"]))
+        why = str(availability.why_unavailable(ROWS["sage_2_triton"]))
         assert "its extension sageattention._fused was not built" in why and "circular" not in why

@@ -186,7 +186,9 @@ HOSTILE = {
     "unknown problem field": lambda text: text.replace(b'"q_len": 128', b'"q_len": 128, "more": 1'),
     "deep nesting": b"[" * 30_000,
     "deep objects": b'{"a":' * 10_000,
-    "duplicate winner": lambda text: text.replace(b'"winner": "matmul"', b'"winner": "matmul", "winner": "torch_flash"'),
+    "duplicate winner": lambda text: text.replace(
+        b'"winner": "matmul"', b'"winner": "matmul", "winner": "torch_flash"'
+    ),
     "byte order mark": lambda text: b"\xef\xbb\xbf" + text,
     "UTF-16": lambda text: text.decode().encode("utf-16"),
     "not UTF-8": lambda text: text.replace(b"matmul", b"matm\xffl"),
@@ -251,7 +253,9 @@ def test_fault_38_no_change_of_bytes_raises_or_names_another_problem(kept, data)
         found.ranked(), found.speedup(), found.to_json()
 
 
-@pytest.mark.parametrize("winner", ["os.system", "../../etc/passwd", "__import__", "matmul+unknown", "torch_cudnn", "", "+"])
+@pytest.mark.parametrize(
+    "winner", ["os.system", "../../etc/passwd", "__import__", "matmul+unknown", "torch_cudnn", "", "+"]
+)
 def test_fault_38_an_unknown_winner_is_never_looked_up_outside_the_kernels(winner, monkeypatch):
     """The file may say what it likes: only kernels that can do the problem serve."""
     x = torch.randn(1, 2, 24, 16)
@@ -291,7 +295,7 @@ def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, capl
 def test_fault_40_xdg_cache_home_serves_where_there_is_no_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_files.default_directory() == tmp_path / "fastattn"
+    assert cache_files.default_cache_directory() == tmp_path / "fastattn"
 
 
 def test_fault_40_the_environment_comes_first(monkeypatch, tmp_path):
@@ -309,7 +313,9 @@ def test_fault_40_a_read_only_directory_is_one_warning(call, own_store, monkeypa
         monkeypatch.setattr(Path, "mkdir", no)
     elif call == "open":
         real = os.open
-        monkeypatch.setattr(os, "open", lambda p, flags, *a, **k: no() if flags & os.O_CREAT else real(p, flags, *a, **k))
+        monkeypatch.setattr(
+            os, "open", lambda p, flags, *a, **k: no() if flags & os.O_CREAT else real(p, flags, *a, **k)
+        )
     else:
         monkeypatch.setattr(cache_files.tempfile, "mkstemp", no)
     for n in (20, 21):
@@ -475,9 +481,9 @@ def test_fault_54_never_in_tmp(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/tmp/somebody")
     with pytest.raises(OSError, match="home directory /tmp/somebody is under /tmp, where nothing is cached by default"):
-        cache_files.default_directory()
+        cache_files.default_cache_directory()
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
-    assert cache_files.default_directory() == Path("/tmp/asked-for/fastattn")
+    assert cache_files.default_cache_directory() == Path("/tmp/asked-for/fastattn")
 
 
 # --- fault 55: no code in files
@@ -501,10 +507,12 @@ def forbidden(source):
 
 def test_fault_55_nothing_reads_code_from_a_file():
     found = {(p.name, name) for p in SOURCE.rglob("*.py") for name in forbidden(p.read_text())}
-    assert found == {("probe.py", "exec")}
+    assert found == {("guard.py", "exec")}
 
 
-@pytest.mark.parametrize("bad", ["import pickle", "from marshal import loads", "eval(x)", "torch.load(f)", "__import__(n)"])
+@pytest.mark.parametrize(
+    "bad", ["import pickle", "from marshal import loads", "eval(x)", "torch.load(f)", "__import__(n)"]
+)
 def test_fault_55_the_guard_would_see_it(bad):
     assert list(forbidden(bad))
 
@@ -622,7 +630,9 @@ def test_a_manifest_comes_back_whole(kept, tmp_path):
     assert store.read_manifest(path, DEVICE) == {v.problem: v for _, v in mine.verdicts()}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 30_000, '{"verdicts": [3], "environment": {"slug": ""}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", "[" * 30_000, '{"verdicts": [3], "environment": {"slug": ""}}']
+)
 def test_a_manifest_that_is_none_says_its_name(tmp_path, text):
     path = tmp_path / "manifest.json"
     path.write_text(text)

@@ -10,16 +10,15 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fastattn
-from fastattn import cli
-from fastattn.cli import tables
-from fastattn.dispatch import explain as explanation
-from fastattn.dispatch.explain import Explanation
+from fastattn.cli import main, tables
+from fastattn.dispatch.explain import IN_DOUBT, Explanation, _why
 from fastattn.environment.settings import reload_settings
 from fastattn.problems import presets
+from fastattn.problems.shapes import problem_of_shape, shape
 from fastattn.tuning import tune as tuning
 from fastattn.verdicts.verdict import Trial, Verdict
 
-SHAPE = presets.of(2, (32, 8), 100, 64, causal=True)
+SHAPE = shape(2, (32, 8), 100, 64, causal=True)
 LONG = "matmul_mixed+gqa_fold+mask_dense+chunks"
 
 
@@ -34,15 +33,17 @@ def verdict(winner="matmul_mixed", gain=1.29, *, noise=0.01, crowded=0.0, shape=
         Trial("torch_math", tombstone="RuntimeError: it broke", time_us=1.0),
     )
     winner = LONG if winner == "matmul_mixed" else winner
-    return Verdict(presets.problem(shape, torch.bfloat16), winner, trials, crowded=crowded)
+    return Verdict(problem_of_shape(shape, torch.bfloat16), winner, trials, crowded=crowded)
 
 
 def explained(v):
-    return Explanation(v.problem, "a CPU", v.winner, explanation._why(v, v.winner), v.trials, v)
+    return Explanation(v.problem, "a CPU", v.winner, _why(v, v.winner), v.trials, v)
 
 
 def test_an_explanation_looks_like_this():
-    assert str(explained(verdict())) == f"""\
+    assert (
+        str(explained(verdict()))
+        == f"""\
 problem  2 x 32/8 heads x 100 on 100 x d64, bfloat16, causal top_left, transposed
 device   a CPU
 served by {LONG}: 1.29x the default's speed
@@ -51,6 +52,7 @@ served by {LONG}: 1.29x the default's speed
 * {LONG}  3.55 ms  1.29x  error 0.23 / 0.41 of budget, 18 MiB temporary, keeps 1 MiB
   flex                                     not tried: it must be compiled first, which `fastattn tune --compile` does
   torch_math                               demoted: it raised RuntimeError: it broke"""
+    )
 
 
 @pytest.mark.parametrize(("gain", "noise", "why"), [
@@ -66,9 +68,9 @@ def test_a_default_that_was_not_replaced_says_by_what_it_was_not(gain, noise, wh
 def test_a_crowded_verdict_is_marked_wherever_it_is_shown(monkeypatch):
     monkeypatch.setattr(tuning, "CROWDED", 0.25)
     crowded = verdict(crowded=0.6)
-    assert "1.29x?" in str(explained(crowded)) and str(explained(crowded)).endswith(explanation.IN_DOUBT)
+    assert "1.29x?" in str(explained(crowded)) and str(explained(crowded)).endswith(IN_DOUBT)
     both = table([("", crowded), ("", verdict("default"))], 200)
-    assert "1.29x? " in both and "1.00x  " in both and both.rstrip().endswith(explanation.IN_DOUBT)
+    assert "1.29x? " in both and "1.00x  " in both and both.rstrip().endswith(IN_DOUBT)
     for quiet in (str(explained(verdict())), table([("", verdict())], 200)):
         assert "?" not in quiet
 
@@ -79,7 +81,7 @@ def table(found, width):
     return out.export_text()
 
 
-FOUND = [(name, verdict(gain=1.5, shape=shape)) for name, shapes in presets.PRESETS.items() for shape in shapes]
+FOUND = [(name, verdict(gain=1.5, shape=shape)) for name, found in presets.PRESETS.items() for shape in found]
 
 
 @pytest.mark.parametrize("width", [50, 80, 100, 120])
@@ -103,7 +105,9 @@ def test_what_is_piped_is_never_cut(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = table(FOUND, tables.console().width).splitlines()
     assert not any("…" in line for line in lines)
-    assert all(any(f"{name}  {tables.short(v.problem)}" in line and LONG in line for line in lines) for name, v in FOUND)
+    assert all(
+        any(f"{name}  {tables.short(v.problem)}" in line and LONG in line for line in lines) for name, v in FOUND
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
@@ -124,7 +128,7 @@ def test_explain_prints_the_same_here_and_there(monkeypatch):
     here = str(fastattn.explain(q, q, q, tune=True))
     fastattn.clear()
     reload_settings()
-    assert CliRunner().invoke(cli.main, ["explain", "1x2x16x8"]).output.rstrip("\n") == here
+    assert CliRunner().invoke(main.main, ["explain", "1x2x16x8"]).output.rstrip("\n") == here
 
 
 @pytest.mark.parametrize(("options", "words"), [

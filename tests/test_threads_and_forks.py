@@ -175,6 +175,10 @@ os._exit(os.waitstatus_to_exitcode(status))
 def test_fault_51_fork_during_a_tuning_the_child_works(how, tmp_path):
     environment = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "forked")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, how], env=environment, timeout=TIMEOUT_S, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", FORK, how],
+        env=environment,
+        timeout=TIMEOUT_S,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -8,21 +8,21 @@ from itertools import permutations
 import pytest
 from fakes import Clock, honest, made_up
 
-from fastattn.kernels.kernel import Accepted
-from fastattn.tuning import stopwatch as timing
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.stopwatch import Timing
+from fastattn.planning.decision import Accepted
+from fastattn.tuning import choose
+from fastattn.tuning.screening import TrialInProgress
+from fastattn.tuning.stopwatch import MAX_ROUNDS, MIN_ROUNDS, Timing, time_interleaved
 
 
 def race(costs, jitter=lambda name, now: 1.0, seconds=0.2, order=None):
     clock = Clock(costs, jitter=jitter)
-    return clock, timing.compare(clock.calls(*(order or costs)), clock, seconds)
+    return clock, time_interleaved(clock.calls(*(order or costs)), clock, seconds)
 
 
 def pick(timed, order=None):
     """The name tuning picks from {name: Timing}; `order` is the fixed order."""
-    rows = {n: tuning.Entrant(Accepted(made_up(n, honest)), timing=timed[n]) for n in order or timed}
-    return tuning._pick(list(rows.values()), rows.get("default")).candidate.name
+    rows = {n: TrialInProgress(Accepted(made_up(n, honest)), timing=timed[n]) for n in order or timed}
+    return choose.pick(list(rows.values()), rows.get("default")).candidate.name
 
 
 # --- rounds
@@ -31,9 +31,9 @@ def pick(timed, order=None):
 def test_every_round_runs_each_call_once_in_alternating_order():
     clock, found = race({"default": 1e-3, "a": 1e-3, "b": 1e-3})
     rounds = [clock.timed[i : i + 3] for i in range(0, len(clock.timed), 3)]
-    assert len(rounds) == timing.MAX_ROUNDS
+    assert len(rounds) == MAX_ROUNDS
     assert all(r == ["default", "a", "b"][:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds))
-    assert {len(t.samples) for t in found.values()} == {timing.MAX_ROUNDS}
+    assert {len(t.samples) for t in found.values()} == {MAX_ROUNDS}
 
 
 def test_a_hopeless_call_leaves_after_the_first_rounds_the_incumbent_too():
@@ -43,7 +43,7 @@ def test_a_hopeless_call_leaves_after_the_first_rounds_the_incumbent_too():
 
 def test_time_is_kept_but_for_three_rounds():
     clock, found = race({"default": 1.0, "a": 1.0}, seconds=2.0)
-    assert len(found["a"].samples) == timing.MIN_ROUNDS
+    assert len(found["a"].samples) == MIN_ROUNDS
     clock, found = race({"default": 0.01, "a": 0.01}, seconds=0.2)
     assert len(found["a"].samples) == 10 and clock.seconds <= 0.2 + 1e-9
 
@@ -52,7 +52,7 @@ def test_short_calls_are_repeated_until_a_sample_can_be_read():
     clock, found = race({"default": 5.5e-6, "a": 4e-6, "b": 5e-6}, seconds=1.0)
     assert {n: t.median for n, t in found.items()} == pytest.approx(clock.costs)
     assert clock.timed[:6] == ["default", "default", "a", "a", "b", "b"]  # once alone, then many at a time
-    rounds = (36 * 5.5e-6 + 50 * 4e-6 + 40 * 5e-6) * timing.MAX_ROUNDS
+    rounds = (36 * 5.5e-6 + 50 * 4e-6 + 40 * 5e-6) * MAX_ROUNDS
     assert clock.seconds == pytest.approx(rounds + 5.5e-6 + 4e-6 + 5e-6)
 
 
@@ -150,7 +150,7 @@ def test_noise_makes_it_choose_a_kernel_slower_by_3_percent_in_less_than_one_of_
 def test_nor_where_nothing_is_to_be_gained(monkeypatch):
     slower, _ = share_of_slower_choices(pick, 1.031, 1.06)
     assert slower < 0.01
-    monkeypatch.setattr(tuning, "MARGIN", 0.0)
+    monkeypatch.setattr(choose, "MARGIN", 0.0)
     monkeypatch.setattr(Timing, "noise", 0.0)
     without_margin, _ = share_of_slower_choices(pick, 1.031, 1.06)
     assert without_margin > 0.01  # it is the margin that does it

@@ -14,8 +14,9 @@ from test_libraries import installed, row_of, silicon
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
-from fastattn.kernels.kernel import Rejected, as_bias, sees_nothing
-from fastattn.planning import binding, candidates
+from fastattn.planning import candidates, default_choice
+from fastattn.planning.decision import Rejected
+from fastattn.problems.masks import as_bias, sees_nothing
 
 INF = float("inf")
 WITH_MASK = [
@@ -139,21 +140,27 @@ def test_the_default_runs_what_torch_was_told_to_prefer(monkeypatch):
     p = problem(device="cuda", dtype="bfloat16", head_dim=64)
     with installed(torch_cuda.STUB, monkeypatch):
         found = candidates.decisions(p, h100, Settings())
-        assert binding.default_runs(p, h100, found) == "torch_cudnn"
+        assert default_choice.default_runs(p, h100, found) == "torch_cudnn"
         monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-        assert binding.default_runs(p, h100, found) == "torch_flash"
-        assert binding.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
+        assert default_choice.default_runs(p, h100, found) == "torch_flash"
+        assert default_choice.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
 
 
 def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch):
     """A window becomes a mask for F.sdpa, and cuDNN's backward is wrong with masks at such lengths."""
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
-    for change in ({"window": (8, 8)}, {"causal": "bottom_right", "kv_len": 1408}, {"mask": "bool", "mask_shape": "bhqk"}):
-        p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, **{"kv_len": 704, **change})
+    for change in (
+        {"window": (8, 8)},
+        {"causal": "bottom_right", "kv_len": 1408},
+        {"mask": "bool", "mask_shape": "bhqk"},
+    ):
+        p = problem(
+            device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, **{"kv_len": 704, **change}
+        )
         found = candidates.decisions(p, h100, Settings())
-        assert "NaN in the gradient of q" in (binding.why_not_default(p, h100, Settings(), found) or ""), change
+        assert "NaN in the gradient of q" in (default_choice.why_not_default(p, h100, Settings(), found) or ""), change
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, needs_grad=True, q_len=704, kv_len=704, causal="top_left")
-    assert binding.why_not_default(p, h100, Settings(), candidates.decisions(p, h100, Settings())) is None
+    assert default_choice.why_not_default(p, h100, Settings(), candidates.decisions(p, h100, Settings())) is None
 
 
 def test_the_default_is_not_served_where_it_would_raise(monkeypatch):
@@ -161,6 +168,6 @@ def test_the_default_is_not_served_where_it_would_raise(monkeypatch):
     a100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=92300)
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, mask="float32", mask_shape="bhqk")
     found = candidates.decisions(p, a100, Settings())
-    assert binding.default_runs(p, a100, found) == "torch_efficient"
-    assert "float32 mask" in (binding.why_not_default(p, a100, Settings(), found) or "")
-    assert [c.kernel.name for c in binding.fallbacks(p, a100, Settings(), found)] == ["sdpa_math"]
+    assert default_choice.default_runs(p, a100, found) == "torch_efficient"
+    assert "float32 mask" in (default_choice.why_not_default(p, a100, Settings(), found) or "")
+    assert [c.kernel.name for c in default_choice.fallbacks(p, a100, Settings(), found)] == ["sdpa_math"]

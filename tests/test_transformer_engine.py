@@ -14,6 +14,7 @@ from stubs import transformer_engine as te
 from test_libraries import installed, misaligned, row_of, silicon
 
 from fastattn.environment.settings import Settings
+from fastattn.kernels.libraries import availability
 from fastattn.planning import binding, candidates
 from fastattn.problems.masks import Causal
 
@@ -76,7 +77,9 @@ def test_what_te_would_not_consider_raises_with_its_reason(te_is_there, monkeypa
     utils = sys.modules["transformer_engine.pytorch.attention.dot_product_attention.utils"]
     monkeypatch.setattr(utils, "get_attention_backend", without)
     call = bound("te_fused", q, k, v)[1]
-    with pytest.raises(RuntimeError, match="would run FlashAttention or UnfusedDotProductAttention here, not FusedAttention"):
+    with pytest.raises(
+        RuntimeError, match="would run FlashAttention or UnfusedDotProductAttention here, not FusedAttention"
+    ):
         call(q, k, v, None)
 
 
@@ -102,7 +105,7 @@ def test_the_shape_of_a_bias_is_told_by_name_up_to_2_19(te_is_there, monkeypatch
     old = Signature([p for p in old if p.name != "softmax_scale"])
     describe = stubs.signed(te.FILE, "AttentionParams", real=old)(lambda **fields: te.SimpleNamespace(**fields))
     monkeypatch.setattr(sys.modules[f"{te.ROOT}.utils"], "AttentionParams", describe)
-    candidates.forget()
+    availability.forget_libraries()
     q, k, v = qkv(dtype=torch.float16)
     mask = mask_of(letters, torch.float16, *q.shape[:3], k.shape[2])
     hold(expect(q, k, v, mask), bound(name, q, k, v, mask)[1], q, k, v, mask)

@@ -28,46 +28,48 @@ def notes(root: Path) -> list[Path]:
 
 
 def test_the_note_is_there_while_it_is_tried_and_gone_afterwards(root):
-    with crash_notes.noted(root, "a candidate"):
-        assert len(notes(root)) == 1 and crash_notes.ended(root, "a candidate") is None, "its own process goes on"
+    with crash_notes.leave_note(root, "a candidate"):
+        assert len(notes(root)) == 1 and crash_notes.crashed_before(root, "a candidate") is None, (
+            "its own process goes on"
+        )
     assert notes(root) == []
-    with pytest.raises(ValueError), crash_notes.noted(root, "a candidate"):
+    with pytest.raises(ValueError), crash_notes.leave_note(root, "a candidate"):
         raise ValueError("it merely cannot")
     assert notes(root) == []
-    with pytest.raises(RuntimeError), crash_notes.noted(root, "a candidate"):
+    with pytest.raises(RuntimeError), crash_notes.leave_note(root, "a candidate"):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
     assert notes(root) == [], "the process goes on"
-    with pytest.raises(RuntimeError), crash_notes.noted(root, "a candidate"):
+    with pytest.raises(RuntimeError), crash_notes.leave_note(root, "a candidate"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     assert len(notes(root)) == 1
 
 
 def test_without_a_cache_nothing_is_noted():
-    with crash_notes.noted(None, "a candidate"):
-        assert crash_notes.ended(None, "a candidate") is None
+    with crash_notes.leave_note(None, "a candidate"):
+        assert crash_notes.crashed_before(None, "a candidate") is None
 
 
 def test_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root, monkeypatch):
     code = (
         "import os, pathlib; from fastattn.kernels.libraries import crash_notes as trying\n"
-        f"with trying.noted(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"
+        f"with trying.leave_note(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"
     )
     path = str(Path(crash_notes.__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=120)
-    assert "ended the process" in str(crash_notes.ended(root, "a candidate"))
-    assert crash_notes.ended(root, "another") is None
+    assert "ended the process" in str(crash_notes.crashed_before(root, "a candidate"))
+    assert crash_notes.crashed_before(root, "another") is None
     fastattn.options(cache_dir=str(root))
     store.of(current_settings()).clear()
-    assert crash_notes.ended(root, "a candidate") is None
+    assert crash_notes.crashed_before(root, "a candidate") is None
 
 
 def test_a_live_process_that_tries_it_does_not_matter(root):
-    with crash_notes.noted(root, "a candidate"):
+    with crash_notes.leave_note(root, "a candidate"):
         [note] = notes(root)
         note.write_text(json.dumps({"pid": os.getppid()}))
-        assert crash_notes.ended(root, "a candidate") is None
+        assert crash_notes.crashed_before(root, "a candidate") is None
         note.write_text("{")
-        assert crash_notes.ended(root, "a candidate") is None
+        assert crash_notes.crashed_before(root, "a candidate") is None
 
 
 def test_tuning_asks(monkeypatch):
@@ -75,11 +77,11 @@ def test_tuning_asks(monkeypatch):
     mine = fakes.made_up("of_a_library", fakes.honest, library="pytest")
     fakes.add(monkeypatch, mine)
     tried = []
-    real = crash_notes.noted
-    monkeypatch.setattr(crash_notes, "noted", lambda root, what: tried.append(what) or real(root, what))
+    real = crash_notes.leave_note
+    monkeypatch.setattr(crash_notes, "leave_note", lambda root, what: tried.append(what) or real(root, what))
     q = torch.randn(1, 2, 24, 16)
     assert fakes.row("of_a_library", q, q, q, tune=True).forward is not None
     assert tried and all(what.startswith("of_a_library ") for what in tried)
-    monkeypatch.setattr(crash_notes, "ended", lambda root, what: "it ended the process that tried it")
+    monkeypatch.setattr(crash_notes, "crashed_before", lambda root, what: "it ended the process that tried it")
     q = torch.randn(1, 2, 25, 16)
     assert fakes.row("of_a_library", q, q, q, tune=True).reason == "it ended the process that tried it"

@@ -11,11 +11,11 @@ from fakes import FAST, SLOW, Clock, add, check, honest, made_up, problem, qkv, 
 import fastattn
 from fastattn import Problem
 from fastattn.environment.settings import current_settings
-from fastattn.kernels.kernel import Range
-from fastattn.planning import candidates
+from fastattn.kernels.libraries import availability
+from fastattn.kernels.limits import Range
 from fastattn.tuning import memory_use
-from fastattn.tuning import tune as tuning
-from fastattn.tuning.tune import tune_problem
+from fastattn.tuning.screening import Screening
+from fastattn.tuning.tune import NOT_TRIED, _budget, tune_problem
 
 MIB = 2**20
 
@@ -38,7 +38,13 @@ def test_the_fastest_wins_and_every_trial_has_a_time_or_a_reason(monkeypatch):
     assert verdict.winner == "b" and verdict.speedup() == pytest.approx(4.0)
     assert verdict.trial("a").time_us == pytest.approx(2000) and verdict.trial("default").time_us == pytest.approx(4000)
     assert all((t.time_us is None) != (t.reason is None) for t in verdict.trials)
-    assert {t.candidate.split("+")[0] for t in verdict.trials} >= {"default", "torch_flash", "torch_math", "matmul", "a"}
+    assert {t.candidate.split("+")[0] for t in verdict.trials} >= {
+        "default",
+        "torch_flash",
+        "torch_math",
+        "matmul",
+        "a",
+    }
 
 
 def test_times_include_the_conversions_of_a_candidate(monkeypatch):
@@ -76,12 +82,12 @@ def test_candidates_not_reached_say_so_and_thorough_reaches_them(monkeypatch):
     add(monkeypatch, *(made_up(n, honest) for n in names))
     clock = turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))
     verdict = tune(clock=clock)
-    late = [n for n in names if reasons(verdict)[n] == tuning.NOT_TRIED]
+    late = [n for n in names if reasons(verdict)[n] == NOT_TRIED]
     assert 0 < len(late) < 12 and late == names[-len(late) :] and "k11" in late
     assert verdict.winner == "default"
     assert clock.seconds < 40 * 0.05 * 1.5
     thorough = tune(clock=clock, thorough=True)
-    assert tuning.NOT_TRIED not in reasons(thorough).values()
+    assert NOT_TRIED not in reasons(thorough).values()
     assert thorough.winner == "k11"
 
 
@@ -93,7 +99,7 @@ def test_a_neighbours_winner_is_tried_first(monkeypatch):
 
 @pytest.mark.parametrize("incumbent_s, budget", [(1e-6, 0.5), (0.0125, 0.5), (0.05, 2.0), (0.125, 5.0), (10.0, 5.0)])
 def test_the_budget_is_forty_times_the_incumbents_time_within_limits(incumbent_s, budget):
-    assert tuning._budget(incumbent_s) == pytest.approx(budget)
+    assert _budget(incumbent_s) == pytest.approx(budget)
 
 
 def test_cli_tuning_tries_again_what_the_budget_left_out(monkeypatch):
@@ -122,16 +128,16 @@ def test_a_known_allocation_is_measured():
         del b, c
         return out
 
-    out, temporary, saved = memory_use.measure(run, [x])
+    out, temporary, saved = memory_use.measure_memory(run, [x])
     assert torch.equal(out, x * 2)
     assert temporary == 13 * MIB and saved == 0  # b and c; the output beside them is left out
 
 
 def test_saved_bytes_leave_out_inputs_and_output():
     x = torch.ones(MIB, requires_grad=True)
-    assert memory_use.measure(lambda: x * x, [x])[2] == 0  # it keeps x, an input
-    assert memory_use.measure(lambda: x.exp(), [x])[2] == 0  # it keeps its output
-    assert memory_use.measure(lambda: x.exp().exp().sum(), [x])[2] == 2 * 4 * MIB
+    assert memory_use.measure_memory(lambda: x * x, [x])[2] == 0  # it keeps x, an input
+    assert memory_use.measure_memory(lambda: x.exp(), [x])[2] == 0  # it keeps its output
+    assert memory_use.measure_memory(lambda: x.exp().exp().sum(), [x])[2] == 2 * 4 * MIB
 
 
 def greedy(size):
@@ -224,24 +230,24 @@ def library(monkeypatch):
 
     def install(new):
         versions["fastlib"] = new
-        candidates.forget()
+        availability.forget_libraries()
 
     install("1.0")
     yield install
-    candidates.forget()
+    availability.forget_libraries()
 
 
 @pytest.fixture
 def tried(monkeypatch):
     """Names that a tuning looked at, in order."""
     names = []
-    admit = tuning.Race.admit
+    admit = Screening.admit
 
     def counted(self, entrant, *args, **named):
         names.append(entrant.candidate.name)
         return admit(self, entrant, *args, **named)
 
-    monkeypatch.setattr(tuning.Race, "admit", counted)
+    monkeypatch.setattr(Screening, "admit", counted)
     return names
 
 

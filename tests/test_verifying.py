@@ -8,10 +8,19 @@ from fakes import CPU, problem, qkv
 
 from fastattn.environment.settings import current_settings
 from fastattn.planning import binding, candidates
-from fastattn.tuning.accuracy import judge as verifying
 from fastattn.tuning.accuracy import probes as samples
 from fastattn.tuning.accuracy import reference
-from fastattn.tuning.accuracy.judge import Judge, judges, row_sample, summary
+from fastattn.tuning.accuracy.judge import ROWS, Judge, judges_of_problem, row_sample, worst_errors
+from fastattn.tuning.accuracy.probes import (
+    PROBES,
+    Sample,
+    _hidden_large,
+    _wide,
+    plain_sample,
+    probe_problem,
+    probe_sample,
+    stand_in_scale,
+)
 
 HOST = torch.device("cpu")
 
@@ -19,8 +28,8 @@ HOST = torch.device("cpu")
 def errors(p, name):
     """What the gate finds for one candidate of a problem."""
     found = candidates.by_name(name, candidates.decisions(p, CPU, current_settings()))
-    scale = None if p.scale == "positive" else samples.scale_of(p)
-    return summary(judges(p, HOST), binding.bind(found[0], samples.reduced(p), scale))
+    scale = None if p.scale == "positive" else stand_in_scale(p)
+    return worst_errors(judges_of_problem(p, HOST), binding.bind(found[0], probe_problem(p), scale))
 
 
 PROBLEMS = {
@@ -67,14 +76,14 @@ def test_the_default_passes_every_probe(fields, dtype, grad):
 def test_plain_bf16_matmul_fails_where_scores_are_wide_and_only_at_rung_exact(head_dim, monkeypatch):
     p = problem(dtype="bfloat16", head_dim=head_dim, q_len=100, kv_len=513)
     assert errors(p.replace(accuracy="dtype"), "matmul").passed
-    monkeypatch.setattr(samples, "PROBES", (samples._wide, samples._hidden_large))  # the last one needs a mask
+    monkeypatch.setattr(samples, "PROBES", (_wide, _hidden_large))  # the last one needs a mask
     assert errors(p, "matmul").forward > 4
     assert errors(p.replace(accuracy="dtype"), "matmul").passed
 
 
 def test_every_probe_is_a_head_of_its_own_and_the_last_needs_hidden_keys():
-    assert samples.reduced(problem()).kv_heads == len(samples.PROBES) - 1
-    assert samples.reduced(problem(causal="top_left", q_heads=8)).q_heads == 2 * len(samples.PROBES)
+    assert probe_problem(problem()).kv_heads == len(PROBES) - 1
+    assert probe_problem(problem(causal="top_left", q_heads=8)).q_heads == 2 * len(PROBES)
 
 
 def test_a_number_is_the_largest_row_error_over_the_spread():
@@ -92,7 +101,7 @@ def judge(**fields):
     p = problem(kv_heads=1, q_heads=2, **fields)
     q, k, v = qkv(p.q_len, p.kv_len, heads=2, kv_heads=1, dtype=p.torch_dtype, grad=p.needs_grad)
     grad = torch.ones_like(q, requires_grad=False) if p.needs_grad else None
-    return Judge(samples.Sample(p, q, k, v, None, grad), p.head_dim**-0.5)
+    return Judge(Sample(p, q, k, v, None, grad), p.head_dim**-0.5)
 
 
 @pytest.mark.parametrize("row", [0, 1, 40, 63])
@@ -114,7 +123,7 @@ def test_a_row_with_small_values_has_a_small_budget():
     p = problem(kv_heads=1, q_heads=1, causal="top_left")
     q, k, v = qkv(64, heads=1)
     v[:, :, 0] *= 1e-3  # row 0 sees nothing else
-    judged = Judge(samples.Sample(p, q, k, v, None, None), 32**-0.5)
+    judged = Judge(Sample(p, q, k, v, None, None), 32**-0.5)
     assert judged.heads[0].rows[0, 0] < 0.01 * judged.heads[0].rows[0, 1:].min()
 
 
@@ -176,7 +185,7 @@ def test_the_rows_of_long_problems_include_the_first_and_the_last_tile(q_len, kv
     rows = row_sample(problem(q_len=q_len, kv_len=kv_len), HOST).tolist()
     assert rows[:64] == list(range(64))
     assert rows[-64:] == list(range(q_len - 64, q_len))
-    assert len(rows) <= verifying.ROWS and rows == sorted(set(rows))
+    assert len(rows) <= ROWS and rows == sorted(set(rows))
     assert max(b - a for a, b in zip(rows, rows[1:])) <= q_len // 32
 
 
@@ -185,16 +194,16 @@ def test_an_error_in_a_looked_at_row_of_a_long_problem_fails(row):
     p = problem(q_len=2200, kv_len=600, head_dim=8, needs_grad=True)
     row = row if row != 1136 else int(row_sample(p, HOST)[100])
     found = candidates.by_name("default", candidates.decisions(p, CPU, current_settings()))
-    call = binding.bind(found[0], samples.reduced(p), None)
-    judged = judges(p, HOST)
+    call = binding.bind(found[0], probe_problem(p), None)
+    judged = judges_of_problem(p, HOST)
 
     def spoilt(q, k, v, mask):
         out = call(q, k, v, mask).clone()
         out[0, 2, row] *= 1.05
         return out
 
-    assert summary(judged, call).passed
-    assert not summary(judged, spoilt).passed
+    assert worst_errors(judged, call).passed
+    assert not worst_errors(judged, spoilt).passed
 
 
 # --- random numbers
@@ -204,12 +213,12 @@ def test_an_error_in_a_looked_at_row_of_a_long_problem_fails(row):
 def test_verifying_leaves_torchs_random_numbers_alone(grad):
     before = torch.get_rng_state()
     assert errors(problem(needs_grad=grad, causal="top_left", mask="bool", mask_shape="11qk"), "default").passed
-    samples.plain(problem(needs_grad=grad), HOST)
+    plain_sample(problem(needs_grad=grad), HOST)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_samples_are_the_same_every_time():
-    one, two = (samples.probes(problem(), HOST) for _ in range(2))
+    one, two = (probe_sample(problem(), HOST) for _ in range(2))
     assert all(torch.equal(getattr(one, n), getattr(two, n)) for n in "qkv")
 
 

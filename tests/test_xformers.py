@@ -15,8 +15,8 @@ from test_libraries import installed, row_of, rows_of
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
-from fastattn.kernels.kernel import Rejected
 from fastattn.planning import binding, candidates
+from fastattn.planning.decision import Rejected
 
 HALF = torch.bfloat16
 
@@ -73,7 +73,9 @@ def test_inputs_that_ask_for_a_graph_may_be_used_without_one(monkeypatch):
     q, k, v = qkv(dtype=HALF, d=64, grad=True)
     with torch.no_grad(), installed(STUB, monkeypatch):
         p = problem_of(q, k, v).replace(device="cuda", threads=0)
-        [found] = candidates.decide(row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Settings(), certain=True)
+        [found] = candidates.decide(
+            row_of(STUB, "xformers_splitk"), p, Device("cuda", "a GPU", 90), Settings(), certain=True
+        )
         hold(expect(q, k, v), binding.bind(found, p, None), q, k, v)
 
 

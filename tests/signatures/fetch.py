@@ -49,7 +49,9 @@ def parameters(tree: ast.AST, name: str) -> str:
 def from_git(source: str, file: str) -> str:
     repository, commit = source.split("@")
     where = MIRRORS / repository.replace("/", "+") / "repo"
-    return subprocess.run(["git", "-C", where, "show", f"{commit}:{file}"], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "-C", where, "show", f"{commit}:{file}"], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def from_pypi(source: str, file: str) -> str:

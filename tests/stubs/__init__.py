@@ -38,10 +38,14 @@ class Stub:
     capability: int = 90
     capabilities: dict[str, int] = field(default_factory=dict)  # kernel -> its own, where that is another
     kernels: tuple[str, ...] = ()  # those of the file that this library brings; all of them where nothing is said
-    sizes: dict[str, int] = field(default_factory=dict)  # of a grid call that says none, where the usual ones are refused
+    sizes: dict[str, int] = field(
+        default_factory=dict
+    )  # of a grid call that says none, where the usual ones are refused
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)  # its own grid calls, beside test_libraries.GRID
     copies: tuple[str, ...] = ()  # kernels that copy even in a plain call
-    refuses: dict[str, str] = field(default_factory=dict)  # kernel -> names of grid cases it refuses, no more and no fewer
+    refuses: dict[str, str] = field(
+        default_factory=dict
+    )  # kernel -> names of grid cases it refuses, no more and no fewer
     mutations: tuple[tuple[str, str], ...] = ()  # (text, other text) of the file: each must turn the grid red
 
 

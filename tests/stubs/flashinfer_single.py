@@ -104,7 +104,9 @@ STUB = Stub(
     sizes={"b": 1},
     refuses={
         "flashinfer_single_fa3": f"{REFUSES} batch_of_two {' '.join(MASKED)}",
-        "flashinfer_single_fa2": " ".join(c for c in f"{REFUSES} batch_of_two float_mask_for_all".split() if c not in TAKEN),
+        "flashinfer_single_fa2": " ".join(
+            c for c in f"{REFUSES} batch_of_two float_mask_for_all".split() if c not in TAKEN
+        ),
     },
     cases={**CASES, **MASKED, "batch_of_two": {"b": 2}},
     mutations=(

@@ -19,7 +19,14 @@ SHARED = (
 @signed("hf_kernels", "sageattn")
 def sageattn(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, kwargs):
     return sage_2.fp16_cuda(
-        q=q, k=k, v=v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, **kwargs
+        q=q,
+        k=k,
+        v=v,
+        tensor_layout=tensor_layout,
+        is_causal=is_causal,
+        sm_scale=sm_scale,
+        return_lse=return_lse,
+        **kwargs,
     )
 
 
@@ -42,7 +49,9 @@ def get_local_kernel(repo_path, backend, trust_remote_code, user_agent):
     return MODULES[name]
 
 
-def put(cache: Path, repository: str, commit: str, version: int | None, variant="torch-cuda", kind="kernels", **more) -> Path:
+def put(
+    cache: Path, repository: str, commit: str, version: int | None, variant="torch-cuda", kind="kernels", **more
+) -> Path:
     """A snapshot in a cache of the hub."""
     folder = cache / f"{kind}--{repository.replace('/', '--')}"
     build = folder / "snapshots" / commit / "build" / variant

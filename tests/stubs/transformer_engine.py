@@ -112,7 +112,9 @@ class FlashAttention(Backend):
         self.check(q, qkv_layout)
         check_half(q, k, v)
         check_aligned(q, k, v)
-        assert q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0 and flash_attention_backend.major == flash_major[0]
+        assert (
+            q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0 and flash_attention_backend.major == flash_major[0]
+        )
         left, right = window_size
         if flash_attention_backend.major == 4:
             left, right = (None, None) if (left, right) == (-1, -1) else (left, right)

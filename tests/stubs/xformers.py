@@ -176,7 +176,12 @@ def operators(name):
 def modules():
     fmha = operators("xformers.ops.fmha")
     ops = module("xformers.ops", fmha=fmha)
-    return {"xformers": module("xformers", ops=ops), "xformers.ops": ops, "xformers.ops.fmha": fmha, "triton": module("triton")}
+    return {
+        "xformers": module("xformers", ops=ops),
+        "xformers.ops": ops,
+        "xformers.ops.fmha": fmha,
+        "triton": module("triton"),
+    }
 
 
 FLASH = (

@@ -1,5 +1,5 @@
 """`python -m fastattn.cli`."""
 
-from fastattn.cli import main
+from fastattn.cli.main import main
 
 main()

@@ -16,6 +16,7 @@ from fastattn.problems import presets
 from fastattn.problems.layouts import TO_BHSD
 from fastattn.problems.masks import CORNERS, Window
 from fastattn.problems.problem import Problem
+from fastattn.problems.shapes import Shape, problem_of_shape
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -27,7 +28,7 @@ WORD = re.compile(rf"({NUMBER})x({PAIR})x({NUMBER})x(?:({NUMBER})x)?({PAIR})")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def parse_shape(word: str) -> presets.Shape:
+def parse_shape(word: str) -> Shape:
     """A shape word. Raises click.UsageError that says what would be right."""
     found = WORD.fullmatch(word)
     if found is None:
@@ -37,7 +38,7 @@ def parse_shape(word: str) -> presets.Shape:
     head_dim, head_dim_v = _pair(dims)
     if q_heads % kv_heads:
         raise click.UsageError(f"SHAPE {word!r}: q_heads {q_heads} must be a multiple of kv_heads {kv_heads}")
-    return presets.Shape(int(batch), q_heads, kv_heads, int(q_len), int(kv_len or q_len), head_dim, head_dim_v)
+    return Shape(int(batch), q_heads, kv_heads, int(q_len), int(kv_len or q_len), head_dim, head_dim_v)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -111,7 +112,7 @@ def problems(
     for each in dtype or ("float32",):
         for name, shape in wanted:
             try:
-                problem = presets.problem(shape, getattr(torch, each), grad=grad, on=device)
+                problem = problem_of_shape(shape, getattr(torch, each), grad=grad, on=device)
             except (ValueError, NotImplementedError) as error:
                 raise click.UsageError(f"{name}: {str(error).removeprefix('attention(): ')}") from None
             found.setdefault(problem, name if name in presets.PRESETS else "")

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.dispatch import explain as explanation
-from fastattn.dispatch.explain import Explanation
+from fastattn.dispatch.explain import IN_DOUBT, Explanation, doubt_of, errors_of
 from fastattn.environment.text import format_duration
 from fastattn.problems.problem import Problem
 from fastattn.verdicts.verdict import Verdict
@@ -84,7 +83,7 @@ def tuned_table(found: Sequence[Named], width: int) -> Table:
 def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) -> Table:
     """in_full: a preset's name and its shape; else the shape only where the name does not tell."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), show_footer=True)
-    unsure = " " if any(explanation.doubt_of(v) for _, v in found) else ""
+    unsure = " " if any(doubt_of(v) for _, v in found) else ""
     table.add_column("problem", footer=Text("geometric mean", "bold"))
     table.add_column("served by")
     mean = _gain(geomean(v.speedup() or 1.0 for _, v in found), unsure)
@@ -105,9 +104,9 @@ def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) 
             cells = {
                 "default": format_duration(before.time_us if before else None),
                 "winner": format_duration(after.time_us if after else None),
-                "error": explanation.errors_of(after),
+                "error": errors_of(after),
             }
-            gain = _gain(v.speedup(), explanation.doubt_of(v) or unsure)
+            gain = _gain(v.speedup(), doubt_of(v) or unsure)
             table.add_row(about, Text(v.winner, "cyan", **ONE_LINE), gain, *(cells[column] for column in last))
         table.add_section()
     return table
@@ -118,8 +117,8 @@ def print_tuned(found: Sequence[Named], out: Console, *notes: str) -> None:
     if found:
         out.print(tuned_table(found, out.width))
         out.print()
-    for note in (*notes, *([explanation.IN_DOUBT] if any(explanation.doubt_of(v) for _, v in found) else ())):
-        out.print(Text(note, "yellow" if note == explanation.IN_DOUBT else "dim"), soft_wrap=True)
+    for note in (*notes, *([IN_DOUBT] if any(doubt_of(v) for _, v in found) else ())):
+        out.print(Text(note, "yellow" if note == IN_DOUBT else "dim"), soft_wrap=True)
 
 
 STYLES = {"head": "", "served": "bold green", "timed": "", "out": "dim", "note": "yellow"}

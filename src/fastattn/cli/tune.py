@@ -12,12 +12,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fastattn.cli.shape_words import asking, problems
 from fastattn.cli.tables import console, print_explained, print_json, print_tuned, short
 from fastattn.dispatch import ahead, session
-from fastattn.dispatch import explain as explanation
 from fastattn.dispatch.circumstances import Circumstances
+from fastattn.dispatch.explain import of_problem
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.problems.problem import Problem
-from fastattn.tuning import tune as tuning
+from fastattn.tuning.tune import is_lasting
 from fastattn.verdicts import store
 from fastattn.verdicts.verdict import Verdict
 
@@ -68,7 +68,7 @@ def _tell_what_is_not_stored(found: list[Verdict], silicon: Device) -> None:
     lost = [v for v in found if verdicts.get(v.problem, silicon) != v]
     if not lost:
         return
-    if any(tuning.is_lasting(v) for v in lost):  # it should have been written
+    if any(is_lasting(v) for v in lost):  # it should have been written
         why = f"{verdicts.why_none}; {store.SET_ONE}" if verdicts.root is None else f"cannot write {verdicts.root}"
     else:
         why = "the machine changed its speed, or was short of memory, while it was timed; run again when it is quiet"
@@ -94,7 +94,7 @@ def explain(as_json: bool, tune_first: bool, **asked: Any) -> None:
             ahead.tune(problem, force=True)
     settings = current_settings()
     now = Circumstances(off=settings.mode == "off", cached=settings.mode == "cached")
-    found = [explanation.of_problem(problem, None, now) for problem in wanted]
+    found = [of_problem(problem, None, now) for problem in wanted]
     if as_json:
         print_json([e.to_json() for e in found])
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.dispatch import compiled
 from fastattn.dispatch.guard import Probe, build
-from fastattn.environment import device, settings
+from fastattn.environment import settings, torch_private
 from fastattn.environment.settings import on_forget
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ LIMIT = 4096  # entries; beyond it the tables start anew
 SAME_BYTES = 32  # entries kept for one pair of byte counts
 STREAK = 8  # misses in front after which only the table is asked, and equal hits after which the front is used again
 
-_has_torch_function = device.has_torch_function
-_only_default_device = device.only_default_device
+_has_torch_function = torch_private.has_torch_function
+_only_default_device = torch_private.only_default_device
 
 
 def _address(q_bytes: int, k_bytes: int) -> int:

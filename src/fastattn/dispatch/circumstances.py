@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastattn.environment import device
+from fastattn.environment import torch_private
 from fastattn.environment.settings import Settings
 
 # What a miss may do.
@@ -91,24 +91,24 @@ def _has_storage(x: Tensor) -> bool:
 def read_circumstances(tensors: list[Tensor], settings: Settings, spent: bool) -> Circumstances:
     """The Context of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
     plain = all(type(x) in _PLAIN for x in tensors)
-    if device.has_torch_function(*tensors) and not (plain and device.only_default_device()):
+    if torch_private.has_torch_function(*tensors) and not (plain and torch_private.only_default_device()):
         return Circumstances(off=settings.mode == "off", foreign=not plain, function_mode=plain)
     foreign = any(type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided for x in tensors)
-    foreign = foreign or (not device.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))
+    foreign = foreign or (not torch_private.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))
     kind = "" if foreign else tensors[0].device.type
     return Circumstances(
         off=settings.mode == "off",
         foreign=foreign,
         other_device=not foreign and kind not in ("cpu", "cuda"),
-        dispatch_mode=bool(device.dispatch_modes()),
-        functorch=device.functorch_level() is not None,
-        forward_ad=device.forward_ad._current_level >= 0,
+        dispatch_mode=bool(torch_private.dispatch_modes()),
+        functorch=torch_private.functorch_level() is not None,
+        forward_ad=torch_private.forward_ad._current_level >= 0,
         tracing=torch.jit.is_tracing(),
         compiling=torch.compiler.is_compiling(),
-        restricted=not device.unrestricted(),
+        restricted=not torch_private.not_inside_sdpa_kernel(),
         empty=not foreign and any(0 in x.shape for x in tensors),
         capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),
-        deterministic=device.deterministic(),
+        deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,
         cached=settings.mode == "cached",
         spent=spent,

@@ -13,19 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.device import sdpa
 from fastattn.environment.errors import NoKernelError
+from fastattn.environment.torch_private import sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.problems import masks
-from fastattn.problems.call_key import (
-    Options,
-    as_structured,
-    check_block_mask_alone,
-    check_layout,
-    is_block_mask,
-    parse,
-)
+from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask
+from fastattn.problems.call_options import CallOptions, check_layout, parse_options
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import default_scale
 
@@ -54,7 +48,7 @@ def attention(
     accuracy: str | float | None = None,
 ) -> Any:
     """fastattn.attention, as it is traced."""
-    options = parse(
+    options = parse_options(
         {
             "dropout_p": dropout_p,
             "window": window,
@@ -84,7 +78,7 @@ def attention(
     return default(q, k, v, mask, layout, options)
 
 
-def stored(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: Options) -> str:
+def stored(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: CallOptions) -> str:
     """Name in CALLS of what the store says, "" where it says nothing, or a size is a symbol."""
     if not _is_static(q, k, v, mask):
         if options.kernel is not None:
@@ -99,7 +93,7 @@ def stored(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: Opt
 ASKED = ("is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "return_lse")
 
 
-def _asked(o: Options) -> tuple[Any, ...]:
+def _asked(o: CallOptions) -> tuple[Any, ...]:
     """ASKED of the options: plain values, which a graph can hold."""
     return o.is_causal, o.scale, o.kernel, o.accuracy, o.dropout_p, o.window, o.softcap, o.return_lse
 
@@ -139,7 +133,7 @@ def _is_static(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> bool:
     return True
 
 
-def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: Options) -> Any:
+def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptions) -> Any:
     """F.sdpa with our semantics, for any kind of tensor: what is served wherever nothing may be learnt.
 
     What F.sdpa cannot do is plain math, or flex_attention where the caller's own function is part of it.
@@ -197,7 +191,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, lower: int | None, upper: int | None, o: Options, gqa: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, lower: int | None, upper: int | None, o: CallOptions, gqa: bool
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -15,11 +15,12 @@ from fastattn.dispatch.circumstances import PASS, TUNE, Circumstances, decide, r
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import format_bytes, format_duration
-from fastattn.kernels.kernel import Accepted, Rejected
-from fastattn.planning import binding, candidates
-from fastattn.problems import call_key
+from fastattn.planning import binding, candidates, default_choice
+from fastattn.planning.decision import Accepted, Rejected
+from fastattn.problems import call_key, call_options
 from fastattn.problems.problem import Problem
-from fastattn.tuning import tune as tuning
+from fastattn.tuning.choose import MARGIN
+from fastattn.tuning.tune import is_crowded
 from fastattn.verdicts.verdict import Trial, Verdict
 
 
@@ -103,7 +104,7 @@ def _in_short(reason: str) -> str:
 
 def doubt_of(verdict: Verdict | None) -> str:
     """The mark behind a speed that is worth little; IN_DOUBT says what it means."""
-    return "?" if verdict is not None and tuning.is_crowded(verdict) else ""
+    return "?" if verdict is not None and is_crowded(verdict) else ""
 
 
 def errors_of(trial: Trial | None) -> str:
@@ -159,7 +160,7 @@ def explain(
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
     settings = current_settings()
-    parsed = call_key.parse(options, "explain", ("tune", "compiling"))
+    parsed = call_options.parse_options(options, "explain", ("tune", "compiling"))
     key = call_key.call_key(q, k, v, mask, layout, parsed)
     problem = Problem.from_key(key, settings.accuracy)
     if tune and not problem.is_custom:  # with the caller's own function there is nothing to choose
@@ -180,12 +181,12 @@ def of_problem(problem: Problem, kernel: str | None = None, circumstances: Circu
     if kernel is not None:
         served, why = fallback.ordered(kernel, problem, silicon, settings).name, "ordered"
     elif action == PASS or verdict is None:
-        last = binding.fallbacks(problem, silicon, settings, found)
-        plain = binding.plain_name(problem.softcap > 0 or problem.lse, problem.is_custom)
+        last = default_choice.fallbacks(problem, silicon, settings, found)
+        plain = default_choice.untuned_name(problem.softcap > 0 or problem.lse, problem.is_custom)
         served = plain if action == PASS else last[0].name if last else "nothing"
         untuned = "nothing else can" if problem.is_custom else "not tuned yet: the first call will"
         why = why if action != TUNE else untuned
-        not_default = binding.why_not_default(problem, silicon, settings, found)
+        not_default = default_choice.why_not_default(problem, silicon, settings, found)
         why = not_default if not_default and served != "default" and not problem.is_custom else why
         why = why if last or action == PASS else "no kernel can do this call: it raises NoKernelError"
     else:
@@ -234,8 +235,8 @@ def _why_kept(verdict: Verdict) -> str:
     others = [t for t in verdict.trials if t.candidate != verdict.incumbent and t.time_us and t.tombstone is None]
     best = min(others, key=lambda t: t.time_us or 0.0, default=None)
     gain = base.time_us / best.time_us if base and best and base.time_us and best.time_us else 0.0
-    if base is None or best is None or gain <= 1 + tuning.MARGIN:
-        return f"nothing was faster by more than {tuning.MARGIN:.0%}"
+    if base is None or best is None or gain <= 1 + MARGIN:
+        return f"nothing was faster by more than {MARGIN:.0%}"
     noise = 2 * max(base.noise or 0.0, best.noise or 0.0)
     worth = f"within the noise of {noise:.0%}" if gain <= 1 + noise else "in too few rounds to be sure"
     return f"{best.candidate} measured {gain:.2f}x, {worth}"
@@ -265,7 +266,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
 
     Arguments and errors are those of `fastattn.attention`.
     """
-    call_key.parse(options, "plan")
+    call_options.parse_options(options, "plan")
     served = resolve.attention(q, k, v, mask, layout, options)
     found = explain(q, k, v, mask, layout, **options)
     kv_lens = served.bucket[1:] if served.bucket else (found.problem.kv_len, found.problem.kv_len)

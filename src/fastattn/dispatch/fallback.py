@@ -13,11 +13,15 @@ from torch import Tensor
 from fastattn.dispatch import session
 from fastattn.environment.device import Device
 from fastattn.environment.errors import NoKernelError, is_sticky
-from fastattn.environment.settings import Settings, log, unknown_kernel
+from fastattn.environment.log import log
+from fastattn.environment.settings import Settings
+from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import registry
-from fastattn.kernels.kernel import Accepted, Kernel, Rejected
-from fastattn.planning import binding, candidates
+from fastattn.kernels.kernel import Kernel
+from fastattn.kernels.libraries import availability
+from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions import blocks
+from fastattn.planning.decision import Accepted, Rejected
 from fastattn.problems.call_key import CallKey
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
@@ -79,7 +83,7 @@ def _is_traceable(kernel: Kernel, name: str) -> bool:
 
 
 def _is_ready(kernel: Kernel) -> bool:
-    return kernel.compiles is None and candidates.is_loaded(kernel)
+    return kernel.compiles is None and availability.is_loaded(kernel)
 
 
 def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, settings: Settings) -> list[Accepted]:
@@ -88,7 +92,7 @@ def last_resorts(verdict: Verdict | None, problem: Problem, silicon: Device, set
     Raises NoKernelError, with every kernel's reasons, where none can do the problem.
     """
     decisions = candidates.decisions(problem, silicon, settings)
-    found = binding.fallbacks(problem, silicon, settings, decisions)
+    found = default_choice.fallbacks(problem, silicon, settings, decisions)
     if not found:
         why = "; ".join(f"{d.name}: {', '.join(d.reasons)}" for d in decisions if isinstance(d, Rejected))
         raise NoKernelError(f"no kernel can run {problem}: {why}", decisions)
@@ -145,7 +149,7 @@ def is_capturing(x: Tensor) -> bool:
 def _is_not_its_own(error: Exception) -> bool:
     """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
     is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    return is_hook or memory_use.is_exhausted(error) or is_sticky(error)
+    return is_hook or memory_use.is_out_of_memory(error) or is_sticky(error)
 
 
 def _rescue(

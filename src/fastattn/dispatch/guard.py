@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment import device
+from fastattn.environment import torch_private
 from fastattn.environment.settings import current_settings
 
 Probe = Callable[..., Any]
@@ -23,12 +23,12 @@ Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
 READERS: dict[str, Callable[[], Any]] = {
-    "deterministic": device.deterministic,
+    "deterministic": torch_private.deterministic,
     "grad": torch.is_grad_enabled,
     "threads": torch.get_num_threads,
-    "precision": device.precision,
-    "unrestricted": device.unrestricted,
-    **device.BACKEND_SWITCHES,
+    "precision": torch_private.precision,
+    "unrestricted": torch_private.not_inside_sdpa_kernel,
+    **torch_private.BACKEND_SWITCHES,
     "autocast_cpu": lambda: torch.get_autocast_dtype("cpu"),
     "autocast_cuda": lambda: torch.get_autocast_dtype("cuda"),
     "config": current_settings,
@@ -48,7 +48,7 @@ def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
         sizes[i][dim] = None
         for moving in _moving_strides(tensors[i], dim):
             strides[i][moving] = None
-    guards = device.private("tensor_guards")
+    guards = torch_private.private("tensor_guards")
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
@@ -67,7 +67,7 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
     def switches() -> tuple[Any, ...]:
         on = torch.is_autocast_enabled
         tracing = torch.jit.is_tracing()
-        return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), device.functorch_level(), tracing)
+        return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), torch_private.functorch_level(), tracing)
 
     dims = [free.get(i) for i in range(len(tensors))]
     want = [facts(x, dim) for x, dim in zip(tensors, dims, strict=True)]
@@ -140,7 +140,7 @@ def build(
     conditions += ["layout == LAYOUT", *_option_conditions(kw, values)]
     names = ", ".join(unique)
     # a default device changes where tensors are made, which no Call leaves to chance
-    mode = "only_default_device()" if device.only_default_device() else f"not has_torch_function({names})"
+    mode = "only_default_device()" if torch_private.only_default_device() else f"not has_torch_function({names})"
     conditions += [mode, "not dispatch_modes()", "forward_ad._current_level < 0"]
     conditions += [f"not {name}.is_nested" for name in unique]
     free: Sizes = {}
@@ -191,10 +191,10 @@ def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
 
 
 _CONSTANTS = {
-    "has_torch_function": device.has_torch_function,
-    "dispatch_modes": device.dispatch_modes,
-    "only_default_device": device.only_default_device,
-    "forward_ad": device.forward_ad,
+    "has_torch_function": torch_private.has_torch_function,
+    "dispatch_modes": torch_private.dispatch_modes,
+    "only_default_device": torch_private.only_default_device,
+    "forward_ad": torch_private.forward_ad,
 }
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastattn.dispatch import compiled
 from fastattn.dispatch.attention import Front
-from fastattn.environment.device import sdpa as torch_sdpa
-from fastattn.environment.settings import log
-from fastattn.problems.call_key import Options
+from fastattn.environment.log import log
+from fastattn.environment.torch_private import sdpa as torch_sdpa
+from fastattn.problems.call_options import CallOptions
 
 _front = Front()
 
@@ -69,7 +69,7 @@ def _traced(
         and not (attn_mask is not None and (is_causal or attn_mask.dim() == 3))
         and (enable_gqa or query.shape[1] == key.shape[1])
     ):  # fmt: skip
-        options = Options(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+        options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
         name = compiled.stored(query, key, value, attn_mask, "bhsd", options)
         if name:
             return compiled.CALLS[name](query, key, value, attn_mask)

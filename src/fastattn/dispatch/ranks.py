@@ -12,7 +12,8 @@ import torch
 
 from fastattn.dispatch import session
 from fastattn.environment.device import Device
-from fastattn.environment.settings import current_settings, log
+from fastattn.environment.log import log
+from fastattn.environment.settings import current_settings
 from fastattn.verdicts import store
 from fastattn.verdicts.verdict import Verdict
 

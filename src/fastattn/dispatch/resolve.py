@@ -12,21 +12,24 @@ from torch import Tensor
 
 from fastattn.dispatch import compiled, fallback, session
 from fastattn.dispatch.circumstances import PASS, TUNE, Circumstances, decide, may_remember, ranks, read_circumstances
-from fastattn.environment import device
-from fastattn.environment import settings as settings_module
-from fastattn.environment.device import Device, has_torch_function, sdpa
-from fastattn.environment.settings import Settings, current_settings, log
-from fastattn.kernels.kernel import Accepted
-from fastattn.planning import binding, candidates
+from fastattn.environment import torch_private, torch_state
+from fastattn.environment.device import Device
+from fastattn.environment.log import log
+from fastattn.environment.settings import Settings, current_settings, scopes_used
+from fastattn.environment.torch_private import has_torch_function, sdpa
+from fastattn.kernels.libraries import availability
+from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions import blocks
-from fastattn.problems import call_key, length_buckets, masks
-from fastattn.problems.call_key import CallKey, Options
+from fastattn.planning.decision import Accepted
+from fastattn.problems import call_key, call_options, length_buckets, masks
+from fastattn.problems.call_key import CallKey
+from fastattn.problems.call_options import CallOptions
 from fastattn.problems.layouts import TO_BHSD
 from fastattn.problems.problem import INT32, Problem, default_scale
-from fastattn.tuning import tune as tuning
 from fastattn.tuning.accuracy import dropout
-from fastattn.tuning.accuracy.judge import Errors, Judge, errors_of_custom, judge_of_call
-from fastattn.tuning.tune import tune_problem
+from fastattn.tuning.accuracy.budgets import Errors
+from fastattn.tuning.accuracy.judge import Judge, errors_of_custom, judge_of_call
+from fastattn.tuning.tune import is_lasting, tune_problem
 from fastattn.verdicts.verdict import Verdict
 
 
@@ -43,9 +46,9 @@ class Served(NamedTuple):
 
 def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any]) -> Served:
     """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
-    options = call_key.parse(given)
+    options = call_options.parse_options(given)
     settings = current_settings()
-    call_key.check_layout(layout)
+    call_options.check_layout(layout)
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = read_circumstances(call_key.tensors_of(q, k, v, mask), settings, session.is_spent(settings))
         if decide(circumstances)[0] == PASS and not (options.kernel and not circumstances.off):
@@ -85,17 +88,21 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, s
     if q.shape[1] != k.shape[1] and not enable_gqa:
         return own
     try:
-        key = call_key.call_key(q, k, v, mask, "bhsd", Options(is_causal=is_causal, scale=scale, dropout_p=dropout_p))
+        key = call_key.call_key(
+            q, k, v, mask, "bhsd", CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
+        )
     except (TypeError, ValueError, RuntimeError, IndexError):
         return own  # F.sdpa takes some of these, and says what is wrong with the others
     return _resolve(key, settings, circumstances, (q, k, v, mask))
 
 
-def _passed(why: str, layout: str, options: Options, is_custom: bool) -> Served:
+def _passed(why: str, layout: str, options: CallOptions, is_custom: bool) -> Served:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         return compiled.default(q, k, v, mask, layout, options)
 
-    return Served(call, binding.plain_name(options.softcap > 0 or options.return_lse, is_custom), why, remember=False)
+    return Served(
+        call, default_choice.untuned_name(options.softcap > 0 or options.return_lse, is_custom), why, remember=False
+    )
 
 
 def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
@@ -107,19 +114,19 @@ def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
     circumstances = Circumstances(
         off=settings.mode == "off",
         other_device=kind not in ("cpu", "cuda"),
-        restricted=not device.unrestricted(),
+        restricted=not torch_private.not_inside_sdpa_kernel(),
         empty=any(0 in s.shape for s in (q, k, v)),
-        deterministic=device.deterministic(),
+        deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,
         compiling=True,
     )
-    options = Options(**dict(zip(compiled.ASKED, asked, strict=True)))
+    options = CallOptions(**dict(zip(compiled.ASKED, asked, strict=True)))
     kernel = options.kernel
     action, why = decide(circumstances)
     if action == PASS and not (kernel and not circumstances.off):
         return ""
-    key = CallKey(q, k, v, mask, layout, options, device.state(kind))
-    call_key.check(key)
+    key = CallKey(q, k, v, mask, layout, options, torch_state.torch_state(kind))
+    call_key.check_call(key)
     problem, silicon = Problem.from_key(key, settings.accuracy), Device.of(q.device)
     if kernel is not None:
         chosen = fallback.ordered(kernel, problem, silicon, settings)
@@ -137,11 +144,13 @@ def traced_winner(facts: Any, layout: str, asked: tuple[Any, ...]) -> str:
     return name
 
 
-def spec_of(facts: tuple[Any, ...], layout: str) -> call_key.Spec:
+def spec_of(facts: tuple[Any, ...], layout: str) -> call_key.TensorSpec:
     """A Spec of the (b, h, s, d) view from (shape, stride, dtype, device, requires_grad) in a layout."""
     shape, stride, dtype, on, requires_grad = facts
     order = TO_BHSD[layout] if len(shape) == 4 else range(len(shape))
-    return call_key.Spec(tuple(shape[i] for i in order), tuple(stride[i] for i in order), dtype, on, requires_grad)
+    return call_key.TensorSpec(
+        tuple(shape[i] for i in order), tuple(stride[i] for i in order), dtype, on, requires_grad
+    )
 
 
 def _resolve(key: CallKey, settings: Settings, circumstances: Circumstances, given: tuple[Any, ...]) -> Served:
@@ -229,7 +238,7 @@ def _tune_once(
         if now_known is not None and now_known is not known:
             return now_known, "another thread has just tuned it"
         session.state.tuning.add(problem)
-    start, loaded = time.perf_counter(), candidates.loading_s
+    start, loaded = time.perf_counter(), availability.loading_s
     try:
         q, k, v, mask = _visible_part(key, given)
         scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
@@ -244,7 +253,7 @@ def _tune_once(
     finally:
         with session.state.lock:
             session.state.tuning.discard(problem)
-            session.state.spent_s += time.perf_counter() - start - (candidates.loading_s - loaded)
+            session.state.spent_s += time.perf_counter() - start - (availability.loading_s - loaded)
 
 
 def _visible_part(key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -283,12 +292,12 @@ def tune(problem: Problem, settings: Settings, on: torch.device | None = None, *
         torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext(),  # its streams and events are meant
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
         torch.autocast(on.type, enabled=False),
-        dropout.own_random(on) if problem.dropout else contextlib.nullcontext(),
+        dropout.preserve_rng(on) if problem.dropout else contextlib.nullcontext(),
         # not the caller's hooks (checkpointing, save_on_cpu): they would see, and pay for, our tensors
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
         verdict = tune_problem(problem, settings, device=on, **how)
-    session.keep(verdict, settings, Device.of(on), on_disk=tuning.is_lasting(verdict))
+    session.keep(verdict, settings, Device.of(on), on_disk=is_lasting(verdict))
     return verdict
 
 
@@ -322,7 +331,7 @@ def _reads(chosen: Accepted, problem: Problem, settings: Settings) -> tuple[str,
             reads.append("threads")
     if problem.autocast:
         reads.append(f"autocast_{problem.device}")
-    if settings_module.scopes_used:
+    if scopes_used:
         reads.append("config")
     return tuple(reads)
 
@@ -348,6 +357,6 @@ def _bucket(
         return None
     if not (key.mask is None or isinstance(key.mask, masks.Causal)):
         return None
-    low, high = length_buckets.bounds(problem.kv_len)
+    low, high = length_buckets.bucket_bounds(problem.kv_len)
     high = min(high, _longest(problem, key), high if left is None else left)
-    return (dim, low, high) if candidates.serves_range(chosen, problem, silicon, settings, low, high) else None
+    return (dim, low, high) if candidates.serves_kv_lens(chosen, problem, silicon, settings, low, high) else None

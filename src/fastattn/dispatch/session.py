@@ -16,10 +16,12 @@ import torch
 
 from fastattn.dispatch.circumstances import TUNE, Circumstances, decide, ranks
 from fastattn.environment.device import Device
-from fastattn.environment.settings import Settings, forget_calls, log
+from fastattn.environment.log import log
+from fastattn.environment.settings import Settings, forget_calls
 from fastattn.problems import length_buckets
 from fastattn.problems.problem import Problem
-from fastattn.tuning import tune as tuning
+from fastattn.tuning.freshness import is_stale
+from fastattn.tuning.tune import NOT_COMPILED, is_crowded, is_open
 from fastattn.verdicts import store
 from fastattn.verdicts.verdict import Verdict
 
@@ -145,7 +147,7 @@ def is_complete(verdict: Verdict | None, silicon: Device, settings: Settings, pr
         return True
     name = (settings.cache_dir, silicon, verdict.problem)
     if state.whole.get(name) is not verdict:  # installed libraries do not change while a process runs
-        if tuning.changed(verdict, silicon, settings):
+        if is_stale(verdict, silicon, settings):
             return False
         state.whole[name] = verdict
     return True
@@ -218,10 +220,10 @@ def complete(problem: Problem, settings: Settings, compiling: bool = False) -> V
     """
     silicon = Device.of(torch.device(problem.device))
     verdict = _stored(problem, silicon, settings)
-    if verdict is None or tuning.changed(verdict, silicon, settings):
+    if verdict is None or is_stale(verdict, silicon, settings):
         return None
-    is_open = any(tuning.is_open(t) or (compiling and t.reason == tuning.NOT_COMPILED) for t in verdict.trials)
-    return None if is_open or tuning.is_crowded(verdict) else verdict
+    left_open = any(is_open(t) or (compiling and t.reason == NOT_COMPILED) for t in verdict.trials)
+    return None if left_open or is_crowded(verdict) else verdict
 
 
 @contextmanager

@@ -16,7 +16,7 @@ MAX_FILE = 64 * 2**10
 NO_HOME = "there is no home directory to cache in"
 
 
-def default_directory() -> Path:
+def default_cache_directory() -> Path:
     """The user's cache directory. Raises OSError, which says why, where there is none.
 
     Never in /tmp, where anybody could have put files, unless XDG_CACHE_HOME says so.
@@ -37,11 +37,11 @@ def default_directory() -> Path:
     return found
 
 
-def layers(cache_dir: str | None) -> tuple[list[Path], str]:
+def cache_layers(cache_dir: str | None) -> tuple[list[Path], str]:
     """The directories that a Config's cache_dir means, the first is written; and why there is none, where there is none."""
     if cache_dir is None:
         try:
-            return [default_directory()], NO_HOME
+            return [default_cache_directory()], NO_HOME
         except OSError as error:
             return [], str(error)
     found = [Path(part).expanduser() for part in cache_dir.split(os.pathsep) if part]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastattn.kernels.kernel import Decision
+    from fastattn.planning.decision import Decision
 
 
 class FastattnError(Exception):

@@ -5,7 +5,7 @@ FASTATTN_CACHE_DIR   one directory, or several joined by os.pathsep: the first i
 FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one, "+name" adds one that is
                      considered only where it is named
 FASTATTN_MANIFEST    a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
-FASTATTN_QUIRKS      a file of known faults of kernels, added to those that are shipped (fastattn.kernels.known_faults)
+FASTATTN_KNOWN_FAULTS      a file of known faults of kernels, added to those that are shipped (fastattn.kernels.known_faults)
 FASTATTN_LOG         debug | info | warning | error: the level of the logger "fastattn"
 
 A variable that is empty is not set.
@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, NoReturn
+
+from fastattn.environment.log import log
+from fastattn.environment.text import unexpected_argument, unknown_kernel
 
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
@@ -29,11 +32,9 @@ VARIABLES = (
     "FASTATTN_CACHE_DIR",
     "FASTATTN_KERNELS",
     "FASTATTN_MANIFEST",
-    "FASTATTN_QUIRKS",
+    "FASTATTN_KNOWN_FAULTS",
     "FASTATTN_LOG",
 )
-
-log = logging.getLogger("fastattn")
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -50,28 +51,6 @@ def check_accuracy(value: Any) -> str | float:
     raise ValueError(f"accuracy must be 'exact', 'dtype' or a number above 0, got {value!r}")
 
 
-def unexpected_argument(function: str, name: str, valid: Iterable[str], hint: str = "") -> TypeError:
-    """The error for an argument that a function does not take; without a hint, the name that is nearest is one."""
-    from difflib import get_close_matches
-
-    valid = list(valid)
-    near = get_close_matches(name, valid, 1)
-    hint = hint or (f"did you mean {near[0]!r}?" if near else "")
-    return TypeError(
-        f"{function}() got an unexpected keyword argument {name!r};{hint and f' {hint}'} valid: {', '.join(valid)}"
-    )
-
-
-def unknown_kernel(name: str, known: Iterable[str]) -> ValueError:
-    """The error for a kernel that does not exist, with the name that is nearest."""
-    from difflib import get_close_matches
-
-    known = list(known)
-    near = get_close_matches(name, known, 1)
-    hint = f" did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown kernel {name!r};{hint} known: {', '.join(known)}")
-
-
 @dataclass(frozen=True, slots=True)
 class Settings:
     """All settings of one moment. `tune_budget` is in seconds for the whole process."""
@@ -82,7 +61,7 @@ class Settings:
     cache_dir: str | None = None
     tune_budget: float = 120.0
     manifest: str | None = None
-    quirks: str | None = None
+    known_faults: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -127,7 +106,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         kernels=kernels,
         cache_dir=environment.get("FASTATTN_CACHE_DIR") or None,
         manifest=environment.get("FASTATTN_MANIFEST") or None,
-        quirks=environment.get("FASTATTN_QUIRKS") or None,
+        known_faults=environment.get("FASTATTN_KNOWN_FAULTS") or None,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def format_bytes(count: float) -> str:
     """A number of bytes: "512 B", "18 MiB", "1.5 GiB"."""
@@ -20,3 +22,25 @@ def format_duration(us: float | None) -> str:
         if us >= step:
             return f"{us / step:.3g} {unit}" if us < 999.5 * step else f"{us / step:.0f} {unit}"
     return f"{us:.3g} us"
+
+
+def unexpected_argument(function: str, name: str, valid: Iterable[str], hint: str = "") -> TypeError:
+    """The error for an argument that a function does not take; without a hint, the name that is nearest is one."""
+    from difflib import get_close_matches
+
+    valid = list(valid)
+    near = get_close_matches(name, valid, 1)
+    hint = hint or (f"did you mean {near[0]!r}?" if near else "")
+    return TypeError(
+        f"{function}() got an unexpected keyword argument {name!r};{hint and f' {hint}'} valid: {', '.join(valid)}"
+    )
+
+
+def unknown_kernel(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a kernel that does not exist, with the name that is nearest."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    near = get_close_matches(name, known, 1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown kernel {name!r};{hint} known: {', '.join(known)}")

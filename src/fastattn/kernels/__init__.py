@@ -8,8 +8,8 @@ what is installed.
 from torch import Tensor
 
 from fastattn.environment.device import Device
-from fastattn.environment.settings import log
-from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, by_keyword, require
+from fastattn.environment.log import log
+from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
 from fastattn.kernels.limits import (
     BFLOAT16,
     FLASH_2_BACKWARD,
@@ -24,11 +24,11 @@ from fastattn.kernels.limits import (
     RefuseWhen,
 )
 from fastattn.kernels.plain_math import NEVER, fold, sdpa_math
-from fastattn.kernels.workspace import room
+from fastattn.kernels.workspace import scratch
 from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Arguments", "Backward", "Device",
-    "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Run", "Tensor", "additive", "as_4d", "as_bias", "by_keyword",
-    "fold", "log", "require", "room", "sdpa_math", "sees_nothing",
+    "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Run", "Tensor", "additive", "as_4d", "as_bias", "fold",
+    "log", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing",
 ]  # fmt: skip

@@ -13,29 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.environment.device import Device, private
-from fastattn.environment.settings import log
-from fastattn.kernels.limits import (
-    BFLOAT16,
-    FLASH_2_BACKWARD,
-    GRID,
-    NOT_EMPTY,
-    OWN_MASK,
-    PLANNED,
-    Forbid,
-    Need,
-    OneOf,
-    Range,
-    RefuseWhen,
-)
-from fastattn.kernels.workspace import room
-from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
-
-__all__ = [
-    "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Accepted", "Arguments", "Backward",
-    "Decision", "Device", "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Rejected", "Run", "Tensor",
-    "additive", "as_4d", "as_bias", "by_keyword", "log", "require", "room", "sees_nothing",
-]  # fmt: skip
+from fastattn.environment.torch_private import private
+from fastattn.kernels.limits import Need
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -59,7 +38,7 @@ class Arguments(NamedTuple):
     score_mod: Callable[..., Tensor] | None = None
     deterministic: bool = False  # the backward must give the same bits on every run
 
-    def beside(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
+    def window_sides(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
 
         It is how kernels of the bottom-right corner are told: right == 0 is their triangle.
@@ -125,33 +104,7 @@ class Kernel:
     needs: tuple[Need, ...] = ()
 
 
-class Accepted(NamedTuple):
-    """A candidate: a kernel with its conversions in the order they are applied."""
-
-    kernel: Kernel
-    conversions: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return "+".join((self.kernel.name, *self.conversions))
-
-
-class Rejected(NamedTuple):
-    """A kernel that cannot, with every reason. would: the candidate that only a known fault rules out."""
-
-    kernel: Kernel
-    reasons: tuple[str, ...]
-    would: Accepted | None = None
-
-    @property
-    def name(self) -> str:
-        return self.kernel.name
-
-
-Decision = Accepted | Rejected
-
-
-def require(name: str) -> Callable[..., Tensor]:
+def require_private(name: str) -> Callable[..., Tensor]:
     """torch's private entry point of that name in environment.device. Raises ImportError where this torch has it not."""
     found = private(name)
     if found is None:
@@ -159,7 +112,7 @@ def require(name: str) -> Callable[..., Tensor]:
     return found
 
 
-def by_keyword(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+def require_keywords(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """The library's function, once it is known to take these parameters by keyword: their order is no library's promise.
 
     Raises ImportError naming those it lacks; one that **kwargs would swallow is lacking.

@@ -1,6 +1,8 @@
-"""Quirks: cases in which a kernel is known to be wrong or to fail, as data: quirks.json, and the file FASTATTN_QUIRKS names.
+"""Cases in which a kernel is known to be wrong or to fail, as data.
 
-A quirk is an object:
+They stand in known_faults.json, and in the file that FASTATTN_KNOWN_FAULTS names.
+
+A known fault is an object:
   kernel    the kernel it holds for, or a list of them; "default" with `runs` is F.sdpa where torch would run that kernel
   versions  {"torch" | "cudnn" | "cuda" | "library": "2.11"}, each from one version on and before another: ">=2.11,<2.14"
   when      {field of Problem or "capability": value}; a value, a list of values, or {"min", "max", "multiple_of", "remainder"}
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.environment.device import Device
-from fastattn.kernels.libraries.catalogue import as_numbers
+from fastattn.kernels.libraries.catalogue import version_numbers
 from fastattn.problems.problem import Problem
 
 SHIPPED = Path(__file__).with_name("known_faults.json")
@@ -41,7 +43,7 @@ SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*")  # a part of what "versions" 
 
 
 @dataclass(frozen=True)
-class Quirk:
+class KnownFault:
     """One known fault of a kernel."""
 
     kernel: str | list[str]
@@ -76,16 +78,16 @@ class Quirk:
         return f"{self.reason} ({self.link})"
 
 
-def known(extra: str | None = None) -> tuple[Quirk, ...]:
-    """The quirks shipped, and those of the file `extra`. Raises ValueError that names a bad file, or a bad entry of it."""
+def known_faults(extra: str | None = None) -> tuple[KnownFault, ...]:
+    """Those that are shipped, and those of the file `extra`. Raises ValueError that names a bad file, or its bad entry."""
     return (*_read(str(SHIPPED)), *(_read(extra) if extra else ()))
 
 
-def ruled_out(
+def faults_that_hold(
     kernel: str, problem: Problem, device: Device, library: str, extra: str | None, runs: str = ""
 ) -> list[str]:
     """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
-    found = (q for q in known(extra) if kernel in q.kernels and q.runs == runs)
+    found = (q for q in known_faults(extra) if kernel in q.kernels and q.runs == runs)
     return [str(q) for q in found if q.holds(problem, device, library)]
 
 
@@ -95,18 +97,18 @@ def cudnn_version(number: int) -> str:
 
 
 @cache
-def _read(path: str) -> tuple[Quirk, ...]:
+def _read(path: str) -> tuple[KnownFault, ...]:
     try:
         rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the quirks of {path} cannot be read: {error}") from None
+        raise ValueError(f"the known faults of {path} cannot be read: {error}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"the quirks of {path} must be a list of objects, got {type(rows).__name__}")
+        raise ValueError(f"the known faults of {path} must be a list of objects, got {type(rows).__name__}")
     for at, row in enumerate(rows):
         why = _why_invalid(row)
         if why:
-            raise ValueError(f"quirk {at} of {path}: {why}")
-    return tuple(Quirk(**row) for row in rows)
+            raise ValueError(f"known fault {at} of {path}: {why}")
+    return tuple(KnownFault(**row) for row in rows)
 
 
 def _why_invalid(row: Any) -> str | None:
@@ -144,10 +146,10 @@ def _why_invalid(row: Any) -> str | None:
 def _in_versions(version: str, spec: str) -> bool:
     if not version:
         return False
-    here = as_numbers(version)
+    here = version_numbers(version)
     for part in (p.strip() for p in spec.split(",")):
         sign = next(s for s in COMPARE if part.startswith(s))
-        wanted = as_numbers(part.removeprefix(sign).strip())
+        wanted = version_numbers(part.removeprefix(sign).strip())
         if not COMPARE[sign](here[: len(wanted)] if sign in ("==", "<=", ">") else here, wanted):
             return False
     return True

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-ROOM_BYTES = 8 * 2**20  # the most that is kept under one name; what is larger is fresh
+KEPT_BYTES = 8 * 2**20  # the most that is kept under one name; what is larger is fresh
 
 
 class _Rooms(threading.local):
@@ -22,10 +22,10 @@ class _Rooms(threading.local):
 _rooms = _Rooms()
 
 
-def room(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised scratch of that shape on the CPU, valid until the same name is asked for again on this thread."""
     size = dtype.itemsize * math.prod(shape)
-    if size > ROOM_BYTES or torch.compiler.is_compiling():
+    if size > KEPT_BYTES or torch.compiler.is_compiling():
         return like.new_empty(shape, dtype=dtype)
     kept = _rooms.kept.get(name)
     if kept is None or kept.numel() < size:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.device import Device, sdpa
-from fastattn.environment.settings import Settings
-from fastattn.kernels import known_faults
-from fastattn.kernels.kernel import Accepted, Arguments, Decision, Kernel, Rejected, Run
-from fastattn.planning import candidates
-from fastattn.planning.conversions.table import BY_NAME, on_out
+from fastattn.environment.torch_private import sdpa
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.kernels.libraries import availability
+from fastattn.planning.conversions import BY_NAME
+from fastattn.planning.conversions.conversion import map_output
+from fastattn.planning.decision import Accepted
 from fastattn.problems import masks
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
-from fastattn.problems.problem import INT32, Problem, default_scale
+from fastattn.problems.problem import Problem, default_scale
 
 # call(q, k, v, mask) -> out, or (out, lse)
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
@@ -40,7 +40,7 @@ def bind(
     """
     if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not p.cut:
         return _direct_default(p, scale, structured, dropout_p)
-    step = candidates.load(candidate.kernel)
+    step = availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)
@@ -84,7 +84,7 @@ def _in_layout(step: Run, kernel: Kernel) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q, k, v = from_bhsd(q, layout), from_bhsd(k, layout), from_bhsd(v, layout)
-        return on_out(step(q, k, v, mask, a), lambda out: to_bhsd(out, layout))
+        return map_output(step(q, k, v, mask, a), lambda out: to_bhsd(out, layout))
 
     return run
 
@@ -128,7 +128,7 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call
         elif is_tensor and mask is not None and mask.dim() == 2:
             mask = mask[None, None]
         found = step(q, k, v, mask, now)
-        return on_out(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
+        return map_output(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
 
     return _under_autocast(call, p) if p.autocast else call
 
@@ -158,52 +158,3 @@ def _under_autocast(call: Call, p: Problem) -> Call:
             return call(cast(q), cast(k), cast(v), cast(mask) if isinstance(mask, Tensor) else mask)  # type: ignore[arg-type]
 
     return run
-
-
-# --- the fallback chain
-
-
-def plain_name(is_math: bool, is_custom: bool) -> str:
-    """What serves where nothing may be learnt: F.sdpa, or what takes a softcap, or the caller's own function."""
-    return "flex" if is_custom else "sdpa_math" if is_math else "default"
-
-
-def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
-    """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
-    could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our quirks
-    plain = {d.kernel.name for d in could if d is not None and is_native(d, d.kernel.name)}
-    order = ["torch_flash", "torch_efficient", "torch_math"]
-    if device.type == "cuda" and device.prefers_cudnn:
-        order.insert(0, "torch_cudnn")
-    return next((name for name in order if name in plain), "torch_math")
-
-
-def is_native(candidate: Accepted, kernel: str) -> bool:
-    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing."""
-    return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
-
-
-def fallbacks(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> list[Accepted]:
-    """What may always be run, in order: the default unless something names what it would run, then sdpa_math.
-
-    Where the caller's own function is part of the problem neither can, and whatever can do it serves.
-    """
-    default = candidates.by_name("default", found)
-    math = candidates.by_name("sdpa_math", found)
-    if why_not_default(p, device, config, found) is not None:
-        default = []
-    return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
-
-
-def why_not_default(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> str | None:
-    """Why the default must not be served untested: a quirk, int32 extents on CUDA, or unfused math past the memory limit."""
-    runs = default_runs(p, device, found)
-    faults = [d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.would is not None]
-    faults += [known_faults.ruled_out("default", p, device, device.torch, config.quirks, runs)]
-    if any(faults):
-        return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
-    if device.type == "cuda" and p.extent > INT32:
-        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
-    if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
-        return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
-    return None

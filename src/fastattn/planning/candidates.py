@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterable, Sequence
-from functools import cache
 from itertools import product
 
-import torch
-
-from fastattn.environment.cache_files import layers
 from fastattn.environment.device import Device
-from fastattn.environment.settings import Settings, current_settings
+from fastattn.environment.settings import Settings
 from fastattn.kernels import known_faults, registry
-from fastattn.kernels.kernel import Accepted, Decision, Kernel, Range, Rejected, Run
-from fastattn.kernels.libraries import catalogue, import_probe
-from fastattn.planning.conversions.table import BY_NAME, CONVERSIONS, NO, OPTIONAL, REQUIRED
+from fastattn.kernels.kernel import Kernel
+from fastattn.kernels.libraries import availability
+from fastattn.kernels.limits import Range
+from fastattn.planning.conversions import BY_NAME, CONVERSIONS
+from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
+from fastattn.planning.decision import Accepted, Decision, Rejected
 from fastattn.problems.problem import Problem
 
 
@@ -41,14 +38,16 @@ def decide(
     reasons = list(_reasons(kernel, problem, device, config))
     reasons += [answer for answer in answers.values() if answer not in (NO, OPTIONAL, REQUIRED)]
     if certain and not reasons:
-        reasons += [why] if (why := unavailable(kernel)) else []
+        reasons += [why] if (why := availability.why_unavailable(kernel)) else []
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
     choices = [_choices(name, answer) for name, answer in answers.items()]
     chosen = (tuple(name for name in names if name) for names in product(*choices))
-    chosen = (names for names in chosen if all(BY_NAME[name].beside in ("", *names) for name in names))
+    chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
     found: list[Decision] = [Accepted(kernel, names) for names in chosen]
-    faults = known_faults.ruled_out(kernel.name, problem, device, version(kernel.library) or "", config.quirks)
+    faults = known_faults.faults_that_hold(
+        kernel.name, problem, device, availability.library_version(kernel.library) or "", config.known_faults
+    )
     return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
 
 
@@ -101,16 +100,19 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Settings) -> It
         reason = need.why_not(p, device)
         if reason:
             yield reason
-    why = absent(kernel)
+    why = availability.why_absent(kernel)
     if why:
         yield why
 
 
-def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Settings, low: int, high: int) -> bool:
+def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, config: Settings, low: int, high: int) -> bool:
     """Whether a candidate that can do this problem can do it at every kv_len from low to high."""
     kernel = chosen.kernel
-    faults = [quirk for quirk in known_faults.known(config.quirks) if kernel.name in quirk.kernels]
-    if any(quirk.may_hold_between(low, high, problem, device, version(kernel.library) or "") for quirk in faults):
+    faults = [fault for fault in known_faults.known_faults(config.known_faults) if kernel.name in fault.kernels]
+    if any(
+        fault.may_hold_between(low, high, problem, device, availability.library_version(kernel.library) or "")
+        for fault in faults
+    ):
         return False
     asking = [need for need in kernel.needs if "kv_len" in (getattr(need, "text", "") or getattr(need, "field", ""))]
     walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between(low, high))]
@@ -120,92 +122,6 @@ def serves_range(chosen: Accepted, problem: Problem, device: Device, config: Set
 
 
 REMAINDERS = 64  # limits that ask for a length's remainder ask for one of this or a part of it
-
-
-def absent(kernel: Kernel) -> str | None:
-    """Why the kernel's library is not there in a version that works, by its metadata alone; torch's own is looked up whole."""
-    found = version(kernel.library)
-    if found is None:
-        return f"package {kernel.library} is not installed"
-    first, last = kernel.versions
-    if first and catalogue.as_numbers(found) < catalogue.as_numbers(first):
-        return f"package {kernel.library} {found} < {first}"
-    if last and catalogue.as_numbers(found) >= catalogue.as_numbers(last):
-        return f"package {kernel.library} {found} >= {last}, which is not known to work"
-    return unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
-
-
-_loaded: set[Kernel] = set()
-_broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
-loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
-
-
-@cache
-def unavailable(kernel: Kernel) -> str | None:
-    """Why the kernel's library cannot be used here: it is met in a child process, then imported. Seconds, the first time."""
-    global loading_s
-    why = absent(kernel) if kernel.library != "torch" else None
-    if why is not None:
-        return why
-    start = time.perf_counter()
-    try:
-        why = _met(kernel)
-        if why is None:
-            with torch.inference_mode(False):  # what a library makes on import must serve later calls too
-                load(kernel)
-    except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    loading_s += time.perf_counter() - start
-    if why is None:
-        return None
-    _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
-    return _broken[kernel]
-
-
-def _met(kernel: Kernel) -> str | None:
-    """Why importing the library would end this process; beside whatever other library is here."""
-    library = catalogue.of(kernel.library)
-    if library is None or library.module in sys.modules:
-        return None
-    others = [other.module for other in catalogue.LIBRARIES if other.module in sys.modules]
-    root, _ = layers(current_settings().cache_dir)
-    known = version(kernel.library) or ""
-    return import_probe.fatal(library.module, library.entry, known, root[0] if root else None, others, library.after)
-
-
-def forget() -> None:
-    """Look at the installed libraries anew."""
-    _broken.clear()
-    _loaded.clear()
-    for remembered in (version, load, unavailable):
-        remembered.cache_clear()
-
-
-@cache
-def load(kernel: Kernel) -> Run:
-    """The kernel's entry point, imported once. Raises whatever the library raises."""
-    run = kernel.load()
-    _loaded.add(kernel)
-    return run
-
-
-def is_loaded(kernel: Kernel) -> bool:
-    """Whether its library was imported in this process; torch's own are."""
-    return kernel.library == "torch" or kernel in _loaded
-
-
-@cache
-def version(library: str) -> str | None:
-    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
-    import importlib.metadata  # 5 ms, and only a miss needs it
-
-    known = catalogue.of(library)
-    if known is not None:
-        return (catalogue.installed(known) or (None, None))[1]
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def by_name(name: str, found: Iterable[Decision]) -> list[Accepted]:

@@ -1,114 +1,22 @@
-"""What the caller passed: options and tensors, checked, and the exact call key they make.
+"""The exact call key: all that one call is, without its values; it lives in memory only.
 
-The call key lives in memory only and determines everything that is decided below it. Mistakes that
-F.scaled_dot_product_attention also refuses raise the same type of error here, with the shapes in the message.
+Mistakes that F.scaled_dot_product_attention also refuses raise the same type of error here, with the shapes in the message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.environment import device
-from fastattn.environment.settings import check_accuracy, unexpected_argument
+from fastattn.environment import torch_state
 from fastattn.problems import masks
-from fastattn.problems.layouts import LAYOUTS, TO_BHSD, stride_class
-
-Float = (float, int)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
-
-    is_causal: bool = False
-    scale: float | None = None
-    kernel: str | None = None
-    accuracy: str | float | None = None  # None: the Config's
-    dropout_p: float = 0.0
-    window: masks.Window | None = None
-    softcap: float = 0.0
-    score_mod: Callable[..., Tensor] | None = None
-    return_lse: bool = False
-    # For options whose issue is not done, any value but the default raises NotImplementedError.
-    cu_seqlens_q: Any = None
-    cu_seqlens_kv: Any = None
-    max_q_len: Any = None
-    max_kv_len: Any = None
-    kv_lens: Any = None
-    page_table: Any = None
+from fastattn.problems.call_options import CallOptions, check_layout
+from fastattn.problems.layouts import TO_BHSD, stride_class
 
 
-NAMES = tuple(f.name for f in fields(Options))
-DEFAULTS = {f.name: f.default for f in fields(Options)}
-_LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
-_VALID = ("mask", "layout", *(name for name in NAMES if name not in _LATER))
-# What other attention functions call it.
-_ELSEWHERE = {
-    **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
-    **dict.fromkeys(("softmax_scale", "sm_scale"), "scale"),
-    "window_size": "window",
-    "logits_soft_cap": "softcap",
-}
-_HINTS = {
-    "enable_gqa": "it is not needed, GQA follows from the shapes;",
-    **{name: f"did you mean {ours!r}?" for name, ours in _ELSEWHERE.items()},
-}
-
-
-def parse(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> Options:
-    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option.
-
-    function: whose arguments they are; more: what it takes beside attention's.
-    """
-    for name, value in given.items():
-        if name not in DEFAULTS:
-            raise unexpected_argument(function, name, (*_VALID, *more), _HINTS.get(name, ""))
-        if name in _LATER and value is not None:
-            raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
-    options = Options(**given)
-    _check_type("is_causal", options.is_causal, bool, "bool")
-    _check_type("return_lse", options.return_lse, bool, "bool")
-    if options.scale is not None:
-        _check_type("scale", options.scale, Float, "float or None")
-    if options.kernel is not None:
-        _check_type("kernel", options.kernel, str, "a name or None")
-    _check_type("softcap", options.softcap, Float, "float")
-    if not 0 <= options.softcap < float("inf"):
-        raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
-    _check_type("dropout_p", options.dropout_p, Float, "float")
-    if not 0 <= options.dropout_p <= 1:  # F.sdpa's type of error
-        raise RuntimeError(f"attention(): dropout_p must be between 0 and 1, got {options.dropout_p}")
-    if options.score_mod is not None and not callable(options.score_mod):
-        raise TypeError(f"attention(): score_mod must be a function or None, got {type(options.score_mod).__name__}")
-    if options.score_mod is not None and options.softcap:
-        raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
-    if options.accuracy is not None:
-        options = replace(options, accuracy=check_accuracy(options.accuracy))
-    return options if options.window is None else replace(options, window=_window(options.window))
-
-
-def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        raise TypeError(f"attention(): {name} must be {wanted}, got {type(value).__name__}")
-
-
-def _window(given: Any) -> masks.Window | None:
-    """(left, right) with -1 for no limit; None where neither side has one."""
-    sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
-    if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
-        raise ValueError(
-            "attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit;"
-            f" got {given!r}"
-        )
-    return None if sides == (-1, -1) else sides
-
-
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor without its values; shape and stride are those of the (b, h, s, d) view."""
 
     shape: tuple[int, ...]
@@ -122,21 +30,21 @@ class Spec(NamedTuple):
 class CallKey(NamedTuple):
     """All that one call is, without its values."""
 
-    q: Spec
-    k: Spec
-    v: Spec
+    q: TensorSpec
+    k: TensorSpec
+    v: TensorSpec
     mask: Any  # a Spec, masks.Causal, a BlockMask or None
     layout: str
-    options: Options
-    state: device.State
+    options: CallOptions
+    state: torch_state.TorchState
 
 
-def spec(x: Tensor, layout: str = "bhsd") -> Spec:
+def tensor_spec(x: Tensor, layout: str = "bhsd") -> TensorSpec:
     shape, stride = tuple(x.shape), x.stride()
     if layout != "bhsd":
         order = TO_BHSD[layout]
         shape, stride = tuple(shape[i] for i in order), tuple(stride[i] for i in order)
-    return Spec(shape, stride, x.dtype, x.device, x.requires_grad, x.data_ptr() % 16 == 0)
+    return TensorSpec(shape, stride, x.dtype, x.device, x.requires_grad, x.data_ptr() % 16 == 0)
 
 
 def as_structured(mask: Any) -> Any:
@@ -151,14 +59,7 @@ def tensors_of(q: Any, k: Any, v: Any, mask: Any) -> list[Any]:
     return [q, k, v, *([mask] if isinstance(mask, Tensor) and as_structured(mask) is mask else [])]
 
 
-def check_layout(layout: Any) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if layout == "thd":
-        raise NotImplementedError("attention(): layout='thd' is not implemented yet")
-
-
-def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: Options) -> CallKey:
+def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOptions) -> CallKey:
     """The key of this call. Raises what F.scaled_dot_product_attention raises for the same mistake."""
     check_layout(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -170,19 +71,19 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: Options) -
     if structured is not mask:
         _check_bias_lengths(mask, q, k, layout)
     key = CallKey(
-        spec(q, layout),
-        spec(k, layout),
-        spec(v, layout),
-        spec(structured) if isinstance(structured, Tensor) else structured,
+        tensor_spec(q, layout),
+        tensor_spec(k, layout),
+        tensor_spec(v, layout),
+        tensor_spec(structured) if isinstance(structured, Tensor) else structured,
         layout,
         options,
-        device.state(q.device.type),
+        torch_state.torch_state(q.device.type),
     )
-    check(key)
+    check_call(key)
     return key
 
 
-def check(key: CallKey) -> None:
+def check_call(key: CallKey) -> None:
     """Raise what F.scaled_dot_product_attention raises for the same mistake."""
     _check_tensors(key)
     _check_mask(key)
@@ -223,7 +124,7 @@ def _one_dtype(key: CallKey, dtypes: tuple[torch.dtype, ...]) -> bool:
     return len({after_autocast(dtype, key.state) for dtype in dtypes}) == 1
 
 
-def after_autocast(dtype: torch.dtype, state: device.State) -> torch.dtype:
+def after_autocast(dtype: torch.dtype, state: torch_state.TorchState) -> torch.dtype:
     """The dtype F.sdpa computes in: autocast casts every float tensor but float64."""
     if state.autocast is None or not dtype.is_floating_point or dtype is torch.float64:
         return dtype
@@ -237,7 +138,7 @@ def _check_mask(key: CallKey) -> None:
     if is_block_mask(mask):
         _check_block_mask(key)
         return
-    if not isinstance(mask, Spec):
+    if not isinstance(mask, TensorSpec):
         raise TypeError(
             "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks, one of"
             f" torch.nn.attention.bias's causal biases or a flex BlockMask, got {type(mask).__name__}"
@@ -294,7 +195,7 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def check_block_mask_alone(options: Options) -> None:
+def check_block_mask_alone(options: CallOptions) -> None:
     """Raises ValueError where a BlockMask comes with what it could hold itself."""
     if options.is_causal or options.window:
         raise ValueError(
@@ -311,7 +212,7 @@ def _check_bias_lengths(bias: Any, q: Tensor, k: Tensor, layout: str) -> None:
         )
 
 
-def mask_class(mask: Spec, q: Spec, kv_len: int) -> tuple[str, str]:
+def mask_class(mask: TensorSpec, q: TensorSpec, kv_len: int) -> tuple[str, str]:
     """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
     shape = (1,) * (4 - len(mask.shape)) + mask.shape
     stride = (0,) * (4 - len(mask.shape)) + mask.stride

@@ -14,7 +14,7 @@ CHURN = 4  # a family that has shown more than this many different lengths is ch
 
 
 @lru_cache(1024)
-def bounds(length: int) -> tuple[int, int]:
+def bucket_bounds(length: int) -> tuple[int, int]:
     """(lowest, highest) length of the bucket that holds `length`."""
     if length <= 0:
         return 0, 0
@@ -29,9 +29,9 @@ def bounds(length: int) -> tuple[int, int]:
     raise AssertionError("unreachable: the edges grow without bound")
 
 
-def canonical(length: int) -> int:
+def canonical_length(length: int) -> int:
     """The length at which the bucket of `length` is verified and timed."""
-    edge = bounds(length)[1]
+    edge = bucket_bounds(length)[1]
     return edge if edge <= 16 else edge - 1
 
 

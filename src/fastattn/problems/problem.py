@@ -12,7 +12,7 @@ import torch
 from fastattn.environment.device import Device
 from fastattn.environment.settings import check_accuracy
 from fastattn.problems import length_buckets, masks
-from fastattn.problems.call_key import CallKey, Spec, after_autocast, captures_grad, is_block_mask, mask_class
+from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
 from fastattn.problems.layouts import stride_class
 
 INT32 = 2**31 - 1
@@ -93,8 +93,8 @@ class Problem:
             window = None if window[0] < 0 else (window[0], -1)  # to the right the triangle ends it
         if corner == "bottom_right" and q_len == 1 and window is None:
             corner = None  # one query at the bottom right sees every key
-        tensors = [s for s in (q, k, v, mask) if isinstance(s, Spec)]
-        dense = mask if isinstance(mask, Spec) else None
+        tensors = [s for s in (q, k, v, mask) if isinstance(s, TensorSpec)]
+        dense = mask if isinstance(mask, TensorSpec) else None
         shape, mask_strides = mask_class(dense, q, kv_len) if dense else ("", "")
         scale = key.options.scale
         cast = state.autocast is not None and any(s.dtype is not after_autocast(s.dtype, state) for s in tensors)
@@ -191,10 +191,10 @@ class Problem:
         """The problem that stands for this one's bucket: its lengths are canonical (fastattn.problems.length_buckets)."""
         if lengths == "exact":
             return self
-        kv_len = length_buckets.canonical(self.kv_len)
+        kv_len = length_buckets.canonical_length(self.kv_len)
         if lengths == "kv":
             return replace(self, kv_len=kv_len, lengths="kv")
-        q_len = length_buckets.canonical(self.q_len)
+        q_len = length_buckets.canonical_length(self.q_len)
         if q_len == kv_len and self.q_len < self.kv_len:  # one bucket, yet not square: the causal corner still matters
             q_len = max(1, q_len - 1)
         elif q_len == kv_len and self.q_len > self.kv_len:
@@ -306,7 +306,7 @@ _KINDS: dict[str, Any] = {
 _JSON_FIELDS = {n: _KINDS[str(f.type)] for n, f in Problem.__dataclass_fields__.items() if f.compare}
 
 
-def _has_aligned_rows(s: Spec) -> bool:
+def _has_aligned_rows(s: TensorSpec) -> bool:
     return all(n == 1 or step * s.dtype.itemsize % 16 == 0 for n, step in zip(s.shape[:3], s.stride[:3], strict=True))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Usage(NamedTuple):
+class CpuUsage(NamedTuple):
     """Seconds of CPU time since some moment, by all programs and by this process, and the time then."""
 
     everyone: float
@@ -16,7 +16,7 @@ class Usage(NamedTuple):
     now: float
 
 
-def usage() -> Usage | None:
+def read_cpu_usage() -> CpuUsage | None:
     """Read now; None where the system does not tell (anything but Linux)."""
     try:
         with open("/proc/stat", encoding="ascii") as lines:
@@ -29,15 +29,17 @@ def usage() -> Usage | None:
     user, nice, kernel, _idle, _waiting, interrupts, soft, stolen = ticks  # stolen: the machine's other guests
     everyone = (user + nice + kernel + interrupts + soft + stolen) / ticks_a_second
     own = os.times()
-    return Usage(everyone, own.user + own.system, time.perf_counter())
+    return CpuUsage(everyone, own.user + own.system, time.perf_counter())
 
 
-class Crowd:
+class CpuContention:
     """How crowded the machine was since this was made."""
 
-    def __init__(self, threads: int, cores: int | None = None, read: Callable[[], Usage | None] | None = None) -> None:
+    def __init__(
+        self, threads: int, cores: int | None = None, read: Callable[[], CpuUsage | None] | None = None
+    ) -> None:
         self._threads, self._cores = threads, cores or os.cpu_count() or 1
-        self._read = read or usage
+        self._read = read or read_cpu_usage
         self._start = self._read()
 
     def lacking(self) -> float:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def free(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Bytes that may still be had on a device; infinite where the system does not tell."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -31,12 +31,12 @@ def free(device: torch.device) -> float:
         return float("inf")
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, in whichever of torch's ways."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def release(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Give back what failed attempts left behind, so that it does not stand in the way of the next."""
     gc.collect()
     if device.type == "cuda":
@@ -95,7 +95,7 @@ def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
         yield
 
 
-def measure(run: Callable[[], Any], inputs: list[Tensor], compiles: bool = False) -> tuple[Any, int, int]:
+def measure_memory(run: Callable[[], Any], inputs: list[Tensor], compiles: bool = False) -> tuple[Any, int, int]:
     """(what it returned, temporary bytes at the peak, bytes saved for backward), inputs and outputs left out of both.
 
     compiles: what it runs is compiled, which a dispatch mode would switch off.

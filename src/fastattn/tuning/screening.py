@@ -11,29 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.cache_files import layers
+from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.errors import is_sticky
-from fastattn.environment.settings import current_settings, log
-from fastattn.kernels.kernel import Accepted
-from fastattn.kernels.libraries import crash_notes
-from fastattn.planning import binding, candidates
+from fastattn.environment.log import log
+from fastattn.environment.settings import current_settings
+from fastattn.kernels.libraries import availability, crash_notes
+from fastattn.planning import binding
+from fastattn.planning.decision import Accepted
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
-from fastattn.tuning import stopwatch as timing
 from fastattn.tuning.accuracy import dropout
-from fastattn.tuning.accuracy import probes as samples
-from fastattn.tuning.accuracy.judge import Errors, judges, summary
-from fastattn.tuning.stopwatch import Stopwatch
+from fastattn.tuning.accuracy.budgets import Errors
+from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
+from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
+from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch, Timing
 from fastattn.verdicts.verdict import Trial
 
-HOPELESS = 3.0  # a first run this many times slower than the incumbent ends a candidate
+TOO_SLOW = 3.0  # a first run this many times slower than the incumbent ends a candidate
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 NO_ROOM = "not tried: too little memory is free"
 
 
 @dataclass(slots=True)
-class Entrant:
+class TrialInProgress:
     """A candidate on its way through a tuning."""
 
     candidate: Accepted
@@ -44,7 +45,7 @@ class Entrant:
     saved: int | None = None
     first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
     first_run: float = 0.0  # seconds of the first timed run at the problem's own size
-    timing: timing.Timing = field(default_factory=timing.Timing)
+    timing: Timing = field(default_factory=Timing)
 
     def trial(self) -> Trial:
         timed = bool(self.timing.samples) and self.reason is None
@@ -59,7 +60,7 @@ class Entrant:
             temporary_bytes=self.temporary,
             saved_bytes=self.saved,
             first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
-            library=library_of(self.candidate),
+            library=library_tag(self.candidate),
         )
 
 
@@ -67,7 +68,7 @@ def _rounded(error: float | None) -> float | None:
     return None if error is None else round(min(error, 1e9), 4)
 
 
-def library_of(candidate: Accepted) -> str:
+def library_tag(candidate: Accepted) -> str:
     """The name and version a trial is filed under."""
     kernel = candidate.kernel
     told = [
@@ -75,44 +76,44 @@ def library_of(candidate: Accepted) -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith(kernel.environment or ("\0",))
     ]
-    return " ".join([kernel.library, str(candidates.version(kernel.library)), *told])
+    return " ".join([kernel.library, str(availability.library_version(kernel.library)), *told])
 
 
-class Race:
+class Screening:
     """The tensors and the reference that all candidates of one problem share."""
 
     def __init__(self, problem: Problem, device: torch.device, clock: Stopwatch, default_runs: str) -> None:
         self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
-        self.reduced = samples.reduced(problem)
-        self.scale = None if problem.scale == "positive" else samples.scale_of(problem)
-        self.judged = judges(problem, device)
-        self.sample = samples.plain(problem, device)
+        self.reduced = probe_problem(problem)
+        self.scale = None if problem.scale == "positive" else stand_in_scale(problem)
+        self.judged = judges_of_problem(problem, device)
+        self.sample = plain_sample(problem, device)
         self._rate = dropout.RATE if problem.dropout else 0.0
-        self._cache = next(iter(layers(current_settings().cache_dir)[0]), None)
+        self._cache = next(iter(cache_layers(current_settings().cache_dir)[0]), None)
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
-    def admit(self, entrant: Entrant, incumbent: bool = False) -> None:
+    def admit(self, entrant: TrialInProgress, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
         candidate, what = entrant.candidate, None
-        entrant.reason = candidates.unavailable(candidate.kernel) or self._too_large(candidate, incumbent)
+        entrant.reason = availability.why_unavailable(candidate.kernel) or self._too_large(candidate, incumbent)
         if candidate.kernel.library != "torch":
-            what = f"{candidate.name} of {library_of(candidate)}: {self.problem.digest}"
-            entrant.reason = entrant.reason or crash_notes.ended(self._cache, what)
+            what = f"{candidate.name} of {library_tag(candidate)}: {self.problem.digest}"
+            entrant.reason = entrant.reason or crash_notes.crashed_before(self._cache, what)
         if entrant.reason is not None:
             return
         try:
-            with crash_notes.noted(self._cache, what) if what else contextlib.nullcontext():
+            with crash_notes.leave_note(self._cache, what) if what else contextlib.nullcontext():
                 self._admit(entrant, incumbent)
         except Exception as error:
             if is_sticky(error):
                 log.error("kernel %s broke the CUDA context on %s", entrant.candidate.name, self.problem)
                 raise
-            is_memory = memory_use.is_exhausted(error)
+            is_memory = memory_use.is_out_of_memory(error)
             entrant.reason = f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
         else:
             return
         if is_memory:  # only now: the exception held what the kernel had made
-            memory_use.release(self.device)
+            memory_use.release_memory(self.device)
 
     def _too_large(self, candidate: Accepted, incumbent: bool) -> str | None:
         """Why a kernel that writes the scores down is not even tried: to find out may be what breaks the process."""
@@ -122,12 +123,12 @@ class Race:
             return None
         if p.unfused_bytes > p.memory_limit and not incumbent:
             return f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
-        room = FREE_SHARE * memory_use.free(self.device)
+        room = FREE_SHARE * memory_use.free_bytes(self.device)
         return f"{NO_ROOM}: {p.unfused_bytes} temporary bytes > {room:.0f}" if p.unfused_bytes > room else None
 
-    def _admit(self, entrant: Entrant, incumbent: bool) -> None:
+    def _admit(self, entrant: TrialInProgress, incumbent: bool) -> None:
         candidate, s = entrant.candidate, self.sample
-        entrant.errors = summary(self.judged, self._timed_once(entrant))
+        entrant.errors = worst_errors(self.judged, self._timed_once(entrant))
         if self.problem.dropout:
             entrant.errors = self._dropped(candidate).worst(entrant.errors)
         if not entrant.errors.passed:
@@ -140,7 +141,9 @@ class Race:
             run()
             entrant.first_call = self.clock.now() - start
         start = self.clock.now()
-        _, entrant.temporary, entrant.saved = memory_use.measure(run, inputs, candidate.kernel.compiles is not None)
+        _, entrant.temporary, entrant.saved = memory_use.measure_memory(
+            run, inputs, candidate.kernel.compiles is not None
+        )
         entrant.first_run = self.clock.now() - start
         used, limit = max(entrant.temporary, entrant.saved), self.problem.memory_limit
         if not incumbent and used > limit:
@@ -151,15 +154,15 @@ class Race:
             entrant.first_run = self.clock.time(run, 1)
         if self._fastest is None or entrant.first_run < self._fastest[0]:
             self._fastest = (entrant.first_run, candidate.name)
-        elif entrant.first_run > HOPELESS * self._fastest[0]:
-            entrant.reason = f"more than {HOPELESS:g} x slower than {self._fastest[1]} at the first run"
+        elif entrant.first_run > TOO_SLOW * self._fastest[0]:
+            entrant.reason = f"more than {TOO_SLOW:g} x slower than {self._fastest[1]} at the first run"
 
     def _dropped(self, candidate: Accepted) -> Errors:
-        small = dropout.problem_of(self.problem)
+        small = dropout.dropout_problem(self.problem)
         call, without = (binding.bind(candidate, small, self.scale, dropout_p=p) for p in (dropout.RATE, 0.0))
-        return dropout.check(call, without, small, self.device)
+        return dropout.check_dropout(call, without, small, self.device)
 
-    def _timed_once(self, entrant: Entrant) -> binding.Call:
+    def _timed_once(self, entrant: TrialInProgress) -> binding.Call:
         call = binding.bind(entrant.candidate, self.reduced, self.scale)
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
@@ -186,9 +189,9 @@ class Race:
         return run
 
     @staticmethod
-    def round_s(alive: list[Entrant]) -> float:
+    def round_s(alive: list[TrialInProgress]) -> float:
         """About how long one round of all takes."""
-        return sum(max(e.first_run, timing.SAMPLE_S) for e in alive)
+        return sum(max(e.first_run, SAMPLE_S) for e in alive)
 
     def close(self) -> None:
         self.judged.clear()

@@ -93,7 +93,7 @@ class Timing:
         return max(0.0, min(upper) / max(lower) - 1.0) if max(lower) else 0.0
 
 
-def compare(
+def time_interleaved(
     calls: Mapping[str, Callable[[], object]], clock: Stopwatch, seconds: float, keep_within: float = 1.5
 ) -> dict[str, Timing]:
     """Time all calls in interleaved rounds for about `seconds`; hopeless ones leave after the first rounds.

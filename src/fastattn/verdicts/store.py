@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastattn.environment.cache_files import NO_HOME, layers, make_directory, publish, read_safely
+from fastattn.environment.cache_files import NO_HOME, cache_layers, make_directory, publish, read_safely
 from fastattn.environment.device import Device
-from fastattn.environment.settings import Settings, log
+from fastattn.environment.log import log
+from fastattn.environment.settings import Settings
 from fastattn.problems.problem import Problem
 from fastattn.verdicts.verdict import SCHEMA, Verdict
 
@@ -32,7 +33,7 @@ SET_ONE = "set FASTATTN_CACHE_DIR"
 
 def of(config: Settings) -> Store:
     """The store that a Config asks for: the first directory is written, the others are only read."""
-    return Store(*layers(config.cache_dir))
+    return Store(*cache_layers(config.cache_dir))
 
 
 class Store:

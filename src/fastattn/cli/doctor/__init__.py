@@ -17,7 +17,7 @@ from fastattn.cli.doctor.faults import Fault
 from fastattn.cli.doctor.machine import Machine, this_machine
 from fastattn.cli.doctor.redaction import redacted
 from fastattn.cli.doctor.rows import Row
-from fastattn.environment.settings import log
+from fastattn.environment.log import log
 from fastattn.kernels import registry
 from fastattn.kernels.libraries import catalogue, import_probe
 from fastattn.verdicts import store

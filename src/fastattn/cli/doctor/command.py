@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 import fastattn
-from fastattn.cli.doctor import Layer, Report, Row, examine
+from fastattn.cli.doctor import Report, examine
+from fastattn.cli.doctor.cache import Layer
+from fastattn.cli.doctor.rows import Row
 from fastattn.cli.tables import console, print_json
 from fastattn.environment.text import format_bytes
 from fastattn.kernels.libraries import import_probe

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastattn.cli.doctor.cache import Layer
 from fastattn.cli.doctor.machine import Machine
 from fastattn.cli.doctor.rows import Row
-from fastattn.dispatch import attention as api
+from fastattn.dispatch.attention import attention
 from fastattn.environment.settings import VARIABLES, Settings, current_settings, from_environment, options
 from fastattn.verdicts import store
 
@@ -59,7 +59,7 @@ def of_answers(machine: Machine) -> list[Fault]:
         try:
             x = torch.linspace(-2, 2, 256, device=kind).view(1, 2, 16, 8)
             with options(mode="cached"):
-                out = api.attention(x, x, x, kernel="sdpa_math")
+                out = attention(x, x, x, kernel="sdpa_math")
             exact = x.double()
             wrong = (out - F.scaled_dot_product_attention(exact, exact, exact)).abs().max().item()
             what = f"its answer is off by {wrong:.1g}" if not wrong < 1e-4 else None

@@ -10,9 +10,8 @@ from fastattn.cli.doctor.machine import Machine
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
-from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.libraries import availability, catalogue, import_probe
 from fastattn.kernels.libraries.catalogue import Library
-from fastattn.planning import candidates
 
 NOT_INSTALLED = "not installed"
 
@@ -32,10 +31,10 @@ class Row:
 
 def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
     """Its row; what is installed is imported in a child process."""
-    found = catalogue.installed(library)
+    found = catalogue.installed_distribution(library)
     why = [] if found else [NOT_INSTALLED]
     why += _of_hardware(*library.sm, machine)
-    error = import_probe.why_not(library.module, library.entry, timeout_s, library.after) if found else None
+    error = import_probe.why_import_fails(library.module, library.entry, timeout_s, library.after) if found else None
     fix = library.repair if error else None if found else library.install
     if error:
         why.append(error)
@@ -70,7 +69,7 @@ def of_kernel(name: str, machine: Machine, settings: Settings, found: Sequence[R
     reasons = [] if not all(why) else list(dict.fromkeys(reason for reasons in why for reason in reasons))
     if name not in registry.FALLBACKS and not settings.allows(name):
         reasons.append("FASTATTN_KERNELS leaves it out")
-    version = candidates.version(rows[0].library)
+    version = availability.library_version(rows[0].library)
     return Row(name, version is not None, version, None, not reasons, tuple(reasons))
 
 
@@ -85,10 +84,10 @@ def _why_not(kernel: Kernel, machine: Machine, found: Sequence[Row]) -> list[str
     if all(refused):
         return refused[0]
     if kernel.library == "torch":
-        missing = candidates.unavailable(kernel)
+        missing = availability.why_unavailable(kernel)
         return [missing] if missing else []
     rows = [row for row, library in zip(found, catalogue.LIBRARIES, strict=True) if _brings(library, kernel)]
     if rows:
         return list(rows[0].why_not)
-    why = candidates.absent(kernel)  # a plugin's package
+    why = availability.why_absent(kernel)  # a plugin's package
     return [why] if why else ["considered only where it is named"] if kernel.opt_in else []

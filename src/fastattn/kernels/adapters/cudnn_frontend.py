@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernels import GRID, Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernels import GRID, Arguments, Device, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, require_keywords
 
 FIRST = 91002  # 9.10.2
 
@@ -16,7 +16,7 @@ FIRST = 91002  # 9.10.2
 def load() -> Run:
     import cudnn  # pyright: ignore[reportMissingImports]
 
-    attend = by_keyword(
+    attend = require_keywords(
         cudnn.sdpa_torch, "query", "key", "value", "scale", "is_causal", "causal_bottom_right", "window_left",
         "window_right", "return_lse",
     )  # fmt: skip

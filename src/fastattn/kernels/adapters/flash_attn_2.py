@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastattn.kernels import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernels import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, require_keywords
 
 INF = float("inf")
 
@@ -24,13 +24,13 @@ def load() -> Run:
 
 def of(function: Callable[..., Any]) -> Run:
     """Its flash_attn_func, wherever it comes from."""
-    attend = by_keyword(
+    attend = require_keywords(
         function, "q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "deterministic",
         "return_attn_probs",
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        left, right = a.beside(q.shape[1], k.shape[1])
+        left, right = a.window_sides(q.shape[1], k.shape[1])
         found = attend(
             q=q,
             k=k,

@@ -25,7 +25,7 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
-    by_keyword,
+    require_keywords,
 )
 
 INF = float("inf")
@@ -39,14 +39,14 @@ def of(function: Callable[..., Any]) -> Run:
     """Its flash_attn_func, wherever it comes from."""
     import torch
 
-    attend = by_keyword(
+    attend = require_keywords(
         function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic",
     )  # fmt: skip
     asks_lse = "return_attn_probs" in inspect.signature(function).parameters
     is_compiling = torch.compiler.is_compiling
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        left, right = a.beside(q.shape[1], k.shape[1])
+        left, right = a.window_sides(q.shape[1], k.shape[1])
         found = attend(
             q=q, k=k, v=v,
             softmax_scale=a.scale,

@@ -23,7 +23,7 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
-    by_keyword,
+    require_keywords,
 )
 
 
@@ -40,12 +40,12 @@ def of(function: Callable[..., Any]) -> Run:
     here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
         raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
-    attend = by_keyword(
+    attend = require_keywords(
         function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        left, right = a.beside(q.shape[1], k.shape[1])
+        left, right = a.window_sides(q.shape[1], k.shape[1])
         out, lse = attend(
             q=q,
             k=k,

@@ -18,7 +18,18 @@ import math
 from functools import cache, partial
 from typing import Any
 
-from fastattn.kernels import NOT_EMPTY, PLANNED, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, by_keyword
+from fastattn.kernels import (
+    NOT_EMPTY,
+    PLANNED,
+    Arguments,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    require_keywords,
+)
 
 INF = float("inf")
 WORKSPACE_BYTES = 128 * 2**20
@@ -29,7 +40,7 @@ TOLD = ("causal", "window_left", "logits_soft_cap", "sm_scale")
 def load_single(backend: str) -> Run:
     from flashinfer import single_prefill_with_kv_cache  # type: ignore[attr-defined]
 
-    attend = by_keyword(
+    attend = require_keywords(
         single_prefill_with_kv_cache, "q", "k", "v", "custom_mask", "kv_layout", "backend", "return_lse", *TOLD
     )
 
@@ -54,10 +65,10 @@ def load_ragged(backend: str) -> Run:
     import torch
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper as Wrapper  # type: ignore[attr-defined]
 
-    by_keyword(Wrapper, "float_workspace_buffer", "kv_layout", "backend")
+    require_keywords(Wrapper, "float_workspace_buffer", "kv_layout", "backend")
     sizes = ("qo_indptr", "kv_indptr", "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "q_data_type")
-    by_keyword(Wrapper.plan, *sizes, *TOLD)
-    by_keyword(Wrapper.run, "q", "k", "v", "return_lse")
+    require_keywords(Wrapper.plan, *sizes, *TOLD)
+    require_keywords(Wrapper.run, "q", "k", "v", "return_lse")
     plans: dict[Any, Any] = {}
     captured: dict[Any, Any] = {}  # a graph goes on to read a plan's memory
 
@@ -91,7 +102,7 @@ def load_ragged(backend: str) -> Run:
 
 
 def told(q: Tensor, k: Tensor, a: Arguments) -> dict[str, Any]:
-    left, right = a.beside(q.shape[1], k.shape[1])
+    left, right = a.window_sides(q.shape[1], k.shape[1])
     return dict(zip(TOLD, (right == 0, -1 if left is None else left, a.softcap, a.scale), strict=True))
 
 

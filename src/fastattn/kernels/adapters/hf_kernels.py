@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastattn.kernels import Kernel, OneOf, Run, by_keyword
+from fastattn.kernels import Kernel, OneOf, Run, require_keywords
 from fastattn.kernels.adapters import flash_attn_2, flash_attn_3, flash_attn_4, sageattention
 
 WHERE = (
@@ -32,7 +32,7 @@ def load(repository: str, of: Callable[[Any], Run]) -> Run:
     """of: what makes a run of the kernel's module."""
     from kernels import get_local_kernel  # pyright: ignore[reportMissingImports]
 
-    get = by_keyword(get_local_kernel, "repo_path")
+    get = require_keywords(get_local_kernel, "repo_path")
     cache = _cache()
     reasons = []
     for snapshot in snapshots(repository, cache):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernels import NEVER, Arguments, Backward, Kernel, OneOf, Range, Run, Tensor, additive, fold, room
+from fastattn.kernels import NEVER, Arguments, Backward, Kernel, OneOf, Range, Run, Tensor, additive, fold, scratch
 
 
 def in_room(name: str, x: Tensor) -> Tensor:
     """x in float32."""
     import torch
 
-    return room(name, x, tuple(x.shape), torch.float32).copy_(x)
+    return scratch(name, x, tuple(x.shape), torch.float32).copy_(x)
 
 
 def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
@@ -22,7 +22,7 @@ def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arg
     import torch
 
     n, rows, kv_len = q3.shape[0], q3.shape[1], k3.shape[1]
-    scores = room("scores", q3, (n, rows, kv_len), q3.dtype)
+    scores = scratch("scores", q3, (n, rows, kv_len), q3.dtype)
     view = scores.view(*q.shape[:3], kv_len)
     if mask is None or a.softcap:
         torch.baddbmm(scores, q3, k3.mT, beta=0, alpha=a.scale, out=scores)
@@ -78,7 +78,7 @@ def finished(q: Tensor, v: Tensor, scores: Tensor, mask: Tensor | None, a: Argum
     lse = torch.logsumexp(scores, -1).float().view(q.shape[:3]) if a.lse else None
     weights = softmax(scores, all_rows_see(q.shape[2], v.shape[2], mask, a))
     if half:
-        weights = room("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights)
+        weights = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights)
     out = torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
     return out if lse is None else (out, lse)
 
@@ -138,16 +138,16 @@ def load_backward() -> Backward:
         if a.softcap:  # d/ds of c tanh(s/c) is 1 - tanh^2; hidden keys have no weight whatever it says
             slope = 1 - (torch.bmm(wide_q, wide_k.mT).mul_(a.scale / a.softcap)).tanh_().square_()
         weights = softmax(scores, all_rows_see(q.shape[2], k.shape[2], mask, a))
-        half = room("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights) if is_half else weights
+        half = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights) if is_half else weights
         dv = torch.bmm(half.mT, grad3)
         wide_grad, wide_v = (in_room("q", grad3), in_room("k", v3)) if is_half else (grad3, v3)
-        dscores = room("dscores", q3, tuple(weights.shape), wide)
+        dscores = scratch("dscores", q3, tuple(weights.shape), wide)
         delta = torch.linalg.vecdot(wide_grad, out.reshape(grad3.shape).to(wide))
         torch.baddbmm(delta[..., None].expand_as(dscores), wide_grad, wide_v.mT, beta=-1, out=dscores)
         dscores.mul_(weights)
         raw = dscores.view(*q.shape[:3], k.shape[2])  # what a mask that is added to the scores gets
         inner = dscores if slope is None else dscores * slope
-        half = room("weights", v3, tuple(weights.shape), v3.dtype).copy_(inner) if is_half else inner
+        half = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(inner) if is_half else inner
         dq = torch.bmm(half, k3).mul_(a.scale)
         dk = torch.bmm(half.mT, q3).mul_(a.scale)
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), raw

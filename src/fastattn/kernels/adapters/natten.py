@@ -22,7 +22,7 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
-    by_keyword,
+    require_keywords,
 )
 
 HALF = ("float16", "bfloat16")
@@ -38,7 +38,7 @@ def load(backend: str) -> Run:
         except ModuleNotFoundError:
             raise ImportError("this natten was built without libnatten, which has the kernels") from None
         raise ImportError("this natten does not use its libnatten, which has the kernels")
-    attend = by_keyword(
+    attend = require_keywords(
         natten.attention, "query", "key", "value", "is_causal", "scale", "backend", "backward_kv_splits", "return_lse"
     )
     is_split = backend == "cutlass-fmha"  # its backward splits the keys, and adds what comes of it in any order

@@ -30,7 +30,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     as_4d,
-    by_keyword,
+    require_keywords,
 )
 
 INF = float("inf")
@@ -41,7 +41,7 @@ HIDDEN = -60000.0  # float16 has it, and it is above the -1e6 that keys past the
 def load_1() -> Run:
     from sageattention import sageattn  # type: ignore[attr-defined]
 
-    attend = by_keyword(sageattn, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "smooth_k")
+    attend = require_keywords(sageattn, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "smooth_k")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         keys = {"k": k - k.mean(dim=1, keepdim=True), "smooth_k": False}  # smooth_k=True does it to the caller's k
@@ -68,7 +68,7 @@ def of_2(core: Any, name: str, built: str = "", **more: Any) -> Run:
     if built and not getattr(core, built, True):
         raise ImportError(f"{name} was not built for this GPU: sageattention.core.{built} is False")
     function = getattr(core, name)
-    attend = by_keyword(function, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "return_lse", *more)
+    attend = require_keywords(function, "q", "k", "v", "tensor_layout", "is_causal", "sm_scale", "return_lse", *more)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         given = {**more, "is_causal": a.upper == 0, "sm_scale": a.scale, "return_lse": a.lse}
@@ -89,7 +89,7 @@ def of_2(core: Any, name: str, built: str = "", **more: Any) -> Run:
 def load_3() -> Run:
     from sageattn3 import sageattn3_blackwell  # type: ignore[import-not-found]
 
-    attend = by_keyword(sageattn3_blackwell, "q", "k", "v", "is_causal")
+    attend = require_keywords(sageattn3_blackwell, "q", "k", "v", "is_causal")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         more = a.scale * q.shape[3] ** 0.5  # beside its own, which is that of the padded head_dim

@@ -22,13 +22,13 @@ from fastattn.kernels import (
     Run,
     Tensor,
     as_bias,
-    require,
-    sees_nothing,  # fmt: skip
+    require_private,
+    sees_nothing,
 )
 
 
 def load_flash() -> Run:
-    flash = require("cuda_flash")
+    flash = require_private("cuda_flash")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         out, lse, *_ = flash(
@@ -43,7 +43,7 @@ def load_flash() -> Run:
 
 
 def load_efficient() -> Run:
-    efficient = require("cuda_efficient")
+    efficient = require_private("cuda_efficient")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         b, h, s, kv_len = *q.shape[:3], k.shape[2]
@@ -66,7 +66,7 @@ def load_efficient() -> Run:
 
 
 def load_cudnn() -> Run:
-    cudnn = require("cuda_cudnn")
+    cudnn = require_private("cuda_cudnn")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         out, lse, *_ = cudnn(

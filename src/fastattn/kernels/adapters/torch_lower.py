@@ -26,8 +26,8 @@ from fastattn.kernels import (
     Run,
     Tensor,
     as_bias,
-    by_keyword,
-    require,
+    require_keywords,
+    require_private,
     sees_nothing,
 )
 
@@ -35,14 +35,14 @@ INF = float("inf")
 
 
 def load_flash() -> Run:
-    flash = by_keyword(
-        require("cuda_flash_forward"), "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
+    flash = require_keywords(
+        require_private("cuda_flash_forward"), "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p",
         "is_causal", "return_debug_mask", "scale", "window_size_left", "window_size_right",
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q_len, kv_len = q.shape[1], k.shape[1]
-        left, right = (-1 if n is None else n for n in a.beside(q_len, kv_len))
+        left, right = (-1 if n is None else n for n in a.window_sides(q_len, kv_len))
         out, lse, *_ = flash(
             query=q, key=k, value=v, cum_seq_q=None, cum_seq_k=None, max_q=q_len, max_k=kv_len, dropout_p=a.dropout_p,
             is_causal=right == 0, return_debug_mask=False, scale=a.scale, window_size_left=left, window_size_right=right,
@@ -62,7 +62,7 @@ def load_varlen() -> Run:
     def entry() -> Any:  # a second to import: for whoever runs it
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-        attend = by_keyword(
+        attend = require_keywords(
             varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale",
             "window_size", "enable_gqa",
         )  # fmt: skip
@@ -73,7 +73,7 @@ def load_varlen() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-        left, right = (-1 if n is None else n for n in a.beside(q_len, kv_len))
+        left, right = (-1 if n is None else n for n in a.window_sides(q_len, kv_len))
         attend, aux_request = entry()
         found = attend(
             query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1),
@@ -96,8 +96,8 @@ def natural(lse: Tensor) -> Tensor:
 
 
 def load_efficient() -> Run:
-    efficient = by_keyword(
-        require("cuda_efficient_forward"), "query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k",
+    efficient = require_keywords(
+        require_private("cuda_efficient_forward"), "query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k",
         "max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type", "compute_log_sumexp", "scale", "window_size",
     )  # fmt: skip
 

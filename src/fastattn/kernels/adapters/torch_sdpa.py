@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernels import NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, require, sees_nothing
+from fastattn.kernels import NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, require_private, sees_nothing
 
 
 def load_default() -> Run:
-    sdpa = require("sdpa")
+    sdpa = require_private("sdpa")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
         return sdpa(q, k, v, mask, a.dropout_p, a.upper is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -21,7 +21,7 @@ def load_default() -> Run:
 
 
 def load_cpu_flash() -> Run:
-    flash = require("cpu_flash")
+    flash = require_private("cpu_flash")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         out, lse = flash(q, k, v, 0.0, a.upper is not None, attn_mask=mask, scale=a.scale)
@@ -36,7 +36,7 @@ def load_cpu_flash() -> Run:
 
 
 def load_math() -> Run:
-    math = require("math")
+    math = require_private("math")
     return lambda q, k, v, mask, a: math(
         q, k, v, mask, a.dropout_p, a.upper is not None, scale=a.scale, enable_gqa=q.shape[1] != k.shape[1]
     )[0]

@@ -29,7 +29,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     as_4d,
-    by_keyword,
+    require_keywords,
 )
 
 INF = float("inf")
@@ -57,11 +57,11 @@ def load(which: int) -> Run:
     from transformer_engine.pytorch.attention import dot_product_attention as te  # pyright: ignore[reportMissingImports]
 
     made = ("softmax_scale", "attention_dropout", *(("deterministic",) if which != UNFUSED else ()))
-    build: Any = by_keyword(getattr(te.backends, CLASSES[which]), *made)
-    by_keyword(getattr(build, "_forward", build.forward), *TAKES[which])
-    describe = by_keyword(te.utils.AttentionParams, *ASKED)
-    ask = by_keyword(te.utils.get_attention_backend, "attention_params")
-    lengths = by_keyword(te.utils.get_full_cu_seqlens, "batch_size", "max_seqlen", "device")
+    build: Any = require_keywords(getattr(te.backends, CLASSES[which]), *made)
+    require_keywords(getattr(build, "_forward", build.forward), *TAKES[which])
+    describe = require_keywords(te.utils.AttentionParams, *ASKED)
+    ask = require_keywords(te.utils.get_attention_backend, "attention_params")
+    lengths = require_keywords(te.utils.get_full_cu_seqlens, "batch_size", "max_seqlen", "device")
     parameters = inspect.signature(describe).parameters
     says_letters = (
         parameters["core_attention_bias_shape"].default is not None
@@ -119,7 +119,7 @@ def _band(a: Arguments, q_len: int, kv_len: int) -> tuple[str, tuple[int, int], 
     """(attn_mask_type, window_size, bottom_right_diagonal)."""
     if a.lower is None and a.upper is None:
         return "no_mask", (-1, -1), True
-    left, right = a.beside(q_len, kv_len)
+    left, right = a.window_sides(q_len, kv_len)
     bottom_right = right == 0 or not (a.lower or 0) <= 0 <= (a.upper or 0)
     if not bottom_right:
         left, right = None if a.lower is None else -a.lower, a.upper

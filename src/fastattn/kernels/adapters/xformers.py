@@ -27,7 +27,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     as_bias,
-    by_keyword,
+    require_keywords,
     sees_nothing,
 )
 
@@ -58,15 +58,15 @@ def load(name: str, where: str = "xformers.ops.fmha") -> Run:
             else ""
         )
         raise ImportError(f"its {name} operator was not built{why}")
-    forward = by_keyword(fmha.memory_efficient_attention_forward, *INPUTS)
-    with_lse = by_keyword(fmha.memory_efficient_attention_forward_requires_grad, *INPUTS)
-    with_graph = by_keyword(fmha.memory_efficient_attention, *INPUTS)
+    forward = require_keywords(fmha.memory_efficient_attention_forward, *INPUTS)
+    with_lse = require_keywords(fmha.memory_efficient_attention_forward_requires_grad, *INPUTS)
+    with_graph = require_keywords(fmha.memory_efficient_attention, *INPUTS)
 
     def bias_of(q: Tensor, k: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         b, q_len, h, kv_len = *q.shape[:3], k.shape[1]
         if mask is not None:
             return as_bias(mask, q, (b, h, q_len, kv_len))
-        left, right = a.beside(q_len, kv_len)
+        left, right = a.window_sides(q_len, kv_len)
         if left is None and right is None:
             return None
         if left is None and right == 0:

@@ -146,17 +146,17 @@ LIBRARIES = (
 )
 
 
-def of(distribution: str) -> Library | None:
+def library_of(distribution: str) -> Library | None:
     """The library that a distribution brings, if it is one of those above."""
     return next((library for library in LIBRARIES if distribution in library.distributions), None)
 
 
-def as_numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """The numbers a version begins with: "2.13.0+cu130" is (2, 13, 0), "4.0.0b36" is (4, 0, 0)."""
     return tuple(int(n) for n in re.match(r"\d*(?:\.\d+)*", version)[0].split(".") if n)  # type: ignore[index]
 
 
-def installed(library: Library) -> tuple[str, str] | None:
+def installed_distribution(library: Library) -> tuple[str, str] | None:
     """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
     for name in library.distributions:
         try:

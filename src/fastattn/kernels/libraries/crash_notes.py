@@ -18,7 +18,7 @@ from fastattn.environment.errors import is_sticky
 
 
 @contextmanager
-def noted(root: Path | None, what: str) -> Generator[None]:
+def leave_note(root: Path | None, what: str) -> Generator[None]:
     """Leave a note while `what` is tried, and behind a sticky CUDA error. root: the cache; without one nothing is noted."""
     path = _path(root, what)
     if path is not None:
@@ -36,7 +36,7 @@ def noted(root: Path | None, what: str) -> Generator[None]:
                 path.unlink()
 
 
-def ended(root: Path | None, what: str) -> str | None:
+def crashed_before(root: Path | None, what: str) -> str | None:
     """Why not to try `what`: a process that tried it is gone, and has left its note."""
     path = _path(root, what)
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fastattn.environment.cache_files import make_directory, publish, read_safely
-from fastattn.environment.settings import log
+from fastattn.environment.log import log
 
 TIMEOUT_S = 60.0  # a large library on a cold disk takes 20
 ENDED, HANGS = "importing it ended the process", "importing it did not end"
@@ -47,7 +47,7 @@ os._exit(0)
 """
 
 
-def fatal(
+def why_import_crashes(
     module: str, entry: str, version: str, root: Path | None, beside: Sequence[str] = (), after: Sequence[str] = ()
 ) -> str | None:
     """How importing a module would end or hang this process; None where it does not, or merely raises.
@@ -59,7 +59,7 @@ def fatal(
     answer = _remembered(memory)
     if answer is None:
         log.info("%s is tried in a child process, as it is new here", module)
-        why = why_not(module, entry, beside=(*after, *beside)) or ""
+        why = why_import_fails(module, entry, beside=(*after, *beside)) or ""
         answer = why if why.startswith((ENDED, HANGS)) else ""
         is_its_own = not answer.startswith((HANGS, *KILLED))
         if memory is not None and is_its_own:
@@ -88,7 +88,7 @@ def _remembered(memory: Path | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_not(module: str, entry: str, timeout_s: float = TIMEOUT_S, beside: Sequence[str] = ()) -> str | None:
+def why_import_fails(module: str, entry: str, timeout_s: float = TIMEOUT_S, beside: Sequence[str] = ()) -> str | None:
     """Why `from module import entry` fails here, or None if it works. beside: modules to import first."""
     if not sys.executable or getattr(sys, "frozen", False):  # an application would start itself
         return None

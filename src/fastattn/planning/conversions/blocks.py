@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.problems import length_buckets
 from fastattn.problems.layouts import empty_in_order, memory_order
 from fastattn.problems.problem import Problem
 
 IN_BLOCKS = {"chunks", "recompute", "by_heads"}  # conversions with a loop, which a traced graph would have unrolled
-# Answers of Conversion.when; any other string is the reason why the kernel cannot do the problem.
-NO, OPTIONAL, REQUIRED = "no", "optional", "required"
 
 CHUNK_BYTES = 4 * 2**20  # of float32 scores at once: they stay in a core's second-level cache
 FEW_ROWS = 64  # of queries to a kv head: with more of them the products are most of the work
@@ -172,7 +171,7 @@ def are_copies_all(p: Problem) -> bool:
     """Whether copies of the keys and values, in float32, are most of the work, and too large to be made at once: decoding."""
     few = p.group * p.q_len <= FEW_ROWS and p.device == "cpu" and not p.needs_grad
     heads = length_buckets.canonical_batch(p.batch) * p.kv_heads  # all of a bucket is decided alike
-    return few and heads * _copied(length_buckets.canonical(p.kv_len), p.head_dim, p.head_dim_v) > 2 * CAST_BYTES
+    return few and heads * _copied(length_buckets.canonical_length(p.kv_len), p.head_dim, p.head_dim_v) > 2 * CAST_BYTES
 
 
 def _copied(kv_len: int, head_dim: int, head_dim_v: int) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.device import functorch_level, is_batched
+from fastattn.environment.torch_private import functorch_level, is_batched
 from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
-from fastattn.planning.conversions.blocks import NO, REQUIRED, blocks_of, forward
+from fastattn.planning.conversions.blocks import blocks_of, forward
+from fastattn.planning.conversions.conversion import NO, REQUIRED
 from fastattn.problems.layouts import memory_order
 from fastattn.problems.problem import Problem
 

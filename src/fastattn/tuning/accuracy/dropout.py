@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import Problem
-from fastattn.tuning.accuracy import probes as samples
-from fastattn.tuning.accuracy.judge import Errors, Judge
+from fastattn.tuning.accuracy.budgets import Errors
+from fastattn.tuning.accuracy.judge import Judge
+from fastattn.tuning.accuracy.probes import Sample, plain_sample, stand_in_scale
 
 RATE = (
     0.1  # what is checked and timed, as the rate is no part of a problem; no sixteenth, to which some kernels round it
@@ -29,7 +30,7 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
 @contextmanager
-def own_random(device: torch.device, seed: int | None = None) -> Generator[None]:
+def preserve_rng(device: torch.device, seed: int | None = None) -> Generator[None]:
     """torch's generators are put back afterwards: the caller's random numbers are not used up."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:  # torch.manual_seed would reach every GPU
@@ -39,7 +40,7 @@ def own_random(device: torch.device, seed: int | None = None) -> Generator[None]
         yield
 
 
-def problem_of(p: Problem) -> Problem:
+def dropout_problem(p: Problem) -> Problem:
     """The small problem that is checked."""
     strides = tuple("contiguous" if cls == "expanded" else cls for cls in p.strides)
     return p.replace(
@@ -48,25 +49,25 @@ def problem_of(p: Problem) -> Problem:
     )  # fmt: skip
 
 
-def check(call: Call, without: Call, p: Problem, device: torch.device) -> Errors:
+def check_dropout(call: Call, without: Call, p: Problem, device: torch.device) -> Errors:
     """The errors of a call with dropout RATE on p, made by problem_of; without: the same kernel's call with no dropout.
 
     Raises ValueError where it is no fair dropout.
     """
-    sample = samples.plain(p, device)
+    sample = plain_sample(p, device)
     seen = _weights(without, sample, seed=1) > 0
     first, second = (_weights(call, sample, seed) > 0 for seed in (1, 2))
     _check_fair(first, second, seen)
 
     def again(*given: Any) -> Any:
-        with own_random(device, seed=1):
+        with preserve_rng(device, seed=1):
             return call(*given)
 
     drop = torch.where(seen, first / (1.0 - RATE), 1.0)
-    return Judge(sample, samples.scale_of(p), drop=drop).errors(again)
+    return Judge(sample, stand_in_scale(p), drop=drop).errors(again)
 
 
-def _weights(call: Call, s: samples.Sample, seed: int) -> Tensor:
+def _weights(call: Call, s: Sample, seed: int) -> Tensor:
     """(q_heads, q_len, kv_len) weights as the call uses them, head_dim_v keys a run."""
     p = s.problem
     parts: list[Tensor] = []
@@ -75,7 +76,7 @@ def _weights(call: Call, s: samples.Sample, seed: int) -> Tensor:
         ones = torch.zeros(p.kv_len, p.head_dim_v, dtype=s.v.dtype, device=s.v.device)
         ones[start : start + width, :width] = torch.eye(width)
         v = from_bhsd(ones.repeat(1, p.kv_heads, 1, 1), p.layout)
-        with own_random(s.v.device, seed), torch.no_grad():
+        with preserve_rng(s.v.device, seed), torch.no_grad():
             found = call(s.q.detach(), s.k.detach(), v, None if s.mask is None else s.mask.detach())
         out = found[0] if p.lse else found
         parts.append(to_bhsd(out, p.layout)[0, ..., :width].double())

@@ -43,34 +43,14 @@ from torch import Tensor
 from fastattn.problems import masks
 from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
-from fastattn.tuning.accuracy import probes as samples
 from fastattn.tuning.accuracy import reference
-from fastattn.tuning.accuracy.probes import Sample
+from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
+from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, probe_sample, stand_in_scale
 
-ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 ROWS = 192
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """The largest errors found, in budgets; backward is None where no gradient is wanted."""
-
-    forward: float
-    backward: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.forward <= 1.0 and (self.backward is None or self.backward <= 1.0)
-
-    def worst(self, other: Errors | None) -> Errors:
-        """The larger of both, part by part."""
-        if other is None:
-            return self
-        backward = [e for e in (self.backward, other.backward) if e is not None]
-        return Errors(max(self.forward, other.forward), max(backward) if backward else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +106,18 @@ class Judge:
         shrink = 2.0**-29 if dtype is torch.float64 else 1.0  # float64 math errs like float32 math, 2^29 times less
 
         def error(got: Tensor, want: Tensor) -> Tensor:
-            return (_round(got, dtype if shrink == 1.0 else torch.float32) - want).abs() * shrink
+            return (rounded_to(got, dtype if shrink == 1.0 else torch.float32) - want).abs() * shrink
 
-        rows = _row_budget(exact, error(rounded.out, exact.out).amax(-1), p, shrink)
+        rows = row_budget(exact, error(rounded.out, exact.out).amax(-1), p, shrink)
         gradients = {}
         if exact.gradients is not None and rounded.gradients is not None:
-            most = _score_size(exact)
+            most = score_size(exact)
             allowed = accuracy if isinstance(accuracy, float) else u + 2.0**-24 * shrink * most
             of_dq, of_dk, of_dv = exact.gradients.cancelling(u, most)
             for name, cancelling in (("dq", of_dq), ("dk", of_dk), ("dv", of_dv)):
                 want = getattr(exact.gradients, name)
-                e32 = _most(error(getattr(rounded.gradients, name), want))
-                gradients[name] = (want, 3 * (e32 + allowed * _most(want) + cancelling))
+                e32 = largest(error(getattr(rounded.gradients, name), want))
+                gradients[name] = (want, 3 * (e32 + allowed * largest(want) + cancelling))
         if (
             not p.mask_grad and exact.gradients is not None
         ):  # its matrices are large, and only a mask's gradient needs them
@@ -160,8 +140,8 @@ class Judge:
         # The terms of a broadcast sum are rounded one by one, and delta comes from the rounded output.
         spread = [g.weights * g.delta[..., None] if g.sizes is None else g.sizes for g in parts]
         sizes = over_rows(torch.cat([g.dmask.abs() + s for g, s in zip(parts, spread, strict=True)]))
-        most = max(_score_size(head.exact) for head in self.heads)
-        return want, 3 * (u + min(2.0**-24, u) * most) * _most(sizes)
+        most = max(score_size(head.exact) for head in self.heads)
+        return want, 3 * (u + min(2.0**-24, u) * most) * largest(sizes)
 
     def errors(self, call: Call) -> Errors:
         """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
@@ -181,7 +161,7 @@ class Judge:
         g = p.group
         for h, head in enumerate(self.heads):
             error = (got[h * g : (h + 1) * g].double() - head.exact.out).abs().amax(-1)
-            forward = max(forward, _in_budgets(error, head.rows))
+            forward = max(forward, in_budgets(error, head.rows))
             if lse is not None:
                 forward = max(forward, self._lse(lse.detach()[0, h * g : (h + 1) * g], head))
         if self.grad is None:
@@ -195,7 +175,7 @@ class Judge:
         hidden = head.exact.lse == float("-inf")
         if not torch.equal(lse == float("-inf"), hidden):
             return float("inf")
-        return _in_budgets((lse.double() - head.exact.lse).masked_fill(hidden, 0.0).abs(), head.lse)
+        return in_budgets((lse.double() - head.exact.lse).masked_fill(hidden, 0.0).abs(), head.lse)
 
     def _backward(self, out: Tensor) -> float:
         s, p, g = self.sample, self.sample.problem, self.sample.problem.group
@@ -208,21 +188,21 @@ class Judge:
             mine = mine if self.rows is None else mine[:, self.rows]
             for name, got in (("dq", mine), ("dk", dk[h]), ("dv", dv[h])):
                 want, budget = head.gradients[name]
-                worst = max(worst, _in_budgets((got.double() - want).abs(), torch.tensor(budget)))
+                worst = max(worst, in_budgets((got.double() - want).abs(), torch.tensor(budget)))
         if self._mask_grad is not None:
             want, budget = self._mask_grad
             got = masks.as_4d(found[3]).double().masked_fill(masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
-            worst = max(worst, _in_budgets((got - want).abs(), torch.tensor(budget)))
+            worst = max(worst, in_budgets((got - want).abs(), torch.tensor(budget)))
         return worst
 
 
-def judges(p: Problem, device: torch.device) -> list[Judge]:
+def judges_of_problem(p: Problem, device: torch.device) -> list[Judge]:
     """The probes of a problem, and a plain sample where a stride of 0 is part of it."""
-    scale = samples.scale_of(p)
-    found = [Judge(samples.probes(p, device), scale)]
+    scale = stand_in_scale(p)
+    found = [Judge(probe_sample(p, device), scale)]
     if "expanded" in p.strides:
-        r = samples.reduced(p)
-        found.append(Judge(samples.plain(r.replace(strides=p.strides), device), scale))
+        r = probe_problem(p)
+        found.append(Judge(plain_sample(r.replace(strides=p.strides), device), scale))
     return found
 
 
@@ -242,17 +222,6 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
         mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
         grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
     return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
-
-
-def _row_budget(exact: reference.Result, e_rows: Tensor, p: Problem, shrink: float = 1.0) -> Tensor:
-    """(g, r): what each row's error may be; e_rows is that of the rounded computation."""
-    dtype, u = p.torch_dtype, ROUNDOFF[p.torch_dtype]
-    if p.accuracy == "dtype":
-        return 2 * (e_rows.amax() + u * exact.spread)
-    if isinstance(p.accuracy, float):
-        return p.accuracy * exact.spread
-    c = 4 if dtype in (torch.float32, torch.float64) else 2
-    return c * (e_rows + (u + 2.0**-23 * shrink * exact.noise) * exact.spread)
 
 
 def errors_of_custom(
@@ -278,8 +247,8 @@ def errors_of_custom(
         )
         for wide in (torch.float64, torch.float32)
     )
-    e_rows = (_round(rounded.out, dtype) - exact.out).abs().amax(-1)
-    return Errors(_in_budgets((out[:, rows].double() - exact.out).abs().amax(-1), _row_budget(exact, e_rows, p)))
+    e_rows = (rounded_to(rounded.out, dtype) - exact.out).abs().amax(-1)
+    return Errors(in_budgets((out[:, rows].double() - exact.out).abs().amax(-1), row_budget(exact, e_rows, p)))
 
 
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:
@@ -320,29 +289,7 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
     return bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
-def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).double()
-
-
-def _most(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
-
-
-def _score_size(result: reference.Result) -> float:
-    """max(|lse|, S): the size of the scores whose float32 rounding reaches the weights."""
-    finite = result.lse[result.lse.isfinite()]
-    return max(_most(finite), _most(result.noise))
-
-
-def _in_budgets(error: Tensor, budget: Tensor) -> float:
-    """The largest error / budget; a NaN, or an error where none is allowed, is infinite."""
-    if not error.numel():
-        return 0.0
-    ratio = torch.where(error == 0, torch.zeros_like(error), error / budget)
-    return float(ratio.nan_to_num(nan=float("inf")).max())
-
-
-def summary(judged: Sequence[Judge], call: Call) -> Errors:
+def worst_errors(judged: Sequence[Judge], call: Call) -> Errors:
     """The worst over several samples."""
     worst: Errors | None = None
     for judge in judged:

@@ -29,12 +29,12 @@ class Sample:
     grad: Tensor | None  # upstream gradient, (b, h, s, dv) in the caller's layout
 
 
-def scale_of(p: Problem) -> float:
+def stand_in_scale(p: Problem) -> float:
     """The scale that stands for the problem's: the sign is part of the problem, the value is not."""
     return {"positive": 1.0, "zero": 0.0, "negative": -1.0}[p.scale] * default_scale(p.head_dim)
 
 
-def plain(p: Problem, device: torch.device, seed: int = 0) -> Sample:
+def plain_sample(p: Problem, device: torch.device, seed: int = 0) -> Sample:
     """Gaussian tensors at the problem's own size and strides."""
     g = torch.Generator(device).manual_seed(seed)
     q = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim), p.torch_dtype)
@@ -43,26 +43,26 @@ def plain(p: Problem, device: torch.device, seed: int = 0) -> Sample:
     return _sample(p, g, q, k, v, _mask(p, g, None))
 
 
-def reduced(p: Problem) -> Problem:
+def probe_problem(p: Problem) -> Problem:
     """The problem that is checked: the same but for batch 1 and one kv head for each probe (so none can be expanded)."""
     count = len(PROBES) - (0 if p.mask or p.causal else 1)
     q, k, v = ("contiguous" if cls == "expanded" else cls for cls in p.strides)
     return replace(p, batch=1, kv_heads=count, q_heads=count * p.group, strides=(q, k, v))
 
 
-def probes(p: Problem, device: torch.device, seed: int = 1) -> Sample:
+def probe_sample(p: Problem, device: torch.device, seed: int = 1) -> Sample:
     """The reduced problem with each probe in a kv head of its own."""
-    r = reduced(p)
+    r = probe_problem(p)
     g = torch.Generator(device).manual_seed(seed)
     shape = (r.kv_heads, r.group, r.q_len, r.head_dim)
     q, k = _normal(g, shape), _normal(g, (r.kv_heads, r.kv_len, r.head_dim))
     v = _normal(g, (r.kv_heads, r.kv_len, r.head_dim_v))
     unit = (
-        1.0 / (abs(scale_of(p)) * math.sqrt(p.head_dim)) if scale_of(p) else 1.0
+        1.0 / (abs(stand_in_scale(p)) * math.sqrt(p.head_dim)) if stand_in_scale(p) else 1.0
     )  # q ~ N(0, unit): scores of deviation 1
     q *= unit
     for head, probe in enumerate(PROBES[: r.kv_heads]):
-        probe(g, q[head], k[head], v[head], unit if scale_of(p) >= 0 else -unit)
+        probe(g, q[head], k[head], v[head], unit if stand_in_scale(p) >= 0 else -unit)
     q, k, v = q.flatten(0, 1)[None], k[None], v[None]
     return _sample(r, g, q, k, v, _mask(r, g, (q, k)))
 
@@ -139,7 +139,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
         q, k = cancel
         heads = slice(None) if shape[1] > 1 else slice(p.group, p.group + 1)  # the wide probe
         keys = k.repeat_interleave(p.group, 1)[:, heads]
-        bias[:, :, 1::2] = -(q[:, heads, 1::2] @ keys.mT * scale_of(p)).clamp(-1e4, 1e4)
+        bias[:, :, 1::2] = -(q[:, heads, 1::2] @ keys.mT * stand_in_scale(p)).clamp(-1e4, 1e4)
     bias = bias.masked_fill_(visible.logical_not(), float("-inf"))
     return _strided(bias.to(getattr(torch, p.mask)), p.mask_strides)
 

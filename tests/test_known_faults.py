@@ -14,19 +14,19 @@ from fastattn import NoKernelError, attention
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings, reload_settings
 from fastattn.kernels import known_faults, registry
-from fastattn.kernels.kernel import Rejected
-from fastattn.kernels.known_faults import Quirk
-from fastattn.planning import binding, candidates
+from fastattn.kernels.known_faults import KnownFault
+from fastattn.planning import candidates, default_choice
+from fastattn.planning.decision import Rejected
 
-SHIPPED = known_faults.known()
+SHIPPED = known_faults.known_faults()
 SILICON = Device("cuda", "made-up GPU", 90, torch="2.13.0+cu130", cuda="13.0", cudnn=92300)
 LINK = "https://example.org/issues/1"
 
 
-def holds(quirk: Quirk, library: str = "", **changes: Any) -> bool:
-    """Whether a quirk holds for a call; changes of the problem, or of the silicon."""
+def holds(fault: KnownFault, library: str = "", **changes: Any) -> bool:
+    """Whether a fault holds for a call; changes of the problem, or of the silicon."""
     on = {name: changes.pop(name) for name in ("capability", "torch", "cuda", "cudnn") if name in changes}
-    return quirk.holds(problem(**{"device": "cuda", "dtype": "bfloat16", **changes}), replace(SILICON, **on), library)
+    return fault.holds(problem(**{"device": "cuda", "dtype": "bfloat16", **changes}), replace(SILICON, **on), library)
 
 
 # --- what is shipped
@@ -34,7 +34,7 @@ def holds(quirk: Quirk, library: str = "", **changes: Any) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """One shipped quirk: calls just inside its condition, and changes that leave it."""
+    """One shipped fault: calls just inside its condition, and changes that leave it."""
 
     kernel: str
     about: str  # part of its reason
@@ -139,9 +139,9 @@ CASES = (
 )  # fmt: skip
 
 
-def of(case: Case) -> Quirk:
-    [quirk] = [q for q in SHIPPED if case.kernel in q.kernels and case.about in q.reason]
-    return quirk
+def of(case: Case) -> KnownFault:
+    [fault] = [q for q in SHIPPED if case.kernel in q.kernels and case.about in q.reason]
+    return fault
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kernel}: {c.about}")
@@ -154,15 +154,15 @@ def test_a_shipped_quirk_holds_just_inside_its_condition_and_not_just_outside(ca
 
 def test_every_shipped_quirk_has_its_case():
     cased = [(case.kernel, str(of(case))) for case in CASES]
-    assert sorted(cased) == sorted((name, str(quirk)) for quirk in SHIPPED for name in quirk.kernels)
+    assert sorted(cased) == sorted((name, str(fault)) for fault in SHIPPED for name in fault.kernels)
 
 
 def test_a_shipped_quirk_is_of_a_kernel_that_is_there_and_says_where_it_is_reported():
-    for quirk in SHIPPED:
-        assert set(quirk.kernels) <= set(registry.names()) and quirk.runs in ("", *registry.names()), quirk
-        assert (quirk.kernel == "default") == bool(quirk.runs), quirk
-        assert quirk.link.startswith("https://") and quirk.versions.keys() | quirk.when.keys(), quirk
-        assert quirk.reason and not quirk.reason.endswith("."), quirk
+    for fault in SHIPPED:
+        assert set(fault.kernels) <= set(registry.names()) and fault.runs in ("", *registry.names()), fault
+        assert (fault.kernel == "default") == bool(fault.runs), fault
+        assert fault.link.startswith("https://") and fault.versions.keys() | fault.when.keys(), fault
+        assert fault.reason and not fault.reason.endswith("."), fault
 
 
 # --- what a condition means
@@ -178,14 +178,14 @@ def test_a_shipped_quirk_is_of_a_kernel_that_is_there_and_says_where_it_is_repor
     (" >= 2.11 , < 2.14 ", ["2.11"], ["2.14"]),
 ])  # fmt: skip
 def test_versions_are_compared_as_numbers(spec, inside, outside):
-    quirk = Quirk("x", "", "", versions={"library": spec})
-    assert [v for v in inside if not holds(quirk, v)] == [] and [v for v in outside if holds(quirk, v)] == []
+    fault = KnownFault("x", "", "", versions={"library": spec})
+    assert [v for v in inside if not holds(fault, v)] == [] and [v for v in outside if holds(fault, v)] == []
 
 
 @pytest.mark.parametrize("name", ["torch", "cuda"])
 def test_versions_may_be_of_torch_and_cuda(name):
-    quirk = Quirk("x", "", "", versions={name: "==12.8"})
-    assert holds(quirk, **{name: "12.8"}) and not holds(quirk, **{name: "12.9"})
+    fault = KnownFault("x", "", "", versions={name: "==12.8"})
+    assert holds(fault, **{name: "12.8"}) and not holds(fault, **{name: "12.9"})
 
 
 @pytest.mark.parametrize("field, wanted, inside, outside", [
@@ -205,9 +205,9 @@ def test_versions_may_be_of_torch_and_cuda(name):
     ("causal", {"min": 1}, [], [None, "top_left"]),
 ])  # fmt: skip
 def test_when_takes_a_value_a_list_a_yes_or_no_and_bounds(field, wanted, inside, outside):
-    quirk = Quirk("x", "", "", when={field: wanted})
-    assert all(holds(quirk, **{field: value}) for value in inside)
-    assert not any(holds(quirk, **{field: value}) for value in outside)
+    fault = KnownFault("x", "", "", when={field: wanted})
+    assert all(holds(fault, **{field: value}) for value in inside)
+    assert not any(holds(fault, **{field: value}) for value in outside)
 
 
 # --- the user's own
@@ -215,12 +215,12 @@ def test_when_takes_a_value_a_list_a_yes_or_no_and_bounds(field, wanted, inside,
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """Put a file of quirks where FASTATTN_QUIRKS says; mine(row, ...)."""
+    """Put a file of faults where FASTATTN_KNOWN_FAULTS says; mine(row, ...)."""
 
     def put(*rows: Any, text: str | None = None) -> str:
-        path = tmp_path / "quirks.json"
+        path = tmp_path / "known_faults.json"
         path.write_text(json.dumps(rows) if text is None else text, encoding="utf-8")
-        monkeypatch.setenv("FASTATTN_QUIRKS", str(path))
+        monkeypatch.setenv("FASTATTN_KNOWN_FAULTS", str(path))
         reload_settings()
         return str(path)
 
@@ -234,7 +234,10 @@ def fault(kernel: str, **more: Any) -> dict[str, Any]:
 
 def test_a_users_quirk_is_added_and_explained_with_its_link(mine):
     path = mine(fault("matmul", when={"head_dim": {"max": 32}}))
-    assert known_faults.known(path) == (*SHIPPED, Quirk("matmul", "it lies", LINK, when={"head_dim": {"max": 32}}))
+    assert known_faults.known_faults(path) == (
+        *SHIPPED,
+        KnownFault("matmul", "it lies", LINK, when={"head_dim": {"max": 32}}),
+    )
     assert row("matmul", *qkv(64, head_dim=32)).reason == f"it lies ({LINK})"
     assert f"it lies ({LINK})" in str(fastattn.explain(*qkv(64, head_dim=32)))
     assert row("matmul", *qkv(64, head_dim=33)).reason is None
@@ -246,34 +249,34 @@ def test_a_users_quirk_is_added_and_explained_with_its_link(mine):
 def test_a_rejection_says_what_it_would_have_been(mine):
     path = mine(fault("matmul"), fault("matmul", reason="and is slow"))
     [row_of_it] = [kernel for kernel in registry.rows() if kernel.name == "matmul"]
-    [found] = candidates.decide(row_of_it, problem(), CPU, Settings(quirks=path))
+    [found] = candidates.decide(row_of_it, problem(), CPU, Settings(known_faults=path))
     assert isinstance(found, Rejected) and found.reasons == (f"it lies ({LINK})", f"and is slow ({LINK})")
     assert found.would is not None and found.would.name == "matmul"
 
 
 def test_without_the_variable_there_are_the_shipped_ones_alone(monkeypatch):
-    monkeypatch.delenv("FASTATTN_QUIRKS", raising=False)
+    monkeypatch.delenv("FASTATTN_KNOWN_FAULTS", raising=False)
     reload_settings()
-    assert known_faults.known(current_settings().quirks) == SHIPPED
+    assert known_faults.known_faults(current_settings().known_faults) == SHIPPED
 
 
 @pytest.mark.parametrize("text, why", [
     ("{", "cannot be read"),
     ("{}", "must be a list of objects, got dict"),
-    ("[3]", "quirk 0"),
-    (json.dumps([fault("flex"), {"kernel": "flex", "reason": "no link"}]), "quirk 1"),
-    (json.dumps([fault("flex", whn={})]), "quirk 0 .*kernel, runs, versions, when, reason, link alone"),
-    (json.dumps([fault("flex"), fault("flex", versions={"python": ">=3.12"})]), "quirk 1 .*speaks of 'python'"),
-    (json.dumps([fault("flex", versions={"torch": "2.11"})]), "quirk 0 .*must look like '>=2.11,<2.14', got '2.11'"),
-    (json.dumps([fault("flex", when={"headdim": 3})]), "quirk 0 .*'headdim', which no Problem has"),
-    (json.dumps([fault("flex", when={"head_dim": {"mn": 3}})]), "quirk 0 .*must use min, max, multiple_of, remainder, got mn"),
-    (json.dumps([fault("flex", when={"head_dim": {"min": "3"}})]), "quirk 0 .*head_dim must have numbers"),
-    (json.dumps([fault("flex", when={"head_dim": {"multiple_of": 0}})]), "quirk 0 .*more than 0"),
-    (json.dumps([fault("flex", when=["head_dim"])]), "quirk 0 .*when must be an object"),
-    (json.dumps([fault("flex", versions=">=2.11")]), "quirk 0 .*versions must be an object, got '>=2.11'"),
-    (json.dumps([fault("flex", versions={"torch": 2.11})]), "quirk 0 .*must look like"),
-    (json.dumps([fault("flex", versions={"torch": ">=x"})]), "quirk 0 .*must look like"),
-    (json.dumps([fault(3)]), "quirk 0 .*kernel must be a string, got 3"),
+    ("[3]", "fault 0"),
+    (json.dumps([fault("flex"), {"kernel": "flex", "reason": "no link"}]), "fault 1"),
+    (json.dumps([fault("flex", whn={})]), "fault 0 .*kernel, runs, versions, when, reason, link alone"),
+    (json.dumps([fault("flex"), fault("flex", versions={"python": ">=3.12"})]), "fault 1 .*speaks of 'python'"),
+    (json.dumps([fault("flex", versions={"torch": "2.11"})]), "fault 0 .*must look like '>=2.11,<2.14', got '2.11'"),
+    (json.dumps([fault("flex", when={"headdim": 3})]), "fault 0 .*'headdim', which no Problem has"),
+    (json.dumps([fault("flex", when={"head_dim": {"mn": 3}})]), "fault 0 .*must use min, max, multiple_of, remainder, got mn"),
+    (json.dumps([fault("flex", when={"head_dim": {"min": "3"}})]), "fault 0 .*head_dim must have numbers"),
+    (json.dumps([fault("flex", when={"head_dim": {"multiple_of": 0}})]), "fault 0 .*more than 0"),
+    (json.dumps([fault("flex", when=["head_dim"])]), "fault 0 .*when must be an object"),
+    (json.dumps([fault("flex", versions=">=2.11")]), "fault 0 .*versions must be an object, got '>=2.11'"),
+    (json.dumps([fault("flex", versions={"torch": 2.11})]), "fault 0 .*must look like"),
+    (json.dumps([fault("flex", versions={"torch": ">=x"})]), "fault 0 .*must look like"),
+    (json.dumps([fault(3)]), "fault 0 .*kernel must be a string, got 3"),
 ])  # fmt: skip
 def test_a_bad_file_raises_and_names_the_entry(mine, text, why):
     path = mine(text=text)
@@ -283,7 +286,7 @@ def test_a_bad_file_raises_and_names_the_entry(mine, text, why):
 
 
 def test_a_file_that_is_not_there_raises_and_is_named(mine, tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTATTN_QUIRKS", str(tmp_path / "absent.json"))
+    monkeypatch.setenv("FASTATTN_KNOWN_FAULTS", str(tmp_path / "absent.json"))
     reload_settings()
     with pytest.raises(ValueError, match=r"absent\.json cannot be read"):
         attention(*qkv(64))
@@ -317,7 +320,7 @@ def test_on_a_gpu_too(mine):
     mine(fault("torch_flash"))
     p = problem(device="cuda", dtype="bfloat16")
     found = candidates.decisions(p, replace(SILICON, capability=80), current_settings())
-    why = binding.why_not_default(p, replace(SILICON, capability=80), current_settings(), found)
+    why = default_choice.why_not_default(p, replace(SILICON, capability=80), current_settings(), found)
     assert why == f"the default would run torch_flash: it lies ({LINK})"
 
 
@@ -326,4 +329,6 @@ def test_what_is_ruled_out_is_not_timed_and_does_not_win(mine):
     q, k, v = qkv(64)
     check(q, k, v)
     verdict = fastattn.explain(q, k, v).verdict
-    assert verdict is not None and {"matmul", "torch_flash"} & {t.candidate for t in verdict.trials if t.time_us} == set()
+    assert (
+        verdict is not None and {"matmul", "torch_flash"} & {t.candidate for t in verdict.trials if t.time_us} == set()
+    )

@@ -1,0 +1,102 @@
+"""Whether a kernel's library is here and can be used: by its metadata, then by importing it, first in a child process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import cache
+
+import torch
+
+from fastattn.environment.cache_files import cache_layers
+from fastattn.environment.settings import current_settings
+from fastattn.kernels.kernel import Kernel, Run
+from fastattn.kernels.libraries import catalogue, import_probe
+
+
+def why_absent(kernel: Kernel) -> str | None:
+    """Why the kernel's library is not there in a version that works, by its metadata alone; torch's own is looked up whole."""
+    found = library_version(kernel.library)
+    if found is None:
+        return f"package {kernel.library} is not installed"
+    first, last = kernel.versions
+    if first and catalogue.version_numbers(found) < catalogue.version_numbers(first):
+        return f"package {kernel.library} {found} < {first}"
+    if last and catalogue.version_numbers(found) >= catalogue.version_numbers(last):
+        return f"package {kernel.library} {found} >= {last}, which is not known to work"
+    return why_unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
+
+
+_loaded: set[Kernel] = set()
+_broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
+loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
+
+
+@cache
+def why_unavailable(kernel: Kernel) -> str | None:
+    """Why the kernel's library cannot be used here: it is met in a child process, then imported. Seconds, the first time."""
+    global loading_s
+    why = why_absent(kernel) if kernel.library != "torch" else None
+    if why is not None:
+        return why
+    start = time.perf_counter()
+    try:
+        why = import_crash_reason(kernel)
+        if why is None:
+            with torch.inference_mode(False):  # what a library makes on import must serve later calls too
+                load_kernel(kernel)
+    except Exception as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    loading_s += time.perf_counter() - start
+    if why is None:
+        return None
+    _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
+    return _broken[kernel]
+
+
+def import_crash_reason(kernel: Kernel) -> str | None:
+    """Why importing the library would end this process; beside whatever other library is here."""
+    library = catalogue.library_of(kernel.library)
+    if library is None or library.module in sys.modules:
+        return None
+    others = [other.module for other in catalogue.LIBRARIES if other.module in sys.modules]
+    root, _ = cache_layers(current_settings().cache_dir)
+    known = library_version(kernel.library) or ""
+    return import_probe.why_import_crashes(
+        library.module, library.entry, known, root[0] if root else None, others, library.after
+    )
+
+
+def forget_libraries() -> None:
+    """Look at the installed libraries anew."""
+    _broken.clear()
+    _loaded.clear()
+    for remembered in (library_version, load_kernel, why_unavailable):
+        remembered.cache_clear()
+
+
+@cache
+def load_kernel(kernel: Kernel) -> Run:
+    """The kernel's entry point, imported once. Raises whatever the library raises."""
+    run = kernel.load()
+    _loaded.add(kernel)
+    return run
+
+
+def is_loaded(kernel: Kernel) -> bool:
+    """Whether its library was imported in this process; torch's own are."""
+    return kernel.library == "torch" or kernel in _loaded
+
+
+@cache
+def library_version(library: str) -> str | None:
+    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
+    import importlib.metadata  # 5 ms, and only a miss needs it
+
+    known = catalogue.library_of(library)
+    if known is not None:
+        return (catalogue.installed_distribution(known) or (None, None))[1]
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

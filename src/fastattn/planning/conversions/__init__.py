@@ -1,0 +1,31 @@
+"""Conversions: what must be done to the caller's tensors for a kernel. Each lives here once, as a row.
+
+A row says when it applies to a kernel and a problem, and wraps a step (q, k, v, mask, arguments) -> out in another one
+that converts on the way in and, where needed, on the way out. Rows stand in the order in which they are applied.
+"""
+
+from __future__ import annotations
+
+from fastattn.planning.conversions import blocks
+from fastattn.planning.conversions.conversion import Conversion
+from fastattn.planning.conversions.dtype import fp32, when_by_heads, when_fp32
+from fastattn.planning.conversions.head_dim import pad_head_dims, when_pad
+from fastattn.planning.conversions.heads import gqa_expand, gqa_fold, when_gqa_expand, when_gqa_fold
+from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
+from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
+from fastattn.planning.conversions.recompute import recompute, when_recompute
+
+CONVERSIONS: tuple[Conversion, ...] = (
+    Conversion("mask_dense", "the triangle or window as a dense mask", when_mask_dense, mask_dense),
+    Conversion("mask_additive", "a bool mask as the float mask that is added", when_mask_additive, mask_additive),
+    Conversion("gqa_fold", "the query group folded into rows", when_gqa_fold, gqa_fold),
+    Conversion("gqa_expand", "keys and values repeated for each query head", when_gqa_expand, gqa_expand),
+    Conversion("contiguous", "q, k, v copied to dense memory", when_contiguous, contiguous),
+    Conversion("by_heads", "a few heads at a time", when_by_heads, blocks.by_heads, requires="fp32"),
+    Conversion("fp32", "cast to float32, the output back", when_fp32, fp32),
+    Conversion("head_dim_pad", "head dims padded with zeros", when_pad, pad_head_dims),
+    Conversion("dense", "q, k, v copied to dense memory in the kernel's layout", when_dense, dense),
+    Conversion("recompute", "in blocks; the backward makes each block's scores again", when_recompute, recompute),
+    Conversion("chunks", "cut into blocks of heads and query rows", blocks.when_chunks, blocks.chunks),
+)
+BY_NAME = {c.name: c for c in CONVERSIONS}

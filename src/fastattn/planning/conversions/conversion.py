@@ -1,0 +1,36 @@
+"""A conversion: what must be done to the caller's tensors for a kernel, as a row of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.kernels.kernel import Kernel, Run
+from fastattn.problems.problem import Problem
+
+# Answers of `Conversion.when`; any other string is the reason why the kernel cannot do the problem.
+NO, OPTIONAL, REQUIRED = "no", "optional", "required"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """`when(kernel, problem)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap(step, kernel, problem)` makes the step."""
+
+    name: str
+    summary: str
+    when: Callable[[Kernel, Problem], str]
+    wrap: Callable[[Run, Kernel, Problem], Run]
+    requires: str = ""  # another conversion, without which this one is worth nothing
+
+
+def map_output(
+    result: Any, change: Callable[[Tensor], Tensor], change_lse: Callable[[Tensor], Tensor] | None = None
+) -> Any:
+    """What a step returned with its output changed: the output alone, or (out, lse)."""
+    if not isinstance(result, tuple):
+        return change(result)
+    out, lse = result
+    return change(out), lse if change_lse is None else change_lse(lse)

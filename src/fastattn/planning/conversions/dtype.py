@@ -1,0 +1,32 @@
+"""Half inputs cast to float32, the output back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions import blocks
+from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
+from fastattn.problems.problem import Problem
+
+
+def when_fp32(kernel: Kernel, p: Problem) -> str:
+    if p.dtype in ("float16", "bfloat16") and kernel.fp32:
+        return OPTIONAL if p.dtype in kernel.dtypes else REQUIRED
+    return NO
+
+
+def fp32(step: Run, kernel: Kernel, p: Problem) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        if mask is not None and mask.dtype is not torch.bool:
+            mask = mask.float()
+        return map_output(step(q.float(), k.float(), v.float(), mask, a), lambda out: out.to(q.dtype))
+
+    return run
+
+
+def when_by_heads(kernel: Kernel, p: Problem) -> str:
+    return OPTIONAL if when_fp32(kernel, p) != NO and blocks.are_copies_all(p) else NO

@@ -1,0 +1,42 @@
+"""Head dims padded with zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions.conversion import NO, REQUIRED, map_output
+from fastattn.problems.problem import Problem
+
+
+def _widths(kernel: Kernel, p: Problem) -> tuple[int, int]:
+    multiple = kernel.head_dim_multiple
+    width, width_v = (-(-d // multiple) * multiple for d in (p.head_dim, p.head_dim_v))
+    widest = max(width, width_v)
+    return (widest, widest) if kernel.equal_head_dims else (width, width_v)
+
+
+def pads_all(kernel: Kernel, p: Problem) -> bool:
+    width, width_v = _widths(kernel, p)
+    return width > p.head_dim and width_v > p.head_dim_v
+
+
+def when_pad(kernel: Kernel, p: Problem) -> str:
+    return NO if _widths(kernel, p) == (p.head_dim, p.head_dim_v) else REQUIRED
+
+
+def pad_head_dims(step: Run, kernel: Kernel, p: Problem) -> Run:
+    width, width_v = _widths(kernel, p)
+    more, more_v, head_dim_v = width - p.head_dim, width_v - p.head_dim_v, p.head_dim_v
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        if more:  # zeros add nothing to q k^T; the scale was taken from the caller's head_dim
+            q, k = pad(q, (0, more)), pad(k, (0, more))
+        if more_v:
+            return map_output(step(q, k, pad(v, (0, more_v)), mask, a), lambda out: out[..., :head_dim_v])
+        return step(q, k, v, mask, a)
+
+    return run

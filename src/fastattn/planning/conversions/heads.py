@@ -1,0 +1,47 @@
+"""GQA: the query group folded into rows, or keys and values repeated for each query head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
+from fastattn.problems.problem import Problem
+
+
+def _can_fold(p: Problem) -> bool:
+    """Rows of one kv head's queries may be stacked where no row needs to know its own index."""
+    return p.group > 1 and not p.is_banded and (p.q_len == 1 or p.mask is None)
+
+
+def when_gqa_fold(kernel: Kernel, p: Problem) -> str:
+    return OPTIONAL if kernel.gqa_fold and _can_fold(p) else NO
+
+
+def gqa_fold(step: Run, kernel: Kernel, p: Problem) -> Run:
+    group = p.group
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        b, h, s, d = q.shape
+        folded = q.reshape(b, h // group, group * s, d)
+        if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], h // group, group, mask.shape[3])
+        found = step(folded, k, v, mask, a)
+        return map_output(found, lambda out: out.reshape(b, h, s, v.shape[3]), lambda lse: lse.reshape(b, h, s))
+
+    return run
+
+
+def when_gqa_expand(kernel: Kernel, p: Problem) -> str:
+    return REQUIRED if p.group > 1 and not kernel.gqa else NO
+
+
+def gqa_expand(step: Run, kernel: Kernel, p: Problem) -> Run:
+    group = p.group
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        return step(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), mask, a)
+
+    return run

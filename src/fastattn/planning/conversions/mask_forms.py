@@ -1,0 +1,58 @@
+"""The triangle or window as a dense mask; a bool mask as the float mask that is added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions.conversion import NO, REQUIRED
+from fastattn.problems import masks
+from fastattn.problems.problem import Problem
+
+
+def _draws(kernel: Kernel, p: Problem) -> bool:
+    """Whether it draws this triangle or window itself; on a square problem both corners coincide."""
+    if p.window is not None and not kernel.window:
+        return False
+    if p.causal is None and p.window is None:
+        return True
+    corner = kernel.corner in (p.causal or "top_left", "any") or bool(kernel.corner and p.q_len == p.kv_len)
+    return corner and p.scale in kernel.causal_scales
+
+
+def when_mask_dense(kernel: Kernel, p: Problem) -> str:
+    if not p.is_banded or (_draws(kernel, p) and (p.mask is None or kernel.mask_and_causal)):
+        return NO
+    if kernel.masks:
+        return REQUIRED
+    if p.window is not None and not kernel.window:
+        return f"a window is not supported ({p.window[0]}, {p.window[1]})"
+    if kernel.corner is None:
+        return NO  # no triangle at all: candidates.py says so
+    if p.mask is not None:
+        return "a mask together with causal is not supported"
+    if p.scale not in kernel.causal_scales:
+        return f"causal with a scale that is {p.scale}, not {' or '.join(kernel.causal_scales)}"
+    return f"causal {p.causal} with q_len {p.q_len} != kv_len {p.kv_len}, it draws {kernel.corner}"
+
+
+def mask_dense(step: Run, kernel: Kernel, p: Problem) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        seen = masks.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
+        return step(q, k, v, masks.intersect(mask, seen), a._replace(lower=None, upper=None))
+
+    return run
+
+
+def _is_bool_mask(kernel: Kernel, p: Problem) -> bool:
+    return p.mask == "bool" or (p.mask is None and when_mask_dense(kernel, p) == REQUIRED)
+
+
+def when_mask_additive(kernel: Kernel, p: Problem) -> str:
+    return REQUIRED if _is_bool_mask(kernel, p) and "bool" not in kernel.masks and kernel.masks else NO
+
+
+def mask_additive(step: Run, kernel: Kernel, p: Problem) -> Run:
+    return lambda q, k, v, mask, a: step(q, k, v, masks.additive(mask, q) if mask is not None else None, a)

@@ -1,0 +1,33 @@
+"""The answer to whether a kernel can do a problem: a candidate, or all the reasons why not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastattn.kernels.kernel import Kernel
+
+
+class Accepted(NamedTuple):
+    """A candidate: a kernel with its conversions in the order they are applied."""
+
+    kernel: Kernel
+    conversions: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.kernel.name, *self.conversions))
+
+
+class Rejected(NamedTuple):
+    """A kernel that cannot, with every reason. would: the candidate that only a known fault rules out."""
+
+    kernel: Kernel
+    reasons: tuple[str, ...]
+    would: Accepted | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+
+Decision = Accepted | Rejected

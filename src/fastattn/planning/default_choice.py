@@ -1,0 +1,58 @@
+"""What F.sdpa would run for a problem, when that must not be served untested, and what may always run in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastattn.environment.device import Device
+from fastattn.environment.settings import Settings
+from fastattn.kernels import known_faults
+from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted, Decision, Rejected
+from fastattn.problems.problem import INT32, Problem
+
+
+def untuned_name(is_math: bool, is_custom: bool) -> str:
+    """What serves where nothing may be learnt: F.sdpa, or what takes a softcap, or the caller's own function."""
+    return "flex" if is_custom else "sdpa_math" if is_math else "default"
+
+
+def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
+    """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
+    could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our known faults
+    plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name)}
+    order = ["torch_flash", "torch_efficient", "torch_math"]
+    if device.type == "cuda" and device.prefers_cudnn:
+        order.insert(0, "torch_cudnn")
+    return next((name for name in order if name in plain), "torch_math")
+
+
+def runs_natively(candidate: Accepted, kernel: str) -> bool:
+    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing."""
+    return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
+
+
+def fallbacks(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> list[Accepted]:
+    """What may always be run, in order: the default unless something names what it would run, then sdpa_math.
+
+    Where the caller's own function is part of the problem neither can, and whatever can do it serves.
+    """
+    default = candidates.by_name("default", found)
+    math = candidates.by_name("sdpa_math", found)
+    if why_not_default(p, device, config, found) is not None:
+        default = []
+    return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
+
+
+def why_not_default(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> str | None:
+    """Why the default must not be served untested: a known fault, int32 extents on CUDA, or too much memory."""
+    runs = default_runs(p, device, found)
+    faults = [d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.would is not None]
+    faults += [known_faults.faults_that_hold("default", p, device, device.torch, config.known_faults, runs)]
+    if any(faults):
+        return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
+    if device.type == "cuda" and p.extent > INT32:
+        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
+    if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
+        return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
+    return None

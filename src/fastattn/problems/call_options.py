@@ -1,0 +1,113 @@
+"""What attention() takes by keyword, checked.
+
+The same mistake raises the same type of error as F.scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.environment.settings import check_accuracy
+from fastattn.environment.text import unexpected_argument
+from fastattn.problems import masks
+from fastattn.problems.layouts import LAYOUTS
+
+Float = (float, int)
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
+
+    is_causal: bool = False
+    scale: float | None = None
+    kernel: str | None = None
+    accuracy: str | float | None = None  # None: the Config's
+    dropout_p: float = 0.0
+    window: masks.Window | None = None
+    softcap: float = 0.0
+    score_mod: Callable[..., Tensor] | None = None
+    return_lse: bool = False
+    # For options whose issue is not done, any value but the default raises NotImplementedError.
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+    max_q_len: Any = None
+    max_kv_len: Any = None
+    kv_lens: Any = None
+    page_table: Any = None
+
+
+OPTION_NAMES = tuple(f.name for f in fields(CallOptions))
+OPTION_DEFAULTS = {f.name: f.default for f in fields(CallOptions)}
+_LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
+_VALID = ("mask", "layout", *(name for name in OPTION_NAMES if name not in _LATER))
+# What other attention functions call it.
+_ELSEWHERE = {
+    **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
+    **dict.fromkeys(("softmax_scale", "sm_scale"), "scale"),
+    "window_size": "window",
+    "logits_soft_cap": "softcap",
+}
+_HINTS = {
+    "enable_gqa": "it is not needed, GQA follows from the shapes;",
+    **{name: f"did you mean {ours!r}?" for name, ours in _ELSEWHERE.items()},
+}
+
+
+def parse_options(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> CallOptions:
+    """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option.
+
+    function: whose arguments they are; more: what it takes beside attention's.
+    """
+    for name, value in given.items():
+        if name not in OPTION_DEFAULTS:
+            raise unexpected_argument(function, name, (*_VALID, *more), _HINTS.get(name, ""))
+        if name in _LATER and value is not None:
+            raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
+    options = CallOptions(**given)
+    _check_type("is_causal", options.is_causal, bool, "bool")
+    _check_type("return_lse", options.return_lse, bool, "bool")
+    if options.scale is not None:
+        _check_type("scale", options.scale, Float, "float or None")
+    if options.kernel is not None:
+        _check_type("kernel", options.kernel, str, "a name or None")
+    _check_type("softcap", options.softcap, Float, "float")
+    if not 0 <= options.softcap < float("inf"):
+        raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
+    _check_type("dropout_p", options.dropout_p, Float, "float")
+    if not 0 <= options.dropout_p <= 1:  # F.sdpa's type of error
+        raise RuntimeError(f"attention(): dropout_p must be between 0 and 1, got {options.dropout_p}")
+    if options.score_mod is not None and not callable(options.score_mod):
+        raise TypeError(f"attention(): score_mod must be a function or None, got {type(options.score_mod).__name__}")
+    if options.score_mod is not None and options.softcap:
+        raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
+    if options.accuracy is not None:
+        options = replace(options, accuracy=check_accuracy(options.accuracy))
+    return options if options.window is None else replace(options, window=_window(options.window))
+
+
+def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"attention(): {name} must be {wanted}, got {type(value).__name__}")
+
+
+def _window(given: Any) -> masks.Window | None:
+    """(left, right) with -1 for no limit; None where neither side has one."""
+    sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
+        raise ValueError(
+            "attention(): window must be (left, right), numbers of keys >= 0 beside a query's own, -1 for no limit;"
+            f" got {given!r}"
+        )
+    return None if sides == (-1, -1) else sides
+
+
+def check_layout(layout: Any) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout == "thd":
+        raise NotImplementedError("attention(): layout='thd' is not implemented yet")
