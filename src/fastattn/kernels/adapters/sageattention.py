@@ -1,7 +1,7 @@
 """SageAttention 1 and 2 (package sageattention) and 3 (package sageattn3): int8 or fp4 scores, forward only.
 
 All of them quantise: they need an accuracy from the caller. First they take the mean of the keys off k, which moves all scores
-of a row by one number and keeps channels with an offset accurate (tests/test_sage_triton.py). They differ in the rest:
+of a row by one number and keeps channels with an offset accurate (tests/kernels/test_sage_triton.py). They differ in the rest:
   1.0.6  takes that mean off the caller's own k. Not causal, it gives the tail of the last 64 keys a score of 0, not none.
          **kwargs swallows a mask, a dropout and a scale.
   2.x    leaves k alone. The mask is for the Triton function, and only from August 2025 on, though what was built before

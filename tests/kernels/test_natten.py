@@ -8,8 +8,8 @@ import pytest
 import stubs
 import torch
 from building import expect, hold, problem_of, qkv
+from library_grid import installed, row_of, silicon
 from stubs import natten
-from test_libraries import installed, row_of, silicon
 
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability

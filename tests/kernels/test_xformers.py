@@ -9,9 +9,9 @@ import pytest
 import stubs
 import torch
 from building import expect, hold, mask_of, problem_of, qkv
+from library_grid import installed, row_of, rows_of
 from stubs.mslk import STUB as MSLK
 from stubs.xformers import OPERATORS, STUB
-from test_libraries import installed, row_of, rows_of
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings

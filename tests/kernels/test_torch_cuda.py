@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import library_grid
 import pytest
-import test_libraries
 import torch
 from building import problem_of, qkv
 from fakes import problem
+from library_grid import installed, row_of, silicon
 from stubs import torch_cuda, torch_lower
-from test_libraries import installed, row_of, silicon
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -30,10 +30,10 @@ WITH_MASK = [
 def test_a_row_whose_last_key_the_triangle_hides_has_no_log_sum_exp(stub, name, monkeypatch):
     mask = torch.rand(2, 4, 19, 19) < 0.7
     mask[..., :3] = False
-    monkeypatch.setattr(test_libraries, "mask_of", lambda *_: mask)
+    monkeypatch.setattr(library_grid, "mask_of", lambda *_: mask)
     call = {"mask": ("bhqk", torch.bool), "is_causal": True, "return_lse": True}
     with installed(stub, monkeypatch):
-        assert test_libraries.run(row_of(stub, name), stub, call) == []
+        assert library_grid.run(row_of(stub, name), stub, call) == []
 
 
 def test_what_a_mask_and_a_band_leave_no_key():

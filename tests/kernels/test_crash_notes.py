@@ -54,7 +54,7 @@ def test_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root
         "import os, pathlib; from fastattn.kernels.libraries import crash_notes as trying\n"
         f"with trying.leave_note(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"
     )
-    path = str(Path(crash_notes.__file__).parents[1])
+    path = str(Path(crash_notes.__file__).parents[3])
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=120)
     assert "ended the process" in str(crash_notes.crashed_before(root, "a candidate"))
     assert crash_notes.crashed_before(root, "another") is None

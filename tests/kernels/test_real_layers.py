@@ -20,9 +20,9 @@ from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 
+import library_grid
 import pytest
 import stubs
-import test_libraries
 import torch
 from stubs import attend, band, check_half, flash_attn_3, torch_lower
 from stubs.flash_attn_2 import flash_attn_func
@@ -183,13 +183,13 @@ def main(file: str) -> None:
         modules=dict,
         patch=lambda _: None,
     )
-    with pytest.MonkeyPatch.context() as patch, test_libraries.installed(real, patch):
-        print(json.dumps({name: outcomes(test_libraries.row_of(stub, name), real, patch) for name in names}))
+    with pytest.MonkeyPatch.context() as patch, library_grid.installed(real, patch):
+        print(json.dumps({name: outcomes(library_grid.row_of(stub, name), real, patch) for name in names}))
 
 
 def outcomes(kernel, stub, patch) -> dict[str, str]:
     pretend(stub.capabilities.get(kernel.name, stub.capability))
-    calls = {**test_libraries.GRID, **stub.cases}
+    calls = {**library_grid.GRID, **stub.cases}
     calls |= {f"causal {dtype}": {"is_causal": True, "dtype": getattr(torch, dtype)} for dtype in kernel.dtypes}
 
     told = replace(kernel, load=lambda: OnCuda()(kernel.load()))
@@ -198,7 +198,7 @@ def outcomes(kernel, stub, patch) -> dict[str, str]:
 
 def outcome(kernel, stub, call) -> str:
     try:
-        return "refused" if test_libraries.run(kernel, stub, call) else ""
+        return "refused" if library_grid.run(kernel, stub, call) else ""
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import library_grid as grid
 import pytest
-import test_libraries as grid
 import torch
 from fakes import problem
 from stubs import flash_attn_3, module

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from building import problem_of, qkv
+from library_grid import installed
 from stubs import module, sage_2
-from test_libraries import installed
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings

@@ -79,7 +79,7 @@ def test_the_next_process_does_not_try_it_again(site, root):
     asked = f"{name!r}, 'entry', '1.0', pathlib.Path({str(root)!r})"
     code = "import pathlib; from fastattn.kernels.libraries.import_probe import why_import_crashes; "
     code += f"print(why_import_crashes({asked}))"
-    path = os.pathsep.join([str(site.path), str(Path(import_probe.__file__).parents[1])])
+    path = os.pathsep.join([str(site.path), str(Path(import_probe.__file__).parents[3])])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},

@@ -8,8 +8,8 @@ import pytest
 import stubs
 import torch
 from building import problem_of, qkv
+from library_grid import forget, installed, row_of, silicon
 from stubs import hf_kernels as stub
-from test_libraries import forget, installed, row_of, silicon
 
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry

@@ -14,8 +14,8 @@ import pytest
 import stubs
 import torch
 from fakes import DEFAULT, FAST, Clock, turn
+from library_grid import installed
 from stubs import flash_attn_2, flashinfer_single, sage_1
-from test_libraries import installed
 
 import fastattn
 from fastattn.dispatch import fallback, resolve, session

@@ -10,8 +10,8 @@ import pytest
 import stubs
 import torch
 from building import expect, hold, mask_of, problem_of, qkv
+from library_grid import installed, misaligned, row_of, silicon
 from stubs import transformer_engine as te
-from test_libraries import installed, misaligned, row_of, silicon
 
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability

@@ -6,8 +6,8 @@ import pytest
 import stubs
 import torch
 from building import problem_of, qkv
+from library_grid import installed
 from stubs import flashinfer_ragged, flashinfer_single
-from test_libraries import installed
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings

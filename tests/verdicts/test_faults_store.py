@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import CPU, FAST, Clock, add, check, honest, made_up, qkv, row, turn
-from test_store import DEVICE, PROBLEM, raises, verdict
+from stored import DEVICE, PROBLEM, raises, verdict
 
 import fastattn
 from fastattn.dispatch import session
@@ -95,7 +95,7 @@ def test_fault_39_what_is_not_there_is_no_failure(tmp_path, caplog):
 
 QUOTA = """
 import resource, signal, sys
-from test_store import DEVICE, verdict
+from stored import DEVICE, verdict
 from fastattn.verdicts.store import Store
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
@@ -108,7 +108,7 @@ print(Store([Path(sys.argv[1])]).put(verdict(), DEVICE))
 def test_fault_41_a_quota_leaves_neither_a_temporary_file_nor_half_an_entry(bytes_left, tmp_path):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", QUOTA, str(tmp_path / "own"), str(bytes_left)],

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored import DEVICE, PROBLEM, raises, verdict
 
 import fastattn
 from fastattn.dispatch import resolve, session
@@ -27,18 +28,9 @@ from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.problems.problem import Problem
 from fastattn.verdicts import store
 from fastattn.verdicts.store import Store
-from fastattn.verdicts.verdict import SCHEMA, Trial, Verdict
+from fastattn.verdicts.verdict import SCHEMA
 
 SOURCE = Path(fastattn.__file__).parent
-DEVICE = Device("cpu", "test silicon", torch="2.13.0", torch_git="abc")
-PROBLEM = Problem("cpu", "float32", 64, 64, 8, 8, 2, 128, 128)
-
-
-def verdict(problem=PROBLEM, winner="matmul", **trial):
-    trials = (Trial("default", time_us=9.0, noise=0.01, forward=0.3, library="torch 2.13.0"),
-              Trial(winner, **{"time_us": 3.0, "noise": 0.01, "forward": 0.2, **trial}),
-              Trial("torch_cudnn", "needs cuda, this device is cpu"))  # fmt: skip
-    return Verdict(problem, winner, trials, created="2026-01-01T00:00:00+00:00")
 
 
 @pytest.fixture
@@ -143,13 +135,6 @@ def test_fault_37_a_failing_system_call_keeps_the_old_file(kept, monkeypatch, ca
     assert [p.name for p in path.parent.iterdir()] == [path.name], "a temporary file was left"
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
     assert os.strerror(error) in caplog.text
-
-
-def raises(error):
-    def call(*args, **_):
-        raise OSError(error, os.strerror(error))
-
-    return call
 
 
 # --- fault 38: hostile files
