@@ -1,6 +1,6 @@
 """attention() against F.scaled_dot_product_attention and against every candidate, over workload.toml, on this CPU.
 
-    python benchmarks/cpu.py [--only REGEX] [--dtype bfloat16] [--smoke] [--json FILE] [--markdown FILE] [--plot FILE]
+    python benchmarks/cpu.py [--only REGEX] [--dtype bfloat16] [--smoke] [--results docs/results]
 
 F.sdpa, F.sdpa again (A/A), attention() and every pinned candidate alternate within each round; times are medians. Every
 problem starts from an empty store. docs/benchmarks.md says how to read the tables. Exit code 1 when attention() is wrong.
@@ -14,30 +14,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
 import report
 import torch
+from machine import add_results, environment, in_one_line, open_console, results_folder
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rounds import environment, interleave, is_busy, peak_bytes, settle, spread
+from rounds import interleave, peak_bytes, settle, spread
 from workload import SMALL, Case, Inputs, cases, inputs
 
 import fastattn
 from fastattn.environment.errors import NoKernelError
 from fastattn.environment.settings import current_settings
+from fastattn.kernels import registry
 from fastattn.problems.call_key import call_key
 from fastattn.problems.call_options import CallOptions
+from fastattn.problems.classify import classify
 from fastattn.problems.layouts import to_bhsd
-from fastattn.problems.problem import Problem
-from fastattn.tuning.accuracy.judge import judge_of_call
+from fastattn.tuning.accuracy.judge_call import judge_of_call
 from fastattn.tuning.accuracy.probes import stand_in_scale
-from fastattn.tuning.tune import NOT_TRIED, tune_problem
-from fastattn.verdicts.verdict import Trial, Verdict
+from fastattn.tuning.tune import tune_problem
+from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
-BUSY = "something else keeps this machine busy (load average above 0.5): the numbers below say little"
 SDPA, AGAIN, OURS = "F.sdpa", "F.sdpa again", "attention()"
 
 
@@ -51,6 +51,7 @@ class Candidate:
     forward: float | None = None
     backward: float | None = None
     temporary_bytes: int | None = None  # as the gate follows it; the profiler's number is in Result
+    left_out: str | None = None  # why the first call did not time it, if for its time alone
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ class Result:
 
     @property
     def oracle(self) -> Candidate | None:
-        """The fastest pinned candidate that passes the gate."""
+        """The fastest pinned candidate that passes the gate, whether or not the first call timed it."""
         timed = [c for c in self.candidates if c.time_us is not None]
         return min(timed, key=lambda c: c.time_us or 0.0, default=None)
 
     @property
     def regret(self) -> float:
+        """attention()'s time over the oracle's."""
         return self.ours_us / self.oracle.time_us if self.oracle and self.oracle.time_us else 1.0
 
 
@@ -132,7 +134,7 @@ def measure(case: Case, rounds: int, seconds: float, device: str = "cpu") -> Res
             sdpa_peak_bytes=sdpa_peak,
             rounds=len(found[SDPA]),
             took_s=time.perf_counter() - start,
-            candidates=[_with_time(c, us) for c in candidates],
+            candidates=[replace(c, time_us=us.get(c.name)) for c in candidates],
         )
 
 
@@ -146,41 +148,40 @@ def _once(run: Callable[[], object], clear: bool = False) -> float:
     return time.perf_counter() - start
 
 
+# What a first call leaves out for its time alone; whatever passes the gate may be the oracle all the same.
+LEFT_OUT = (Outcome.NOT_TRIED, Outcome.TOO_SLOW)
+
+
 def _pinned(
     x: Inputs, verdict: Verdict | None, rows: tuple[Trial, ...]
 ) -> tuple[list[Candidate], dict[str, Callable[[], object]]]:
-    """Every candidate, and a run of each that passes the gate, those that the tuning had no time for included."""
-    trials = list(rows)
-    if verdict is not None and any(_is_unjudged(t) for t in trials):
-        grad = torch.enable_grad() if verdict.problem.needs_grad else torch.no_grad()
-        with grad:
-            judged = tune_problem(verdict.problem, current_settings(), clock=GateOnly(), thorough=True)
-        trials = [(judged.trial(t.candidate) or t) if _is_unjudged(t) else t for t in trials]
+    """Every candidate of this device, and a run of each that passes the gate."""
+    device_type = x.q.device.type
+    elsewhere = {k.name for k in registry.rows_for(device_type, with_plugins=True) if device_type not in k.devices}
+    rows = tuple(t for t in rows if t.candidate.split("+")[0] not in elsewhere)
     found, runs = [], {}
-    for trial in trials:
+    for before, trial in zip(rows, _judged(verdict, rows), strict=True):
         reason = trial.reason
-        if (reason or "").startswith("needs "):
-            continue  # another device's
-        if reason is None:
+        if trial.outcome in (Outcome.TIMED, Outcome.TOO_SLOW):
             try:
-                handle = fastattn.plan(x.q, x.k, x.v, x.mask, kernel=trial.candidate, **x.case.options)
-                run = x.run(handle)
+                run = x.run(fastattn.plan(x.q, x.k, x.v, x.mask, kernel=trial.candidate, **x.case.options))
                 run()
-                runs[trial.candidate] = run
+                runs[trial.candidate], reason = run, None
             except (NoKernelError, RuntimeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        left_out = before.outcome.value if before.outcome in LEFT_OUT else None
         errors = (trial.forward, trial.backward, trial.temporary_bytes)
-        found.append(Candidate(trial.candidate, None, reason, *errors))
+        found.append(Candidate(trial.candidate, None, reason, *errors, left_out))
     return found, runs
 
 
-def _is_unjudged(trial: Trial) -> bool:
-    """Left out of the tuning for its time alone, so that it may be the oracle all the same."""
-    return trial.reason is not None and (trial.reason == NOT_TRIED or "slower than the default" in trial.reason)
-
-
-def _with_time(c: Candidate, us: dict[str, float]) -> Candidate:
-    return Candidate(c.name, us.get(c.name), c.reason, c.forward, c.backward, c.temporary_bytes)
+def _judged(verdict: Verdict | None, trials: tuple[Trial, ...]) -> list[Trial]:
+    """The trials; those that were not tried are checked now, by the gate of any tuning. What was too slow had passed it."""
+    if verdict is None or all(t.outcome is not Outcome.NOT_TRIED for t in trials):
+        return list(trials)
+    with torch.enable_grad() if verdict.problem.needs_grad else torch.no_grad():
+        judged = tune_problem(verdict.problem, current_settings(), clock=GateOnly(), thorough=True)
+    return [(judged.trial(t.candidate) or t) if t.outcome is Outcome.NOT_TRIED else t for t in trials]
 
 
 def _own_error(x: Inputs) -> float:
@@ -188,7 +189,7 @@ def _own_error(x: Inputs) -> float:
     c = x.case
     q, k, v = (t.detach() for t in (x.q, x.k, x.v))
     key = call_key(q, k, v, x.mask, c.layout, CallOptions(is_causal=c.causal))
-    problem = Problem.from_key(key, "exact")
+    problem, _ = classify(key)
     judge = judge_of_call(problem, q, k, v, x.mask, stand_in_scale(problem))
     out = fastattn.attention(x.q, x.k, x.v, x.mask, **c.options).detach()
     mine = to_bhsd(out, c.layout)[:1, : problem.group]
@@ -205,7 +206,7 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     return found
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--only", metavar="REGEX", help="problems whose title matches, such as 'vit.*bfloat16 training'"
@@ -218,41 +219,49 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="bar chart as PNG; needs matplotlib")
+    add_results(parser, "cpu.json, cpu.md and, with matplotlib, cpu.png")
     args = parser.parse_args()
     if args.plot and not report.can_plot():
         parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    todo = chosen(args)
-    if not todo:
+    if not chosen(args):
         parser.error(f"nothing matches; titles look like: {report.title_of(cases()[0])}")
-    facts = environment()
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    if is_busy():
-        console.print(BUSY, style="yellow")
+    return args
+
+
+def main() -> int:
+    args, facts = parse(), environment()
+    console = open_console()
     before = current_settings()
     fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
     start = time.perf_counter()
-    results = _run(todo, args, console)
+    results = _run(chosen(args), args)
     facts["took"] = f"{time.perf_counter() - start:.0f} s"
     fastattn.options(cache_dir=before.cache_dir, tune_budget=before.tune_budget)
     for grid in report.grids(results, with_candidates=args.candidates or len(results) <= 6):
         console.print(grid.rich(), "")
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), style="dim")
-    if args.json:
-        report.write_json(args.json, facts, results)
-    if args.markdown:
-        report.write_markdown(args.markdown, facts, results)
-    if args.plot:
-        report.plot(args.plot, facts, results)
+    console.print(in_one_line(facts), style="dim")
+    _write(args, facts, results)
     wrong = [report.title_of(r.case) for r in results if not r.error <= 1]
     if wrong:
         console.print(f"over their error budget: {', '.join(wrong)}", style="red")
     return 1 if wrong else 0
 
 
-def _run(todo: list[Case], args: argparse.Namespace, console: Console) -> list[Result]:
+def _write(args: argparse.Namespace, facts: dict[str, str], results: list[Result]) -> None:
+    """The files that the command line asks for."""
+    folder = results_folder(args, facts)
+    writers = {"json": report.write_json, "md": report.write_markdown, "png": report.plot}
+    for (ending, write), path in zip(writers.items(), (args.json, args.markdown, args.plot), strict=True):
+        if path:
+            write(path, facts, results)
+        if folder is not None and (ending != "png" or report.can_plot()):
+            write(str(folder / f"cpu.{ending}"), facts, results)
+
+
+def _run(todo: list[Case], args: argparse.Namespace) -> list[Result]:
     rounds = args.rounds or (5 if args.smoke else 15)
     seconds = args.seconds or (0.3 if args.smoke else 2.0)
-    results: list[Any] = []
+    results: list[Result] = []
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    console=Console(stderr=True), transient=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as directory, bar:

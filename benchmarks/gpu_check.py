@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import re
 import subprocess
@@ -31,9 +32,9 @@ import gpu_child
 import report
 import torch
 from gpu_child import MARK, Found, workload
+from machine import environment, in_one_line
 from report import Grid
 from rich.console import Console
-from rounds import environment
 
 from fastattn.environment.device import Device
 from fastattn.kernels import registry
@@ -55,8 +56,9 @@ def ask(
     command = [sys.executable, gpu_child.__file__, part, name, "--device", args.device]
     command += ["--only", args.only] if args.only else []
     command += ["--smoke"] if args.smoke else []
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([*command, *extra], stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as store:
+        child = subprocess.Popen([*command, *extra], stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
+                                 env={**os.environ, "FASTATTN_CACHE_DIR": store})  # fmt: skip
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=lambda: [*map(lines.put, child.stdout or ()), lines.put(None)], daemon=True)
         reader.start()
@@ -201,7 +203,7 @@ def main() -> int:
             console.print(table.rich(), "")
         for note in notes:
             console.print(note, style="red")
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items()), style="dim")
+    console.print(in_one_line(facts), style="dim")
     console.print("all right" if not wrong else f"{wrong} wrong", style="green" if not wrong else "red")
     return 1 if wrong else 0
 

@@ -25,15 +25,19 @@ from fastattn.kernels import registry
 from fastattn.planning import binding, candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems import call_key, call_options
+from fastattn.problems.classify import classify
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import dropout
-from fastattn.tuning.accuracy.judge import Judge, judge_of_call, worst_errors
+from fastattn.tuning.accuracy.judge import Judge, judges_of_problem, worst_errors
+from fastattn.tuning.accuracy.judge_call import judge_of_call
 from fastattn.tuning.accuracy.probes import stand_in_scale
 
 WORKLOAD = Path(__file__).with_name("gpu_workload.toml")
 MARK = "answer:"  # begins a line that is one
 RANDOM_PROBLEMS = 60
+LENGTHS = ((1, 1), (1, 513), (4, 200), (64, 64), (127, 127), (65, 1000), (1000, 77), (511, 513))
+CORNERS = ("top_left", "bottom_right")
 
 
 # --- what is verified
@@ -78,10 +82,6 @@ def grid(device: str, smoke: bool) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-LENGTHS = ((1, 1), (1, 513), (4, 200), (64, 64), (127, 127), (65, 1000), (1000, 77), (511, 513))
-CORNERS = ("top_left", "bottom_right")
-
-
 def precision(device: str) -> str:
     return torch_state(device).precision
 
@@ -119,12 +119,12 @@ def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
             yield from _dropout(accepted, p, on)
             continue
         with torch.set_grad_enabled(p.needs_grad):
-            judges: list[Judge] = []
+            judged: list[Judge] = []
             for candidate in accepted:
                 try:
-                    judges = judges or judges(p, on)
-                    call = binding.bind(candidate, judges[0].sample.problem, stand_in_scale(p))
-                    errors = worst_errors(judges, call)
+                    judged = judged or judges_of_problem(p, on)
+                    call = binding.bind(candidate, judged[0].sample.problem, stand_in_scale(p))
+                    errors = worst_errors(judged, call)
                     yield Found(str(p), candidate.name, _three(errors.forward), _three(errors.backward))
                 except Exception as error:
                     yield Found(str(p), candidate.name, error=f"{type(error).__name__}: {error}"[:300])
@@ -181,7 +181,7 @@ def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> f
 
 def judged(out: Any, q: Any, k: Any, v: Any, **options: Any) -> float:
     """The error of an output that is there already."""
-    p = Problem.from_key(call_key.call_key(q, k, v, None, "bhsd", call_options.parse_options(options)))
+    p, _ = classify(call_key.call_key(q, k, v, None, "bhsd", call_options.parse_options(options)))
     judge = judge_of_call(p, q, k, v, None, stand_in_scale(p))
     assert judge is not None
     return judge.errors(lambda *_: out[:1, : p.group]).forward

@@ -1,4 +1,4 @@
-"""What cpu.py found, as tables for the terminal and for docs/results, as JSON, and as a chart."""
+"""What cpu.py found, as tables for the terminal and for docs/results, as JSON, and as a chart. gpu_check.py uses the tables."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def candidates_of(r: Any) -> Grid:
     rows = []
     for c in sorted(r.candidates, key=lambda c: (c.time_us is None, c.time_us or 0.0)):
         marks = ["oracle"] * (c is r.oracle) + ["served"] * (c.name == r.served)
+        marks += [f"{c.left_out} at the first call"] if c.left_out and c.time_us is not None else []
         errors = [f"{e:.2f}" if e < 100 else f"{e:.3g}" for e in (c.forward, c.backward) if e is not None]
         time = us(c.time_us) if c.time_us is not None else ""
         gain = f"{r.sdpa_us / c.time_us:.2f}x" if c.time_us is not None else ""
@@ -135,20 +136,13 @@ def candidates_of(r: Any) -> Grid:
     return Grid(f"candidates of {title_of(r.case)}: F.sdpa {us(r.sdpa_us)}", headings, rows, texts=2)
 
 
+SUMMARY = (
+    "geometric means", "problems", "gain", "aim", "regret", "first call", "disk", "error", "slower", "worst regret",
+)  # fmt: skip
+
+
 def summary(results: Sequence[Any]) -> Grid:
     """Means and the worst over problems of 100 us and more, forward and training apart; the other columns over all."""
-    headings = (
-        "geometric means",
-        "problems",
-        "gain",
-        "aim",
-        "regret",
-        "first call",
-        "disk",
-        "error",
-        "slower",
-        "worst regret",
-    )
     rows = []
     for of_kind in ("forward", "training"):
         for dtype in (*DTYPES, "all"):
@@ -156,9 +150,9 @@ def summary(results: Sequence[Any]) -> Grid:
             if not mine or (dtype == "all" and len({r.case.dtype for r in mine}) == 1):
                 continue
             long = [r for r in mine if r.sdpa_us >= LONG_US]
-            worst = max(long, key=lambda r: r.regret, default=None)
             if not long:
                 continue
+            worst = max(long, key=lambda r: r.regret)
             aim = AIMS.get((of_kind, dtype))
             in_time = sum(r.cold_us <= first_call_limit_us(r) for r in mine)
             rows.append(
@@ -172,10 +166,10 @@ def summary(results: Sequence[Any]) -> Grid:
                     us(max(max(0.0, r.disk_us - r.ours_us) for r in mine)),
                     f"{max(r.error for r in mine):.2f}",
                     f"{sum(map(is_slower, mine))}/{len(mine)}",
-                    f"{worst.regret:.2f} {worst.case.name} {worst.case.dtype}" if worst else "",
+                    f"{worst.regret:.2f} {worst.case.name} {worst.case.dtype}",
                 )
             )
-    return Grid("summary", headings, rows, texts=2)
+    return Grid("summary", SUMMARY, rows, texts=2)
 
 
 def to_json(facts: dict[str, str], results: Sequence[Any]) -> dict[str, Any]:
@@ -196,9 +190,9 @@ def write_json(path: str, facts: dict[str, str], results: Sequence[Any]) -> None
         json.dump(to_json(facts, results), file, indent=1)
 
 
-def write_markdown(path: str, facts: dict[str, str], results: Sequence[Any], made_by: str = "cpu.py") -> None:
+def write_markdown(path: str, facts: dict[str, str], results: Sequence[Any]) -> None:
     *tables, last = grids(results, with_candidates=True)
-    lines = ["# Benchmark", "", f"Made by `benchmarks/{made_by}`; docs/benchmarks.md says how to read it.", ""]
+    lines = ["# Benchmark", "", "Made by `benchmarks/cpu.py`; docs/benchmarks.md says how to read it.", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, "", last.markdown(), *(t.markdown() for t in tables)]))

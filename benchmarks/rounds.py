@@ -1,4 +1,4 @@
-"""Interleaved rounds: what both benchmarks stand on.
+"""Interleaved rounds, and peak memory: what all benchmarks stand on.
 
 Every round runs every call once, in an order of its own, so that a slow moment of the machine hits all of them and nobody
 always follows the same neighbour; ratios are taken between medians of the same rounds, and a call that is there twice
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import platform
 import random
 import time
 from collections.abc import Callable, Collection, Generator, Mapping
@@ -94,31 +93,6 @@ def settle() -> None:
         torch.cuda.synchronize()
 
 
-def environment(on: str = "cpu") -> dict[str, str]:
-    """What the numbers were taken on, and with."""
-    import fastattn
-    from fastattn.environment.device import Device
-
-    device = Device.of(torch.device(on))
-    gpu = (
-        {"capability": f"sm{device.capability}", "cuda": device.cuda, "cudnn": str(device.cudnn)}
-        if on == "cuda"
-        else {}
-    )
-    return {
-        "machine": device.name,
-        **gpu,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "fastattn": fastattn.__version__,
-        "system": platform.platform(),
-        "load before": " ".join(f"{x:.2f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    }
-
-
 @contextmanager
 def _silenced() -> Generator[None]:
     """The profiler writes to the file descriptor itself."""
@@ -156,8 +130,3 @@ def peak_bytes(run: Callable[[], object]) -> int:
 def _bytes(out: object) -> int:
     storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-
-def is_busy() -> bool:
-    """Whether something else was keeping this machine busy: then the numbers say little."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5

@@ -1,11 +1,10 @@
-"""What the examples have in common: counting tunings, naming kernels, starting the second process, and printing."""
+"""What the examples have in common: naming kernels, starting the second process, and printing."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import torch
@@ -13,30 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.dispatch import resolve
-from fastattn.dispatch.explain import of_problem
+from fastattn.dispatch.explain import explain_problem
 from fastattn.environment.device import Device
-
-
-class Watch:
-    """Counts the tunings of this process from now on, and their seconds."""
-
-    def __init__(self):
-        self.count, self.seconds, real = 0, 0.0, resolve.tune_problem
-
-        def tune(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return real(*args, **kwargs)
-            finally:
-                self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
-
-        resolve.tune_problem = tune
 
 
 def served(met):
     """How many of these problems each candidate serves, the most frequent first."""
-    return dict(Counter(of_problem(problem).served_by for problem in met).most_common())
+    return dict(Counter(explain_problem(problem).served_by for problem in met).most_common())
 
 
 def second_process(script, *arguments):

@@ -25,7 +25,7 @@ import torch
 from rich.text import Text
 
 import fastattn
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 
 SENTENCES = """
 Attention is a weighted mean.
@@ -120,12 +120,12 @@ def compare(model, tokenized, rounds, seconds):
     return stock, patched, abs(again / stock - 1)
 
 
-def one_dtype(name, model, tokenized, reference, given, watch):
+def one_dtype(name, model, tokenized, reference, given):
     """One row of the result, as data."""
     model = model.to(DTYPES[name])
     stock = embed(model, tokenized)
-    before, start = watch.count, time.perf_counter()
-    with session.collected() as met:
+    before, start = fastattn.stats()["tunings"], time.perf_counter()
+    with session.collect() as met:
         ours = patched_embed(model, tokenized)
     first_s = time.perf_counter() - start
     timed = compare(model, tokenized, given.rounds, given.seconds) if given.rounds else (None, None, None)
@@ -136,7 +136,7 @@ def one_dtype(name, model, tokenized, reference, given, watch):
         "stock_to_fp32": float((stock * reference).sum(1).min()),
         "patched_to_fp32": float((ours * reference).sum(1).min()),
         "problems": len(met),
-        "tuned": watch.count - before,
+        "tuned": fastattn.stats()["tunings"] - before,
         "first_s": first_s,
         "stock_ms": stock_s and stock_s * 1e3,
         "fastattn_ms": fastattn_s and fastattn_s * 1e3,
@@ -147,16 +147,15 @@ def one_dtype(name, model, tokenized, reference, given, watch):
 
 def measure(given):
     """All dtypes in this process."""
-    watch = _report.Watch()
     tokenizer, model = load()
     tokenized = batches(tokenizer, given.sentences)
     reference = embed(model, tokenized)
-    rows = [one_dtype(name, model, tokenized, reference, given, watch) for name in DTYPES]
+    rows = [one_dtype(name, model, tokenized, reference, given) for name in DTYPES]
     return {
         "sentences": len(SENTENCES[: given.sentences]),
         "rows": rows,
-        "tuned": watch.count,
-        "tuning_s": watch.seconds,
+        "tuned": fastattn.stats()["tunings"],
+        "tuning_s": fastattn.stats()["tuning_s"],
     }
 
 

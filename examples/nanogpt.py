@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 
 # What a user would do on a CPU. bfloat16: autocast. float16: the model in float32 and its attention in half, the loss scaled as
 # in recipes for GPUs; not autocast, as few CPUs have float16 products: a step took ten to twenty times as long.
@@ -106,11 +106,11 @@ def batches(text, size, steps):
         yield windows[:, :-1], windows[:, 1:]
 
 
-def train(dtype, text, size, steps, watch, progress):
+def train(dtype, text, size, steps, progress):
     """One row of the result, as data."""
     copies = {name: Copy(size, dtype, within) for name, within in COPIES.items()}
-    before, order, bar = watch.count, random.Random(SEED), progress.add_task(dtype, total=steps)
-    with session.collected() as met:
+    before, order, bar = fastattn.stats()["tunings"], random.Random(SEED), progress.add_task(dtype, total=steps)
+    with session.collect() as met:
         for batch in batches(text, size, steps):
             for name in order.sample(list(copies), len(copies)):  # nobody always follows the same neighbour
                 copies[name].step(*batch)
@@ -127,21 +127,20 @@ def train(dtype, text, size, steps, watch, progress):
         "of_math": math.distance(stock),
         "allowed": ALLOWED * math.distance(stock) + FLOOR * stock.losses[0],
         "problems": len(met),
-        "tuned": watch.count - before,
+        "tuned": fastattn.stats()["tunings"] - before,
         "kernels": _report.served(met),
     }
 
 
 def measure(given):
     """All dtypes in this process."""
-    watch = _report.Watch()
     text = Path(given.text).read_text(encoding="utf-8", errors="replace") if given.text else source()
     size = Size(symbols=len(set(text)))
     if len(text) <= size.context:
         raise SystemExit(f"the text has {len(text)} characters; it needs more than {size.context}")
     terminal = Console(stderr=True)
     with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
-        rows = [train(dtype, text, size, given.steps, watch, progress) for dtype in given.dtype]
+        rows = [train(dtype, text, size, given.steps, progress) for dtype in given.dtype]
     return {
         "text": given.text or "the source of fastattn",
         "characters": len(text),
@@ -149,8 +148,8 @@ def measure(given):
         "parameters": sum(p.numel() for p in GPT(size, torch.float32).parameters()),
         "steps": given.steps,
         "rows": rows,
-        "tuned": watch.count,
-        "tuning_s": watch.seconds,
+        "tuned": fastattn.stats()["tunings"],
+        "tuning_s": fastattn.stats()["tuning_s"],
     }
 
 

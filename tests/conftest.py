@@ -1,20 +1,61 @@
-"""Fixtures every test has: a store of its own, a clean process state, and nothing left patched."""
+"""Fixtures every test has: a store of its own, a clean process state, and nothing left patched.
+
+`pytest --nothing-wins` runs the tests as on a machine where no kernel is faster than the default: no test may need one that is.
+"""
 
 from __future__ import annotations
 
 import os
+import runpy
 import socket
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.pop("FASTATTN_MODE", None)
+# OpenMP's threads sleep while they wait (read when torch is loaded, children inherit it): spinning, they take the cores that
+# the test, or whoever shares the machine, needs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from core import CORE
 
 import fastattn
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 from fastattn.environment.log import log
 from fastattn.environment.settings import reload_settings
 from fastattn.tuning import cpu_contention
+
+NOTHING_WINS = Path(__file__).parent / "support" / "nothing_wins"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nothing-wins", action="store_true", help="by the real clock all kernels are equally fast")
+
+
+def pytest_configure(config):
+    if config.getoption("nothing_wins"):
+        runpy.run_path(str(NOTHING_WINS / "sitecustomize.py"))
+        sys.path.insert(0, str(NOTHING_WINS))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(NOTHING_WINS), os.environ.get("PYTHONPATH", "")])  # children
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark the core, and refuse a row of core.py that names no test: a renamed test would leave it in silence."""
+    unseen = {(path, row) for path, rows in CORE.items() for row in rows}
+    collected = set()
+    for item in items:
+        path = item.path.relative_to(config.rootpath).as_posix()
+        collected.add(path)
+        rows = {(path, item.name), (path, item.originalname)} if path in CORE else set()
+        if any(row in CORE[path] for path, row in rows):
+            item.add_marker("core")
+        unseen -= rows
+    missing = sorted(row for path, row in unseen if path in collected)
+    if missing and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/support/core.py names what is no test: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +84,7 @@ def own_store(tmp_path, monkeypatch):
     )  # what else runs on the machine has no say in a test
     reload_settings()
     fastattn.clear()
-    session.state.spent_s = 0.0
+    session.tuning_s = 0.0
     log.setLevel("NOTSET")
     log.handlers.clear()
     torch.manual_seed(0)
@@ -59,3 +100,12 @@ def untuned():
     """Nothing is timed: the default serves. For tests of semantics, where speed has no say."""
     with fastattn.options(mode="cached"):
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch works in one thread: for small tensors, where waiting for a second one takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

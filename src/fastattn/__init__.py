@@ -8,37 +8,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastattn.dispatch.attention import attention
-from fastattn.dispatch.patching import Patch, patch, sdpa
-from fastattn.environment.errors import FastattnError, NoKernelError
-from fastattn.environment.settings import options
-from fastattn.problems import masks
+from fastattn.environment.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastattn.dispatch.ahead import tune
-    from fastattn.dispatch.explain import Explanation, Plan, explain, plan
+    from fastattn.dispatch.explain import Explanation, explain
+    from fastattn.dispatch.patching import Patch, patch
+    from fastattn.dispatch.plan import Plan, plan
     from fastattn.dispatch.ranks import sync
+    from fastattn.dispatch.sdpa import sdpa
     from fastattn.dispatch.session import clear
+    from fastattn.dispatch.stats import Stats, stats
+    from fastattn.environment.errors import FastattnError, NoKernelError
+    from fastattn.environment.option_scope import options
+    from fastattn.problems import masks
     from fastattn.problems.problem import Problem
     from fastattn.verdicts.verdict import Verdict
 
-__version__ = "0.1.0"
 __all__ = [
-    "Explanation", "FastattnError", "NoKernelError", "Patch", "Plan", "Problem", "Verdict", "attention", "clear", "explain",
-    "masks", "options", "patch", "plan", "sdpa", "sync", "tune",
+    "Explanation", "FastattnError", "NoKernelError", "Patch", "Plan", "Problem", "Stats", "Verdict", "attention", "clear",
+    "explain", "masks", "options", "patch", "plan", "sdpa", "stats", "sync", "tune",
 ]  # fmt: skip
 
-# Imported when first asked for: a program that only calls attention() pays for what a call needs.
+# Imported when first asked for: a program that only calls attention() pays for what a hit needs.
 _LATER = {
-    "Explanation": "dispatch.explain", "Plan": "dispatch.explain", "explain": "dispatch.explain", "plan": "dispatch.explain",
-    "clear": "dispatch.session", "tune": "dispatch.ahead", "sync": "dispatch.ranks",
+    "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
+    "Patch": "dispatch.patching", "patch": "dispatch.patching", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
+    "Stats": "dispatch.stats", "stats": "dispatch.stats", "clear": "dispatch.session", "tune": "dispatch.ahead",
+    "FastattnError": "environment.errors", "NoKernelError": "environment.errors", "options": "environment.option_scope",
     "Problem": "problems.problem", "Verdict": "verdicts.verdict",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name == "masks":
+        value = import_module("fastattn.problems.masks")
+    elif name in _LATER:
+        value = getattr(import_module(f"fastattn.{_LATER[name]}"), name)
+    else:
         raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"fastattn.{_LATER[name]}"), name)
+    globals()[name] = value
     return value
 
 

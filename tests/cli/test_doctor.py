@@ -32,6 +32,7 @@ from fastattn.kernels import registry
 from fastattn.kernels.libraries import availability, catalogue
 from fastattn.kernels.limits import Range
 from fastattn.verdicts import store
+from fastattn.verdicts.manifest import export_manifest
 from fastattn.verdicts.store import Store
 
 H100 = Device("cuda", "NVIDIA H100 132sm", 90, cuda="12.8", cudnn=91002)
@@ -190,7 +191,7 @@ def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site,
     mine = replace(base, name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
     too_new = replace(mine, name="flash_9", needs=(Range("capability", min=100),))
     absent = replace(mine, name="other", library="natten")
-    monkeypatch.setattr(registry, "_extra", [mine, too_new, absent])
+    monkeypatch.setattr(registry, "_registered", [mine, too_new, absent])
     report = examined()
     own = {r.name: r for r in report.kernels}
     assert next(r for r in report.libraries if r.name == "FlashAttention 2").usable
@@ -362,9 +363,9 @@ def test_a_manifest_must_be_for_one_of_the_devices(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTATTN_MANIFEST", str(file))
     reload_settings()
     assert "No such file" in examined().faults[0].what
-    file.write_text(store.export(iter(()), H100))
+    file.write_text(export_manifest(iter(()), H100))
     assert "made for torch" in examined().faults[0].what
-    file.write_text(store.export(iter(()), Device.of(torch.device("cpu"))))
+    file.write_text(export_manifest(iter(()), Device.of(torch.device("cpu"))))
     assert examined().works
 
 

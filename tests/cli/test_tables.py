@@ -11,33 +11,38 @@ from rich.console import Console
 
 import fastattn
 from fastattn.cli import main, tables
-from fastattn.dispatch.explain import IN_DOUBT, Explanation, _why
+from fastattn.dispatch.explain import Explanation
+from fastattn.dispatch.render import IN_DOUBT, why_served
 from fastattn.environment.settings import reload_settings
 from fastattn.problems import presets
 from fastattn.problems.shapes import problem_of_shape, shape
+from fastattn.problems.spelling import briefly
 from fastattn.tuning import tune as tuning
-from fastattn.verdicts.verdict import Trial, Verdict
+from fastattn.verdicts import verdict as verdict_module
+from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
 SHAPE = shape(2, (32, 8), 100, 64, causal=True)
 LONG = "matmul_mixed+gqa_fold+mask_dense+chunks"
 
 
-def verdict(winner="matmul_mixed", gain=1.29, *, noise=0.01, crowded=0.0, shape=SHAPE):
+def verdict(winner="matmul_mixed", gain=1.29, *, noise=0.01, cores_missing=0.0, shape=SHAPE):
     """A problem of which matmul_mixed was measured `gain` x as fast as the default."""
     import torch
 
     trials = (
-        Trial("default", None, 4580.4, noise, 0.0, 0.28, None, 49152),
-        Trial(LONG, None, 4580.4 / gain, noise, 0.0, 0.23, 0.41, 18 * 2**20, 2**20),
-        Trial("flex", "not tried: it must be compiled first, which `fastattn tune --compile` does"),
-        Trial("torch_math", tombstone="RuntimeError: it broke", time_us=1.0),
+        Trial("default", Outcome.TIMED, None, 4580.4, noise, 0.0, 0.28, None, 49152),
+        Trial(LONG, Outcome.TIMED, None, 4580.4 / gain, noise, 0.0, 0.23, 0.41, 18 * 2**20, 2**20),
+        Trial(
+            "flex", Outcome.NOT_COMPILED, "not tried: it must be compiled first, which `fastattn tune --compile` does"
+        ),
+        Trial("torch_math", Outcome.DEMOTED, "RuntimeError: it broke", time_us=1.0),
     )
     winner = LONG if winner == "matmul_mixed" else winner
-    return Verdict(problem_of_shape(shape, torch.bfloat16), winner, trials, crowded=crowded)
+    return Verdict(problem_of_shape(shape, torch.bfloat16), winner, trials, cores_missing=cores_missing)
 
 
 def explained(v):
-    return Explanation(v.problem, "a CPU", v.winner, _why(v, v.winner), v.trials, v)
+    return Explanation(v.problem, "a CPU", "serve", v.winner, why_served(v, v.winner), v.trials, v)
 
 
 def test_an_explanation_looks_like_this():
@@ -58,16 +63,16 @@ served by {LONG}: 1.29x the default's speed
 @pytest.mark.parametrize(("gain", "noise", "why"), [
     (1.29, 0.2, f"{LONG} measured 1.29x, within the noise of 40%"),
     (1.29, 0.01, f"{LONG} measured 1.29x, in too few rounds to be sure"),
-    (1.02, 0.2, "nothing was faster by more than 3%"),
-    (0.5, 0.0, "nothing was faster by more than 3%"),
+    (1.02, 0.2, f"{LONG} measured 1.02x, within the margin of 3%"),
+    (0.5, 0.0, f"the fastest; {LONG} came nearest with 0.50x"),
 ])  # fmt: skip
 def test_a_default_that_was_not_replaced_says_by_what_it_was_not(gain, noise, why):
     assert explained(verdict("default", gain, noise=noise)).why == why
 
 
 def test_a_crowded_verdict_is_marked_wherever_it_is_shown(monkeypatch):
-    monkeypatch.setattr(tuning, "CROWDED", 0.25)
-    crowded = verdict(crowded=0.6)
+    monkeypatch.setattr(verdict_module, "CROWDED", 0.25)
+    crowded = verdict(cores_missing=0.6)
     assert "1.29x?" in str(explained(crowded)) and str(explained(crowded)).endswith(IN_DOUBT)
     both = table([("", crowded), ("", verdict("default"))], 200)
     assert "1.29x? " in both and "1.00x  " in both and both.rstrip().endswith(IN_DOUBT)
@@ -105,9 +110,7 @@ def test_what_is_piped_is_never_cut(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = table(FOUND, tables.console().width).splitlines()
     assert not any("…" in line for line in lines)
-    assert all(
-        any(f"{name}  {tables.short(v.problem)}" in line and LONG in line for line in lines) for name, v in FOUND
-    )
+    assert all(any(f"{name}  {briefly(v.problem)}" in line and LONG in line for line in lines) for name, v in FOUND)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
@@ -123,6 +126,7 @@ def test_explain_prints_the_same_here_and_there(monkeypatch):
     """`fastattn explain` and print(fastattn.explain(...)): one wording."""
     import torch
 
+    monkeypatch.setattr(verdict_module, "DRIFT", math.inf)
     monkeypatch.setattr(tuning, "DRIFT", math.inf)
     q = torch.randn(1, 2, 16, 8)
     here = str(fastattn.explain(q, q, q, tune=True))
@@ -136,4 +140,4 @@ def test_explain_prints_the_same_here_and_there(monkeypatch):
     ({"lse": True}, "lse"),
 ])  # fmt: skip
 def test_a_problem_in_short_names_its_options(options, words):
-    assert tables.short(verdict().problem.replace(**options)) == f"2 x 32/8 x 100 d64 causal {words}"
+    assert briefly(verdict().problem.replace(**options)) == f"2 x 32/8 x 100 d64 causal {words}"

@@ -17,34 +17,37 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import attention as api
-from fastattn.dispatch import resolve, session
-from fastattn.dispatch.attention import front
+from fastattn.dispatch import entries as entries_module
+from fastattn.dispatch import resolve, tune_now
+from fastattn.dispatch.attention import entries
 from fastattn.dispatch.circumstances import (
     PASS,
     RULES,
     STORED,
     TUNE,
     Circumstances,
-    decide,
     may_remember,
     read_circumstances,
+    what_is_allowed,
 )
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.tuning.tune import tune_problem
+from fastattn.verdicts.verdict import Outcome
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 EXPECTED = {  # written down once more, so that a changed row is a decision
     "off": PASS, "foreign": PASS, "other_device": PASS, "function_mode": PASS, "dispatch_mode": PASS, "functorch": PASS,
     "forward_ad": PASS, "tracing": PASS, "restricted": PASS, "empty": PASS, "compiling": STORED,
-    "capturing": STORED, "deterministic": STORED, "distributed": STORED, "cached": STORED, "spent": STORED,
+    "capturing": STORED, "deterministic": STORED, "distributed": STORED, "switched_off": STORED,
+    "cached": STORED, "spent": STORED,
 }  # fmt: skip
 NAMES = [name for name, _, _ in RULES]
 
 
 def test_an_ordinary_call_is_tuned_and_remembered():
-    assert decide(Circumstances())[0] == TUNE
+    assert what_is_allowed(Circumstances())[0] == TUNE
     assert may_remember(Circumstances())
 
 
@@ -57,13 +60,13 @@ def test_every_row_has_an_expected_action():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_first_row_that_holds_decides(size):
     for held in itertools.combinations(NAMES, size):  # combinations keep the order of the table
-        action, why = decide(Circumstances(**dict.fromkeys(held, True)))
+        action, why = what_is_allowed(Circumstances(**dict.fromkeys(held, True)))
         assert (action, why) == next((a, r) for name, a, r in RULES if name == held[0]), held
 
 
 def test_passing_always_beats_serving_what_is_stored():
     for a, b in itertools.product(NAMES, NAMES):
-        action = decide(Circumstances(**{a: True, b: True}))[0]
+        action = what_is_allowed(Circumstances(**{a: True, b: True}))[0]
         assert action == (PASS if PASS in (EXPECTED[a], EXPECTED[b]) else STORED), (a, b)
 
 
@@ -84,7 +87,7 @@ def qkv():
 @pytest.fixture
 def never_tuned(monkeypatch):
     """Any tuning fails the test."""
-    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
 
 
 def circumstances(*tensors):
@@ -95,7 +98,7 @@ def circumstances(*tensors):
 def holds(name, *tensors):
     found = circumstances(*tensors)
     assert getattr(found, name), found
-    return decide(found)[0]
+    return what_is_allowed(found)[0]
 
 
 def test_mode_off(qkv, never_tuned):
@@ -103,21 +106,21 @@ def test_mode_off(qkv, never_tuned):
         assert holds("off", *qkv) == PASS
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
         assert torch.equal(attention(*qkv, kernel="sdpa_math"), F_sdpa(*qkv))  # plain F.sdpa everywhere
-    assert not front.table
+    assert not entries.table
 
 
 def test_mode_off_from_the_environment(qkv, never_tuned, monkeypatch):
     monkeypatch.setenv("FASTATTN_MODE", "off")
     reload_settings()
     assert torch.equal(attention(*qkv), F_sdpa(*qkv))
-    assert not front.table
+    assert not entries.table
 
 
 def test_mode_cached_records_the_miss(qkv, never_tuned):
     with fastattn.options(mode="cached"):
         assert holds("cached", *qkv) == STORED
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
-    assert len(session.misses()) == 1
+    assert len(session.misses) == 1
 
 
 def test_a_spent_budget(qkv, never_tuned, caplog):
@@ -134,8 +137,8 @@ def test_a_spent_budget(qkv, never_tuned, caplog):
 def test_a_stored_winner_serves_where_nothing_may_be_tuned(qkv, monkeypatch):
     verdict = fastattn.tune(problem_of(*qkv))[0]
     chosen = next(name for name in ("matmul", "torch_flash", "default") if verdict.trial(name) is not None)
-    session.settings_store(current_settings()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
-    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+    session.store(current_settings()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
+    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
     fastattn.clear()
     for change in ({"mode": "cached"}, {"tune_budget": 0.0}):
         with fastattn.options(**change):
@@ -152,7 +155,8 @@ def winning(verdict, name):
     """The verdict as if a candidate had won by far."""
     from dataclasses import replace
 
-    trials = tuple(replace(t, reason=None, time_us=0.001) if t.candidate == name else t for t in verdict.trials)
+    won = {"outcome": Outcome.TIMED, "reason": None, "time_us": 0.001}
+    trials = tuple(replace(t, **won) if t.candidate == name else t for t in verdict.trials)
     return replace(verdict, winner=name, trials=trials)
 
 
@@ -161,14 +165,14 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
     with sdpa_kernel(SDPBackend.MATH):
         assert holds("restricted", q, k, v) == PASS
         assert torch.equal(attention(q, k, v), F_sdpa(q, k, v))
-    assert not front.table and not session.misses()
+    assert not entries.table and not session.misses
 
 
 def test_a_switched_off_backend_removes_that_kernel_and_nothing_else(qkv):
     before = {t.candidate: t.reason for t in fastattn.explain(*qkv).rows}
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert decide(circumstances(*qkv))[0] == TUNE
+        assert what_is_allowed(circumstances(*qkv))[0] == STORED, "F.sdpa is not what it usually is"
         after = {t.candidate: t.reason for t in fastattn.explain(*qkv).rows}
         with pytest.raises(fastattn.NoKernelError, match="switched off by torch.backends.cuda.enable_flash_sdp"):
             attention(*qkv, kernel="torch_flash")
@@ -201,12 +205,12 @@ def test_inside_a_transform(qkv, transform, armed, never_tuned):
     if armed:
         with fastattn.options(mode="cached"):
             attention(q, k, v, is_causal=True)
-    entries = sum(map(len, front.table.values()))
+    before = sum(map(len, entries.table.values()))
     run = TRANSFORMS[transform]
     got = run(lambda x: attention(x, k, v, is_causal=True), q)
     want = run(lambda x: F_sdpa(x, k, v, is_causal=True), q)
     assert torch.equal(got, want)
-    assert sum(map(len, front.table.values())) == entries
+    assert sum(map(len, entries.table.values())) == before
 
 
 def test_jvp_and_dual_tensors(qkv, never_tuned):
@@ -261,7 +265,7 @@ def test_deterministic_mode(qkv, never_tuned):
         assert torch.equal(attention(*qkv), F_sdpa(*qkv))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(session.misses()) == 1
+    assert len(session.misses) == 1
 
 
 def test_export(qkv, never_tuned):
@@ -303,7 +307,7 @@ def test_subclasses_reach_their_own_torch_function(never_tuned):
 
 def test_a_default_device_is_no_mode_to_keep_away_from(qkv):
     with torch.device("cpu"):
-        assert decide(read_circumstances(list(qkv), current_settings(), False))[0] == TUNE
+        assert what_is_allowed(read_circumstances(list(qkv), current_settings(), False))[0] == TUNE
         torch.testing.assert_close(attention(*qkv), F_sdpa(*qkv))
 
 
@@ -326,14 +330,14 @@ def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
         return verdict
 
     ran = []
-    real_serve = resolve._serve
+    real_resolve = resolve._resolve
 
     def watched(*args):
-        served = real_serve(*args)
-        return served._replace(call=lambda *a: (ran.append(served.candidate), served.call(*a))[1])
+        resolved = real_resolve(*args)
+        return resolved._replace(call=lambda *a: (ran.append(resolved.candidate), resolved.call(*a))[1])
 
-    monkeypatch.setattr(resolve, "tune_problem", flipping)
-    monkeypatch.setattr(resolve, "_serve", watched)
+    monkeypatch.setattr(tune_now, "tune_problem", flipping)
+    monkeypatch.setattr(resolve, "_resolve", watched)
     q = torch.randn(1, 2, 20, 16, requires_grad=True)
     k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
     out = checkpoint(lambda x: attention(x * 1.0, k, v), q, use_reentrant=reentrant)
@@ -342,7 +346,7 @@ def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
     F_sdpa(exact, k.double(), v.double()).sum().backward()
     assert torch.allclose(q.grad.double(), exact.grad, atol=1e-5)
     trial = fastattn.explain(torch.randn(1, 2, 20, 16, requires_grad=True), k, v).verdict.trial("torch_math")
-    assert trial.tombstone is None, "the end of the recomputation was taken for a failing kernel"
+    assert trial.outcome is not Outcome.DEMOTED, "the end of the recomputation was taken for a failing kernel"
     if not reentrant:  # grad mode is the same both times: the same Call serves
         assert len(ran) == 2 and ran[0] == ran[1], ran
         assert len(order) == 1
@@ -355,9 +359,9 @@ def test_checkpointing_survives_a_clear_of_other_problems(monkeypatch):
     q, k = torch.randn(1, 2, 20, 16, requires_grad=True), torch.randn(1, 2, 20, 16)
     attention(q, k, k)
     before = fastattn.explain(q, k, k).served_by
-    monkeypatch.setattr(api, "LIMIT", 1)
+    monkeypatch.setattr(entries_module, "LIMIT", 1)
     with fastattn.options(mode="cached"):
         attention(k, k, k)
-    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned again"))
+    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned again"))
     attention(q, k, k)
     assert fastattn.explain(q, k, k).served_by == before

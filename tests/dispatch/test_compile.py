@@ -9,7 +9,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import resolve, session
+from fastattn.dispatch import resolve, tune_now
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.problems import masks
@@ -22,7 +23,7 @@ RESOLVE = resolve.attention
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
     monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("resolved at run time"))
     yield
     torch._dynamo.reset()
@@ -97,7 +98,7 @@ def test_the_stored_winner_stands_in_the_graph(monkeypatch):
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(q, k, v).problem
     verdict = Verdict(problem, "matmul", (Trial("default", time_us=9.0), Trial("matmul", time_us=1.0)))
-    session.settings_store(current_settings()).put(verdict, Device.of(q.device))
+    session.store(current_settings()).put(verdict, Device.of(q.device))
     fastattn.clear()
     found = targets(lambda q, k, v: attention(q, k, v), q, k, v)
     assert any("bmm" in t for t in found) and not any("scaled_dot_product" in t for t in found)
@@ -173,7 +174,7 @@ def test_the_drop_in_takes_the_stored_winner_too(monkeypatch):
     q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
     problem = fastattn.explain(q, k, v).problem
     verdict = Verdict(problem, "matmul", (Trial("default", time_us=9.0), Trial("matmul", time_us=1.0)))
-    session.settings_store(current_settings()).put(verdict, Device.of(q.device))
+    session.store(current_settings()).put(verdict, Device.of(q.device))
     fastattn.clear()
     with fastattn.patch():
         found = targets(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v), q, k, v)

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import attention as api
+from fastattn.dispatch import entries as entries_module
 from fastattn.dispatch import guard as probe
-from fastattn.dispatch import resolve, session
-from fastattn.dispatch.attention import STREAK, front
+from fastattn.dispatch import resolve
+from fastattn.dispatch.attention import entries
+from fastattn.dispatch.entries import STREAK, drop_all
 from fastattn.dispatch.guard import NATIVE
-from fastattn.environment import settings
 from fastattn.problems import masks
 
 SHAPE = (1, 4, 16, 32)
@@ -43,7 +43,6 @@ def guard(request, monkeypatch):
     if request.param and not NATIVE:
         pytest.skip("this torch has no TensorGuards")
     monkeypatch.setattr(probe, "NATIVE", request.param)
-    monkeypatch.setattr(settings, "scopes_used", False)
     fastattn.options(mode="cached")
 
 
@@ -67,19 +66,19 @@ def is_hit(*args, **options):
     def missed(*_):
         raise Missed
 
-    real, before = resolve.attention, front.first
+    real, before = resolve.attention, entries.first
     resolve.attention = missed
     found = []
     try:
-        for first in (before, None):
-            front.first = first
+        for first in (before, entries._ask_table):
+            entries.first = first
             try:
                 attention(*args, **options)
                 found.append(True)
             except Missed:
                 found.append(False)
     finally:
-        resolve.attention, front.first = real, before
+        resolve.attention, entries.first = real, before
     assert found[0] == found[1], "the front and the table disagree"
     return found[0]
 
@@ -460,26 +459,37 @@ def test_a_forked_child_tells_apart_what_the_parent_did(qkv):
     arm(*qkv)
     pid = os.fork()
     if pid == 0:  # no operator may run here: the parent's thread pool is gone
-        first = front.first
+        first = entries.first
         ok = first(*qkv, None, "bhsd", {}) and not first(qkv[0].detach().requires_grad_(), *qkv[1:], None, "bhsd", {})
         os._exit(0 if ok else 1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_an_options_scope_has_entries_of_its_own(qkv):
-    attention(*qkv)
-    with fastattn.options(kernels=["torch_math"]):
-        assert not is_hit(*qkv)
-        attention(*qkv)
-        assert is_hit(*qkv)
-        with fastattn.options(mode="off"):
-            assert not is_hit(*qkv)
+    """And flushes nobody's: the entries made outside serve other threads meanwhile, and this one afterwards."""
+
+    def serving():
+        """The Call that a hit leads to: a closure of its own in this layout."""
+        return entries.lookup(*qkv, None, "bshd", {})
+
+    def call():
+        return attention(*qkv, layout="bshd")
+
+    call()
+    outside = serving()
+    assert outside is not None
+    with fastattn.options.scope(kernels=["torch_math"]):
+        assert serving() is None
+        call()
+        assert serving() is not None and serving() is not outside
+        with fastattn.options.scope(mode="off"):
+            assert serving() is None
         seen = []
-        thread = threading.Thread(target=lambda: seen.append(is_hit(*qkv)))
+        thread = threading.Thread(target=lambda: seen.append(serving()))
         thread.start()
         thread.join()
-        assert seen == [False], "an entry of this thread's scope served another thread"
-    assert not is_hit(*qkv)
+        assert seen == [outside], "an entry of this thread's scope served another thread, or the other's was dropped"
+    assert serving() is outside
 
 
 @pytest.mark.parametrize("change", [{"mode": "off"}, {"kernels": ["torch_math"]}, {"accuracy": "dtype"}])
@@ -489,7 +499,7 @@ def test_options_for_the_process_forget_all_entries(qkv, change):
     assert not is_hit(*qkv)
 
 
-@pytest.mark.parametrize("forget", [fastattn.clear, session.forget_calls])
+@pytest.mark.parametrize("forget", [fastattn.clear, drop_all])
 def test_forgetting_leaves_no_entry(qkv, forget):
     arm(*qkv)
     forget()
@@ -571,22 +581,22 @@ def test_64_alternating_problems_all_hit():
 
 
 def test_more_problems_of_equal_bytes_than_are_kept(monkeypatch):
-    monkeypatch.setattr(api, "SAME_BYTES", 8)
+    monkeypatch.setattr(entries_module, "SAME_BYTES", 8)
     shapes = [(1, 2**i, 2 ** (11 - i), 8) for i in range(11)]
     calls = [tuple(make(*shape) for _ in range(3)) for shape in shapes]
-    assert len(calls) > api.SAME_BYTES
+    assert len(calls) > entries_module.SAME_BYTES
     for _ in range(2):
         assert all(torch.equal(attention(*c), F_sdpa(*c)) for c in calls)
-    assert sum(map(len, front.table.values())) <= api.SAME_BYTES
+    assert sum(map(len, entries.table.values())) <= entries_module.SAME_BYTES
 
 
 def test_the_table_starts_anew_at_its_limit(monkeypatch):
-    monkeypatch.setattr(api, "LIMIT", 4)
+    monkeypatch.setattr(entries_module, "LIMIT", 4)
     for n in range(20, 32):
         x = make(1, 1, n, 8)
         attention(x, x, x)
         assert is_hit(x, x, x)
-        assert sum(map(len, front.table.values())) <= 4
+        assert sum(map(len, entries.table.values())) <= 4
 
 
 def test_the_front_is_dropped_while_problems_alternate_and_used_again_after():
@@ -594,11 +604,11 @@ def test_the_front_is_dropped_while_problems_alternate_and_used_again_after():
     for _ in range(1 + STREAK):
         for x in (a, b, c):
             attention(x, x, x)
-    assert front.first is None
+    assert entries.first is entries._ask_table
     for _ in range(2 * STREAK + 2):
         attention(a, a, a)
-    assert front.first is not None
-    assert front.first(a, a, a, None, "bhsd", {}) is not None
+    assert entries.first is not entries._ask_table
+    assert entries.first(a, a, a, None, "bhsd", {}) is not None
 
 
 def test_an_error_of_the_call_is_not_a_miss(qkv, monkeypatch):
@@ -609,8 +619,8 @@ def test_an_error_of_the_call_is_not_a_miss(qkv, monkeypatch):
         ran.append(1)
         raise ArithmeticError("from the kernel")
 
-    served = resolve.Served(broken, "broken", "a test")
-    front.publish(served, *qkv, None, "bhsd", {})
+    served = resolve.Resolved(broken, "broken", "a test")
+    entries.publish(served, *qkv, None, "bhsd", {})
     monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("took the error for a miss"))
     with pytest.raises(ArithmeticError, match="from the kernel"):
         attention(*qkv)

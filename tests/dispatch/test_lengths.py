@@ -7,18 +7,24 @@ import random
 
 import pytest
 import torch
-from fakes import CPU, check, problem, qkv
+from building import CPU
+from fakes import check, problem, qkv
 
 import fastattn
-from fastattn.dispatch import resolve, session
+from fastattn.dispatch import resolve, tune_now, validity
+from fastattn.dispatch.circumstances import Circumstances
+from fastattn.dispatch.service import Asked
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings, reload_settings
+from fastattn.environment.version import __version__
 from fastattn.kernels import registry
+from fastattn.kernels.libraries.availability import library_tag
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems import call_key, call_options, length_buckets
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.masks import Causal
-from fastattn.tuning.screening import library_tag
 from fastattn.verdicts import store
 from fastattn.verdicts.verdict import Trial, Verdict
 
@@ -31,14 +37,14 @@ def tuned(monkeypatch):
     def tune(p, settings, *args, **how):
         problems.append(p)
         found = [d for d in candidates.decisions(p, CPU, settings) if isinstance(d, Accepted)]
-        trials = [Trial(d.name, time_us=1.0, forward=0.1, library=library_tag(d)) for d in found]
-        verdict = Verdict(p, "default", tuple(trials))
+        trials = [Trial(d.name, time_us=1.0, forward=0.1, library=library_tag(d.kernel)) for d in found]
+        verdict = Verdict(p, "default", tuple(trials), made_by=__version__)
         session.keep(verdict, settings, CPU)
         return verdict
 
-    monkeypatch.setattr(resolve, "tune", tune)
+    monkeypatch.setattr(tune_now, "tune", tune)
     monkeypatch.setattr(store.Store, "put", lambda *args: None)  # in memory alone: so many files would take their time
-    monkeypatch.setattr(session.state, "spent_s", 0.0)
+    monkeypatch.setattr(session, "tuning_s", 0.0)
     return problems
 
 
@@ -144,31 +150,40 @@ def test_a_bucket_of_unequal_lengths_is_not_square():
     assert (p.q_len, p.kv_len) == (511, 511)
 
 
-def test_ten_thousand_random_lengths_tune_a_bounded_number_of_problems(tuned):
+DRAWS = pytest.mark.parametrize("draws", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+
+
+@DRAWS
+def test_many_random_lengths_tune_a_bounded_number_of_problems(draws, tuned):
     random_ = random.Random(0)
-    for _ in range(10_000):
+    for _ in range(draws):
         call(int(2 ** random_.uniform(0, 13)))
     edges = {length_buckets.bucket_bounds(n)[1] for n in range(1, 2**13 + 1)}
     assert len(tuned) <= 4 + 16 + len(edges)  # four exact, up to 16 rows one each, then one per bucket
 
 
-def test_ten_thousand_random_pairs_of_lengths_too(tuned):
+@pytest.mark.parametrize("draws, octaves", [(2_000, 6), pytest.param(10_000, 11, marks=pytest.mark.long)])
+def test_many_random_pairs_of_lengths_too(draws, octaves, tuned):
+    """Few draws are of few octaves, so that they fill the buckets as well."""
     random_ = random.Random(1)
-    for _ in range(10_000):
-        call(int(2 ** random_.uniform(0, 11)), int(2 ** random_.uniform(0, 11)))
-    edges = len({length_buckets.bucket_bounds(n)[1] for n in range(1, 2**11 + 1)})
+
+    def call_some(count):
+        for _ in range(count):
+            call(int(2 ** random_.uniform(0, octaves)), int(2 ** random_.uniform(0, octaves)))
+
+    call_some(draws)
+    edges = len({length_buckets.bucket_bounds(n)[1] for n in range(1, 2**octaves + 1)})
     assert len(tuned) <= 4 + 16 * edges + 2 * edges**2
     before = len(tuned)
-    for _ in range(2_000):
-        call(int(2 ** random_.uniform(0, 11)), int(2 ** random_.uniform(0, 11)))
+    call_some(draws // 5)
     assert len(tuned) - before < 0.05 * before + 10  # it comes to an end
 
 
 def test_real_bucket_mates_share_one_verdict_and_are_right(monkeypatch):
-    monkeypatch.setattr(session.state, "spent_s", 0.0)
+    monkeypatch.setattr(session, "tuning_s", 0.0)
     for kv_len in (300, 301, 350, 360):
         check(*qkv(1, kv_len))
-    found = [v.problem for v in session.verdicts(current_settings())]
+    found = [v.problem for v in session.held(current_settings())]
     assert shapes(found) == [("kv", 1, 1, length_buckets.canonical_length(300))]
 
 
@@ -216,9 +231,11 @@ def test_an_entry_ends_where_offsets_would_need_64_bits():
     key = call_key.call_key(
         *(torch.empty(1, 1, 1, 8) for _ in range(3)), None, "bhsd", call_options.parse_options({})
     )._replace(k=kv, v=kv)
-    p = problem(device="cuda", dtype="bfloat16", head_dim=128, q_len=1, kv_len=25_000, extent=heads * 25_000 * 128 - 1)
+    p = problem(device="cuda", dtype="bfloat16", head_dim=128, q_len=1, kv_len=25_000)
+    facts = CallFacts(extent=heads * 25_000 * 128 - 1)
     default = next(k for k in registry.rows_for("cuda") if k.name == "default")
-    _, low, high = resolve._bucket(p, key, Accepted(default), h100, Settings())
+    asked = Asked(p, facts, h100, Settings(), Circumstances())
+    _, low, high = validity.kv_lens_served(Accepted(default), asked, key)
     assert low <= 25_000 <= high < length_buckets.bucket_bounds(25_000)[1]
     assert high * row - 1 <= 2**31 - 1 < (high + 2) * row
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from building import DTYPES, accepted, corner, expect, hold, lse_is_coarse, mask_of, name_of, qkv, rung_of, without_lse
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import NoKernelError, attention, sdpa
+from fastattn.dispatch.attention import entries
 from fastattn.dispatch.explain import explain
 from fastattn.kernels import registry
 from fastattn.planning.conversions import blocks
 from fastattn.problems import masks
 
-pytestmark = pytest.mark.usefixtures("untuned")
+pytestmark = pytest.mark.usefixtures("untuned", "one_thread")  # test_random_problems.py uses several threads
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 BOTTOM = masks.Causal("bottom_right")
 
@@ -246,17 +248,36 @@ def test_decoding_in_a_window_is_decoding_on_a_slice():
 
 @pytest.mark.parametrize("name", [n for n in OPTIONS if "lse" not in n or n == "lse"])
 def test_where_nothing_may_be_learnt_options_hold_too(name):
-    """Under a dispatch mode, torch.func or with an empty dimension the plain form serves: the same numbers."""
+    """Under a dispatch mode or torch.func the plain form serves: the same numbers, and no more entries."""
     q, k, v, mask, options = made(name, "GQA", torch.float32, "bhsd", False)
-    ours = attention(q, k, v, mask, **options)
+    ours = outputs(attention(q, k, v, mask, **options))
+    met = dict(entries.table)
 
     def call(q, k, v):
         return attention(q, k, v, mask, **options)
 
-    if not isinstance(mask, torch.Tensor):
-        mapped = torch.vmap(call)(q[None], k[None], v[None])
-        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, mapped)), strict=True):
-            torch.testing.assert_close(b[0], a, atol=1e-5, rtol=1e-5)
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        inside = outputs(call(q, k, v))
+    mapped = outputs(torch.vmap(call)(q[None], k[None], v[None]))
+    assert entries.table == met
+    for want, once, many in zip(ours, inside, mapped, strict=True):
+        torch.testing.assert_close(once, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(many[0], want, atol=1e-5, rtol=1e-5)
+    if isinstance(mask, torch.Tensor):
+        both = outputs(torch.vmap(lambda mask: attention(q, k, v, mask, **options))(torch.stack([mask, mask.flip(-1)])))
+        flipped = outputs(attention(q, k, v, mask.flip(-1), **options))
+        for many, want, other in zip(both, ours, flipped, strict=True):
+            torch.testing.assert_close(many[0], want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(many[1], other, atol=1e-5, rtol=1e-5)
+            assert not torch.equal(want, other)
+
+
+def outputs(found):
+    return found if isinstance(found, tuple) else (found,)
 
 
 def test_the_drop_in_never_takes_more_than_f_sdpa_does():

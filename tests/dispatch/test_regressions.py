@@ -12,12 +12,16 @@ from click.testing import CliRunner
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import resolve, session
-from fastattn.dispatch.attention import front
+from fastattn.dispatch import resolve, tune_now
+from fastattn.dispatch.attention import entries
+from fastattn.dispatch.entries import drop_all
+from fastattn.dispatch.session import session
 from fastattn.environment.errors import NoKernelError
 from fastattn.environment.settings import current_settings
 from fastattn.problems import call_options, masks
+from fastattn.problems.spelling import command_line
 from fastattn.tuning import choose, screening
+from fastattn.verdicts.verdict import Outcome
 
 
 def half(std: float = 16.0) -> tuple[torch.Tensor, ...]:
@@ -40,7 +44,7 @@ def test_options_take_effect_after_a_scope_that_changed_nothing():
     with fastattn.options(mode=current_settings().mode):
         pass
     fastattn.options(mode="off")
-    assert front.first is None and not front.table
+    assert entries.first is entries._ask_table and not entries.table
 
 
 def test_garbage_in_the_first_call_does_not_decide_for_good(monkeypatch):
@@ -62,7 +66,7 @@ def test_the_callers_own_error_is_not_answered_by_a_cast(monkeypatch):
     with pytest.raises(RuntimeError):
         call(q, k.half(), v)  # F.sdpa refuses mixed dtypes too
     verdict = fastattn.explain(q, k, v).verdict
-    assert verdict is not None and verdict.trial("matmul").tombstone is None
+    assert verdict is not None and verdict.trial("matmul").outcome is not Outcome.DEMOTED
 
 
 def test_masked_and_unmasked_calls_in_turn_are_hits(monkeypatch):
@@ -81,7 +85,7 @@ def test_a_causal_bias_of_torch_leaves_no_dead_entries():
     q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 24, 16)
     for _ in range(5):
         out = attention(q, k, k, causal_lower_right(8, 24))
-    assert not front.table
+    assert not entries.table
     assert torch.allclose(out, F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 24)), atol=1e-5)
 
 
@@ -91,12 +95,12 @@ def test_what_was_resolved_before_a_clear_is_not_published_after_it(monkeypatch)
 
     def slow(*args):
         served = real(*args)
-        session.forget_calls()
+        drop_all()
         return served
 
     monkeypatch.setattr(resolve, "attention", slow)
     attention(q, q, q)
-    assert not front.table and front.first is None
+    assert not entries.table and entries.first is entries._ask_table
 
 
 def test_a_tuning_that_fails_does_not_reach_the_caller(monkeypatch, caplog):
@@ -105,7 +109,7 @@ def test_a_tuning_that_fails_does_not_reach_the_caller(monkeypatch, caplog):
     def broken(*_, **__):
         raise RuntimeError("no memory for the reference")
 
-    monkeypatch.setattr(resolve, "tune_problem", broken)
+    monkeypatch.setattr(tune_now, "tune_problem", broken)
     for _ in range(3):
         assert torch.equal(attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert sum("tuning failed" in record.message for record in caplog.records) == 1
@@ -127,8 +131,8 @@ def test_an_order_is_not_dropped_under_dynamic_shapes():
 
 def test_threads_that_read_no_verdict_just_before_one_was_found_do_not_tune_again(monkeypatch):
     q = torch.randn(1, 2, 26, 16)
-    count, real = [], resolve.tune
-    monkeypatch.setattr(resolve, "tune", lambda *a, **k: (count.append(1), real(*a, **k))[1])
+    count, real = [], tune_now.tune
+    monkeypatch.setattr(tune_now, "tune", lambda *a, **k: (count.append(1), real(*a, **k))[1])
     threads = [threading.Thread(target=attention, args=(q, q, q)) for _ in range(16)]
     for thread in threads:
         thread.start()
@@ -162,7 +166,16 @@ def test_a_score_mod_is_told_each_keys_own_number_in_a_window(mode):
         torch.testing.assert_close(attention(q, k, v, BOTTOM, window=(5, 0), score_mod=every_third), want)
 
 
-@pytest.mark.parametrize("how", ["eager", "off", "compiled"])
+def compiled(call, how):
+    """The traced call, as it stands in the graph; test_compile.py and test_flex.py have what inductor makes of one."""
+    backend = {"compiled": "aot_eager", "inductor": "inductor"}
+    return torch.compile(call, fullgraph=True, backend=backend[how]) if how in backend else call
+
+
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("how", ["eager", "off", "compiled", INDUCTOR])
 def test_a_block_mask_keeps_its_softcap(how, caplog):
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -174,24 +187,23 @@ def test_a_block_mask_keeps_its_softcap(how, caplog):
         return attention(q, k, v, block, softcap=2.0)
 
     with fastattn.options(mode="off" if how == "off" else "auto"):
-        torch.testing.assert_close((torch.compile(call, fullgraph=True) if how == "compiled" else call)(q, k, v), want)
+        torch.testing.assert_close(compiled(call, how)(q, k, v), want)
     assert "budgets" not in caplog.text
 
 
-def test_a_traced_score_mod_takes_bands_and_refuses_an_order_it_cannot_carry_out():
+@pytest.mark.parametrize("how", ["compiled", INDUCTOR])
+def test_a_traced_score_mod_takes_bands_and_refuses_an_order_it_cannot_carry_out(how):
     q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
     i, j = torch.arange(64)[:, None], torch.arange(64)
     want = by_hand(q, k, v, (j <= i) & (j >= i - 5), change=lambda s: s + torch.where(j % 3 == 0, 2.0, 0.0))
-    banded = torch.compile(
-        lambda *x: attention(*x, is_causal=True, window=(5, 0), score_mod=every_third), fullgraph=True
-    )
+    banded = compiled(lambda *x: attention(*x, is_causal=True, window=(5, 0), score_mod=every_third), how)
     torch.testing.assert_close(banded(q, k, v), want)
-    ordered = torch.compile(lambda *x: attention(*x, kernel="torch_flash", score_mod=every_third))
+    ordered = torch.compile(lambda *x: attention(*x, kernel="torch_flash", score_mod=every_third), backend="eager")
     with pytest.raises(fastattn.NoKernelError, match="torch_flash"):
         ordered(q, k, v)
 
 
-@pytest.mark.parametrize("how", ["off", "compiled"])
+@pytest.mark.parametrize("how", ["off", "compiled", INDUCTOR])
 def test_plain_math_is_cast_by_autocast_as_f_sdpa_is(how):
     q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
 
@@ -201,7 +213,7 @@ def test_plain_math_is_cast_by_autocast_as_f_sdpa_is(how):
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = call(q, k, v)
         with fastattn.options(mode="off" if how == "off" else "auto"):
-            out_2, lse_2 = (torch.compile(call, fullgraph=True) if how == "compiled" else call)(q, k, v)
+            out_2, lse_2 = compiled(call, how)(q, k, v)
     assert out.dtype is out_2.dtype is torch.bfloat16 and lse.dtype is lse_2.dtype is torch.float32
     torch.testing.assert_close(lse, lse_2, atol=0.01, rtol=0)
 
@@ -271,7 +283,7 @@ def test_under_a_default_device_calls_are_served_and_hit():
             for _ in range(2):
                 torch.testing.assert_close(attention(q, k, v, **call), right)
             assert fastattn.explain(q, k, v, **call).verdict is not None
-    assert front.table
+    assert entries.table
 
 
 def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
@@ -280,8 +292,8 @@ def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
     q, k, v = torch.randn(3, 1, 2, 64, 32).unbind()
     with fastattn.options(mode="cached"), torch.autocast("cpu", torch.bfloat16):
         attention(q, k, v, is_causal=True)
-    [missed] = fastattn.misses() if hasattr(fastattn, "misses") else session.misses()
-    CliRunner().invoke(main, ["tune", *session.command_line(missed).split()], catch_exceptions=False)
+    [missed] = fastattn.misses() if hasattr(fastattn, "misses") else session.misses
+    CliRunner().invoke(main, ["tune", *command_line(missed).split()], catch_exceptions=False)
     assert session.complete(missed, current_settings()) is not None
 
 

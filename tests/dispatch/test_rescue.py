@@ -12,10 +12,12 @@ import threading
 
 import pytest
 import torch
-from fakes import FAST, Clock, add, check, honest, made_up, problem_of, qkv, row, turn
+from building import problem_of
+from fakes import FAST, Clock, add, check, honest, made_up, qkv, row, turn
 
 import fastattn
-from fastattn.dispatch import fallback
+from fastattn.dispatch import rescue
+from fastattn.verdicts.verdict import Outcome
 
 
 class Fragile:
@@ -61,17 +63,18 @@ def test_fault_53_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragil
     assert "fragile" in record.getMessage() and "RuntimeError: illegal instruction" in record.getMessage()
 
 
-def test_fault_53_it_is_tombstoned_on_disk_with_its_exception(fragile, own_store):
+def test_fault_53_it_is_demoted_on_disk_with_its_exception(fragile, own_store):
     q, k, v = qkv(64)
     check(q, k, v)
     fragile.error = RuntimeError("illegal instruction\nat 0x0")
     check(q, k, v)
     kept = stored(own_store)
     [trial] = [t for t in kept["trials"] if t["candidate"] == "fragile"]
-    assert trial["tombstone"] == "RuntimeError: illegal instruction"
+    assert trial["outcome"] == "demoted" and trial["reason"] == "RuntimeError: illegal instruction"
     assert trial["time_us"] > 0  # what was measured is kept
     assert kept["winner"] != "fragile"
-    assert row("fragile", q, k, v).tombstone and "demoted: it raised RuntimeError" in str(fastattn.explain(q, k, v))
+    assert row("fragile", q, k, v).outcome is Outcome.DEMOTED
+    assert "demoted: it raised RuntimeError" in str(fastattn.explain(q, k, v))
 
 
 def test_the_next_of_the_same_verdict_serves_then(monkeypatch, caplog):
@@ -140,7 +143,7 @@ def test_fault_53_both_of_two_failures_stay_on_disk(monkeypatch, own_store):
     second.error = RuntimeError("broken too")
     plan(q, k, v)
     kept = stored(own_store)
-    assert {t["candidate"]: t["tombstone"] for t in kept["trials"] if "tombstone" in t} == {
+    assert {t["candidate"]: t["reason"] for t in kept["trials"] if t["outcome"] == "demoted"} == {
         "first": "RuntimeError: broken", "second": "RuntimeError: broken too",
     }  # fmt: skip
     assert kept["winner"] not in ("first", "second")
@@ -185,32 +188,35 @@ def test_other_problems_of_the_same_kernel_keep_their_verdicts(fragile):
     assert fastattn.explain(*other).served_by == "fragile"
 
 
-def test_fault_53_a_new_process_skips_the_tombstoned(fragile, own_store):
+def test_fault_53_a_new_process_skips_the_demoted(fragile, own_store):
     q, k, v = qkv(64)
     check(q, k, v)
     fragile.error = RuntimeError("broken")
     check(q, k, v)
     script = """
         import fakes, fastattn, pytest, torch
-        from fastattn.dispatch import resolve
+        from fastattn.dispatch import tune_now
+        from fastattn.dispatch import tune_now
         from fastattn.kernels import registry
         def run(*args):
-            raise SystemExit("the tombstoned kernel was called")
-        registry._extra.append(fakes.made_up("fragile", run))
-        resolve.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
+            raise SystemExit("the demoted kernel was called")
+        registry._registered.append(fakes.made_up("fragile", run))
+        tune_now.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
         q, k, v = fakes.qkv(64)
         fastattn.attention(q, k, v)
         why = fastattn.explain(q, k, v)
-        print(why.served_by, "|", fakes.row("fragile", q, k, v).tombstone)
+        print(why.served_by, "|", fakes.row("fragile", q, k, v).reason)
     """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # with another number it is another problem
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": os.pathsep.join(sys.path)}
+        | threads,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    served, _, tombstone = ran.stdout.strip().partition(" | ")
-    assert served == fastattn.explain(q, k, v).served_by and tombstone == "RuntimeError: broken"
+    served, _, cause = ran.stdout.strip().partition(" | ")
+    assert served == fastattn.explain(q, k, v).served_by and cause == "RuntimeError: broken"
 
 
 @pytest.mark.parametrize("what", [
@@ -248,7 +254,7 @@ def test_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store,
     assert raised.value is error and not caplog.records
     fragile.error = None
     assert fastattn.explain(q, k, v).served_by == "fragile"
-    assert "tombstone" not in json.dumps(stored(own_store))
+    assert "demoted" not in json.dumps(stored(own_store))
 
 
 def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_store, monkeypatch, caplog):
@@ -268,7 +274,7 @@ def test_the_callers_own_error_is_raised_and_nobody_is_demoted(fragile, own_stor
     monkeypatch.setattr(binding, "bind", bind)
     with pytest.raises(ValueError, match="^the caller's own$"):
         fastattn.attention(q, k, v)
-    assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
+    assert not caplog.records and "demoted" not in json.dumps(stored(own_store))
 
 
 class BreaksInBackward(torch.autograd.Function):
@@ -299,7 +305,7 @@ def test_an_error_in_the_backward_is_raised_as_it_is_and_nobody_is_demoted(monke
         out.sum().backward()
     assert raised.value is error and q.grad is None
     assert fastattn.explain(q, k, v).served_by == "later"
-    assert not caplog.records and "tombstone" not in json.dumps(stored(own_store))
+    assert not caplog.records and "demoted" not in json.dumps(stored(own_store))
     with fastattn.options(kernels=["-later"]):  # what the user can do
         fastattn.attention(q, k, v).sum().backward()
     assert q.grad is not None
@@ -325,7 +331,7 @@ def test_what_raises_while_a_graph_is_captured_is_answered_and_keeps_its_place(f
     before = stored(own_store)
     fragile.error = RuntimeError("it plans on the host")
     with monkeypatch.context() as capture:
-        capture.setattr(fallback, "is_capturing", lambda x: True)
+        capture.setattr(rescue, "is_capturing", lambda x: True)
         check(q, k, v)
     assert stored(own_store) == before and "fragile" not in caplog.text
     fragile.error = None

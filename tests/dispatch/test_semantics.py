@@ -16,7 +16,7 @@ from fastattn import attention
 from fastattn.planning.conversions import blocks
 from fastattn.problems import masks
 
-pytestmark = pytest.mark.usefixtures("untuned")
+pytestmark = pytest.mark.usefixtures("untuned", "one_thread")  # test_random_problems.py uses several threads
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 LAYOUTS = ("bhsd", "bshd", "sbhd")
 BOTTOM = masks.Causal("bottom_right")
@@ -97,21 +97,23 @@ def held(q, k, v, mask, options, layout="bhsd", names=("",), cast=None):
     return out
 
 
-@by_dtype
 @by_case
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
-def test_every_case(case, dtype, grad):
-    q, k, v, mask, options = made(case, dtype, grad=grad, mask_grad=grad)
+def test_every_case(case, grad):
+    """Without an order the default serves: what it is told is checked where the budgets are the smallest, in float32.
+
+    test_every_candidate holds it in every dtype, as one of the candidates.
+    """
+    q, k, v, mask, options = made(case, torch.float32, grad=grad, mask_grad=grad)
     held(q, k, v, mask, options)
     held(q, k, v, mask, options)  # and as a hit
 
 
-@by_dtype
 @by_case
-@pytest.mark.parametrize("layout", ["bshd", "sbhd"])
-def test_every_case_in_other_layouts(case, dtype, layout):
-    q, k, v, mask, options = made(case, dtype, layout, grad=True, memory="transposed")
-    held(q, k, v, mask, options, layout)
+def test_every_case_in_the_third_layout(case):
+    """test_every_candidate has the other two."""
+    q, k, v, mask, options = made(case, torch.float32, "sbhd", grad=True, memory="transposed")
+    held(q, k, v, mask, options, "sbhd")
 
 
 @by_dtype
@@ -123,6 +125,7 @@ def test_every_candidate(case, dtype, small_blocks):
         q, k, v, mask, options = made(case, dtype, layout, grad=grad, mask_grad=True)
         with nullcontext() if grad else torch.no_grad():
             names = accepted(q, k, v, mask, layout, **options)
+            assert any(name.split("+")[0] == "default" for name in names)
             held(q, k, v, mask, options, layout, names)
             seen += len(names)
     assert seen >= 4
@@ -219,6 +222,8 @@ def test_rows_that_see_nothing_are_zeros_with_zero_gradients(dtype, small_blocks
 def test_lengths_of_zero(empty, grad):
     sizes = {"b": 2, "hq": 4, "hkv": 4, "sq": 5, "skv": 6, "d": 8, "dv": 8, empty: 0}
     if empty == "hq":
+        if torch.__version__ < "2.12":
+            pytest.skip("F.sdpa of torch 2.11 ends the process where there are no heads (SIGFPE)")
         sizes["hkv"] = 0
     q, k, v = qkv(**sizes, grad=grad)
     for options in ({}, {"kernel": "sdpa_math"}):

@@ -11,7 +11,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from fakes import CPU, problem
+from building import CPU
+from fakes import problem
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -19,9 +20,10 @@ from fastattn.kernels import registry
 from fastattn.kernels.adapters import flash_attn_3
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
-from fastattn.kernels.limits import OneOf, Range, RefuseWhen
+from fastattn.kernels.limits import OF_CALL, OneOf, Range, RefuseWhen
 from fastattn.planning import candidates
 from fastattn.planning.decision import Rejected
+from fastattn.problems.call_facts import CallFacts
 
 WIDTHS = (8, 32, 40, 64, 72, 96, 128, 136, 160, 168, 192, 200, 224, 232, 256, 264)
 LENGTHS = (1, 2, 64, 65, 100)
@@ -88,11 +90,12 @@ class Space:
             point["mask"] = point["dtype"]
         silicon = CPU if self.kind == "cpu" else Device("cuda", "made-up GPU", 90, cuda="12.8", cudnn=92300)
         accuracy = 0.5 if self.kernel.approximate else "exact"
-        return problem(device=self.kind, accuracy=accuracy, **point), replace(silicon, **on_device)
+        facts = CallFacts(**{name: point.pop(name) for name in OF_CALL if name in point})
+        return problem(device=self.kind, accuracy=accuracy, **point), replace(silicon, **on_device), facts
 
     def is_reachable(self, point: dict) -> bool:
-        """What Problem.from_key could have made."""
-        p, _ = self.at(point)
+        """What classify() could have made."""
+        p, _, _ = self.at(point)
         if p.causal == "bottom_right" and (p.mask or p.q_len == p.kv_len or (p.q_len == 1 and p.window is None)):
             return False
         if p.causal and p.window and p.window[1] >= 0:
@@ -100,8 +103,8 @@ class Space:
         return not (p.mask and p.mask != "bool" and p.mask != p.dtype and p.mask != "float32")
 
     def reasons(self, point: dict) -> tuple[str, ...]:
-        p, silicon = self.at(point)
-        [first, *_] = candidates.decide(self.kernel, p, silicon, self.config)
+        p, silicon, facts = self.at(point)
+        [first, *_] = candidates.decide(self.kernel, p, silicon, self.config, facts=facts)
         return first.reasons if isinstance(first, Rejected) else ()
 
     def step(self, rng: random.Random, point: dict) -> dict:
@@ -162,7 +165,8 @@ def test_a_limit_refuses_alone_and_its_neighbour_is_accepted(kernel, kind, need,
     unseen = set(outside)
     for fields, refused in crossings(space, need):
         if isinstance(need, Range):
-            unseen.discard(getattr(refused[need.field == "capability"], need.field))
+            at = 2 if need.field in OF_CALL else 1 if need.field == "capability" else 0
+            unseen.discard(getattr(refused[at], need.field))
         elif isinstance(need, OneOf) or set(fields) & words(need, need.why_not(*refused)):
             unseen.clear()
         if not unseen:

@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn.environment.settings import current_settings
 from fastattn.kernels.libraries import crash_notes
-from fastattn.verdicts import store
+from fastattn.verdicts.store import store_of
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root
     assert "ended the process" in str(crash_notes.crashed_before(root, "a candidate"))
     assert crash_notes.crashed_before(root, "another") is None
     fastattn.options(cache_dir=str(root))
-    store.of(current_settings()).clear()
+    store_of(current_settings()).clear()
     assert crash_notes.crashed_before(root, "a candidate") is None
 
 

@@ -12,11 +12,13 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
 from fastattn import NoKernelError, attention
-from fastattn.dispatch import resolve, session
+from fastattn.dispatch import resolve
+from fastattn.dispatch.session import session
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flex
-from fastattn.tuning.tune import NOT_COMPILED, tune_problem
+from fastattn.tuning.tune import MUST_COMPILE, tune_problem
+from fastattn.verdicts.verdict import Outcome
 
 
 def alibi(score, b, h, i, j):
@@ -115,8 +117,8 @@ def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeyp
     monkeypatch.setattr(flex, "EAGER_SCORES", 2**30)  # its math will do here
     p = problem(q_len=40, kv_len=40, window=(8, 8))
     verdict = tune_problem(p, current_settings())
-    assert verdict.trial("flex").reason == NOT_COMPILED
-    assert "fastattn tune --compile" in NOT_COMPILED
+    assert verdict.trial("flex").outcome is Outcome.NOT_COMPILED
+    assert "fastattn tune --compile" in MUST_COMPILE
     verdict = tune_problem(p, current_settings(), thorough=True, compiling=True)
     assert verdict.trial("flex").forward is not None and verdict.trial("flex").forward <= 1
 
@@ -124,7 +126,7 @@ def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeyp
 def test_a_problem_with_the_callers_function_is_not_stored():
     q, k, v = qkv(sq=12)
     attention(q, k, v, score_mod=alibi)
-    assert not list(session.settings_store(current_settings()).verdicts())
+    assert not list(session.store(current_settings()).verdicts())
     found = fastattn.explain(q, k, v, score_mod=alibi)
     assert found.served_by == "flex" and found.why == "nothing else can"
     with pytest.raises(ValueError, match="the caller's own function"):

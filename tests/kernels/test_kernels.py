@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes import CPU, problem
+from building import CPU
+from fakes import problem
 from kernel_table import (
     H100,
     TABLE,

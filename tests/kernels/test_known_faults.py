@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from fakes import CPU, check, problem, qkv, row
+from building import CPU
+from fakes import check, problem, qkv, row
 
 import fastattn
 from fastattn import NoKernelError, attention
@@ -251,7 +252,7 @@ def test_a_rejection_says_what_it_would_have_been(mine):
     [row_of_it] = [kernel for kernel in registry.rows() if kernel.name == "matmul"]
     [found] = candidates.decide(row_of_it, problem(), CPU, Settings(known_faults=path))
     assert isinstance(found, Rejected) and found.reasons == (f"it lies ({LINK})", f"and is slow ({LINK})")
-    assert found.would is not None and found.would.name == "matmul"
+    assert found.if_not_faulty is not None and found.if_not_faulty.name == "matmul"
 
 
 def test_without_the_variable_there_are_the_shipped_ones_alone(monkeypatch):

@@ -18,14 +18,16 @@ from library_grid import installed
 from stubs import flash_attn_2, flashinfer_single, sage_1
 
 import fastattn
-from fastattn.dispatch import fallback, resolve, session
+from fastattn.dispatch import fallback, resolve
 from fastattn.dispatch.circumstances import Circumstances
+from fastattn.dispatch.service import Asked
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.libraries import availability
 from fastattn.problems import call_key, call_options
-from fastattn.problems.problem import Problem
+from fastattn.problems.classify import classify
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
@@ -68,7 +70,7 @@ def serve(*given, **options):
 def restart():
     """What a new process knows: nothing but what is on disk."""
     fastattn.clear()
-    session.state.spent_s = 0.0
+    session.tuning_s = 0.0
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -182,15 +184,19 @@ def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypa
     with gpu(monkeypatch, flash_attn_2.STUB):
         assert serve(*call())[1] == WINNER
         settings = current_settings()
-        problem = Problem.from_key(
-            call_key.call_key(*call(), None, "bhsd", call_options.parse_options({"is_causal": True}))
-        )
+        key = call_key.call_key(*call(), None, "bhsd", call_options.parse_options({"is_causal": True}))
+        problem, facts = classify(key)
         verdict = session.find(problem, H100, settings, Circumstances())
-        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name == WINNER
+
+        def first(capturing=False):
+            asked = Asked(problem, facts, H100, settings, Circumstances(capturing=capturing))
+            return next(fallback.in_order(asked, verdict)).name
+
+        assert first(capturing=True) == WINNER
         availability.forget_libraries()  # a process that only read the verdict
-        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
-        assert fallback.chain(verdict, problem, H100, settings)[0].name == WINNER
+        assert first(capturing=True) != WINNER
+        assert first() == WINNER
         rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in registry._shipped())
         monkeypatch.setattr(registry, "_shipped", lambda: rows)
-        assert fallback.chain(verdict, problem, H100, settings)[0].name == WINNER
-        assert fallback.chain(verdict, problem, H100, settings, capturing=True)[0].name != WINNER
+        assert first() == WINNER
+        assert first(capturing=True) != WINNER

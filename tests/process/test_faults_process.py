@@ -18,10 +18,12 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, turn
 
 import fastattn
-from fastattn.dispatch import resolve, session
-from fastattn.dispatch.attention import front
+from fastattn.dispatch import resolve, tune_now
+from fastattn.dispatch.attention import entries
 from fastattn.dispatch.circumstances import read_circumstances
-from fastattn.environment.settings import forget_calls, reload_settings
+from fastattn.dispatch.entries import drop_all
+from fastattn.dispatch.session import session
+from fastattn.environment.settings import reload_settings
 from fastattn.tuning import screening
 from fastattn.tuning import tune as tune_module
 
@@ -43,8 +45,8 @@ def forbid(monkeypatch, *calls):
 
 
 TUNING = [
-    (resolve, "tune"),
-    (resolve, "tune_problem"),
+    (tune_now, "tune"),
+    (tune_now, "tune_problem"),
     (tune_module, "time_interleaved"),
     (screening, "judges_of_problem"),
     (screening, "plain_sample"),
@@ -62,7 +64,7 @@ def capture(monkeypatch):
     real = read_circumstances
 
     def start():
-        forget_calls()
+        drop_all()
         monkeypatch.setattr(resolve, "read_circumstances", lambda *given: replace(real(*given), capturing=True))
         forbid(monkeypatch, *DISTURBING)
 
@@ -76,7 +78,7 @@ def test_fault_47_a_capture_is_served_by_what_was_met_before_it(quick, capture):
     capture()
     fastattn.attention(q, k, v)
     assert quick.ran.count("quick") == ran + 1
-    assert not front.table, "what was bound in a capture must not outlive it"
+    assert not entries.table, "what was bound in a capture must not outlive it"
 
 
 @pytest.mark.parametrize("known", ["unknown", "on disk"])
@@ -90,7 +92,7 @@ def test_fault_47_anything_else_gets_the_default_without_a_file_a_clock_or_a_syn
     ran = quick.ran.count("quick")
     assert torch.equal(fastattn.attention(q, k, v), F_sdpa(q, k, v))
     assert quick.ran.count("quick") == ran
-    assert len(session.misses()) == 1 and "being captured" in caplog.text
+    assert len(session.misses) == 1 and "being captured" in caplog.text
 
 
 def test_fault_47_after_the_capture_it_is_tuned(quick, monkeypatch):
@@ -118,7 +120,7 @@ def test_fault_50_cached_mode_tunes_nothing_whatever_it_meets(monkeypatch):
         with fastattn.patch():
             F_sdpa(*qkv(n, 64))
             torch.nn.functional.scaled_dot_product_attention(*qkv(n, 65))
-    assert session.misses() and session.state.spent_s == 0
+    assert session.misses and session.tuning_s == 0
 
 
 def test_fault_50_cached_mode_serves_what_was_tuned_ahead(quick, monkeypatch):
@@ -128,7 +130,7 @@ def test_fault_50_cached_mode_serves_what_was_tuned_ahead(quick, monkeypatch):
     forbid(monkeypatch, *TUNING)
     with fastattn.options(mode="cached"):
         check(q, k, v)
-        assert fastattn.explain(q, k, v).served_by == "quick" and not session.misses()
+        assert fastattn.explain(q, k, v).served_by == "quick" and not session.misses
 
 
 def test_fault_50_ahead_of_time_tuning_says_how_far_it_is(quick):

@@ -16,10 +16,10 @@ import torch
 from fakes import FAST, Clock, add, honest, made_up, qkv, turn
 
 import fastattn
-from fastattn.dispatch import resolve
+from fastattn.dispatch import tune_now
 from fastattn.environment.device import Device
 from fastattn.environment.settings import reload_settings
-from fastattn.verdicts import store
+from fastattn.verdicts.manifest import export_manifest
 
 TIMEOUT_S = 60
 SOURCE = Path(fastattn.__file__).parent
@@ -30,7 +30,8 @@ import torch, torch.distributed as dist
 import fastattn
 from fastattn.environment import device
 from fastattn.environment import settings as config
-from fastattn.dispatch import resolve, session as learnt
+from fastattn.dispatch import resolve, tune_now
+from fastattn.dispatch.session import session
 from fastattn.verdicts.verdict import Trial, Verdict
 
 torch.set_num_threads(1)
@@ -40,15 +41,15 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("fastattn").addHandler(handler)
 q, k, v = (torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-real = resolve.tune_problem
-resolve.tune_problem = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
+real = tune_now.tune_problem
+tune_now.tune_problem = lambda *a, **kw: (tuned.append(1), real(*a, **kw))[1]
 
 def private_store(name):
     "What this rank learnt alone, before there was a group."
     with fastattn.options(mode="cached"):
         mine = fastattn.explain(q, k, v).problem
     verdict = Verdict(mine, name, (Trial("default", time_us=9.0), Trial(name, time_us=1.0)))
-    learnt.settings_store(config.current_settings()).put(verdict, device.Device.of(q.device))
+    session.store(config.current_settings()).put(verdict, device.Device.of(q.device))
     fastattn.clear()
 
 def serve(when, **options):
@@ -142,7 +143,7 @@ def test_a_manifest_serves_all_ranks(tmp_path):
         x = torch.randn(1, 2, 24, 16)
         problem = fastattn.explain(x, x, x).problem.replace(threads=1)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(store.export(iter([(None, verdict(problem, "sdpa_math"))]), silicon()))
+    manifest.write_text(export_manifest([verdict(problem, "sdpa_math")], silicon()))
     body = 'private_store("matmul") if rank else None\n' + INIT + 'serve("group")\n'
     found = two_ranks(tmp_path, body, FASTATTN_MANIFEST=str(manifest))
     assert [(r["group"], r["tuned"]) for r in found] == [("sdpa_math", 0)] * 2
@@ -164,7 +165,7 @@ def one_rank_of_two(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
-    monkeypatch.setattr(resolve, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
 
 
 def test_attention_calls_no_collective(one_rank_of_two, monkeypatch):
@@ -193,7 +194,7 @@ def test_calls_from_before_the_group_are_forgotten_at_the_first_miss_in_it(reque
 
 def test_a_manifest_made_elsewhere_is_said_once_and_not_used(one_rank_of_two, tmp_path, monkeypatch, caplog):
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(store.export(iter([]), Device("cpu", "another silicon")))
+    manifest.write_text(export_manifest(iter([]), Device("cpu", "another silicon")))
     monkeypatch.setenv("FASTATTN_MANIFEST", str(manifest))
     reload_settings()
     for n in (20, 21, 22):

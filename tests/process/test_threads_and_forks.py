@@ -13,7 +13,8 @@ import torch
 
 import fastattn
 from fastattn import attention
-from fastattn.dispatch import resolve, session
+from fastattn.dispatch import tune_now
+from fastattn.dispatch.session import session
 from fastattn.environment.settings import current_settings
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -41,14 +42,14 @@ def in_threads(count, work):
 @pytest.fixture
 def tunings(monkeypatch):
     """Problems tuned so far; a tuning waits until all threads that want it have called."""
-    real, seen = resolve.tune, []
+    real, seen = tune_now.tune, []
 
     def counted(problem, *args, **how):
         seen.append(problem)
         time.sleep(0.2)
         return real(problem, *args, **how)
 
-    monkeypatch.setattr(resolve, "tune", counted)
+    monkeypatch.setattr(tune_now, "tune", counted)
     return seen
 
 
@@ -62,7 +63,7 @@ def test_fault_51_32_threads_on_one_new_problem_tune_once(tunings):
     in_threads(32, work)
     assert len(tunings) == 1
     assert all(torch.allclose(out.double(), want, atol=1e-5) for out in outputs)
-    assert not session.state.tuning
+    assert not session.being_tuned
     attention(q, k, v)
     assert len(tunings) == 1, "the verdict of the first tuning was lost"
 
@@ -79,10 +80,10 @@ def test_a_tuning_that_raises_leaves_the_problem_open(monkeypatch):
     """The lock on a problem is given back, so that the next call may tune."""
     x = torch.randn(1, 2, 24, 16)
     with monkeypatch.context() as patch:
-        patch.setattr(resolve, "tune_problem", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tune_now, "tune_problem", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             attention(x, x, x)
-    assert not session.state.tuning
+    assert not session.being_tuned
     attention(x, x, x)
     assert fastattn.explain(x, x, x).verdict is not None
 
@@ -123,33 +124,34 @@ def test_a_scope_is_not_seen_by_other_threads():
 FORK = """
 import os, sys, threading, time
 import torch, fastattn
-from fastattn.dispatch import attention as api, resolve, session as learnt
+from fastattn.dispatch.session import session
+from fastattn.dispatch import attention as api, tune_now
 
 torch.set_num_threads(1)  # a forked child must not use the parent's pool of threads, whoever calls torch
-real, at_work = resolve.tune_problem, threading.Event()
+real, at_work = tune_now.tune_problem, threading.Event()
 def slow(*args, **how):
     at_work.set()
     time.sleep(1.0)
     return real(*args, **how)
-resolve.tune_problem = slow
+tune_now.tune_problem = slow
 x = torch.randn(1, 2, 24, 16)
 want = torch.nn.functional.scaled_dot_product_attention(x, x, x)
 parent = threading.Thread(target=lambda: fastattn.attention(x, x, x))
 parent.start()
 assert at_work.wait(30)
-assert learnt.state.tuning
+assert session.being_tuned
 if sys.argv[1] == "locked":  # fork while another thread holds every lock
     held = threading.Event()
     def hold():
-        with learnt.state.lock, api.front._lock:
+        with session.lock, api.entries._lock:
             held.set()
             time.sleep(3)
     threading.Thread(target=hold, daemon=True).start()
     assert held.wait(30)
 pid = os.fork()
 if pid == 0:
-    resolve.tune_problem = real
-    ok = not learnt.state.tuning
+    tune_now.tune_problem = real
+    ok = not session.being_tuned
     ok &= torch.allclose(fastattn.attention(x, x, x), want, atol=1e-5)
     ok &= fastattn.explain(x, x, x).verdict is not None  # it tuned, and hits from now on
     ok &= torch.allclose(fastattn.attention(x, x, x), want, atol=1e-5)

@@ -16,7 +16,7 @@ from fastattn.environment.settings import current_settings
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems import call_key, call_options, masks
-from fastattn.problems.problem import Problem
+from fastattn.problems.classify import classify
 
 ROUNDOFF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24, torch.float64: 2**-53}
 HALF = (torch.bfloat16, torch.float16)
@@ -306,9 +306,13 @@ def hold(want, call, q, k, v, mask=None, rung="exact"):
 
 def problem_of(q, k, v, mask=None, layout="bhsd", **options):
     """The Problem of a call."""
-    return Problem.from_key(
-        call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options)), current_settings().accuracy
-    )
+    key = call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options))
+    return classify(key, current_settings().accuracy)[0]
+
+
+def facts_of(q, k, v, mask=None, layout="bhsd", **options):
+    """The CallFacts of a call."""
+    return classify(call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options)))[1]
 
 
 def accepted(q, k, v, mask=None, layout="bhsd", **options) -> list[str]:

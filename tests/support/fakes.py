@@ -7,24 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from building import problem_of
 
 import fastattn
 from fastattn import Problem
-from fastattn.dispatch import session
-from fastattn.environment.device import Device
-from fastattn.environment.settings import current_settings
+from fastattn.dispatch.session import session
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning import binding
-from fastattn.problems import call_key, call_options
 from fastattn.tuning import tune as tuning
 from fastattn.tuning.accuracy.judge import Judge
 from fastattn.tuning.accuracy.probes import Sample
 
 honest: Run = sdpa_math  # exact in float32: what a made-up kernel computes before it lies
 FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds
-CPU = Device.of(torch.device("cpu"))
 
 
 class Clock:
@@ -78,7 +75,7 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 
     monkeypatch.setattr(binding, "bind", ticking)
     monkeypatch.setattr(tuning, "stopwatch", lambda device: clock)
-    monkeypatch.setattr(session.state, "spent_s", 0.0)  # what other tests took of the process's budget
+    monkeypatch.setattr(session, "tuning_s", 0.0)  # what other tests took of the process's budget
     return clock
 
 
@@ -90,7 +87,7 @@ def made_up(name: str, run: Run, **fields: Any) -> Kernel:
 
 def add(monkeypatch: Any, *rows: Kernel) -> None:
     """These kernels exist until the test ends."""
-    monkeypatch.setattr(registry, "_extra", [*registry._extra, *rows])
+    monkeypatch.setattr(registry, "_registered", [*registry._registered, *rows])
 
 
 def replace_default(monkeypatch: Any, run: Run) -> None:
@@ -140,13 +137,6 @@ def problem(**changes: Any) -> Problem:
         "kv_len": 64,
     }
     return Problem(**{"device": "cpu", "dtype": "float32", **sizes, **changes})
-
-
-def problem_of(q, k, v, mask=None, **options: Any) -> Problem:
-    """The Problem of a call in bhsd."""
-    return Problem.from_key(
-        call_key.call_key(q, k, v, mask, "bhsd", call_options.parse_options(options)), current_settings().accuracy
-    )
 
 
 def check(q, k, v, mask=None, **options: Any) -> None:

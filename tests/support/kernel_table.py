@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any
 
 import stubs
-from fakes import CPU, problem
+from building import CPU
+from fakes import problem
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels import registry
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted, Rejected
+from fastattn.problems.call_facts import CallFacts
 
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=91600)
 A100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=91600)
@@ -79,7 +81,9 @@ TABLE = [
             "kv_len 0 < 1": {"kv_len": 0},
             "q_len 0 < 1": {"q_len": 0},
             "a gradient for the mask is not supported": {**BIAS, **GRAD, "mask_grad": True},
-            "switched off by torch.backends.cuda.enable_flash_sdp(False) or sdpa_kernel(...)": {"off": ("flash",)},
+            "switched off by torch.backends.cuda.enable_flash_sdp(False) or sdpa_kernel(...)": {
+                "switched_off": ("flash",)
+            },
         },
     ),
     Case(
@@ -87,7 +91,9 @@ TABLE = [
         accepts=[{}, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}],
         refuses={
             "kv_len 0 < 1": {"kv_len": 0},
-            "switched off by torch.backends.cuda.enable_math_sdp(False) or sdpa_kernel(...)": {"off": ("math",)},
+            "switched off by torch.backends.cuda.enable_math_sdp(False) or sdpa_kernel(...)": {
+                "switched_off": ("math",)
+            },
         },
     ),
     Case(
@@ -206,7 +212,10 @@ def decide(name, device, changes):
     """(whether it is accepted, its reasons)."""
     silicon = MADE_UP[device]
     [kernel] = [k for k in registry.rows_for(silicon.type) if k.name == name]
-    found = candidates.decide(kernel, problem(**{"device": silicon.type, **changes}), silicon, Settings())
+    of_call = {f.name for f in fields(CallFacts)}
+    facts = CallFacts(**{name: value for name, value in changes.items() if name in of_call})
+    p = problem(**{"device": silicon.type, **{name: value for name, value in changes.items() if name not in of_call}})
+    found = candidates.decide(kernel, p, silicon, Settings(), facts=facts)
     return any(isinstance(d, Accepted) for d in found), [r for d in found if isinstance(d, Rejected) for r in d.reasons]
 
 

@@ -1,17 +1,23 @@
-"""The grid of calls that every library's rows are held to, over stubs that are installed for a test."""
+"""The grid of calls that every library's rows are held to, over stubs that are installed for a test; and the mutations.
+
+A mutation is one text of an adapter replaced by another: one convention that the adapter no longer keeps. killers.json names
+the kernel and the grid call that turn red for each, so that the mutation run need not search; find_killers.py writes it.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import stubs
 import torch
-from building import corner, expect, hold, mask_of, problem_of, qkv
+from building import corner, expect, facts_of, hold, mask_of, problem_of, qkv
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -139,14 +145,16 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     if kernel.approximate:
         options["accuracy"] = 0.5
     p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0)
-    found = candidates.decide(kernel, p, silicon(stub, kernel.name), Settings(kernels=(f"+{kernel.name}",)))
+    facts = facts_of(q, k, v, mask, layout, **options)
+    settings = Settings(kernels=(f"+{kernel.name}",))
+    found = candidates.decide(kernel, p, silicon(stub, kernel.name), settings, facts=facts)
     if isinstance(found[0], Rejected):
         return list(found[0].reasons)
     asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
     want = expect(q, k, v, mask, layout=layout, corners=corner(mask, options.get("is_causal", False)), **asked)
     for candidate in found:
         assert isinstance(candidate, Accepted)
-        call = binding.bind(candidate, p, options.get("scale"), structured=isinstance(mask, Causal))
+        call = binding.bind(candidate, p, options.get("scale"), facts, structured=isinstance(mask, Causal))
         before = [x.detach().clone() for x in (q, k, v)]
         rounds = kernel.approximate or (
             kernel.unfused and made["dtype"].itemsize == 2
@@ -174,3 +182,47 @@ EACH = [pytest.param(stub, kernel.name, id=kernel.name) for stub in STUBS for ke
 
 def row_of(stub: stubs.Stub, name: str) -> Kernel:
     return next(kernel for kernel in rows_of(stub) if kernel.name == name)
+
+
+# --- the mutations
+
+# its name -> (stub, text of the adapter, what replaces it)
+MUTATIONS = {
+    f"{name}: {text} -> {other}": (stub, text, other)
+    for name, stub in stubs.named_stubs().items()
+    for text, other in stub.mutations
+}
+assert len(MUTATIONS) == sum(len(stub.mutations) for stub in STUBS), "two mutations have one name"
+KILLERS = Path(__file__).parent / "killers.json"  # mutation -> [kernel, case]
+
+
+def broken(stub: stubs.Stub, text: str, other: str) -> list[Kernel]:
+    """The rows of the stub's adapter with one text replaced."""
+    name = f"fastattn.kernels.adapters.{stub.file}"
+    source = import_module(name).__spec__.loader.get_source(name)
+    assert text in source, "the mutation's text is gone from the adapter"
+    module = ModuleType(f"broken_{stub.file}")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(source.replace(text, other), f"<{stub.file} broken>", "exec"), module.__dict__)
+    return rows_of(stub, module)
+
+
+def is_red(kernel: Kernel, stub: stubs.Stub, case: str) -> bool:
+    """Whether a call of the grid is wrong, or refused where it should not be, or the other way round."""
+    try:
+        refused = bool(run(kernel, stub, {**GRID, **stub.cases}[case]))
+    except Exception:
+        return True
+    return refused != (case in stub.refuses.get(kernel.name, "").split())
+
+
+def find_killer(stub: stubs.Stub, kernels: list[Kernel]) -> tuple[str, str] | None:
+    """The first kernel and case of all that are red, while the stub is installed."""
+    each = ((kernel, case) for kernel in kernels for case in {**GRID, **stub.cases})
+    return next(((kernel.name, case) for kernel, case in each if is_red(kernel, stub, case)), None)
+
+
+def known_killers() -> dict[str, tuple[str, str]]:
+    """The mutation run still searches for whatever killers.json does not name, or does not name any more."""
+    known = json.loads(KILLERS.read_text(encoding="utf-8")) if KILLERS.exists() else {}
+    return {name: tuple(killer) for name, killer in known.items()}

@@ -12,14 +12,15 @@ import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, row, turn
 
 import fastattn
-from fastattn.dispatch import resolve
+from fastattn.dispatch import tune_now
 from fastattn.environment import device
 from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.tuning import memory_use, screening
 from fastattn.tuning import tune as tune_module
 from fastattn.tuning.accuracy.judge import judges_of_problem
 from fastattn.tuning.stopwatch import time_interleaved
-from fastattn.tuning.tune import STEADY_TRIES, is_lasting, tune_problem
+from fastattn.tuning.tune import STEADY_TRIES, tune_problem
+from fastattn.verdicts.verdict import Outcome
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -92,7 +93,8 @@ def test_fault_48_scores_that_would_take_most_of_what_is_free_are_not_tried(monk
     clock = turn(monkeypatch, Clock({"default": 4e-3}, other=FAST))
     verdict = tune_problem(p, current_settings(), clock=clock)
     limit = int(screening.FREE_SHARE * p.unfused_bytes)
-    assert verdict.trial("torch_math").reason == f"{screening.NO_ROOM}: {p.unfused_bytes} temporary bytes > {limit}"
+    why = f"not tried: too little memory is free: {p.unfused_bytes} temporary bytes > {limit}"
+    assert verdict.trial("torch_math").reason == why
     assert not {"torch_math", "matmul"} & set(clock.ran) and "default" in clock.ran
 
 
@@ -104,9 +106,9 @@ def test_fault_48_nor_is_a_default_that_would_write_them_down(monkeypatch, own_s
     clock = turn(monkeypatch, Clock({"default": FAST}))
     monkeypatch.setenv("FASTATTN_KERNELS", "torch_math")
     reload_settings()
-    verdict = resolve.tune(p, current_settings())
+    verdict = tune_now.tune(p, current_settings())
     assert not clock.ran and verdict.winner == "default"
-    assert verdict.trial("default").reason.startswith(screening.NO_ROOM)
+    assert verdict.trial("default").outcome is Outcome.NO_MEMORY_FREE
     assert not list(own_store.rglob("*.json"))
     del free[0]
     [verdict] = fastattn.tune(p)
@@ -191,7 +193,7 @@ def test_fault_52_ahead_of_time_tuning_waits_for_a_steady_machine(quick, own_sto
     timings = change_speed(monkeypatch, quick, lambda t: 1 + min(t, 0.1) / 0.05)
     [verdict] = fastattn.tune(problem())
     assert 1 < len(timings) <= STEADY_TRIES
-    assert is_lasting(verdict) and len(list(own_store.rglob("*.json"))) == 1
+    assert verdict.is_lasting and len(list(own_store.rglob("*.json"))) == 1
 
 
 def test_fault_52_it_does_not_wait_for_ever(quick, own_store, monkeypatch):
@@ -199,10 +201,10 @@ def test_fault_52_it_does_not_wait_for_ever(quick, own_store, monkeypatch):
     quick.jitter = lambda name, now: RAMPS["throttled"](now - timings[-1]) if timings else 1.0  # every time anew
     [verdict] = fastattn.tune(problem())
     assert len(timings) == STEADY_TRIES
-    assert not is_lasting(verdict) and not list(own_store.rglob("*.json"))
+    assert not verdict.is_lasting and not list(own_store.rglob("*.json"))
 
 
-def test_fault_52_a_tombstone_is_written_whatever_the_machine_did(quick, own_store, monkeypatch):
+def test_fault_52_a_demotion_is_written_whatever_the_machine_did(quick, own_store, monkeypatch):
     change_speed(monkeypatch, quick, RAMPS["throttled"])
     q, k, v = qkv(48)
     broken = []
@@ -219,7 +221,7 @@ def test_fault_52_a_tombstone_is_written_whatever_the_machine_did(quick, own_sto
     broken.append(1)
     check(q, k, v)
     fastattn.clear()
-    assert row("fragile", q, k, v).tombstone == "RuntimeError: broken"
+    assert row("fragile", q, k, v).reason == "RuntimeError: broken"
 
 
 def test_fault_52_a_part_of_a_gpu_is_another_device(monkeypatch):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import CPU, problem, qkv
+from building import CPU
+from fakes import problem, qkv
 
 from fastattn.environment.settings import current_settings
 from fastattn.planning import binding, candidates
@@ -238,7 +239,7 @@ def by_einsum(q, k, v, mask, scale, diagonal):
         visible = visible & (mask > float("-inf"))
         scores = scores + mask.masked_fill(mask == float("-inf"), 0)
     top = scores.detach().masked_fill(~visible, -1e300).amax(-1, keepdim=True)
-    weights = torch.where(visible, (scores - top).clamp(max=0).exp(), 0.0)
+    weights = torch.where(visible, torch.where(visible, scores - top, 0.0).exp(), 0.0)
     total = weights.sum(-1, keepdim=True)
     return torch.einsum("gst,te->gse", weights / total.where(total > 0, 1.0), v)
 

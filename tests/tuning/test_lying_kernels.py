@@ -298,7 +298,7 @@ def test_a_wrong_default_does_not_serve_where_another_kernel_passes(monkeypatch)
     why = fastattn.explain(q, k, v)
     assert why.served_by != "default"
     assert row("default", q, k, v).reason.startswith("inaccurate: forward error")
-    assert "default is out of the race" in str(why)
+    assert "the default itself did not pass" in str(why)
 
 
 def test_a_wrong_default_serves_if_nothing_else_passes_and_explain_says_so(monkeypatch):
@@ -328,11 +328,11 @@ def test_a_default_that_failed_does_not_serve_bucket_mates_either(monkeypatch):
     from fastattn.kernels.limits import Range
 
     replace_default(monkeypatch, two_percent)
-    add(monkeypatch, made_up("even", honest, needs=(Range("extent", max=40_000),)))
+    add(monkeypatch, made_up("even", honest, needs=(Range("extent", max=47_000),)))
     turn(monkeypatch, Clock({"default": FAST, "even": FAST}, other=1.0))
     q, k, v = qkv(1, 300)
     assert fastattn.explain(q, k, v, tune=True).served_by == "even"
-    q, k, v = qkv(1, 350)  # the same bucket, beyond the winner's limit
+    q, k, v = qkv(1, 368)  # the same bucket, beyond the winner's limit
     check(q, k, v)
 
 

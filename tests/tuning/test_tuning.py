@@ -15,7 +15,8 @@ from fastattn.kernels.libraries import availability
 from fastattn.kernels.limits import Range
 from fastattn.tuning import memory_use
 from fastattn.tuning.screening import Screening
-from fastattn.tuning.tune import NOT_TRIED, _budget, tune_problem
+from fastattn.tuning.tune import _budget, tune_problem
+from fastattn.verdicts.verdict import Outcome
 
 MIB = 2**20
 
@@ -82,12 +83,12 @@ def test_candidates_not_reached_say_so_and_thorough_reaches_them(monkeypatch):
     add(monkeypatch, *(made_up(n, honest) for n in names))
     clock = turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))
     verdict = tune(clock=clock)
-    late = [n for n in names if reasons(verdict)[n] == NOT_TRIED]
+    late = [n for n in names if verdict.trial(n).outcome is Outcome.NOT_TRIED]
     assert 0 < len(late) < 12 and late == names[-len(late) :] and "k11" in late
     assert verdict.winner == "default"
     assert clock.seconds < 40 * 0.05 * 1.5
     thorough = tune(clock=clock, thorough=True)
-    assert NOT_TRIED not in reasons(thorough).values()
+    assert all(t.outcome is not Outcome.NOT_TRIED for t in thorough.trials)
     assert thorough.winner == "k11"
 
 
@@ -241,13 +242,13 @@ def library(monkeypatch):
 def tried(monkeypatch):
     """Names that a tuning looked at, in order."""
     names = []
-    admit = Screening.admit
+    screen = Screening.screen
 
     def counted(self, entrant, *args, **named):
         names.append(entrant.candidate.name)
-        return admit(self, entrant, *args, **named)
+        return screen(self, entrant, *args, **named)
 
-    monkeypatch.setattr(Screening, "admit", counted)
+    monkeypatch.setattr(Screening, "screen", counted)
     return names
 
 
@@ -316,11 +317,11 @@ def test_a_loser_that_vanished_changes_nothing(library, tried, monkeypatch):
 
 def test_a_winner_beyond_its_limits_here_leaves_the_verdict_to_its_bucket(monkeypatch):
     """The verdict is of a bucket; a length where the winner refuses is served by something right, not tuned anew."""
-    add(monkeypatch, made_up("short", honest, needs=(Range("extent", max=40_000),)))
+    add(monkeypatch, made_up("short", honest, needs=(Range("extent", max=47_000),)))
     turn(monkeypatch, Clock({"default": SLOW, "short": FAST}))
     q, k, v = qkv(1, 300)
     fastattn.attention(q, k, v)
     assert fastattn.explain(q, k, v).served_by == "short"
-    q, k, v = qkv(1, 350)
+    q, k, v = qkv(1, 368)
     check(q, k, v)
     assert fastattn.explain(q, k, v).served_by != "short"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import CPU, FAST, Clock, add, check, honest, made_up, qkv, row, turn
+from building import CPU
+from fakes import FAST, Clock, add, check, honest, made_up, qkv, row, turn
 from stored import DEVICE, PROBLEM, raises, verdict
 
 import fastattn
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 from fastattn.environment.settings import current_settings
-from fastattn.verdicts import store
 from fastattn.verdicts.store import Store
 from fastattn.verdicts.verdict import Trial, Verdict
 
@@ -178,7 +178,7 @@ def sage(monkeypatch):
 
 def plant(problem, winner):
     trials = (Trial("default", time_us=9.0), Trial(winner, time_us=1.0))
-    assert session.settings_store(current_settings()).put(Verdict(problem, winner, trials), CPU) is not None
+    assert session.store(current_settings()).put(Verdict(problem, winner, trials), CPU) is not None
     fastattn.clear()
 
 
@@ -238,5 +238,5 @@ def test_fault_57_a_shared_cache_is_read_if_it_is_ours_or_roots(owner, is_read, 
         found[4] = uid
         return os.stat_result(found)
 
-    monkeypatch.setattr(store.os, "fstat", fstat)
+    monkeypatch.setattr(os, "fstat", fstat)
     assert (Store([tmp_path / "own", tmp_path / "shared"]).get(PROBLEM, DEVICE) is not None) == is_read

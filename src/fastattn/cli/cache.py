@@ -9,10 +9,11 @@ import torch
 
 from fastattn.cli.shape_words import Group, device_option, json_option
 from fastattn.cli.tables import console, print_json, print_tuned
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.verdicts import store
+from fastattn.verdicts.manifest import export_manifest
 
 
 @click.group(cls=Group)
@@ -22,7 +23,7 @@ def cache() -> None:
 
 def _store() -> store.Store:
     """The store that is written. Raises click.ClickException where there is none."""
-    found = session.settings_store(current_settings())
+    found = session.store(current_settings())
     if found.root is None:
         raise click.ClickException(f"{found.why_none}; {store.SET_ONE}")
     return found
@@ -73,10 +74,10 @@ def export(file: Path, device: str, as_json: bool) -> None:
 
     They are those that hold on this machine; FASTATTN_MANIFEST=FILE reads them.
     """
-    silicon = Device.of(torch.device(device))
-    found = list(_store().verdicts(silicon))
-    file.write_text(store.export(iter(found), silicon) + "\n", encoding="utf-8")
+    here = Device.of(torch.device(device))
+    found = list(_store().verdicts(here))
+    file.write_text(export_manifest((v for _, v in found), here) + "\n", encoding="utf-8")
     if as_json:
         print_json({"file": str(file), "verdicts": len(found)})
     else:
-        click.echo(f"{len(found)} verdicts for {silicon.slug} in {file}")
+        click.echo(f"{len(found)} verdicts for {here.slug} in {file}")

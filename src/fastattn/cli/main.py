@@ -10,8 +10,9 @@ import click
 import fastattn
 from fastattn.cli.cache import cache
 from fastattn.cli.doctor.command import doctor
+from fastattn.cli.explain import explain
 from fastattn.cli.shape_words import Group
-from fastattn.cli.tune import explain, tune
+from fastattn.cli.tune import tune
 from fastattn.environment.settings import current_settings
 
 __all__ = ["main"]

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.dispatch.explain import IN_DOUBT, Explanation, doubt_of, errors_of
+from fastattn.dispatch.explain import Explanation
+from fastattn.dispatch.render import IN_DOUBT, challenger, errors_of, mark_of_doubt
 from fastattn.environment.text import format_duration
-from fastattn.problems.problem import Problem
+from fastattn.problems.spelling import briefly
 from fastattn.verdicts.verdict import Verdict
 
 ONE_LINE: dict[str, Any] = {"no_wrap": True, "overflow": "ellipsis"}
@@ -33,27 +34,6 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=1))
 
 
-def short(p: Problem) -> str:
-    """A problem in as few words as tell it from the others of a table; the dtype stands apart."""
-    heads = f"{p.q_heads}" if p.group == 1 else f"{p.q_heads}/{p.kv_heads}"
-    q_len, kv_len = (f"{'~' if is_bucket and n > 16 else ''}{n}" for n, is_bucket in (
-        (p.q_len, p.lengths == "all"), (p.kv_len, p.lengths != "exact")
-    ))  # fmt: skip
-    length = q_len if q_len == kv_len else f"{q_len} on {kv_len}"
-    dims = f"{p.head_dim}" if p.head_dim == p.head_dim_v else f"{p.head_dim}/{p.head_dim_v}"
-    words = [
-        f"{p.batch} x {heads} x {length} d{dims}",
-        {None: "", "top_left": "causal", "bottom_right": "causal↘"}[p.causal],
-        f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else "",
-        f"window {p.window[0]},{p.window[1]}" if p.window else "",
-        f"softcap {p.softcap:g}" if p.softcap else "",
-        "dropout" if p.dropout else "",
-        "lse" if p.lse else "",
-        "fwd+bwd" if p.needs_grad else "",
-    ]
-    return " ".join(word for word in words if word)
-
-
 def geomean(values: Iterable[float]) -> float:
     """The geometric mean; 1 of nothing."""
     logs = [log(value) for value in values]
@@ -67,7 +47,18 @@ def _gain(ratio: float | None, mark: str = "") -> Text:
     return Text(f"{ratio:.2f}x{mark}", style)
 
 
-DROPPED = ("error", "winner", "default")  # columns that go, in this order, where a terminal is too narrow for all
+def _nearest(verdict: Verdict) -> str:
+    """What came nearest to replacing the default where nothing did, and its speed against it."""
+    found = challenger(verdict) if verdict.winner == verdict.incumbent else None
+    return f"{found[0]} {found[1]:.2f}x" if found else ""
+
+
+DROPPED = (
+    "nearest",
+    "error",
+    "winner",
+    "default",
+)  # columns that go, in this order, where a terminal is too narrow for all
 
 
 def tuned_table(found: Sequence[Named], width: int) -> Table:
@@ -83,30 +74,31 @@ def tuned_table(found: Sequence[Named], width: int) -> Table:
 def _tuned_table(found: Sequence[Named], dropped: Sequence[str], in_full: bool) -> Table:
     """in_full: a preset's name and its shape; else the shape only where the name does not tell."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), show_footer=True)
-    unsure = " " if any(doubt_of(v) for _, v in found) else ""
+    unsure = " " if any(mark_of_doubt(v) for _, v in found) else ""
     table.add_column("problem", footer=Text("geometric mean", "bold"))
     table.add_column("served by")
     mean = _gain(geomean(v.speedup() or 1.0 for _, v in found), unsure)
     table.add_column("speed", justify="right", footer=mean, no_wrap=True)
-    last = [name for name in ("default", "winner", "error") if name not in dropped]
+    last = [name for name in ("default", "winner", "error", "nearest") if name not in dropped]
     for name in last:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "nearest" else "right", no_wrap=True)
     for dtype in dict.fromkeys(v.problem.dtype for _, v in found):
         rows = [(name, v) for name, v in found if v.problem.dtype == dtype]
         times = Counter(name for name, _ in rows)
         mean = geomean(v.speedup() or 1.0 for _, v in rows)
         table.add_row(Text(dtype, "bold"), "", Text(f"{mean:.2f}x{unsure}", "bold"))
         for name, v in rows:
-            about = Text(f"  {name or short(v.problem)}", **ONE_LINE)
+            about = Text(f"  {name or briefly(v.problem)}", **ONE_LINE)
             if name and (in_full or times[name] > 1):
-                about.append(f"  {short(v.problem)}", "dim")
+                about.append(f"  {briefly(v.problem)}", "dim")
             before, after = v.trial(v.incumbent), v.trial(v.winner)
             cells = {
                 "default": format_duration(before.time_us if before else None),
                 "winner": format_duration(after.time_us if after else None),
                 "error": errors_of(after),
+                "nearest": _nearest(v),
             }
-            gain = _gain(v.speedup(), doubt_of(v) or unsure)
+            gain = _gain(v.speedup(), mark_of_doubt(v) or unsure)
             table.add_row(about, Text(v.winner, "cyan", **ONE_LINE), gain, *(cells[column] for column in last))
         table.add_section()
     return table
@@ -117,7 +109,7 @@ def print_tuned(found: Sequence[Named], out: Console, *notes: str) -> None:
     if found:
         out.print(tuned_table(found, out.width))
         out.print()
-    for note in (*notes, *([IN_DOUBT] if any(doubt_of(v) for _, v in found) else ())):
+    for note in (*notes, *([IN_DOUBT] if any(mark_of_doubt(v) for _, v in found) else ())):
         out.print(Text(note, "yellow" if note == IN_DOUBT else "dim"), soft_wrap=True)
 
 

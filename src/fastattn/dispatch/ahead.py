@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from fastattn.dispatch import resolve, session
-from fastattn.environment.settings import Settings, current_settings, options
+from fastattn.dispatch import entries, tune_now
+from fastattn.dispatch.session import session
+from fastattn.environment.option_scope import options
+from fastattn.environment.settings import Settings, current_settings
 from fastattn.problems.problem import Problem
 from fastattn.tuning.tune import Progress
 from fastattn.verdicts.verdict import Verdict
@@ -34,28 +36,28 @@ def tune(
     elif inputs or named_inputs:
         raise TypeError("fastattn.tune: inputs are only for a module")
     settings = current_settings()
-    found = []
+    found: list[Verdict] = []
     for problem in [what] if isinstance(what, Problem) else list(what):
         if not isinstance(problem, Problem):
             raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
         if problem.is_custom:
             raise ValueError(f"fastattn.tune: {problem} has the caller's own function, which no verdict can stand for")
         found.append(_tune_one(problem, settings, progress, force, compiling))
-    session.forget_calls()
+    entries.drop_all()
     return found
 
 
 def _tune_one(problem: Problem, settings: Settings, progress: Progress | None, force: bool, compiling: bool) -> Verdict:
-    problem = session.lengths(problem)
+    problem = session.lengths_to_tune(problem)
     known = None if force else session.complete(problem, settings, compiling)
-    return known or resolve.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
+    return known or tune_now.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
 
 
 def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:
     """The problems that one run of a model misses on, collected without timing anything."""
     from fastattn.dispatch.patching import patch
 
-    session.forget_calls()
-    with options(mode="cached"), patch(), session.collected() as met:
+    entries.drop_all()
+    with options.scope(mode="cached"), patch(), session.collect() as met:
         model(*inputs, **named)
     return [problem for problem in met if not problem.is_custom]

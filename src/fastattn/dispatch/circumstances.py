@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Circumstances:
     capturing: bool = False
     deterministic: bool = False
     distributed: bool = False
+    switched_off: bool = False
     cached: bool = False
     spent: bool = False
 
@@ -58,22 +60,28 @@ RULES: tuple[tuple[str, str, str], ...] = (
         STORED,
         "a process group of several ranks: all must choose alike (FASTATTN_MANIFEST, fastattn.sync)",
     ),
+    ("switched_off", STORED, "a backend of F.sdpa is switched off: it is not what it usually is, so nothing is timed"),
     ("cached", STORED, "mode is cached: nothing is tuned"),
     ("spent", STORED, "the process's tuning budget is spent"),
 )
 
 
-def decide(context: Circumstances) -> tuple[str, str]:
+# The switches of torch.backends.cuda.enable_*_sdp that F.sdpa asks on a device (sdp_utils_cpp.cpp and sdp_utils.cpp).
+ASKED_BY_SDPA = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "math", "cudnn")}
+
+
+def what_is_allowed(circumstances: Circumstances) -> tuple[str, str]:
     """(what a miss may do, why)."""
     for name, action, reason in RULES:
-        if getattr(context, name):
+        if getattr(circumstances, name):
             return action, reason
     return TUNE, "an ordinary call"
 
 
-def may_remember(context: Circumstances) -> bool:
-    """Whether the Call may be published: it must not outlive a passing circumstance that no probe sees."""
-    return decide(context)[0] != PASS and not (context.capturing or context.compiling)
+def may_remember(circumstances: Circumstances) -> bool:
+    """Whether the Call may be published: it must not outlive a passing circumstance that no guard sees."""
+    is_passed = what_is_allowed(circumstances)[0] == PASS
+    return not (is_passed or circumstances.capturing or circumstances.compiling)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -88,8 +96,8 @@ def _has_storage(x: Tensor) -> bool:
     return True
 
 
-def read_circumstances(tensors: list[Tensor], settings: Settings, spent: bool) -> Circumstances:
-    """The Context of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
+def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> Circumstances:
+    """The Circumstances of a call on these tensors, read now. Reads nothing through a mode's own hooks."""
     plain = all(type(x) in _PLAIN for x in tensors)
     if torch_private.has_torch_function(*tensors) and not (plain and torch_private.only_default_device()):
         return Circumstances(off=settings.mode == "off", foreign=not plain, function_mode=plain)
@@ -110,6 +118,7 @@ def read_circumstances(tensors: list[Tensor], settings: Settings, spent: bool) -
         capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),
         deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,
+        switched_off=any(not torch_private.BACKEND_SWITCHES[name]() for name in ASKED_BY_SDPA.get(kind, ())),
         cached=settings.mode == "cached",
         spent=spent,
     )

@@ -1,4 +1,4 @@
-"""The guard of one hot-path entry: a generated function probe(q, k, v, m, layout, kw) that returns the Call or None.
+"""The guard of one hot-path entry: a generated function guard(q, k, v, m, layout, kw) that returns the Call or None.
 
 It is generated so that each entry reads just the state its plan depends on. What TensorGuards does not see is read beside
 it: nested tensors before it (it aborts the process on a strided one), repeated tensors by identity, grad mode where an
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastattn.environment import torch_private
-from fastattn.environment.settings import current_settings
+from fastattn.environment.settings import scoped_settings
 
-Probe = Callable[..., Any]
+if TYPE_CHECKING:
+    from fastattn.dispatch.resolve import Resolved
+
+Guard = Callable[..., Any]
 Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
@@ -31,7 +35,6 @@ READERS: dict[str, Callable[[], Any]] = {
     **torch_private.BACKEND_SWITCHES,
     "autocast_cpu": lambda: torch.get_autocast_dtype("cpu"),
     "autocast_cuda": lambda: torch.get_autocast_dtype("cuda"),
-    "config": current_settings,
 }
 
 
@@ -81,7 +84,7 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
 
 
 def _native_works() -> bool:
-    """Whether TensorGuards of this torch tells apart all that the probes rely on."""
+    """Whether TensorGuards of this torch tells apart all that the guards rely on."""
     try:
         a, b = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
         check = _native([a, b], {})
@@ -101,24 +104,24 @@ def _native_works() -> bool:
 NATIVE = _native_works()
 
 
-def build(
+def build_guard(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Any,
     layout: str,
     kw: Any,
-    call: Callable[..., Tensor],
-    reads: tuple[str, ...],
-    bucket: tuple[int, int, int] | None = None,
-) -> Probe:
-    """The probe of an entry made by this very call.
+    resolved: Resolved,
+    kv_lens: tuple[int, int, int] | None,
+) -> Guard:
+    """The guard of an entry made by this very call.
 
-    reads: names of READERS whose present value the plan depends on. bucket: (dimension of the length in k and v, lowest,
-    highest kv_len) for which `call` serves; k and v must then be distinct tensors of one length.
+    resolved.reads: names of READERS whose present value its Call depends on. kv_lens: (dimension of the length in k and v,
+    lowest, highest kv_len) for which the Call serves; k and v must then be distinct tensors of one length.
     """
     conditions: list[str] = []
-    values: dict[str, Any] = {"call": call, "LAYOUT": layout}
+    hits = count()
+    values: dict[str, Any] = {"call": resolved.call, "LAYOUT": layout, "SCOPE": scoped_settings(), "hit": hits.__next__}
     unique: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
     for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
@@ -144,8 +147,8 @@ def build(
     conditions += [mode, "not dispatch_modes()", "forward_ad._current_level < 0"]
     conditions += [f"not {name}.is_nested" for name in unique]
     free: Sizes = {}
-    if bucket is not None:
-        dim, low, high = bucket
+    if kv_lens is not None:
+        dim, low, high = kv_lens
         free = {"k": dim, "v": dim}
         unit = k.nbytes // k.shape[dim]
         values.update(LOW=low * unit, HIGH=high * unit)
@@ -155,11 +158,19 @@ def build(
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
         conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
     conditions.append(f"check({names})")
-    for name in reads:
+    for name in resolved.reads:
         conditions.append(_state_condition(name, READERS[name](), values))
     make = _native if NATIVE else _plain
     values["check"] = make(list(unique.values()), {i: free[n] for i, n in enumerate(unique) if n in free})
-    return _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
+    conditions.append("scope() is SCOPE")
+    guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
+    guard.hits, guard.candidate = hits, resolved.candidate  # type: ignore[attr-defined]
+    return guard
+
+
+def hits_of(guard: Guard) -> tuple[str, int]:
+    """(the candidate that the entry leads to, how often it was hit)."""
+    return guard.candidate, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
 
 
 def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
@@ -185,12 +196,11 @@ def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
     if isinstance(value, bool):
         return f"read_{name}()" if value else f"not read_{name}()"
     values[f"WANT_{name}"] = value
-    if name == "config":
-        return "read_config() is WANT_config"
     return f"read_{name}() == WANT_{name}"
 
 
 _CONSTANTS = {
+    "scope": scoped_settings,
     "has_torch_function": torch_private.has_torch_function,
     "dispatch_modes": torch_private.dispatch_modes,
     "only_default_device": torch_private.only_default_device,
@@ -199,12 +209,12 @@ _CONSTANTS = {
 
 
 @lru_cache(512)
-def _maker(names: tuple[str, ...], condition: str) -> Callable[..., Probe]:
-    """Compiled once per shape of condition: building a bucket-mate's probe must stay cheap."""
+def _maker(names: tuple[str, ...], condition: str) -> Callable[..., Guard]:
+    """Compiled once per shape of condition: building a bucket-mate's guard must stay cheap."""
     arguments = ", ".join((*names, *_CONSTANTS))
     source = (
-        f"def make({arguments}):\n    def probe(q, k, v, m, layout, kw):\n"
-        f"        if {condition}:\n            return call\n    return probe\n"
+        f"def make({arguments}):\n    def guard(q, k, v, m, layout, kw):\n"
+        f"        if {condition}:\n            hit()\n            return call\n    return guard\n"
     )
     scope: dict[str, Any] = {}
     exec(source, scope)

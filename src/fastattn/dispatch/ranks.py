@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastattn.dispatch import session
+from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.settings import current_settings
-from fastattn.verdicts import store
+from fastattn.verdicts.manifest import export_manifest
 from fastattn.verdicts.verdict import Verdict
 
 
@@ -29,7 +29,7 @@ def sync(group: Any = None) -> int:
         raise RuntimeError("fastattn.sync: torch.distributed is not initialised")
     device = Device.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     source = dist.get_global_rank(group, 0) if group is not None else 0
-    message = [store.export(_known(device), device) if dist.get_rank() == source else ""]
+    message = [export_manifest(_known(device), device) if dist.get_rank() == source else ""]
     dist.broadcast_object_list(message, src=source, group=group)
     data = json.loads(message[0])
     mine = data["environment"]["slug"] == device.slug
@@ -40,9 +40,9 @@ def sync(group: Any = None) -> int:
     return len(table)
 
 
-def _known(device: Device) -> Any:
+def _known(device: Device) -> list[Verdict]:
     settings = current_settings()
-    found = {v.problem: (None, v) for v in session.verdicts(settings)}
-    for path, verdict in session.settings_store(settings).verdicts(device):
-        found.setdefault(verdict.problem, (path, verdict))  # type: ignore[arg-type]
-    return iter(found.values())
+    found = {v.problem: v for v in session.held(settings)}
+    for _, verdict in session.store(settings).verdicts(device):
+        found.setdefault(verdict.problem, verdict)
+    return list(found.values())

@@ -19,7 +19,7 @@ NO_HOME = "there is no home directory to cache in"
 def default_cache_directory() -> Path:
     """The user's cache directory. Raises OSError, which says why, where there is none.
 
-    Never in /tmp, where anybody could have put files, unless XDG_CACHE_HOME says so.
+    Where it lies does not matter: what is read must be this user's, and what others may write is refused.
     """
     import platformdirs
 
@@ -32,19 +32,17 @@ def default_cache_directory() -> Path:
         return found
     if not found.is_absolute() or home in (Path("/"), Path("~")):
         raise OSError(NO_HOME)
-    if found.parts[:2] == ("/", "tmp"):
-        raise OSError(f"the home directory {home} is under /tmp, where nothing is cached by default")
     return found
 
 
 def cache_layers(cache_dir: str | None) -> tuple[list[Path], str]:
-    """The directories that a Config's cache_dir means, the first is written; and why there is none, where there is none."""
+    """The directories that Settings.cache_dir means, the first is written; and why there is none, where there is none."""
     if cache_dir is None:
         try:
             return [default_cache_directory()], NO_HOME
         except OSError as error:
             return [], str(error)
-    found = [Path(part).expanduser() for part in cache_dir.split(os.pathsep) if part]
+    found = [Path(part) for part in cache_dir.split(os.pathsep) if part]
     return found, f"FASTATTN_CACHE_DIR {cache_dir!r} names no directory"
 
 

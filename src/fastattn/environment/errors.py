@@ -37,3 +37,10 @@ STICKY = (  # errors "that leave the process in an inconsistent state" (CUDA run
 def is_sticky(error: BaseException) -> bool:
     """Whether it is a CUDA error that every later call of the process meets again; a launch that was never made is none."""
     return "CUDA error" in str(error) and any(text in str(error) for text in STICKY)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, in whichever of torch's ways."""
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

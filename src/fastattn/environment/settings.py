@@ -1,12 +1,12 @@
-"""Settings: read once from the environment, replaced whole by `options()`, scoped by contextvars.
+"""Settings: read once from the environment, changed for the process or for a scope by `options` (option_scope.py).
 
-FASTATTN_MODE        auto | cached | off   tune on a miss | serve what is stored, never tune | plain F.sdpa everywhere
-FASTATTN_CACHE_DIR   one directory, or several joined by os.pathsep: the first is written, the others are only read
-FASTATTN_KERNELS     names joined by commas: the only kernels to consider; "-name" excludes one, "+name" adds one that is
-                     considered only where it is named
-FASTATTN_MANIFEST    a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
-FASTATTN_KNOWN_FAULTS      a file of known faults of kernels, added to those that are shipped (fastattn.kernels.known_faults)
-FASTATTN_LOG         debug | info | warning | error: the level of the logger "fastattn"
+FASTATTN_MODE           auto | cached | off   tune on a miss | serve what is stored, never tune | plain F.sdpa everywhere
+FASTATTN_CACHE_DIR      one directory, or several joined by os.pathsep: the first is written, the others are only read
+FASTATTN_KERNELS        names joined by commas: the only kernels to consider; "-name" excludes one, "+name" adds one that is
+                        considered only where it is named
+FASTATTN_MANIFEST       a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
+FASTATTN_KNOWN_FAULTS   a file of known faults of kernels, added to those that are shipped (kernels/known_faults.py)
+FASTATTN_LOG            debug | info | warning | error: the level of the logger "fastattn"
 
 A variable that is empty is not set.
 """
@@ -15,40 +15,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any, NoReturn
+from typing import Any
 
 from fastattn.environment.log import log
-from fastattn.environment.text import unexpected_argument, unknown_kernel
 
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
 LEVELS = ("debug", "info", "warning", "error")
 VARIABLES = (
-    "FASTATTN_MODE",
-    "FASTATTN_CACHE_DIR",
-    "FASTATTN_KERNELS",
-    "FASTATTN_MANIFEST",
-    "FASTATTN_KNOWN_FAULTS",
-    "FASTATTN_LOG",
-)
-
-
-def kernel_names() -> tuple[str, ...]:
-    """Names of all kernels; fastattn.kernels puts its own function here, as imports only point down."""
-    return ()
-
-
-def check_accuracy(value: Any) -> str | float:
-    """A rung: "exact", "dtype", or the largest row error over (P|V|) that the caller accepts."""
-    if isinstance(value, str) and value in RUNGS:
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
-        return float(value)
-    raise ValueError(f"accuracy must be 'exact', 'dtype' or a number above 0, got {value!r}")
+    "FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_MANIFEST", "FASTATTN_KNOWN_FAULTS", "FASTATTN_LOG",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +65,48 @@ class Settings:
         return replace(self, kernels=(*self.kernels, f"+{name}"))
 
 
+# --- what a value may be
+
+
+def check_accuracy(value: Any) -> str | float:
+    """A rung: "exact", "dtype", or the largest row error over (P|V|) that the caller accepts."""
+    if isinstance(value, str) and value in RUNGS:
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return float(value)
+    raise ValueError(f"accuracy must be 'exact', 'dtype' or a number above 0, got {value!r}")
+
+
+def _accept(name: str) -> None:
+    """The kernel names are known further up: see on_kernel_name."""
+
+
+_check_kernel_name: Callable[[str], None] = _accept
+
+
+def on_kernel_name(check: Callable[[str], None]) -> None:
+    """Have `check(name)` raise ValueError for a kernel that does not exist."""
+    global _check_kernel_name
+    _check_kernel_name = check
+
+
+def check_kernels(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Kernel names; "-" in front excludes, "+" adds. Raises ValueError that lists the known names."""
+    parts = names.split(",") if isinstance(names, str) else names
+    found = tuple(name.strip() for name in parts if name.strip())
+    for name in found:
+        _check_kernel_name(name.removeprefix("-").removeprefix("+"))
+    return found
+
+
+def check_cache_dir(path: str | os.PathLike[str]) -> str:
+    """Directories joined by os.pathsep, made absolute: they stay where they are when the process changes its directory."""
+    parts = os.fspath(path).split(os.pathsep)
+    return os.pathsep.join(os.path.abspath(os.path.expanduser(part)) if part else part for part in parts)
+
+
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The Config that the FASTATTN_* variables ask for. Raises ValueError that lists the valid values."""
+    """The Settings that the FASTATTN_* variables ask for. Raises ValueError that lists the valid values."""
     mode = environment.get("FASTATTN_MODE") or "auto"
     if mode not in MODES:
         raise ValueError(f"FASTATTN_MODE must be one of {', '.join(MODES)}, got {mode!r}")
@@ -101,26 +121,17 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         kernels = check_kernels(environment.get("FASTATTN_KERNELS", ""))
     except ValueError as error:
         raise ValueError(f"FASTATTN_KERNELS: {error}") from None
+    cache_dir = environment.get("FASTATTN_CACHE_DIR")
     return Settings(
         mode=mode,
         kernels=kernels,
-        cache_dir=environment.get("FASTATTN_CACHE_DIR") or None,
+        cache_dir=check_cache_dir(cache_dir) if cache_dir else None,
         manifest=environment.get("FASTATTN_MANIFEST") or None,
         known_faults=environment.get("FASTATTN_KNOWN_FAULTS") or None,
     )
 
 
-def check_kernels(names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """Kernel names; "-" in front excludes, "+" adds. Raises ValueError that lists the known names."""
-    parts = names.split(",") if isinstance(names, str) else names
-    found = tuple(name.strip() for name in parts if name.strip())
-    known = kernel_names()
-    for name in found:
-        bare = name.removeprefix("-").removeprefix("+")
-        if bare not in known:
-            raise unknown_kernel(bare, known)
-    return found
-
+# --- what is in force
 
 _lock = Lock()
 
@@ -133,109 +144,77 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-_base: list[Settings] = []  # what the environment says, once it was read
+_from_environment: Settings | None = None  # once it was read
 _changes: list[dict[str, Any]] = []  # what options() set for the process, oldest first
 _process: Settings | None = None  # both together
-_known: dict[Settings, Settings] = {}  # one object for equal Configs, so that the hot path compares by identity
-_scoped: ContextVar[Settings | None] = ContextVar("fastattn_options", default=None)
-scopes_used = False  # once True, every hot-path entry compares the Config it was made under
+_one_of_each: dict[Settings, Settings] = {}  # one object for equal Settings: the hot path compares by identity
+_scope: ContextVar[Settings | None] = ContextVar("fastattn_options", default=None)
+scoped_settings = _scope.get  # the Settings of the innermost scope, None outside of all: every guard reads it
 
 
 def current_settings() -> Settings:
-    """The Config in force here: the innermost scope, else the process's. Equal Configs are one object."""
-    return _scoped.get() or _process or _fold()
+    """The Settings in force here: the innermost scope's, else the process's. Equal Settings are one object."""
+    return _scope.get() or _process or _combine()
 
 
-def _fold() -> Settings:
-    global _process
+def _combine() -> Settings:
+    global _from_environment, _process
     with _lock:
-        if not _base:
-            _base.append(from_environment())
-        config = _base[0]
+        if _from_environment is None:
+            _from_environment = from_environment()
+        settings = _from_environment
         for change in _changes:
-            config = replace(config, **change)
-        _process = _known.setdefault(config, config)
+            settings = replace(settings, **change)
+        _process = _one_of_each.setdefault(settings, settings)
         return _process
+
+
+def change_process(change: dict[str, Any]) -> None:
+    """Set options for the whole process. Raises ValueError on a bad value, before anything is set."""
+    before = current_settings()
+    replace(before, **change)
+    with _lock:
+        _changes.append(change)
+    _tell(before)
+
+
+def take_back(change: dict[str, Any]) -> None:
+    """Undo change_process() of this very object."""
+    before = _process
+    with _lock:
+        _changes[:] = [other for other in _changes if other is not change]
+    _tell(before)
+
+
+def _tell(before: Settings | None) -> None:
+    if _combine() is not before:
+        for listener in _listeners:
+            listener()
+
+
+def enter_scope(change: dict[str, Any]) -> Token[Settings | None]:
+    """Set options for this context alone, until leave_scope()."""
+    settings = replace(current_settings(), **change)
+    return _scope.set(_one_of_each.setdefault(settings, settings))
+
+
+def leave_scope(token: Token[Settings | None]) -> None:
+    """Put back what held before enter_scope() returned this token."""
+    _scope.reset(token)
 
 
 def reload_settings() -> None:
     """Read the environment again at the next look, and drop what options() set."""
-    global _process
-    _base.clear()
+    global _from_environment, _process
+    _from_environment = _process = None
     _changes.clear()
-    _process = None
-    forget_calls()
-
-
-class options:
-    """Set options for the process, or for a `with` block (this thread or task only).
-
-    `options(mode="cached")` sets; `with options(kernels=["torch_flash"]): ...` scopes and restores.
-    mode: "auto", "cached" or "off". kernels: the only kernel names to consider; "-name" excludes one,
-    "+name" adds one that is considered only where it is named. accuracy: the
-    default rung of calls that name none. cache_dir: where verdicts are stored. tune_budget: seconds of tuning for the
-    whole process. Raises ValueError on a bad value and lists the valid ones, TypeError on another name.
-    """
-
-    def __init__(
-        self,
-        *,
-        mode: str | None = None,
-        kernels: list[str] | tuple[str, ...] | str | None = None,
-        accuracy: str | float | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        tune_budget: float | None = None,
-        **unknown: NoReturn,
-    ) -> None:
-        given = {
-            "mode": mode,
-            "kernels": None if kernels is None else check_kernels(kernels),
-            "accuracy": None if accuracy is None else check_accuracy(accuracy),
-            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "tune_budget": tune_budget,
-        }
-        for name in unknown:
-            raise unexpected_argument("fastattn.options", name, given)
-        self._change = {name: value for name, value in given.items() if value is not None}
-        replace(current_settings(), **self._change)  # raises on a bad value before anything is set
-        self._tokens: list[Token[Settings | None]] = []
-        _changes.append(self._change)
-        _set_process()
-
-    def __enter__(self) -> Settings:
-        # It turns out to be a scope: what __init__ set for the process is taken back, and set for this context only.
-        global scopes_used
-        if not self._tokens:
-            with _lock:
-                _changes[:] = [change for change in _changes if change is not self._change]
-            _set_process()
-        if not scopes_used:
-            scopes_used = True
-            forget_calls()  # entries made so far do not compare the Config
-        config = replace(current_settings(), **self._change)
-        config = _known.setdefault(config, config)
-        self._tokens.append(_scoped.set(config))
-        return config
-
-    def __exit__(self, *exc: object) -> None:
-        _scoped.reset(self._tokens.pop())
-
-
-def _set_process() -> None:
-    before = _process
-    if _fold() is not before:
-        forget_calls()
+    for listener in _listeners:
+        listener()
 
 
 _listeners: list[Callable[[], None]] = []
 
 
-def on_forget(listener: Callable[[], None]) -> None:
-    """Call `listener()` when published Calls are no longer to be trusted."""
+def on_change(listener: Callable[[], None]) -> None:
+    """Call `listener()` when the process's Settings have changed."""
     _listeners.append(listener)
-
-
-def forget_calls() -> None:
-    """Drop every published Call; verdicts stay."""
-    for listener in _listeners:
-        listener()

@@ -1,8 +1,12 @@
-"""How a number of bytes or of microseconds is written for people."""
+"""How things are written for people: sizes, times, dtypes, errors, and the name that was probably meant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def format_bytes(count: float) -> str:
@@ -44,3 +48,19 @@ def unknown_kernel(name: str, known: Iterable[str]) -> ValueError:
     near = get_close_matches(name, known, 1)
     hint = f" did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown kernel {name!r};{hint} known: {', '.join(known)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, "" where it has none."""
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def type_name(value: object) -> str:
+    """The type of a value; with its module where it is no builtin: "numpy.bool" is another one than "bool"."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ in ("builtins", "torch") else f"{kind.__module__}.{kind.__name__}"

@@ -51,7 +51,7 @@ def _find(path: str) -> Any:
 
 
 def private(name: str) -> Any:
-    """The private torch object of that row of PRIVATE, or None where this torch has it not."""
+    """torch's private object for that row of PRIVATE; None where this torch does not have it."""
     return _find(PRIVATE[name])
 
 

@@ -1,7 +1,7 @@
 """The contract of a kernel: a row of data about one entry point of one library, and one `load()`.
 
-A kernel file imports this module and, inside `load()`, its library; nothing else. What it declares, conversions.py brings
-about: a kernel never transposes, casts, pads or checks a shape itself.
+An adapter imports fastattn.kernels and, inside `load()`, its library; nothing else. What a row declares, planning/conversions
+brings about: a kernel never transposes, casts, pads or checks a shape itself.
 """
 
 from __future__ import annotations
@@ -98,14 +98,16 @@ class Kernel:
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
     reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
     approximate: bool = False  # quantises its inputs: needs a number from the caller
-    versions: tuple[str, str] = ("", "")  # of the library: the first that it works with, and the first that it does not
-    environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
+    versions: tuple[str, str] = (
+        "",
+        "",
+    )  # of the library: the first that works, and the first that does not work any more
     opt_in: bool = False  # considered only where the caller names it
     needs: tuple[Need, ...] = ()
 
 
 def require_private(name: str) -> Callable[..., Tensor]:
-    """torch's private entry point of that name in environment.device. Raises ImportError where this torch has it not."""
+    """torch's private function of that name (torch_private.py). Raises ImportError where this torch does not have it."""
     found = private(name)
     if found is None:
         raise ImportError(f"this torch has no {name} entry point")

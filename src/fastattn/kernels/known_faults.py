@@ -18,14 +18,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fastattn.environment.device import Device
 from fastattn.kernels.libraries.catalogue import version_numbers
+from fastattn.kernels.limits import OF_CALL, ORDINARY
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
-SHIPPED = Path(__file__).with_name("known_faults.json")
+SHIPPED = "known_faults.json"  # beside this file, which may lie in a zip
 OF_DEVICE = ("capability",)
 OF_LENGTH = ("kv_len", "extent", "scores", "unfused_bytes", "io_bytes")
 KEYS = ("kernel", "runs", "versions", "when", "reason", "link")
@@ -58,11 +61,11 @@ class KnownFault:
         """The kernels it holds for."""
         return [self.kernel] if isinstance(self.kernel, str) else self.kernel
 
-    def holds(self, problem: Problem, device: Device, library: str) -> bool:
+    def holds(self, problem: Problem, device: Device, library: str, facts: CallFacts = ORDINARY) -> bool:
         """Whether it rules its kernel out; library: the version of the kernel's library."""
         here = {"torch": device.torch, "cuda": device.cuda, "cudnn": cudnn_version(device.cudnn), "library": library}
         return all(_in_versions(here[name], spec) for name, spec in self.versions.items()) and all(
-            _is_met(getattr(device if name in OF_DEVICE else problem, name), wanted)
+            _is_met(getattr(facts if name in OF_CALL else device if name in OF_DEVICE else problem, name), wanted)
             for name, wanted in self.when.items()
         )
 
@@ -80,15 +83,15 @@ class KnownFault:
 
 def known_faults(extra: str | None = None) -> tuple[KnownFault, ...]:
     """Those that are shipped, and those of the file `extra`. Raises ValueError that names a bad file, or its bad entry."""
-    return (*_read(str(SHIPPED)), *(_read(extra) if extra else ()))
+    return (*_read(SHIPPED), *(_read(extra) if extra else ()))
 
 
 def faults_that_hold(
-    kernel: str, problem: Problem, device: Device, library: str, extra: str | None, runs: str = ""
+    kernel: str, problem: Problem, device: Device, library: str, extra: str | None, facts: CallFacts, runs: str = ""
 ) -> list[str]:
     """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
     found = (q for q in known_faults(extra) if kernel in q.kernels and q.runs == runs)
-    return [str(q) for q in found if q.holds(problem, device, library)]
+    return [str(q) for q in found if q.holds(problem, device, library, facts)]
 
 
 def cudnn_version(number: int) -> str:
@@ -99,7 +102,8 @@ def cudnn_version(number: int) -> str:
 @cache
 def _read(path: str) -> tuple[KnownFault, ...]:
     try:
-        rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        source = resources.files("fastattn.kernels") / SHIPPED if path == SHIPPED else Path(path).expanduser()
+        rows = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the known faults of {path} cannot be read: {error}") from None
     if not isinstance(rows, list):
@@ -130,7 +134,7 @@ def _why_invalid(row: Any) -> str | None:
             return f"versions of {name} must look like '>=2.11,<2.14', got {spec!r}"
     for name, wanted in row.get("when", {}).items():
         is_property = isinstance(getattr(Problem, name, None), property)
-        if name not in OF_DEVICE and not is_property and name not in Problem.__dataclass_fields__:
+        if name not in (*OF_DEVICE, *OF_CALL) and not is_property and name not in Problem.__dataclass_fields__:
             return f"when speaks of {name!r}, which no Problem has"
         if isinstance(wanted, dict) and not set(wanted) <= set(BOUNDS):
             return f"when of {name} must use {', '.join(BOUNDS)}, got {', '.join(wanted)}"

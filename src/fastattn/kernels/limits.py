@@ -2,7 +2,7 @@
 
 Three of the four kinds are pure data, so that one place writes every sentence with both numbers, and tests and docs are
 generated from the same row. RefuseWhen is the escape hatch: first ask whether it could be one of the others.
-A field is an attribute of Problem, or "capability" of the Device.
+A field is an attribute of Problem, "capability" of the Device, or one of OF_CALL of the CallFacts.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastattn.problems.call_facts import CallFacts
+
 if TYPE_CHECKING:
     from fastattn.environment.device import Device
     from fastattn.problems.problem import Problem
 
 
+OF_CALL = ("extent",)  # what a limit may ask of one call
+ORDINARY = CallFacts()
+
+
 class Need(Protocol):
     """One limit."""
 
-    def why_not(self, problem: Problem, device: Device) -> str | None:
+    def why_not(self, problem: Problem, device: Device, facts: CallFacts = ORDINARY) -> str | None:
         """None if the problem is within the limit, else the sentence that names both values."""
         ...
 
@@ -28,8 +34,8 @@ class Need(Protocol):
         ...
 
 
-def _value(field: str, problem: Problem, device: Device) -> Any:
-    return getattr(device if field == "capability" else problem, field)
+def _value(field: str, problem: Problem, device: Device, facts: CallFacts) -> Any:
+    return getattr(facts if field in OF_CALL else device if field == "capability" else problem, field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,8 @@ class Range:
     max: int | None = None
     multiple_of: int = 1
 
-    def why_not(self, problem: Problem, device: Device) -> str | None:
-        value = _value(self.field, problem, device)
+    def why_not(self, problem: Problem, device: Device, facts: CallFacts = ORDINARY) -> str | None:
+        value = _value(self.field, problem, device, facts)
         if self.min is not None and value < self.min:
             return f"{self.field} {value} < {self.min}"
         if self.max is not None and value > self.max:
@@ -79,8 +85,8 @@ class OneOf:
     field: str
     values: tuple[Any, ...]
 
-    def why_not(self, problem: Problem, device: Device) -> str | None:
-        value = _value(self.field, problem, device)
+    def why_not(self, problem: Problem, device: Device, facts: CallFacts = ORDINARY) -> str | None:
+        value = _value(self.field, problem, device, facts)
         if value in self.values:
             return None
         return f"{self.field} {value} is not one of {', '.join(map(str, self.values))}"
@@ -96,8 +102,8 @@ class Forbid:
     field: str
     what: str
 
-    def why_not(self, problem: Problem, device: Device) -> str | None:
-        value = _value(self.field, problem, device)
+    def why_not(self, problem: Problem, device: Device, facts: CallFacts = ORDINARY) -> str | None:
+        value = _value(self.field, problem, device, facts)
         if not value:
             return None
         return f"{self.what} is not supported" + ("" if value is True else f" ({self.field} {value})")
@@ -113,7 +119,7 @@ class RefuseWhen:
     text: str
     test: Callable[[Problem, Device], bool]
 
-    def why_not(self, problem: Problem, device: Device) -> str | None:
+    def why_not(self, problem: Problem, device: Device, facts: CallFacts = ORDINARY) -> str | None:
         return self.text.format(p=problem, device=device) if self.test(problem, device) else None
 
     def describe(self) -> str:

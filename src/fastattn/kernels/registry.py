@@ -1,4 +1,4 @@
-"""Every file here is a library; `rows_for` lists their kernels in the fixed order that decides between equals.
+"""Every file in adapters/ is a library; `rows_for` lists their kernels in the fixed order that decides between equals.
 
 A package elsewhere brings a kernel by an entry point of the group "fastattn.kernels" that names a Kernel. It is listed from
 its metadata alone, and imported only where the caller names it.
@@ -13,6 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import adapters
 from fastattn.kernels.kernel import Kernel
 
@@ -28,7 +29,7 @@ ORDER = (
     "flashinfer_single_fa3", "flashinfer_ragged_fa3", "flashinfer_single_fa2", "flashinfer_ragged_fa2",
 )  # fmt: skip
 GROUP = "fastattn.kernels"
-_extra: list[Kernel] = []
+_registered: list[Kernel] = []
 
 
 @cache
@@ -39,27 +40,58 @@ def _shipped() -> tuple[Kernel, ...]:
     return tuple(sorted(rows, key=lambda k: (ORDER.index(k.name) if k.name in ORDER else len(ORDER), k.name)))
 
 
+def register(kernel: Kernel) -> None:
+    """Make a kernel of the program's own known to this process, behind those that are shipped."""
+    _registered.append(kernel)
+
+
+def registered() -> tuple[Kernel, ...]:
+    """The kernels that register() made known."""
+    return tuple(_registered)
+
+
 def rows() -> tuple[Kernel, ...]:
     """All kernels known, the default first; a plugin's as far as its metadata tells."""
-    return (*_shipped(), *plugins(), *_extra)
+    return (*_shipped(), *plugins(), *_registered)
 
 
-def rows_for(device_type: str, named: Collection[str] = ()) -> list[Kernel]:
+def rows_for(device_type: str, named: Collection[str] = (), *, with_plugins: bool = False) -> list[Kernel]:
     """The rows to ask on a device: where a name has several rows, the one of that device.
 
-    named: names that the caller gave; the plugins among them are imported.
+    named: names that the caller gave; the plugins among them are imported. with_plugins: list the other plugins too. Looking
+    for plugins takes some milliseconds, so a call does not.
     """
+    own = {kernel.name for kernel in (*_shipped(), *_registered)}
+    more = plugins() if with_plugins or not own.issuperset(named) else ()
     by_name: dict[str, Kernel] = {}
-    for kernel in rows():
-        row = _loaded(kernel) if kernel.name in named and kernel in plugins() else kernel
+    for kernel in (*_shipped(), *more, *_registered):
+        row = _loaded(kernel) if kernel in more and kernel.name in named else kernel
+        if kernel in more and kernel.name not in named and not with_plugins:
+            continue
         if row.name not in by_name or device_type in row.devices:
             by_name[row.name] = row
     return list(by_name.values())
 
 
+def row_for(name: str, device_type: str, named: Collection[str] = ()) -> Kernel | None:
+    """The row of that name to ask on a device."""
+    return next((kernel for kernel in rows_for(device_type, named) if kernel.name == name), None)
+
+
 def names() -> tuple[str, ...]:
-    """Names of all kernels."""
+    """Names of all kernels, plugins included."""
     return tuple(dict.fromkeys(kernel.name for kernel in rows()))
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a kernel of that name. Plugins are looked for only if it is none of the others."""
+    return any(kernel.name == name for kernel in (*_shipped(), *_registered)) or name in names()
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError, with the name that is nearest, where there is no kernel of that name."""
+    if not is_known(name):
+        raise unknown_kernel(name, names())
 
 
 # --- plugins

@@ -1,6 +1,6 @@
 """Candidate + Problem -> Call: a closure call(q, k, v, mask) -> out over the caller's tensors as they come.
 
-No Call bakes a length in. The fallback chain lives here too: what runs when nothing was tuned, or the winner raised.
+No Call bakes a length in.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.conversion import map_output
 from fastattn.planning.decision import Accepted
 from fastattn.problems import masks
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
 from fastattn.problems.problem import Problem, default_scale
 
@@ -29,6 +30,7 @@ def bind(
     candidate: Accepted,
     p: Problem,
     scale: float | None,
+    facts: CallFacts = CallFacts(),  # noqa: B008
     *,
     structured: bool = False,
     dropout_p: float = 0.0,
@@ -36,17 +38,18 @@ def bind(
 ) -> Call:
     """The Call of a candidate for the caller's layout.
 
-    `scale` is the caller's, None means head_dim ** -0.5; `structured` says that the mask argument is no tensor.
+    scale: the caller's, None means head_dim ** -0.5. facts: of the call, an ordinary one if not given. structured: the mask
+    argument is no tensor.
     """
-    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not p.cut:
+    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not facts.decode:
         return _direct_default(p, scale, structured, dropout_p)
     step = availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
-        step = BY_NAME[name].wrap(step, candidate.kernel, p)
-    return _outermost(step, candidate, p, Arguments(
+        step = BY_NAME[name].wrap(step, candidate.kernel, p, facts)
+    return _outermost(step, candidate, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
         deterministic=p.deterministic,
@@ -89,13 +92,13 @@ def _in_layout(step: Run, kernel: Kernel) -> Run:
     return run
 
 
-def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call:
+def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: Arguments) -> Call:
     """From (q, k, v, mask) in the caller's layout to the step, and back."""
     order = TO_BHSD[p.layout]
     back = FROM_BHSD[p.layout]
     is_view = p.layout != "bhsd"
     is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
-    is_banded, causal, window, cut = p.is_banded, p.causal, p.window, p.cut
+    is_banded, causal, window, decode = p.is_banded, p.causal, p.window, facts.decode
     has_mask = p.mask is not None  # a structured mask has become the corner
     is_tensor = p.mask != "block"
     wanted = _wanted_order(candidate, p)
@@ -110,14 +113,14 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call
             out = _densify(out, order_out)
         return out.permute(back) if is_view else out
 
-    if not (is_view or is_moving or has_mask or wanted or by_strides or cut or p.autocast):
+    if not (is_view or is_moving or has_mask or wanted or by_strides or decode or facts.autocast):
         return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         if is_view:
             q, k, v = q.permute(order), k.permute(order), v.permute(order)
-        if cut is not None:
-            first, last = cut.keys(k.shape[2])
+        if decode is not None:
+            first, last = decode.keys(k.shape[2])
             k, v = k[:, :, first:last], v[:, :, first:last]
         now = a
         if is_moving:
@@ -130,7 +133,7 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, a: Arguments) -> Call
         found = step(q, k, v, mask, now)
         return map_output(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
 
-    return _under_autocast(call, p) if p.autocast else call
+    return _under_autocast(call, p) if facts.autocast else call
 
 
 def _densify(out: Tensor, order: Sequence[int]) -> Tensor:

@@ -14,28 +14,43 @@ from fastattn.kernels.limits import Range
 from fastattn.planning.conversions import BY_NAME, CONVERSIONS
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.decision import Accepted, Decision, Rejected
+from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.problem import Problem
 
 
 def decisions(
-    problem: Problem, device: Device, config: Settings, rows: Sequence[Kernel] | None = None, *, certain: bool = False
+    problem: Problem,
+    device: Device,
+    settings: Settings,
+    rows: Sequence[Kernel] | None = None,
+    *,
+    facts: CallFacts | None = None,
+    certain: bool = False,
 ) -> list[Decision]:
     """Every kernel known: its candidates in the fixed order of preference, or one Rejected with all reasons.
 
-    certain: libraries are imported to know that they can be; else what their metadata tells is enough.
+    facts: of the one call that is asked about; None is an ordinary one. certain: libraries are imported to know that they can
+    be; else what their metadata tells is enough.
     """
     found: list[Decision] = []
-    for kernel in registry.rows_for(device.type, config.named) if rows is None else rows:
-        found += decide(kernel, problem, device, config, certain=certain)
+    for kernel in registry.rows_for(device.type, settings.named) if rows is None else rows:
+        found += decide(kernel, problem, device, settings, facts=facts, certain=certain)
     return found
 
 
 def decide(
-    kernel: Kernel, problem: Problem, device: Device, config: Settings, *, certain: bool = False
+    kernel: Kernel,
+    problem: Problem,
+    device: Device,
+    settings: Settings,
+    *,
+    facts: CallFacts | None = None,
+    certain: bool = False,
 ) -> list[Decision]:
-    """One kernel: its candidates, plainest first, or one Rejected with all reasons. certain: as for decisions()."""
-    answers = {c.name: c.when(kernel, problem) for c in CONVERSIONS}
-    reasons = list(_reasons(kernel, problem, device, config))
+    """One kernel: its candidates, plainest first, or one Rejected with all reasons. facts, certain: as for decisions()."""
+    facts = ordinary_facts(problem) if facts is None else facts
+    answers = {c.name: c.when(kernel, problem, facts) for c in CONVERSIONS}
+    reasons = list(_reasons(kernel, problem, facts, device, settings))
     reasons += [answer for answer in answers.values() if answer not in (NO, OPTIONAL, REQUIRED)]
     if certain and not reasons:
         reasons += [why] if (why := availability.why_unavailable(kernel)) else []
@@ -45,9 +60,8 @@ def decide(
     chosen = (tuple(name for name in names if name) for names in product(*choices))
     chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
     found: list[Decision] = [Accepted(kernel, names) for names in chosen]
-    faults = known_faults.faults_that_hold(
-        kernel.name, problem, device, availability.library_version(kernel.library) or "", config.known_faults
-    )
+    version = availability.library_version(kernel.library) or ""
+    faults = known_faults.faults_that_hold(kernel.name, problem, device, version, settings.known_faults, facts)
     return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
 
 
@@ -56,16 +70,16 @@ def _choices(name: str, answer: str) -> tuple[str, ...]:
     return {NO: ("",), OPTIONAL: first, REQUIRED: (name,)}[answer]
 
 
-def _reasons(kernel: Kernel, p: Problem, device: Device, config: Settings) -> Iterable[str]:
+def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, settings: Settings) -> Iterable[str]:
     if device.type not in kernel.devices:
         yield f"needs {' or '.join(kernel.devices)}, this device is {device.type}"
         return  # its other limits speak of that device
-    if not config.allows(kernel.name) and kernel.name not in registry.FALLBACKS:
-        yield f"excluded by options: kernels {', '.join(config.kernels)}"
-    elif kernel.opt_in and kernel.name not in config.named:
+    if not settings.allows(kernel.name) and kernel.name not in registry.FALLBACKS:
+        yield f"excluded by options: kernels {', '.join(settings.kernels)}"
+    elif kernel.opt_in and kernel.name not in settings.named:
         yield "considered only where it is named, with a + before it: fastattn.options(kernels=...) or FASTATTN_KERNELS"
         return
-    if kernel.switch in p.off:
+    if kernel.switch in facts.switched_off:
         yield f"switched off by torch.backends.cuda.enable_{kernel.switch}_sdp(False) or sdpa_kernel(...)"
     if p.dtype not in kernel.dtypes and not (kernel.fp32 and "float32" in kernel.dtypes and p.dtype != "float64"):
         yield f"dtype {p.dtype} is not one of {', '.join(kernel.dtypes)}"
@@ -97,7 +111,7 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Settings) -> It
     if kernel.compiles == "each_length" and p.lengths != "exact":
         yield "compiled for each length, and lengths change here"
     for need in kernel.needs:
-        reason = need.why_not(p, device)
+        reason = need.why_not(p, device, facts)
         if reason:
             yield reason
     why = availability.why_absent(kernel)
@@ -105,14 +119,12 @@ def _reasons(kernel: Kernel, p: Problem, device: Device, config: Settings) -> It
         yield why
 
 
-def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, config: Settings, low: int, high: int) -> bool:
+def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, settings: Settings, low: int, high: int) -> bool:
     """Whether a candidate that can do this problem can do it at every kv_len from low to high."""
     kernel = chosen.kernel
-    faults = [fault for fault in known_faults.known_faults(config.known_faults) if kernel.name in fault.kernels]
-    if any(
-        fault.may_hold_between(low, high, problem, device, availability.library_version(kernel.library) or "")
-        for fault in faults
-    ):
+    faults = [fault for fault in known_faults.known_faults(settings.known_faults) if kernel.name in fault.kernels]
+    version = availability.library_version(kernel.library) or ""
+    if any(fault.may_hold_between(low, high, problem, device, version) for fault in faults):
         return False
     asking = [need for need in kernel.needs if "kv_len" in (getattr(need, "text", "") or getattr(need, "field", ""))]
     walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between(low, high))]

@@ -19,11 +19,11 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A kernel that cannot, with every reason. would: the candidate that only a known fault rules out."""
+    """A kernel that cannot, with every reason. if_not_faulty: the candidate that only a known fault rules out."""
 
     kernel: Kernel
     reasons: tuple[str, ...]
-    would: Accepted | None = None
+    if_not_faulty: Accepted | None = None
 
     @property
     def name(self) -> str:

@@ -9,7 +9,8 @@ from fastattn.environment.settings import Settings
 from fastattn.kernels import known_faults
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted, Decision, Rejected
-from fastattn.problems.problem import INT32, Problem
+from fastattn.problems.call_facts import INT32, CallFacts, ordinary_facts
+from fastattn.problems.problem import Problem
 
 
 def untuned_name(is_math: bool, is_custom: bool) -> str:
@@ -19,7 +20,9 @@ def untuned_name(is_math: bool, is_custom: bool) -> str:
 
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
-    could = [d if isinstance(d, Accepted) else d.would for d in found]  # torch knows nothing of our known faults
+    could = [
+        d if isinstance(d, Accepted) else d.if_not_faulty for d in found
+    ]  # torch knows nothing of our known faults
     plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name)}
     order = ["torch_flash", "torch_efficient", "torch_math"]
     if device.type == "cuda" and device.prefers_cudnn:
@@ -32,27 +35,34 @@ def runs_natively(candidate: Accepted, kernel: str) -> bool:
     return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
 
 
-def fallbacks(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> list[Accepted]:
+def fallbacks(
+    p: Problem, device: Device, settings: Settings, found: Sequence[Decision], facts: CallFacts | None = None
+) -> list[Accepted]:
     """What may always be run, in order: the default unless something names what it would run, then sdpa_math.
 
     Where the caller's own function is part of the problem neither can, and whatever can do it serves.
     """
     default = candidates.by_name("default", found)
     math = candidates.by_name("sdpa_math", found)
-    if why_not_default(p, device, config, found) is not None:
+    if why_not_default(p, device, settings, found, facts) is not None:
         default = []
     return [*default[:1], *math[-1:]] or [d for d in found if isinstance(d, Accepted)][:1]
 
 
-def why_not_default(p: Problem, device: Device, config: Settings, found: Sequence[Decision]) -> str | None:
+def why_not_default(
+    p: Problem, device: Device, settings: Settings, found: Sequence[Decision], facts: CallFacts | None = None
+) -> str | None:
     """Why the default must not be served untested: a known fault, int32 extents on CUDA, or too much memory."""
+    facts = ordinary_facts(p) if facts is None else facts
     runs = default_runs(p, device, found)
-    faults = [d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.would is not None]
-    faults += [known_faults.faults_that_hold("default", p, device, device.torch, config.known_faults, runs)]
+    faults = [
+        d.reasons for d in found if isinstance(d, Rejected) and d.kernel.name == runs and d.if_not_faulty is not None
+    ]
+    faults += [known_faults.faults_that_hold("default", p, device, device.torch, settings.known_faults, facts, runs)]
     if any(faults):
         return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
-    if device.type == "cuda" and p.extent > INT32:
-        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {p.extent} > {INT32}"
+    if device.type == "cuda" and facts.extent > INT32:
+        return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {facts.extent} > {INT32}"
     if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
         return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.environment import torch_state
+from fastattn.environment.text import dtype_name, type_name
 from fastattn.problems import masks
 from fastattn.problems.call_options import CallOptions, check_layout
 from fastattn.problems.layouts import TO_BHSD, stride_class
@@ -64,7 +65,7 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
     check_layout(layout)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"attention(): {name} must be a Tensor, got {type(x).__name__}")
+            raise TypeError(f"attention(): {name} must be a Tensor, got {type_name(x)}")
         if x.dim() != 4:
             raise ValueError(f"attention(): {name} must have 4 dimensions ({layout}), got shape {tuple(x.shape)}")
     structured = as_structured(mask)
@@ -102,9 +103,9 @@ def _check_tensors(key: CallKey) -> None:
         raise RuntimeError(f"attention(): q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
     if not q.dtype.is_floating_point or q.dtype.itemsize == 1:
         kind = NotImplementedError if q.dtype.is_complex or q.dtype.is_floating_point else RuntimeError
-        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {_name(q.dtype)}")
+        raise kind(f"attention(): q, k and v must be float64, float32, float16 or bfloat16, got {dtype_name(q.dtype)}")
     if not _one_dtype(key, (q.dtype, k.dtype, v.dtype)):
-        dtypes = ", ".join(_name(x.dtype) for x in (q, k, v))
+        dtypes = ", ".join(dtype_name(x.dtype) for x in (q, k, v))
         raise RuntimeError(f"attention(): q, k and v must have one dtype, got {dtypes}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise RuntimeError(f"attention(): batch sizes differ: {shapes}")
@@ -114,10 +115,6 @@ def _check_tensors(key: CallKey) -> None:
         raise RuntimeError(f"attention(): q and k must have the same head_dim: {shapes}")
     if q.shape[1] != k.shape[1] and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         raise RuntimeError(f"attention(): q_heads must be a multiple of kv_heads: {shapes}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _one_dtype(key: CallKey, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -141,7 +138,7 @@ def _check_mask(key: CallKey) -> None:
     if not isinstance(mask, TensorSpec):
         raise TypeError(
             "attention(): mask must be None, a bool or float Tensor, a value from fastattn.masks, one of"
-            f" torch.nn.attention.bias's causal biases or a flex BlockMask, got {type(mask).__name__}"
+            f" torch.nn.attention.bias's causal biases or a flex BlockMask, got {type_name(mask)}"
         )
     b, hq, sq, _ = key.q.shape
     scores = (b, hq, sq, key.k.shape[2])
@@ -160,8 +157,8 @@ def _check_mask(key: CallKey) -> None:
         )
     dtype, q_dtype = after_autocast(mask.dtype, key.state), after_autocast(key.q.dtype, key.state)
     if dtype not in (torch.bool, torch.float32, q_dtype):
-        wanted = "bool or float32" if q_dtype is torch.float32 else f"bool, float32 or {_name(q_dtype)} as q is"
-        raise RuntimeError(f"attention(): mask must be {wanted}, got {_name(mask.dtype)}")
+        wanted = "bool or float32" if q_dtype is torch.float32 else f"bool, float32 or {dtype_name(q_dtype)} as q is"
+        raise RuntimeError(f"attention(): mask must be {wanted}, got {dtype_name(mask.dtype)}")
     if mask.device != key.q.device:
         raise RuntimeError(f"attention(): mask is on {mask.device}, q on {key.q.device}")
 

@@ -5,6 +5,7 @@ The same mistake raises the same type of error as F.scaled_dot_product_attention
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,11 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.environment.settings import check_accuracy
-from fastattn.environment.text import unexpected_argument
+from fastattn.environment.text import type_name, unexpected_argument
 from fastattn.problems import masks
 from fastattn.problems.layouts import LAYOUTS
-
-Float = (float, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,17 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
     _check_type("is_causal", options.is_causal, bool, "bool")
     _check_type("return_lse", options.return_lse, bool, "bool")
     if options.scale is not None:
-        _check_type("scale", options.scale, Float, "float or None")
+        options = _with_number(options, "scale", "float or None")
     if options.kernel is not None:
         _check_type("kernel", options.kernel, str, "a name or None")
-    _check_type("softcap", options.softcap, Float, "float")
+    options = _with_number(options, "softcap", "float")
     if not 0 <= options.softcap < float("inf"):
         raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
-    _check_type("dropout_p", options.dropout_p, Float, "float")
+    options = _with_number(options, "dropout_p", "float")
     if not 0 <= options.dropout_p <= 1:  # F.sdpa's type of error
         raise RuntimeError(f"attention(): dropout_p must be between 0 and 1, got {options.dropout_p}")
     if options.score_mod is not None and not callable(options.score_mod):
-        raise TypeError(f"attention(): score_mod must be a function or None, got {type(options.score_mod).__name__}")
+        raise TypeError(f"attention(): score_mod must be a function or None, got {type_name(options.score_mod)}")
     if options.score_mod is not None and options.softcap:
         raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
     if options.accuracy is not None:
@@ -92,7 +91,22 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
 
 def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        raise TypeError(f"attention(): {name} must be {wanted}, got {type(value).__name__}")
+        raise TypeError(f"attention(): {name} must be {wanted}, got {type_name(value)}")
+
+
+def _with_number(options: CallOptions, name: str, wanted: str) -> CallOptions:
+    """The same with a plain number in that place, where it is one of numpy's or a tensor without dimensions."""
+    value = getattr(options, name)
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return options
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and not (getattr(value, "ndim", None) == 0 and _is_real(getattr(value, "dtype", None))):
+        raise TypeError(f"attention(): {name} must be {wanted}, got {type_name(value)}")
+    return replace(options, **{name: float(value)})
+
+
+def _is_real(dtype: Any) -> bool:
+    return dtype is not None and not str(dtype).endswith("bool") and "complex" not in str(dtype)
 
 
 def _window(given: Any) -> masks.Window | None:

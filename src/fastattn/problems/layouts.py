@@ -7,6 +7,7 @@ a copy, and a stride class remembers how the caller's memory really lies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,35 @@ STRIDE_CLASSES = (
     "contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "interleaved", "expanded", "other"
 )  # fmt: skip
 _BHSD, _BSHD, _SBHD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)
+
+
+DENSE_CLASS = {"bhsd": "contiguous", "bshd": "transposed", "sbhd": "seq_first"}  # what is dense in a layout
+_MEMORY = {  # stride class -> (dimensions from the outermost in, the one that has room behind it)
+    "contiguous": ("bhsd", ""),
+    "transposed": ("bshd", ""),
+    "seq_first": ("sbhd", ""),
+    "cache": ("bhsd", "s"),
+    "cache_bshd": ("bshd", "s"),
+    "packed": ("bshd", "h"),
+    "interleaved": ("bshd", "d"),
+    "other": ("bhds", ""),
+}
+assert set(_MEMORY) == set(STRIDE_CLASSES) - {"expanded"}
+
+
+def strides_of_class(size: Sequence[int], cls: str) -> tuple[int, ...]:
+    """The strides of a (b, h, s, d) view that lies in memory as `cls` says. Raises ValueError for another word."""
+    if cls == "expanded":
+        return (prod(size[2:]), 0, size[3], 1)  # one head, repeated
+    if cls not in _MEMORY:
+        raise ValueError(f"strides must be one of {', '.join(STRIDE_CLASSES)}, got {cls!r}")
+    order, room = _MEMORY[cls]
+    found, step = {}, 1
+    for name in reversed(order):
+        found[name] = step
+        n = size["bhsd".index(name)]
+        step *= n if name != room else n + n // 4 + 1 if name == "s" else 3 * n
+    return tuple(found[name] for name in "bhsd")
 
 
 def stride_class(shape: Sequence[int], stride: Sequence[int]) -> str:

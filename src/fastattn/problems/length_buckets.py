@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import count
 
 DECODE_Q_LEN = 16  # up to this many queries kv_len is always in a bucket: it is a decode, and grows by a token a call
+EXACT_LENGTHS = 16  # up to this each length is a bucket of its own, or shares one that ends at a power of two
 CHURN = 4  # a family that has shown more than this many different lengths is churning
 
 
@@ -32,7 +33,7 @@ def bucket_bounds(length: int) -> tuple[int, int]:
 def canonical_length(length: int) -> int:
     """The length at which the bucket of `length` is verified and timed."""
     edge = bucket_bounds(length)[1]
-    return edge if edge <= 16 else edge - 1
+    return edge if edge <= EXACT_LENGTHS else edge - 1
 
 
 def canonical_batch(batch: int) -> int:

@@ -43,6 +43,21 @@ def band(corner: str | None, window: Window | None, q_len: int, kv_len: int) -> 
     return (at - left if left >= 0 else None), upper
 
 
+def simplest_band(
+    corner: str | None, is_causal: bool, window: Window | None, q_len: int, kv_len: int
+) -> tuple[str | None, Window | None]:
+    """(corner, window) that hide the same keys as these together with torch's triangle (is_causal), in their simplest form."""
+    if is_causal:  # the intersection of two triangles is the smaller one
+        corner = "bottom_right" if corner == "bottom_right" and kv_len < q_len else "top_left"
+    if corner == "bottom_right" and q_len == kv_len:
+        corner = "top_left"
+    if window and corner:
+        window = None if window[0] < 0 else (window[0], -1)  # to the right the triangle ends it
+    if corner == "bottom_right" and q_len == 1 and window is None:
+        corner = None  # one query at the bottom right sees every key
+    return corner, window
+
+
 def visible(like: Tensor, q_len: int, kv_len: int, lower: int | None, upper: int | None) -> Tensor:
     """(q_len, kv_len) bool, True where the query attends."""
     import torch

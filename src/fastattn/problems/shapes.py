@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
 from fastattn.environment import torch_state
 from fastattn.environment.settings import current_settings
+from fastattn.environment.text import dtype_name
 from fastattn.problems import masks
 from fastattn.problems.call_key import CallKey, TensorSpec
 from fastattn.problems.call_options import check_layout, parse_options
-from fastattn.problems.layouts import STRIDE_CLASSES, TO_BHSD
+from fastattn.problems.classify import classify
+from fastattn.problems.layouts import DENSE_CLASS, strides_of_class
 from fastattn.problems.problem import Problem
 
 SAME = "same"  # a mask of q's dtype
@@ -100,49 +101,18 @@ def problem_of_shape(shape: Shape, dtype: torch.dtype, *, grad: bool = False, on
         "dropout_p": 0.5 if s.dropout else 0.0, "return_lse": s.lse,
     })  # fmt: skip
     state = torch_state.torch_state(where.type)._replace(grad=grad, autocast=None)
-    found = Problem.from_key(CallKey(q, k, v, mask, s.layout, options, state), current_settings().accuracy)
+    found, _ = classify(CallKey(q, k, v, mask, s.layout, options, state), current_settings().accuracy)
     unknown = set(s.cast_from) - {"float32", "float16", "bfloat16", "float64", "bool"}
     if unknown:
         raise ValueError(f"cast_from must be dtypes such as float32, got {', '.join(sorted(unknown))}")
-    found = found.replace(cast_from=s.cast_from)
-    return found.replace(cut=None)  # a query in a window is tuned on the keys it sees, which is what this is
-
-
-_DENSE = {"bhsd": "contiguous", "bshd": "transposed", "sbhd": "seq_first"}
-_MEMORY = {  # stride class -> (dimensions from the outermost in, the one that has room behind it)
-    "contiguous": ("bhsd", ""),
-    "transposed": ("bshd", ""),
-    "seq_first": ("sbhd", ""),
-    "cache": ("bhsd", "s"),
-    "cache_bshd": ("bshd", "s"),
-    "packed": ("bshd", "h"),
-    "interleaved": ("bshd", "d"),
-    "other": ("bhds", ""),
-}
-assert set(_MEMORY) == set(STRIDE_CLASSES) - {"expanded"}
-assert set(_DENSE) == set(TO_BHSD)
+    return found.replace(cast_from=s.cast_from)
 
 
 def _classes(s: Shape) -> Sequence[str]:
-    given = s.strides or (_DENSE[s.layout],)
+    given = s.strides or (DENSE_CLASS[s.layout],)
     if len(given) not in (1, 3):
         raise ValueError(f"strides must be one class, or three for q, k and v, got {len(given)}")
     return given if len(given) == 3 else given * 3
-
-
-def strides_of_class(size: Sequence[int], cls: str) -> tuple[int, ...]:
-    """The strides of a (b, h, s, d) view that lies in memory as `cls` says. Raises ValueError for another word."""
-    if cls == "expanded":
-        return (prod(size[2:]), 0, size[3], 1)  # one head, repeated
-    if cls not in _MEMORY:
-        raise ValueError(f"strides must be one of {', '.join(STRIDE_CLASSES)}, got {cls!r}")
-    order, room = _MEMORY[cls]
-    found, step = {}, 1
-    for name in reversed(order):
-        found[name] = step
-        n = size["bhsd".index(name)]
-        step *= n if name != room else n + n // 4 + 1 if name == "s" else 3 * n
-    return tuple(found[name] for name in "bhsd")
 
 
 def _mask(s: Shape, dtype: torch.dtype, where: torch.device, grad: bool) -> TensorSpec:
@@ -156,7 +126,9 @@ def _mask(s: Shape, dtype: torch.dtype, where: torch.device, grad: bool) -> Tens
         raise ValueError(f"a mask's dtype is one of {', '.join(known)}, got {kind!r}")
     mask_dtype = dtype if kind == SAME else getattr(torch, kind)
     if mask_dtype not in (torch.bool, torch.float32, dtype):
-        raise ValueError(f"a mask beside {str(dtype)[6:]} inputs is bool, float32 or {str(dtype)[6:]}, got {kind}")
+        raise ValueError(
+            f"a mask beside {dtype_name(dtype)} inputs is bool, float32 or {dtype_name(dtype)}, got {kind}"
+        )
     full = {"b": s.batch, "h": s.q_heads, "q": s.q_len, "k": s.kv_len}
     size = tuple(full.get(letter, 1) for letter in pattern)
     is_wanted = grad and s.mask_grad and mask_dtype is not torch.bool

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastattn.environment.text import first_line
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
-from fastattn.tuning.screening import TrialInProgress, first_line, inaccurate
+from fastattn.tuning.screening import TrialInProgress, inaccurate
 from fastattn.tuning.stopwatch import MIN_ROUNDS
+from fastattn.verdicts.verdict import Outcome
 
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
 ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
+CheckOnCallersTensors = Callable[[Accepted], Errors]
 
 
-def choose(entrants: list[TrialInProgress], default: TrialInProgress, look: Callable[[Accepted], Errors] | None) -> str:
-    """The winner's name; a candidate that fails on the caller's own tensors is out."""
+def choose(trials: list[TrialInProgress], default: TrialInProgress, check: CheckOnCallersTensors | None) -> str:
+    """The winner's name. check: a candidate that fails it, on the caller's own tensors, is out."""
     while True:
-        winner = pick(entrants, default)
-        if winner is None or winner is default or look is None:
+        winner = pick(trials, default)
+        if winner is None or winner is default or check is None:
             break
         try:
-            errors = look(winner.candidate)
-            winner.reason = None if errors.passed else f"on the caller's tensors {inaccurate(errors)}"
+            errors = check(winner.candidate)
+            if errors.passed:
+                break
+            winner.out(Outcome.INACCURATE, f"on the caller's tensors {inaccurate(errors)}")
         except Exception as error:
-            winner.reason = f"on the caller's tensors {type(error).__name__}: {first_line(error)}"
-        if winner.reason is None:
-            break
-    return winner.candidate.name if winner is not None else default.candidate.name
+            winner.out(Outcome.FAILED, f"on the caller's tensors {type(error).__name__}: {first_line(error)}")
+    return (winner or default).candidate.name
 
 
-def pick(entrants: list[TrialInProgress], default: TrialInProgress | None) -> TrialInProgress | None:
-    alive = [e for e in entrants if e.reason is None and e.timing.samples]
+def pick(trials: list[TrialInProgress], default: TrialInProgress | None) -> TrialInProgress | None:
+    """Which of the trials wins, None where none has a time."""
+    alive = [t for t in trials if t.is_alive and t.timing.samples]
     if not alive:
         return None
     incumbent = default if default in alive else None
-    best = min(alive, key=lambda e: e.timing.median)
+    best = min(alive, key=lambda t: t.timing.median)
     noise = max(best.timing.noise, incumbent.timing.noise if incumbent else 0.0)
     margin = max(MARGIN, 2 * noise, ONE_LOOK if len(best.timing.samples) < MIN_ROUNDS else 0.0)
     if incumbent is not None and best.timing.median * (1 + margin) >= incumbent.timing.median:
@@ -43,4 +47,4 @@ def pick(entrants: list[TrialInProgress], default: TrialInProgress | None) -> Tr
     limit = best.timing.median * (1 + margin)
     if incumbent is not None:
         limit = min(limit, incumbent.timing.median / (1 + margin))
-    return next(e for e in alive if e.timing.median <= limit)
+    return next(t for t in alive if t.timing.median <= limit)

@@ -42,8 +42,8 @@ class CpuContention:
         self._read = read or read_cpu_usage
         self._start = self._read()
 
-    def lacking(self) -> float:
-        """Cores that `threads` busy threads lacked on average, as others used them; 0 where that cannot be told."""
+    def cores_missing(self) -> float:
+        """Cores that `threads` busy threads were missing on average, as others used them; 0 where that cannot be told."""
         start, end = self._start, self._read()
         if start is None or end is None or end.now - start.now < 0.05:  # clock ticks of 10 ms
             return 0.0

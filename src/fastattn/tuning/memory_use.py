@@ -31,11 +31,6 @@ def free_bytes(device: torch.device) -> float:
         return float("inf")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, in whichever of torch's ways."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
 def release_memory(device: torch.device) -> None:
     """Give back what failed attempts left behind, so that it does not stand in the way of the next."""
     gc.collect()

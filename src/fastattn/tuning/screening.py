@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn.environment.cache_files import cache_layers
-from fastattn.environment.errors import is_sticky
+from fastattn.environment.errors import is_out_of_memory, is_sticky
 from fastattn.environment.log import log
-from fastattn.environment.settings import current_settings
+from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding
 from fastattn.planning.decision import Accepted
@@ -25,20 +24,20 @@ from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
 from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch, Timing
-from fastattn.verdicts.verdict import Trial
+from fastattn.verdicts.verdict import Outcome, Trial
 
-TOO_SLOW = 3.0  # a first run this many times slower than the incumbent ends a candidate
+TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
-NO_ROOM = "not tried: too little memory is free"
 
 
 @dataclass(slots=True)
 class TrialInProgress:
-    """A candidate on its way through a tuning."""
+    """A candidate on its way through a tuning; `outcome` is None as long as it may still win."""
 
     candidate: Accepted
-    run: Callable[[], Any] = lambda: torch.empty(0)
+    run: Callable[[], Any] = lambda: torch.empty(0, dtype=torch.float32, device="cpu")
+    outcome: Outcome | None = None
     reason: str | None = None
     errors: Errors | None = None
     temporary: int | None = None
@@ -47,10 +46,21 @@ class TrialInProgress:
     first_run: float = 0.0  # seconds of the first timed run at the problem's own size
     timing: Timing = field(default_factory=Timing)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether nothing has ruled it out yet."""
+        return self.outcome is None
+
+    def out(self, outcome: Outcome, reason: str) -> None:
+        """Rule it out."""
+        self.outcome, self.reason = outcome, reason
+
     def trial(self) -> Trial:
-        timed = bool(self.timing.samples) and self.reason is None
+        """The Trial that is stored in the Verdict."""
+        timed = self.is_alive and bool(self.timing.samples)
         return Trial(
             self.candidate.name,
+            self.outcome or Outcome.TIMED,
             self.reason,
             time_us=round(self.timing.median * 1e6, 2) if timed else None,
             noise=round(self.timing.noise, 4) if timed else None,
@@ -60,7 +70,7 @@ class TrialInProgress:
             temporary_bytes=self.temporary,
             saved_bytes=self.saved,
             first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
-            library=library_tag(self.candidate),
+            library=availability.library_tag(self.candidate.kernel),
         )
 
 
@@ -68,109 +78,108 @@ def _rounded(error: float | None) -> float | None:
     return None if error is None else round(min(error, 1e9), 4)
 
 
-def library_tag(candidate: Accepted) -> str:
-    """The name and version a trial is filed under."""
-    kernel = candidate.kernel
-    told = [
-        f"{name}={value}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith(kernel.environment or ("\0",))
-    ]
-    return " ".join([kernel.library, str(availability.library_version(kernel.library)), *told])
-
-
 class Screening:
-    """The tensors and the reference that all candidates of one problem share."""
+    """Checks the candidates of one problem one by one: they share its tensors and its reference."""
 
-    def __init__(self, problem: Problem, device: torch.device, clock: Stopwatch, default_runs: str) -> None:
+    def __init__(
+        self, problem: Problem, device: torch.device, clock: Stopwatch, default_runs: str, cache_dir: str | None
+    ) -> None:
         self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
         self.reduced = probe_problem(problem)
         self.scale = None if problem.scale == "positive" else stand_in_scale(problem)
-        self.judged = judges_of_problem(problem, device)
+        self.judges = judges_of_problem(problem, device)
         self.sample = plain_sample(problem, device)
         self._rate = dropout.RATE if problem.dropout else 0.0
-        self._cache = next(iter(cache_layers(current_settings().cache_dir)[0]), None)
+        self._cache = next(iter(cache_layers(cache_dir)[0]), None)
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
-    def admit(self, entrant: TrialInProgress, incumbent: bool = False) -> None:
-        """Verify, then run once for memory and a first time; whatever goes wrong becomes the reason."""
-        candidate, what = entrant.candidate, None
-        entrant.reason = availability.why_unavailable(candidate.kernel) or self._too_large(candidate, incumbent)
+    def screen(self, trial: TrialInProgress, incumbent: bool = False) -> None:
+        """Verify, then run once for memory and a first time; whatever goes wrong becomes the outcome."""
+        candidate, what = trial.candidate, None
+        why = availability.why_unavailable(candidate.kernel)
+        if why is not None:
+            return trial.out(Outcome.REFUSED, why)
+        if self._is_too_large(trial, incumbent):
+            return None
         if candidate.kernel.library != "torch":
-            what = f"{candidate.name} of {library_tag(candidate)}: {self.problem.digest}"
-            entrant.reason = entrant.reason or crash_notes.crashed_before(self._cache, what)
-        if entrant.reason is not None:
-            return
+            what = f"{candidate.name} of {availability.library_tag(candidate.kernel)}: {self.problem.digest}"
+            why = crash_notes.crashed_before(self._cache, what)
+            if why is not None:
+                return trial.out(Outcome.FAILED, why)
         try:
             with crash_notes.leave_note(self._cache, what) if what else contextlib.nullcontext():
-                self._admit(entrant, incumbent)
+                self._try(trial, incumbent)
         except Exception as error:
             if is_sticky(error):
-                log.error("kernel %s broke the CUDA context on %s", entrant.candidate.name, self.problem)
+                log.error("kernel %s broke the CUDA context on %s", candidate.name, self.problem)
                 raise
-            is_memory = memory_use.is_out_of_memory(error)
-            entrant.reason = f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}"
+            is_memory = is_out_of_memory(error)
+            trial.out(Outcome.FAILED, f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}")
         else:
-            return
+            return None
         if is_memory:  # only now: the exception held what the kernel had made
             memory_use.release_memory(self.device)
+        return None
 
-    def _too_large(self, candidate: Accepted, incumbent: bool) -> str | None:
-        """Why a kernel that writes the scores down is not even tried: to find out may be what breaks the process."""
-        p, kernel = self.problem, candidate.kernel
-        is_unfused = kernel.unfused or (kernel.chunks and not {"chunks", "recompute"} & set(candidate.conversions))
+    def _is_too_large(self, trial: TrialInProgress, incumbent: bool) -> bool:
+        """Rule out a kernel that writes the scores down and has no memory for it: to find out may end the process."""
+        p, kernel = self.problem, trial.candidate.kernel
+        is_unfused = kernel.unfused or (
+            kernel.chunks and not {"chunks", "recompute"} & set(trial.candidate.conversions)
+        )
         if not (is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")):
-            return None
+            return False
         if p.unfused_bytes > p.memory_limit and not incumbent:
-            return f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}"
-        room = FREE_SHARE * memory_use.free_bytes(self.device)
-        return f"{NO_ROOM}: {p.unfused_bytes} temporary bytes > {room:.0f}" if p.unfused_bytes > room else None
+            trial.out(Outcome.TOO_MUCH_MEMORY, f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}")
+        elif p.unfused_bytes > (left := FREE_SHARE * memory_use.free_bytes(self.device)):
+            needed = f"{p.unfused_bytes} temporary bytes > {left:.0f}"
+            trial.out(Outcome.NO_MEMORY_FREE, f"not tried: too little memory is free: {needed}")
+        return not trial.is_alive
 
-    def _admit(self, entrant: TrialInProgress, incumbent: bool) -> None:
-        candidate, s = entrant.candidate, self.sample
-        entrant.errors = worst_errors(self.judged, self._timed_once(entrant))
+    def _try(self, trial: TrialInProgress, incumbent: bool) -> None:
+        candidate, s = trial.candidate, self.sample
+        trial.errors = worst_errors(self.judges, self._timed_once(trial))
         if self.problem.dropout:
-            entrant.errors = self._dropped(candidate).worst(entrant.errors)
-        if not entrant.errors.passed:
-            entrant.reason = inaccurate(entrant.errors)
-            return
+            trial.errors = self._with_dropout(candidate).worst(trial.errors)
+        if not trial.errors.passed:
+            return trial.out(Outcome.INACCURATE, inaccurate(trial.errors))
         run = self._whole(binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate))
         inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
         if candidate.kernel.compiles:  # for these sizes too
             start = self.clock.now()
             run()
-            entrant.first_call = self.clock.now() - start
+            trial.first_call = self.clock.now() - start
         start = self.clock.now()
-        _, entrant.temporary, entrant.saved = memory_use.measure_memory(
-            run, inputs, candidate.kernel.compiles is not None
-        )
-        entrant.first_run = self.clock.now() - start
-        used, limit = max(entrant.temporary, entrant.saved), self.problem.memory_limit
+        _, trial.temporary, trial.saved = memory_use.measure_memory(run, inputs, candidate.kernel.compiles is not None)
+        trial.first_run = self.clock.now() - start
+        used, limit = max(trial.temporary, trial.saved), self.problem.memory_limit
         if not incumbent and used > limit:
-            entrant.reason = f"memory: {used} bytes beyond its inputs and output > {limit}"
-            return
-        entrant.run = run
-        if entrant.first_run < ONE_RUN_S:
-            entrant.first_run = self.clock.time(run, 1)
-        if self._fastest is None or entrant.first_run < self._fastest[0]:
-            self._fastest = (entrant.first_run, candidate.name)
-        elif entrant.first_run > TOO_SLOW * self._fastest[0]:
-            entrant.reason = f"more than {TOO_SLOW:g} x slower than {self._fastest[1]} at the first run"
+            why = f"memory: {used} bytes beyond its inputs and output > {limit}"
+            return trial.out(Outcome.TOO_MUCH_MEMORY, why)
+        trial.run = run
+        if trial.first_run < ONE_RUN_S:
+            trial.first_run = self.clock.time(run, 1)
+        if self._fastest is None or trial.first_run < self._fastest[0]:
+            self._fastest = (trial.first_run, candidate.name)
+        elif trial.first_run > TOO_SLOW * self._fastest[0]:
+            why = f"more than {TOO_SLOW:g} x slower than {self._fastest[1]} at the first run"
+            return trial.out(Outcome.TOO_SLOW, why)
+        return None
 
-    def _dropped(self, candidate: Accepted) -> Errors:
+    def _with_dropout(self, candidate: Accepted) -> Errors:
         small = dropout.dropout_problem(self.problem)
         call, without = (binding.bind(candidate, small, self.scale, dropout_p=p) for p in (dropout.RATE, 0.0))
         return dropout.check_dropout(call, without, small, self.device)
 
-    def _timed_once(self, entrant: TrialInProgress) -> binding.Call:
-        call = binding.bind(entrant.candidate, self.reduced, self.scale)
+    def _timed_once(self, trial: TrialInProgress) -> binding.Call:
+        call = binding.bind(trial.candidate, self.reduced, self.scale)
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
-            if entrant.first_call is not None:
+            if trial.first_call is not None:
                 return call(q, k, v, mask)
             start = self.clock.now()
             out = call(q, k, v, mask)
-            entrant.first_call = self.clock.now() - start
+            trial.first_call = self.clock.now() - start
             return out
 
         return run
@@ -194,7 +203,7 @@ class Screening:
         return sum(max(e.first_run, SAMPLE_S) for e in alive)
 
     def close(self) -> None:
-        self.judged.clear()
+        self.judges.clear()
 
 
 def inaccurate(errors: Errors) -> str:
@@ -202,7 +211,3 @@ def inaccurate(errors: Errors) -> str:
     if errors.backward is not None and not errors.backward <= 1:
         parts.append(f"backward error {errors.backward:.3g} budgets > 1")
     return "inaccurate: " + ", ".join(parts)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ IN_MEMORY = "verdicts are kept in memory only"
 SET_ONE = "set FASTATTN_CACHE_DIR"
 
 
-def of(config: Settings) -> Store:
-    """The store that a Config asks for: the first directory is written, the others are only read."""
-    return Store(*cache_layers(config.cache_dir))
+def store_of(settings: Settings) -> Store:
+    """The store that Settings ask for: the first directory is written, the others are only read."""
+    return Store(*cache_layers(settings.cache_dir))
 
 
 class Store:
@@ -64,7 +63,7 @@ class Store:
             self._warn(f"{IN_MEMORY}: {self.why_none}; {SET_ONE}")
             return None
         path = self._path(self.root, verdict.problem, device)
-        text = json.dumps({**verdict.to_json(), "environment": _environment(device)}, indent=1, allow_nan=False)
+        text = json.dumps({**verdict.to_json(), "environment": described(device)}, indent=1, allow_nan=False)
         try:
             make_directory(path.parent)
             publish(path, text.encode())
@@ -137,7 +136,7 @@ class Store:
     def _read(self, path: Path, problem: Problem | None) -> Verdict | None:
         """A verdict, None for whatever is not exactly that: absent, foreign, truncated, renamed, hostile."""
         try:
-            verdict = Verdict.from_json(json.loads(read_safely(path), parse_constant=_refuse))
+            verdict = Verdict.from_json(json.loads(read_safely(path), parse_constant=refuse_constant))
         except OSError as error:
             if error.errno not in (None, *ABSENT):
                 self._warn(f"stored verdicts cannot be read: {path}: {error.strerror}")
@@ -156,29 +155,12 @@ class Store:
             log.warning("%s", text)
 
 
-def export(verdicts: Iterator[tuple[Path, Verdict]], device: Device) -> str:
-    """A manifest: one JSON text with many verdicts and the environment they hold in."""
-    found = [verdict.to_json() for _, verdict in verdicts]
-    return json.dumps({"schema": SCHEMA, "environment": _environment(device), "verdicts": found}, indent=1)
-
-
-def read_manifest(path: str | os.PathLike[str], device: Device) -> dict[Problem, Verdict]:
-    """The verdicts of a manifest. Raises OSError or ValueError, naming the file, if it cannot serve here."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse)
-        found = [Verdict.from_json(v) for v in data["verdicts"]]
-        made_for = data["environment"]["slug"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"FASTATTN_MANIFEST {path}: not a manifest ({type(error).__name__}: {error})") from None
-    if made_for != device.slug:
-        raise ValueError(f"FASTATTN_MANIFEST {path}: made for {made_for}, this is {device.slug}")
-    return {v.problem: v for v in found}
-
-
-def _environment(device: Device) -> dict[str, Any]:
+def described(device: Device) -> dict[str, Any]:
+    """What verdicts hold for, as it stands in every file."""
     names = ("type", "name", "capability", "torch", "torch_git", "cuda", "cudnn")
     return {"slug": device.slug, **{name: getattr(device, name) for name in names}}
 
 
-def _refuse(text: str) -> float:
+def refuse_constant(text: str) -> float:
+    """NaN and Infinity are no JSON: raises ValueError."""
     raise ValueError(f"{text} is no JSON number")

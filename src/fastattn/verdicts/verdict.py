@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 2
+SCHEMA = 3
+DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
+CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
+
+
+class Outcome(str, Enum):
+    """What became of a candidate in a tuning. Decisions read this; the reason beside it is for people."""
+
+    TIMED = "timed"
+    REFUSED = "refused"  # a limit, an option, or a library that is not there
+    INACCURATE = "inaccurate"
+    FAILED = "failed"  # it raised while it was tried
+    TOO_MUCH_MEMORY = "too much memory"
+    TOO_SLOW = "too slow"  # at its first run already
+    RUN_BY_DEFAULT = "run by the default"  # F.sdpa runs this very kernel
+    NOT_TRIED = "not tried"  # the time was used up
+    NO_MEMORY_FREE = "no memory free"  # too little to try it
+    NOT_COMPILED = "not compiled"  # it takes seconds to compile first
+    NOT_NEEDED = "not needed"  # the last resort, where something else passed
+    DEMOTED = "demoted"  # it raised after it had won
+
+
+OPEN = (Outcome.NOT_TRIED, Outcome.NO_MEMORY_FREE)  # left out for lack of time or memory: another tuning may try them
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate. `reason` says why it is out of the race, None if it was timed."""
+    """One candidate in a tuning. time_us is the median of one run, backward included where gradients are wanted."""
 
     candidate: str
-    reason: str | None = None
-    time_us: float | None = None  # median of one run, backward included where gradients are wanted
+    outcome: Outcome = Outcome.TIMED
+    reason: str | None = None  # why it has no time, or what it raised; for people
+    time_us: float | None = None
     noise: float | None = None  # median absolute deviation over the median
     drift: float | None = None  # how far its later times lie apart from its earlier ones
     forward: float | None = None  # largest error, in budgets
@@ -26,29 +50,37 @@ class Trial:
     saved_bytes: int | None = None
     first_call_us: float | None = None
     library: str = ""  # "name version" it was tried with
-    tombstone: str | None = None  # the exception it raised after it had won
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it passed and has a time: it may serve."""
+        return self.outcome is Outcome.TIMED and self.time_us is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome for a problem. `order` is the fixed order of the trials; `winner` one of their names."""
+    """The outcome for a problem. The trials stand in their fixed order; `winner` and `incumbent` are names of theirs."""
 
     problem: Problem
     winner: str
     trials: tuple[Trial, ...]
     incumbent: str = "default"
     created: str = ""
-    crowded: float = 0.0  # cores that it lacked while it was timed, as other programs used them
+    cores_missing: float = 0.0  # cores that other programs used while it was timed, of those that it needed
+    made_by: str = ""  # the version of fastattn
+    libraries: dict[str, str] = field(default_factory=dict)  # kernel libraries that were installed, and their versions
 
     def trial(self, candidate: str) -> Trial | None:
         """The trial of a candidate, if it had one."""
         return next((t for t in self.trials if t.candidate == candidate), None)
 
+    def timed(self) -> list[Trial]:
+        """The trials that may serve, the fastest first."""
+        return sorted((t for t in self.trials if t.is_timed), key=lambda t: t.time_us or 0.0)
+
     def ranked(self) -> list[str]:
-        """Names that may serve, the winner first, then by time; none that is tombstoned."""
-        timed = [t for t in self.trials if t.time_us is not None and t.tombstone is None]
-        timed.sort(key=lambda t: (t.candidate != self.winner, t.time_us))
-        return [t.candidate for t in timed]
+        """Names that may serve: the winner first, then by time."""
+        return sorted((t.candidate for t in self.timed()), key=lambda name: name != self.winner)
 
     def speedup(self) -> float | None:
         """The incumbent's time over the winner's."""
@@ -57,52 +89,69 @@ class Verdict:
             return None
         return before.time_us / after.time_us
 
-    def buried(self, candidate: str, cause: str) -> Verdict:
-        """The same with a candidate tombstoned, and the next one as winner."""
-        trials = tuple(replace(t, tombstone=cause) if t.candidate == candidate else t for t in self.trials)
+    def is_open(self, compiling: bool = False) -> bool:
+        """Whether another tuning may try candidates that this one left out; compiling: also those to be compiled first."""
+        left_out = (*OPEN, Outcome.NOT_COMPILED) if compiling else OPEN
+        return any(t.outcome in left_out for t in self.trials)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether other programs used cores that the timing needed."""
+        return self.cores_missing > CROWDED
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether another process may rely on it: the winner was tried, on a machine that kept its speed meanwhile."""
+        trial = self.trial(self.winner)
+        return trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)
+
+    def demoted(self, candidate: str, cause: str) -> Verdict:
+        """The same without a candidate that raised: the next one wins."""
+        out = {"outcome": Outcome.DEMOTED, "reason": cause}
+        trials = tuple(replace(t, **out) if t.candidate == candidate else t for t in self.trials)
         left = replace(self, trials=trials).ranked()
         return replace(self, trials=trials, winner=left[0] if left else self.incumbent)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "problem": self.problem.to_json(),
-            "winner": self.winner,
-            "incumbent": self.incumbent,
-            "created": self.created,
-            "crowded": self.crowded,
-            "trials": [{k: v for k, v in asdict(t).items() if v is not None} for t in self.trials],
+        """Plain data; from_json is the inverse."""
+        data = {
+            name: getattr(self, name)
+            for name in ("winner", "incumbent", "created", "cores_missing", "made_by", "libraries")
         }
+        trials = [{name: value for name, value in asdict(t).items() if value not in (None, "")} for t in self.trials]
+        return {"schema": SCHEMA, "problem": self.problem.to_json(), **data, "trials": trials}
 
     @staticmethod
     def from_json(data: Any) -> Verdict:
         """Inverse of to_json. Raises ValueError, TypeError or KeyError on anything else."""
         if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError("another schema")
-        trials = tuple(_trial(t) for t in data["trials"])
         verdict = Verdict(
             problem=Problem.from_json(data["problem"]),
             winner=_text(data["winner"]),
-            trials=trials,
+            trials=tuple(_trial(t) for t in data["trials"]),
             incumbent=_text(data["incumbent"]),
             created=_text(data["created"]),
-            crowded=_number("crowded", data.get("crowded", 0.0)),
+            cores_missing=_number("cores_missing", data["cores_missing"]),
+            made_by=_text(data["made_by"]),
+            libraries={_text(name): _text(version) for name, version in data["libraries"].items()},
         )
         if verdict.trial(verdict.winner) is None:
             raise ValueError("its winner was not tried")
         return verdict
 
 
-_TEXTS = ("candidate", "reason", "library", "tombstone")
+_TEXTS = ("candidate", "reason", "library")
 
 
-def _trial(data: Any) -> Trial:
+def _trial(data: dict[str, Any]) -> Trial:
     for name, value in data.items():
         if name in _TEXTS:
             _text(value)
-        else:
+        elif name != "outcome":
             _number(name, value)
-    return Trial(**data)
+    values: dict[str, Any] = {**data, "outcome": Outcome(_text(data["outcome"]))}
+    return Trial(**values)
 
 
 def _number(name: str, value: Any) -> float:

@@ -49,8 +49,13 @@ class Stub:
     mutations: tuple[tuple[str, str], ...] = ()  # (text, other text) of the file: each must turn the grid red
 
 
+def named_stubs() -> dict[str, Stub]:
+    """The stub of each file of this folder, by the file's name."""
+    return {m.name: import_module(f"{__name__}.{m.name}").STUB for m in iter_modules(__path__)}
+
+
 def all_stubs() -> list[Stub]:
-    return [import_module(f"{__name__}.{m.name}").STUB for m in iter_modules(__path__)]
+    return list(named_stubs().values())
 
 
 def module(name: str, **members: Any) -> ModuleType:

@@ -54,7 +54,7 @@ def examine(version: str, timeout_s: float = import_probe.TIMEOUT_S) -> Report:
     with ThreadPoolExecutor(min(4, machine.cpus)) as several:
         held = tuple(several.map(lambda library: rows.of_library(library, machine, timeout_s), catalogue.LIBRARIES))
     own = tuple(rows.of_kernel(name, machine, settings, held) for name in registry.names())
-    verdicts = store.of(settings)
+    verdicts = store.store_of(settings)
     layers = cache.layers(verdicts)
     found += [*faults.of_answers(machine), *faults.of_kernels(settings, own)]
     found += [*faults.of_cache(settings, layers, verdicts.why_none), *faults.of_manifest(settings, machine)]

@@ -13,8 +13,10 @@ from fastattn.cli.doctor.cache import Layer
 from fastattn.cli.doctor.machine import Machine
 from fastattn.cli.doctor.rows import Row
 from fastattn.dispatch.attention import attention
-from fastattn.environment.settings import VARIABLES, Settings, current_settings, from_environment, options
-from fastattn.verdicts import store
+from fastattn.environment.option_scope import options
+from fastattn.environment.settings import VARIABLES, Settings, current_settings, from_environment
+from fastattn.environment.text import first_line
+from fastattn.verdicts.manifest import read_manifest
 
 ELSEWHERE = "export FASTATTN_CACHE_DIR=DIRECTORY, one that you may write"
 
@@ -58,13 +60,13 @@ def of_answers(machine: Machine) -> list[Fault]:
     for kind in dict.fromkeys(device.type for device in machine.devices):
         try:
             x = torch.linspace(-2, 2, 256, device=kind).view(1, 2, 16, 8)
-            with options(mode="cached"):
+            with options.scope(mode="cached"):
                 out = attention(x, x, x, kernel="sdpa_math")
             exact = x.double()
             wrong = (out - F.scaled_dot_product_attention(exact, exact, exact)).abs().max().item()
             what = f"its answer is off by {wrong:.1g}" if not wrong < 1e-4 else None
         except Exception as error:
-            what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            what = f"{type(error).__name__}: {first_line(error)}"
         if what is not None:
             faults.append(Fault(f"attention() does not work on {kind}: {what}", "reinstall torch, then fastattn"))
     return faults
@@ -101,7 +103,7 @@ def of_manifest(settings: Settings, machine: Machine) -> list[Fault]:
     what = ""
     for device in machine.devices:
         try:
-            store.read_manifest(settings.manifest, device)
+            read_manifest(settings.manifest, device)
         except (OSError, ValueError) as error:
             what = str(error)
         else:

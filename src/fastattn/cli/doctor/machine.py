@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastattn.environment.device import Device
+from fastattn.environment.text import first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def _why_no_cuda() -> str | None:
     try:
         torch.cuda.init()
     except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error) or type(error).__name__
     return "torch finds no device"
 
 
@@ -70,7 +71,7 @@ def _cudnn() -> str | None:
     try:
         number = torch.backends.cudnn.version()
     except RuntimeError as error:  # another cuDNN than torch was built with
-        return (str(error).splitlines() or ["unusable"])[0]
+        return first_line(error) or "unusable"
     if not number:
         return None
     major = 10_000 if number >= 90_000 else 1_000

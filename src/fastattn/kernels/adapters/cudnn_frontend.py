@@ -70,7 +70,6 @@ KERNELS = (
         dense_last_dim=True,
         aligned=True,
         compiles="each_length",
-        environment=("CUDNN_",),
         needs=(
             Range("capability", min=80, max=121),
             RefuseWhen(f"cuDNN {{device.cudnn}} < {FIRST}", lambda _, device: device.cudnn < FIRST),

@@ -59,7 +59,6 @@ KERNELS = (
         load=load,
         library="flash-attn",
         versions=("2.6", "3"),
-        environment=("FLASH_ATTENTION_",),
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
         layout="bshd",

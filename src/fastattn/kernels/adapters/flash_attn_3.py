@@ -138,7 +138,6 @@ KERNELS = (
         module="flash_attn_interface",
         library="flash-attn-3",
         versions=("3", "4"),
-        environment=("FLASH_ATTENTION_",),
         dtypes=("float16", "bfloat16"),
         window=True,
         needs=(

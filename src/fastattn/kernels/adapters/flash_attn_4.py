@@ -84,7 +84,6 @@ KERNELS = (
         load=load,
         library="flash-attn-4",
         versions=("4", "5"),
-        environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_"),
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
         layout="bshd",

@@ -161,7 +161,6 @@ KERNELS = tuple(
         dense_last_dim=True,
         aligned=True,
         compiles="once",
-        environment=("FLASHINFER_",),
         versions=("0.6", ""),
         needs=(*NEEDS, *more, GPUS[backend]),
     )

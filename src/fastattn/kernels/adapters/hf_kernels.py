@@ -76,7 +76,7 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
     return replace(
         base, name=name, summary=f"{what} from the Hugging Face hub ({repository}), where it is in the local cache",
         load=partial(load, repository, of), library="kernels", versions=("0.17", ""), opt_in=True,
-        environment=(*base.environment, "LOCAL_KERNELS", *(name for name, _ in WHERE)), **changes,
+        **changes,
     )  # fmt: skip
 
 

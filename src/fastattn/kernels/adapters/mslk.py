@@ -28,7 +28,7 @@ def load_blackwell() -> Run:
 def _row(base: Kernel, name: str, operator: str, **changes: object) -> Kernel:
     return replace(
         base, name=f"mslk_{name}", load=partial(xformers.load, operator, MODULE), library="mslk-cuda", versions=("1.1", ""),
-        environment=("MSLK_", "XFORMERS_"), summary=base.summary.replace("xFormers'", "MSLK's"), **changes,
+        summary=base.summary.replace("xFormers'", "MSLK's"), **changes,
     )  # fmt: skip
 
 

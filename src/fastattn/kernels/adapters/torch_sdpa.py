@@ -47,7 +47,6 @@ NEVER = float("-inf")
 KERNELS = (
     Kernel(
         name="default",
-        environment=("TORCH_CUDNN_SDPA_",),
         summary="F.scaled_dot_product_attention called whole: what the user would have had",
         load=load_default,
         devices=("cpu", "cuda"),

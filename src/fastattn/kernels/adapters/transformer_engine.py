@@ -150,7 +150,7 @@ HALF = ("float16", "bfloat16")
 def _row(which: int, name: str, *needs: Any, dropout: bool = True, **fields: Any) -> Kernel:
     return Kernel(
         name=name, summary=f"Transformer Engine's {CLASSES[which]}", load=partial(load, which), library="transformer-engine",
-        versions=("2.12", ""), environment=("NVTE_",), devices=("cuda",), layout="bshd", dropout=dropout,
+        versions=("2.12", ""), devices=("cuda",), layout="bshd", dropout=dropout,
         needs=(*NOT_EMPTY, *needs), **fields,
     )  # fmt: skip
 

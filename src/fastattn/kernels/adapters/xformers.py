@@ -133,7 +133,6 @@ FLASH = Kernel(
     dense_last_dim=True,
     aligned=True,
     deterministic=False,
-    environment=("XFORMERS_",),
     needs=(
         Range("capability", min=80, max=121),
         Range("head_dim", min=1, max=256),

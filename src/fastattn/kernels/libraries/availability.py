@@ -10,6 +10,7 @@ import torch
 
 from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
+from fastattn.environment.text import first_line
 from fastattn.kernels.kernel import Kernel, Run
 from fastattn.kernels.libraries import catalogue, import_probe
 
@@ -29,13 +30,18 @@ def why_absent(kernel: Kernel) -> str | None:
 
 _loaded: set[Kernel] = set()
 _broken: dict[Kernel, str] = {}  # libraries that were tried, and cannot be used
-loading_s = 0.0  # what importing libraries took this process; no tuning pays for it
+_import_s = 0.0
+
+
+def import_seconds() -> float:
+    """What importing libraries has taken in this process: no tuning pays for it."""
+    return _import_s
 
 
 @cache
 def why_unavailable(kernel: Kernel) -> str | None:
-    """Why the kernel's library cannot be used here: it is met in a child process, then imported. Seconds, the first time."""
-    global loading_s
+    """Why the library cannot be used: it is imported in a child process first, then here. Seconds, the first time."""
+    global _import_s
     why = why_absent(kernel) if kernel.library != "torch" else None
     if why is not None:
         return why
@@ -46,8 +52,8 @@ def why_unavailable(kernel: Kernel) -> str | None:
             with torch.inference_mode(False):  # what a library makes on import must serve later calls too
                 load_kernel(kernel)
     except Exception as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    loading_s += time.perf_counter() - start
+        why = f"{type(error).__name__}: {first_line(error)}"
+    _import_s += time.perf_counter() - start
     if why is None:
         return None
     _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
@@ -90,13 +96,10 @@ def is_loaded(kernel: Kernel) -> bool:
 
 @cache
 def library_version(library: str) -> str | None:
-    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
-    import importlib.metadata  # 5 ms, and only a miss needs it
+    """Version of the library that is installed, None if there is none. torch's is that of the module which is imported."""
+    return torch.__version__ if library == "torch" else catalogue.version_of(library)
 
-    known = catalogue.library_of(library)
-    if known is not None:
-        return (catalogue.installed_distribution(known) or (None, None))[1]
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+
+def library_tag(kernel: Kernel) -> str:
+    """The kernel's library, its version and what its environment says: what a trial is filed under."""
+    return catalogue.tag_of(kernel.library, library_version(kernel.library))

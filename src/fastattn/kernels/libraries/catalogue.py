@@ -1,13 +1,14 @@
 """The kernel libraries fastattn knows of, one row each, and how one is found without importing it.
 
 Found means: a distribution of that name is installed. A module of that name proves nothing: FlashAttention 2 and 4 share
-`flash_attn`, and asking for a submodule imports its parent. Whether a found library can be imported is for importing.py.
+`flash_attn`, and asking for a submodule imports its parent. Whether a found library can be imported is for import_probe.py.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -23,6 +24,7 @@ class Library:
     sm: tuple[int, int] = (80, 121)
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
+    environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
     @property
@@ -31,12 +33,21 @@ class Library:
         return (self.rebuild or self.install).replace("pip install", "pip install --force-reinstall --no-deps", 1)
 
 
+TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
+HUB_CACHES = (
+    "KERNELS_CACHE",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+)  # where kernels lie
 FROM_SOURCE = "pip install --no-build-isolation"
 SAGE = "git+https://github.com/thu-ml/SageAttention"
 
 LIBRARIES = (
     Library(
         name="FlashAttention 2",
+        environment=("FLASH_ATTENTION_",),
         distributions=("flash-attn",),
         module="flash_attn",
         entry="flash_attn_func",
@@ -44,6 +55,7 @@ LIBRARIES = (
     ),
     Library(
         name="FlashAttention 3",
+        environment=("FLASH_ATTENTION_",),
         distributions=("flash-attn-3",),
         module="flash_attn_interface",
         entry="flash_attn_func",
@@ -60,6 +72,7 @@ LIBRARIES = (
     ),
     Library(
         name="FlashAttention 4",
+        environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_"),
         distributions=("flash-attn-4",),
         module="flash_attn.cute",
         entry="flash_attn_func",
@@ -67,6 +80,7 @@ LIBRARIES = (
     ),
     Library(
         name="xFormers",
+        environment=("XFORMERS_",),
         distributions=("xformers",),
         module="xformers.ops",
         entry="memory_efficient_attention",
@@ -75,6 +89,7 @@ LIBRARIES = (
     ),
     Library(
         name="MSLK",
+        environment=("MSLK_", "XFORMERS_"),
         distributions=("mslk-cuda", "mslk"),  # mslk on PyPI is a placeholder
         module="mslk.attention.fmha",
         entry="memory_efficient_attention",
@@ -82,6 +97,7 @@ LIBRARIES = (
     ),
     Library(
         name="Transformer Engine",
+        environment=("NVTE_",),
         distributions=("transformer-engine", "transformer-engine-torch"),
         module="transformer_engine.pytorch",
         entry="DotProductAttention",
@@ -106,6 +122,7 @@ LIBRARIES = (
     ),
     Library(
         name="FlashInfer",
+        environment=("FLASHINFER_",),
         distributions=("flashinfer-python",),
         module="flashinfer",
         entry="single_prefill_with_kv_cache",
@@ -114,6 +131,7 @@ LIBRARIES = (
     ),
     Library(
         name="cuDNN frontend",
+        environment=("CUDNN_",),
         distributions=("nvidia-cudnn-frontend",),
         module="cudnn",
         entry="sdpa_torch",  # older ones have the graph API alone
@@ -129,6 +147,7 @@ LIBRARIES = (
     ),
     Library(
         name="Hugging Face kernels",
+        environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_", "LOCAL_KERNELS", *HUB_CACHES),
         distributions=("kernels",),
         module="kernels",
         entry="get_kernel",
@@ -158,6 +177,8 @@ def version_numbers(version: str) -> tuple[int, ...]:
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:
     """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
+    import importlib.metadata  # 5 ms, and a CPU never asks
+
     for name in library.distributions:
         try:
             return name, importlib.metadata.version(name) or "?"
@@ -166,3 +187,38 @@ def installed_distribution(library: Library) -> tuple[str, str] | None:
         except Exception:  # a METADATA that cannot be read
             return name, "?"
     return None
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of an installed distribution, or of another one that brings the same library; None if there is none."""
+    library = library_of(distribution)
+    if library is not None:
+        return (installed_distribution(library) or (None, None))[1]
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tag_of(distribution: str, version: str | None) -> str:
+    """What a trial is filed under: the distribution, its version, and the variables that change what it does."""
+    library = library_of(distribution)
+    prefixes = TORCH_ENVIRONMENT if distribution == "torch" else library.environment if library else ()
+    return " ".join([distribution, str(version), *_told(prefixes)])
+
+
+def installed_for(device_type: str) -> dict[str, str]:
+    """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
+    if device_type != "cuda":
+        return {}  # none of them has kernels for it
+    found = filter(None, map(installed_distribution, LIBRARIES))
+    return {"torch": " ".join(_told(TORCH_ENVIRONMENT)), **{name: tag_of(name, version) for name, version in found}}
+
+
+def _told(prefixes: Iterable[str]) -> list[str]:
+    """The variables of the environment that begin so."""
+    return [
+        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(tuple(prefixes) or ("\0",))
+    ]

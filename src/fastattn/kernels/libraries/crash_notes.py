@@ -37,7 +37,7 @@ def leave_note(root: Path | None, what: str) -> Generator[None]:
 
 
 def crashed_before(root: Path | None, what: str) -> str | None:
-    """Why not to try `what`: a process that tried it is gone, and has left its note."""
+    """Why not to try `what`: its note is there, and the process that wrote it is not."""
     path = _path(root, what)
     try:
         pid = json.loads(read_safely(path))["pid"] if path is not None else None

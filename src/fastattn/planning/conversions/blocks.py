@@ -1,7 +1,7 @@
 """Attention in blocks of heads and query rows: scores and copies stay in a cache, and memory within its limit.
 
 Batch entries and kv heads are cut first, then query rows; keys that no row of a block sees are left out. Three conversions
-stand on it: `chunks` cuts an unfused forward, `by_heads` has a few heads at a time cast, recompute (recomputing.py) cuts a
+stand on it: `chunks` cuts an unfused forward, `by_heads` has a few heads at a time cast, recompute (recompute.py) cuts a
 backward too.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.problems import length_buckets
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import empty_in_order, memory_order
 from fastattn.problems.problem import Problem
 
@@ -109,13 +110,13 @@ def _heads_at_once(batch: int, kv_heads: int, count: int) -> tuple[int, int]:
 # --- chunks: the forward, or what autograd can follow
 
 
-def when_chunks(kernel: Kernel, p: Problem) -> str:
+def when_chunks(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     if not kernel.chunks or p.scores * 4 <= CHUNK_BYTES or (p.needs_grad and kernel.load_backward is not None):
         return NO  # `recompute` cuts as well
     return REQUIRED if p.unfused_bytes > p.memory_limit else OPTIONAL
 
 
-def chunks(step: Run, kernel: Kernel, p: Problem) -> Run:
+def chunks(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     order = memory_order(p.strides[0])
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
@@ -179,7 +180,7 @@ def _copied(kv_len: int, head_dim: int, head_dim_v: int) -> int:
     return 4 * kv_len * (head_dim + head_dim_v)
 
 
-def by_heads(step: Run, kernel: Kernel, p: Problem) -> Run:
+def by_heads(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     order, threads = memory_order(p.strides[0]), p.threads
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:

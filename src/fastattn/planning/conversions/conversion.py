@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.kernels.kernel import Kernel, Run
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 # Answers of `Conversion.when`; any other string is the reason why the kernel cannot do the problem.
@@ -17,12 +18,12 @@ NO, OPTIONAL, REQUIRED = "no", "optional", "required"
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """`when(kernel, problem)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap(step, kernel, problem)` makes the step."""
+    """`when(kernel, problem, facts)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap` makes the step that converts."""
 
     name: str
     summary: str
-    when: Callable[[Kernel, Problem], str]
-    wrap: Callable[[Run, Kernel, Problem], Run]
+    when: Callable[[Kernel, Problem, CallFacts], str]
+    wrap: Callable[[Run, Kernel, Problem, CallFacts], Run]
     requires: str = ""  # another conversion, without which this one is worth nothing
 
 

@@ -10,16 +10,17 @@ from torch import Tensor
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions import blocks
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 
-def when_fp32(kernel: Kernel, p: Problem) -> str:
+def when_fp32(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     if p.dtype in ("float16", "bfloat16") and kernel.fp32:
         return OPTIONAL if p.dtype in kernel.dtypes else REQUIRED
     return NO
 
 
-def fp32(step: Run, kernel: Kernel, p: Problem) -> Run:
+def fp32(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.float()
@@ -28,5 +29,5 @@ def fp32(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
-def when_by_heads(kernel: Kernel, p: Problem) -> str:
-    return OPTIONAL if when_fp32(kernel, p) != NO and blocks.are_copies_all(p) else NO
+def when_by_heads(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return OPTIONAL if when_fp32(kernel, p, facts) != NO and blocks.are_copies_all(p) else NO

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED, map_output
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 
@@ -24,11 +25,11 @@ def pads_all(kernel: Kernel, p: Problem) -> bool:
     return width > p.head_dim and width_v > p.head_dim_v
 
 
-def when_pad(kernel: Kernel, p: Problem) -> str:
+def when_pad(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return NO if _widths(kernel, p) == (p.head_dim, p.head_dim_v) else REQUIRED
 
 
-def pad_head_dims(step: Run, kernel: Kernel, p: Problem) -> Run:
+def pad_head_dims(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     width, width_v = _widths(kernel, p)
     more, more_v, head_dim_v = width - p.head_dim, width_v - p.head_dim_v, p.head_dim_v
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 
@@ -16,11 +17,11 @@ def _can_fold(p: Problem) -> bool:
     return p.group > 1 and not p.is_banded and (p.q_len == 1 or p.mask is None)
 
 
-def when_gqa_fold(kernel: Kernel, p: Problem) -> str:
+def when_gqa_fold(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return OPTIONAL if kernel.gqa_fold and _can_fold(p) else NO
 
 
-def gqa_fold(step: Run, kernel: Kernel, p: Problem) -> Run:
+def gqa_fold(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     group = p.group
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
@@ -34,11 +35,11 @@ def gqa_fold(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
-def when_gqa_expand(kernel: Kernel, p: Problem) -> str:
+def when_gqa_expand(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return REQUIRED if p.group > 1 and not kernel.gqa else NO
 
 
-def gqa_expand(step: Run, kernel: Kernel, p: Problem) -> Run:
+def gqa_expand(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     group = p.group
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:

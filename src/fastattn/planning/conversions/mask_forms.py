@@ -9,6 +9,7 @@ from torch import Tensor
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED
 from fastattn.problems import masks
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 
@@ -22,7 +23,7 @@ def _draws(kernel: Kernel, p: Problem) -> bool:
     return corner and p.scale in kernel.causal_scales
 
 
-def when_mask_dense(kernel: Kernel, p: Problem) -> str:
+def when_mask_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     if not p.is_banded or (_draws(kernel, p) and (p.mask is None or kernel.mask_and_causal)):
         return NO
     if kernel.masks:
@@ -38,7 +39,7 @@ def when_mask_dense(kernel: Kernel, p: Problem) -> str:
     return f"causal {p.causal} with q_len {p.q_len} != kv_len {p.kv_len}, it draws {kernel.corner}"
 
 
-def mask_dense(step: Run, kernel: Kernel, p: Problem) -> Run:
+def mask_dense(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         seen = masks.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
         return step(q, k, v, masks.intersect(mask, seen), a._replace(lower=None, upper=None))
@@ -46,13 +47,13 @@ def mask_dense(step: Run, kernel: Kernel, p: Problem) -> Run:
     return run
 
 
-def _is_bool_mask(kernel: Kernel, p: Problem) -> bool:
-    return p.mask == "bool" or (p.mask is None and when_mask_dense(kernel, p) == REQUIRED)
+def _is_bool_mask(kernel: Kernel, p: Problem, facts: CallFacts) -> bool:
+    return p.mask == "bool" or (p.mask is None and when_mask_dense(kernel, p, facts) == REQUIRED)
 
 
-def when_mask_additive(kernel: Kernel, p: Problem) -> str:
-    return REQUIRED if _is_bool_mask(kernel, p) and "bool" not in kernel.masks and kernel.masks else NO
+def when_mask_additive(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return REQUIRED if _is_bool_mask(kernel, p, facts) and "bool" not in kernel.masks and kernel.masks else NO
 
 
-def mask_additive(step: Run, kernel: Kernel, p: Problem) -> Run:
+def mask_additive(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     return lambda q, k, v, mask, a: step(q, k, v, masks.additive(mask, q) if mask is not None else None, a)

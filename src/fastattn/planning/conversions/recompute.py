@@ -16,15 +16,16 @@ from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.blocks import blocks_of, forward
 from fastattn.planning.conversions.conversion import NO, REQUIRED
+from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import memory_order
 from fastattn.problems.problem import Problem
 
 
-def when_recompute(kernel: Kernel, p: Problem) -> str:
+def when_recompute(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return REQUIRED if p.needs_grad and kernel.load_backward is not None else NO
 
 
-def recompute(step: Run, kernel: Kernel, p: Problem) -> Run:
+def recompute(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     assert kernel.load_backward is not None
     backward, order = kernel.load_backward(), memory_order(p.strides[0])
 

@@ -1,4 +1,35 @@
-"""fastattn.tuning.accuracy.budgets"""
+"""The budgets: how far from float64 a candidate may be, row by row, before it is timed.
+
+Rung "exact", per output row i of a head:
+
+    max_d |o - o64| <= c (e32_i + (u + 2^-23 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
+
+  e32_i       that row's error of float32 math rounded to the output dtype, under the caller's precision flags
+  u           unit roundoff of the output dtype
+  (P|V|)_i    max_d sum_j p_ij |v_jd|, the scale of what is summed
+  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, its
+              weight by as much, and so is the sum it is divided by. e32_i is one draw of that error and can be zero by
+              luck where few keys matter; without this term equally good float32 kernels fail. Taken as 0 for half
+              dtypes, where it cannot matter
+
+Gradients, per head:
+
+    max |g - g64| <= 3 (e32 + (u + 2^-24 max|lse|) max|g64| + D)
+
+  2^-24 max|lse|   what rebuilding P from a float32 log-sum-exp costs every flash backward
+  D                what rounding costs where the gradient cancels, as with one visible key, or keys with a large common part
+                   (reference.Gradients.cancelling): delta = sum_d o_d do_d is taken from the rounded output, P and dS are
+                   rounded before their products
+
+Rung "dtype": max_d |o - o64| <= 2 (e_plain + u (P|V|)_i), e_plain the head's largest error of plain matmul and softmax in the
+input's dtype (the rule of FlashAttention's own tests), gradients likewise.
+A number: max_d |o - o64| <= number x (P|V|)_i.
+The log-sum-exp, float32 whatever the inputs are:
+
+    |lse - lse64| <= 4 (e32 + 2^-24 (1 + |lse| + S_i))
+
+An error is reported in budgets: 1.0 is the most that is allowed.
+"""
 
 from __future__ import annotations
 

@@ -1,35 +1,4 @@
-"""The gate: a candidate is timed only after its numbers were compared with float64, row by row.
-
-Rung "exact", per output row i of a head:
-
-    max_d |o - o64| <= c (e32_i + (u + 2^-23 S_i) (P|V|)_i)        c = 2, for float32 and float64 outputs c = 4
-
-  e32_i       that row's error of float32 math rounded to the output dtype, under the caller's precision flags
-  u           unit roundoff of the output dtype
-  (P|V|)_i    max_d sum_j p_ij |v_jd|, the scale of what is summed
-  S_i         sum_j p_ij sum_d |q_id k_jd scale| (and the bias): a float32 score is off by some 2^-24 of its terms, its
-              weight by as much, and so is the sum it is divided by. e32_i is one draw of that error and can be zero by
-              luck where few keys matter; without this term equally good float32 kernels fail. Taken as 0 for half
-              dtypes, where it cannot matter
-
-Gradients, per head:
-
-    max |g - g64| <= 3 (e32 + (u + 2^-24 max|lse|) max|g64| + D)
-
-  2^-24 max|lse|   what rebuilding P from a float32 log-sum-exp costs every flash backward
-  D                what rounding costs where the gradient cancels, as with one visible key, or keys with a large common part
-                   (reference.Gradients.cancelling): delta = sum_d o_d do_d is taken from the rounded output, P and dS are
-                   rounded before their products
-
-Rung "dtype": max_d |o - o64| <= 2 (e_plain + u (P|V|)_i), e_plain the head's largest error of plain matmul and softmax in the
-input's dtype (the rule of FlashAttention's own tests), gradients likewise.
-A number: max_d |o - o64| <= number x (P|V|)_i.
-The log-sum-exp, float32 whatever the inputs are:
-
-    |lse - lse64| <= 4 (e32 + 2^-24 (1 + |lse| + S_i))
-
-An error is reported in budgets: 1.0 is the most that is allowed.
-"""
+"""The judge: a candidate's output and gradients on a sample, compared with float64 and held to the budgets (budgets.py)."""
 
 from __future__ import annotations
 
@@ -204,51 +173,6 @@ def judges_of_problem(p: Problem, device: torch.device) -> list[Judge]:
         r = probe_problem(p)
         found.append(Judge(plain_sample(r.replace(strides=p.strides), device), scale))
     return found
-
-
-def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Judge | None:
-    """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
-    dtype = p.torch_dtype  # as autocast would cast
-    views = [to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1))]
-    if mask is not None:
-        mask = masks.as_4d(mask.detach())[:1, : p.group]
-        mask = mask if p.mask in (None, "bool") else mask.to(getattr(torch, p.mask))
-    if not all(bool(x.isfinite().all()) for x in views):
-        return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
-    one = p.replace(batch=1, q_heads=p.group, kv_heads=1, layout="bhsd", lengths="exact", cast_from=())
-    grad = None
-    if p.needs_grad:
-        views = [x.requires_grad_() for x in views]
-        mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
-        grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
-    return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
-
-
-def errors_of_custom(
-    call: Call, p: Problem, given: tuple[Any, ...], scale: float, change: Callable[[Tensor, Tensor], Tensor]
-) -> Errors | None:
-    """The forward error of a call with the caller's own function on the caller's tensors, one kv head of the first batch entry.
-
-    change(scores (g, r, kv_len), rows (r)): what that function makes of the scores, -inf where it hides a key. None where the
-    tensors hold values that tell nothing.
-    """
-    q, k, v, mask = given
-    out = call(q, k, v, mask)
-    out = to_bhsd((out[0] if p.lse else out).detach(), p.layout)[0, : p.group]
-    dtype = p.torch_dtype
-    q, k, v = (to_bhsd(x.detach(), p.layout)[0, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1)))
-    if not all(bool(x.isfinite().all()) for x in (q, k, v)):
-        return None
-    sampled = row_sample(p, q.device)
-    rows = torch.arange(p.q_len, device=q.device) if sampled is None else sampled
-    exact, rounded = (
-        reference.attend(
-            q, k[0], v[0], scale=scale, softcap=p.softcap, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide
-        )
-        for wide in (torch.float64, torch.float32)
-    )
-    e_rows = (rounded_to(rounded.out, dtype) - exact.out).abs().amax(-1)
-    return Errors(in_budgets((out[:, rows].double() - exact.out).abs().amax(-1), row_budget(exact, e_rows, p)))
 
 
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Tensors made from a Problem alone: plain ones to time with, and the probes, data that breaks kernels, to check with.
 
-Tuning never uses the caller's tensors but for one last look (verifying.py), so that first-call tuning and `fastattn tune` are
-one path. Nothing here touches torch's global random state.
+Tuning uses the caller's tensors only for one last check (tuning/callers_tensors.py), so that first-call tuning and
+`fastattn tune` are one path. Nothing here touches torch's global random state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastattn.problems.layouts import from_bhsd
+from fastattn.problems.layouts import from_bhsd, strides_of_class
 from fastattn.problems.problem import Problem, default_scale
 
 
@@ -175,23 +175,8 @@ def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> T
 
 def _strided(x: Tensor, cls: str) -> Tensor:
     """The same values, (b, h, s, d), in memory of that stride class; `expanded` repeats the first head."""
-    b, h, s, d = x.shape
     if cls in ("contiguous", ""):
         return x.contiguous()
     if cls == "expanded":
-        return x[:, :1].contiguous().expand(b, h, s, d)
-    if cls == "transposed":
-        room = x.new_empty(b, s, h, d).permute(0, 2, 1, 3)
-    elif cls == "seq_first":
-        room = x.new_empty(s, b, h, d).permute(1, 2, 0, 3)
-    elif cls == "packed":
-        room = x.new_empty(b, s, 3 * h, d)[:, :, :h].permute(0, 2, 1, 3)
-    elif cls == "interleaved":
-        room = x.new_empty(b, s, h, 3, d)[:, :, :, 0].permute(0, 2, 1, 3)
-    elif cls == "cache":
-        room = x.new_empty(b, h, s + s // 4 + 1, d)[:, :, :s]
-    elif cls == "cache_bshd":
-        room = x.new_empty(b, s + s // 4 + 1, h, d)[:, :s].permute(0, 2, 1, 3)
-    else:
-        room = x.new_empty(b, h, d, s).transpose(2, 3)
-    return room.copy_(x)
+        return x[:, :1].contiguous().expand(x.shape)
+    return x.new_empty_strided(x.shape, strides_of_class(x.shape, cls)).copy_(x)

@@ -1,0 +1,39 @@
+"""What the calls of a process came to, counted in the way of a miss; hits are counted by the entries themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from threading import Lock
+
+from fastattn.dispatch import entries
+
+
+class Counts:
+    """Misses and tunings, who served the misses, and why calls were passed on to F.sdpa."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self._lock = Lock()
+        self.misses = self.tunings = 0
+        self.served_by: Counter[str] = Counter()
+        self.passed_on: Counter[str] = Counter()
+        self._hits_before = entries.all_hits()
+
+    def miss(self, candidate: str) -> None:
+        """A miss that this candidate serves."""
+        with self._lock:
+            self.misses += 1
+            self.served_by[candidate] += 1
+
+    def pass_on(self, why: str) -> None:
+        """A call that goes to F.sdpa as it was."""
+        with self._lock:
+            self.passed_on[why] += 1
+
+    def hits(self) -> dict[str, int]:
+        """Hits since the last reset, by candidate."""
+        found = {name: n - self._hits_before.get(name, 0) for name, n in entries.all_hits().items()}
+        return {name: n for name, n in found.items() if n}

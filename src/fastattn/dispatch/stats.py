@@ -1,0 +1,66 @@
+"""stats(): what this process's calls came to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from fastattn.dispatch.session import session
+
+MOST = 12  # lines of each kind that are printed
+
+
+class Stats(dict[str, Any]):
+    """A plain dict that prints as a few lines.
+
+    calls, hits, misses, tunings: counts. tuning_s: seconds spent on tuning. served_by: {candidate: calls}. passed_on: {reason:
+    calls that went to F.sdpa as they were}. untuned: {problem: misses that were served untuned}. demoted: {candidate: what it
+    raised}.
+    """
+
+    def __repr__(self) -> str:
+        head = "{calls} calls: {hits} hits, {misses} misses, {passed} passed on; {tunings} tunings in {tuning_s:.1f} s"
+        lines = [head.format(**self, passed=sum(self["passed_on"].values()))]
+        for title, name in (
+            ("served by", "served_by"),
+            ("passed on", "passed_on"),
+            ("untuned", "untuned"),
+            ("demoted", "demoted"),
+        ):
+            lines += [f"  {title:<10}{count:>9}  {what}" for what, count in _by_count(self[name])[:MOST]]
+        return "\n".join(lines)
+
+
+def _by_count(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(found.items(), key=lambda item: -item[1] if isinstance(item[1], int) else 0)
+
+
+class _StatsFunction:
+    """What the calls of this process came to since it began, or since `stats.reset()`; a dict that prints as a few lines.
+
+    Hits are counted by the entries themselves; all else in the way of a miss.
+    """
+
+    def __call__(self) -> Stats:
+        counts, hits = session.counts, session.counts.hits()
+        served = Counter(counts.served_by)
+        served.update(hits)
+        return Stats(
+            calls=sum(hits.values()) + counts.misses + sum(counts.passed_on.values()),
+            hits=sum(hits.values()),
+            misses=counts.misses,
+            tunings=counts.tunings,
+            tuning_s=session.tuning_s,
+            served_by=dict(served),
+            passed_on=dict(counts.passed_on),
+            untuned={str(problem): count for problem, count in session.misses.items()},
+            demoted={name: cause for (_, name), cause in session.demotions.items()},
+        )
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        session.counts.reset()
+        session.misses.clear()
+
+
+stats = _StatsFunction()

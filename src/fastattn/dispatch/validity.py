@@ -1,0 +1,58 @@
+"""For which later calls a Call is right: the state that its guard must compare, and the lengths it may serve."""
+
+from __future__ import annotations
+
+from fastattn.dispatch.circumstances import ASKED_BY_SDPA
+from fastattn.dispatch.service import Asked
+from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted
+from fastattn.problems import length_buckets, masks
+from fastattn.problems.call_facts import INT32
+from fastattn.problems.call_key import CallKey
+from fastattn.problems.layouts import TO_BHSD
+
+
+def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
+    """Names of guard.READERS: the state that a Call depends on and that tensors do not show."""
+    problem, facts, kernel = asked.problem, asked.facts, candidate.kernel
+    reads = ["deterministic"]
+    if facts.asks_grad:
+        reads.append("grad")
+    if kernel.name != "default":
+        reads += ["unrestricted", *([kernel.switch] if kernel.switch else []), *kernel.reads]
+        if problem.device == "cpu":
+            reads.append("threads")
+    if asked.circumstances.switched_off:  # once they are on again the problem may be tuned
+        reads += ASKED_BY_SDPA[problem.device]
+    if facts.autocast:
+        reads.append(f"autocast_{problem.device}")
+    return tuple(dict.fromkeys(reads))
+
+
+def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int, int, int] | None:
+    """(dimension of k's length, lowest, highest kv_len) that a decode's Call may serve; None: its own length alone.
+
+    It serves its whole kv bucket where its kernel takes each length of it. Lengths up to 16 are exact, as corners may coincide.
+    """
+    problem, decode = asked.problem, asked.facts.decode
+    dim, limit = TO_BHSD[problem.layout][2], _longest(asked, key)
+    if decode is not None:
+        left = decode.window[0]
+        if decode.corner != "bottom_right" or left < 0:
+            return None
+        if problem.kv_len == left + 1:  # a window that is full stays so: every longer cache is the same problem
+            return dim, left + 1, limit
+        limit = min(limit, left)
+    if problem.q_len > length_buckets.DECODE_Q_LEN or problem.kv_len <= length_buckets.EXACT_LENGTHS:
+        return None
+    if not (key.mask is None or isinstance(key.mask, masks.Causal)):
+        return None
+    low, high = length_buckets.bucket_bounds(problem.kv_len)
+    high = min(high, limit)
+    is_served = candidates.serves_kv_lens(candidate, problem, asked.device, asked.settings, low, high)
+    return (dim, low, high) if is_served else None
+
+
+def _longest(asked: Asked, key: CallKey) -> int:
+    """The longest kv_len whose offsets, which grow with it, have 32 bits on CUDA."""
+    return 2**40 if asked.problem.device != "cuda" else INT32 * key.k.shape[2] // max(1, asked.facts.extent)

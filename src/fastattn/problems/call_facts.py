@@ -1,0 +1,50 @@
+"""What belongs to one call and not to its kind: it decides how this call is served, and no Verdict depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastattn.problems.layouts import strides_of_class
+from fastattn.problems.problem import Problem
+from fastattn.problems.sliding_window_decode import SlidingWindowDecode
+
+INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """The facts of one call; the defaults are those of an ordinary one."""
+
+    extent: int = 0  # largest element offset into one of its tensors
+    aligned: bool = True  # every tensor starts at a multiple of 16 bytes
+    aligned_rows: bool = True  # q, k and v step from row to row by such multiples
+    switched_off: tuple[str, ...] = ()  # torch's SDPA backends that the user has switched off
+    autocast: bool = False  # made under autocast, whether or not it casts anything
+    asks_grad: bool = False  # an input requires grad, whatever grad mode says
+    decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
+
+
+def ordinary_facts(p: Problem) -> CallFacts:
+    """The facts of a call that is nothing but its Problem: what a tuning goes by."""
+    sizes = (
+        (p.batch, p.q_heads, p.q_len, p.head_dim),
+        (p.batch, p.kv_heads, p.kv_len, p.head_dim),
+        (p.batch, p.kv_heads, p.kv_len, p.head_dim_v),
+    )
+    strides = [strides_of_class(size, cls) for size, cls in zip(sizes, p.strides, strict=True)]
+    return CallFacts(
+        extent=max(extent(size, stride) for size, stride in zip(sizes, strides, strict=True)),
+        aligned_rows=all(
+            has_aligned_rows(size, stride, p.torch_dtype.itemsize) for size, stride in zip(sizes, strides, strict=True)
+        ),
+    )
+
+
+def has_aligned_rows(shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> bool:
+    """Whether a (b, h, s, d) view steps from row to row by multiples of 16 bytes."""
+    return all(n == 1 or step * itemsize % 16 == 0 for n, step in zip(shape[:3], stride[:3], strict=True))
+
+
+def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """The largest element offset into a tensor."""
+    return sum((n - 1) * step for n, step in zip(shape, stride, strict=True) if n)

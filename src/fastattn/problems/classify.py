@@ -1,0 +1,71 @@
+"""From the exact call key to the Problem that stands for its kind, and to the facts of the one call: pure rules."""
+
+from __future__ import annotations
+
+from fastattn.environment.device import Device
+from fastattn.environment.text import dtype_name
+from fastattn.problems import masks
+from fastattn.problems.call_facts import CallFacts, extent, has_aligned_rows
+from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
+from fastattn.problems.layouts import stride_class
+from fastattn.problems.problem import Problem
+from fastattn.problems.sliding_window_decode import SlidingWindowDecode
+
+
+def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Problem, CallFacts]:
+    """The Problem of a call, and its facts. default_accuracy: the rung of a call that names none."""
+    decode = SlidingWindowDecode.of(key)
+    key = decode.sliced(key) if decode else key
+    q, k, v, mask, state, options = key.q, key.k, key.v, key.mask, key.state, key.options
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    corner, window = masks.simplest_band(
+        mask.corner if isinstance(mask, masks.Causal) else None, options.is_causal, options.window, q_len, kv_len
+    )
+    tensors = [s for s in (q, k, v, mask) if isinstance(s, TensorSpec)]
+    dense = mask if isinstance(mask, TensorSpec) else None
+    mask_shape, mask_strides = mask_class(dense, q, kv_len) if dense else ("", "")
+    scale = options.scale
+    is_cast = state.autocast is not None and any(s.dtype is not after_autocast(s.dtype, state) for s in tensors)
+    asks_grad = any(s.requires_grad for s in tensors)
+    problem = Problem(
+        device=Device.of(q.device).type,
+        dtype=dtype_name(after_autocast(q.dtype, state)),
+        head_dim=head_dim,
+        head_dim_v=v.shape[3],
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        batch=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        strides=(stride_class(q.shape, q.stride), stride_class(k.shape, k.stride), stride_class(v.shape, v.stride)),
+        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else "block" if is_block_mask(mask) else None,
+        mask_shape=mask_shape,
+        mask_strides=mask_strides,
+        mask_grad=bool(dense and dense.requires_grad and state.grad),
+        causal=corner,
+        scale="positive" if scale is None or scale > 0 else "zero" if scale == 0 else "negative",
+        needs_grad=state.grad and (asks_grad or captures_grad(options.score_mod)),
+        deterministic=state.deterministic,
+        precision=state.precision + (",reduced" if state.math_reduction else ""),
+        accuracy=options.accuracy if options.accuracy is not None else default_accuracy,
+        layout=key.layout,
+        threads=state.threads,
+        flash_impl=state.flash_impl,
+        cast_from=tuple(dtype_name(s.dtype) for s in tensors) if is_cast else (),
+        window=window,
+        softcap=float(options.softcap),
+        dropout=options.dropout_p > 0,
+        lse=options.return_lse,
+        score_mod=options.score_mod is not None,
+    )
+    facts = CallFacts(
+        extent=max(extent(s.shape, s.stride) for s in tensors),
+        aligned=all(s.aligned for s in tensors),
+        aligned_rows=all(has_aligned_rows(s.shape, s.stride, s.dtype.itemsize) for s in (q, k, v)),
+        switched_off=state.off,
+        autocast=state.autocast is not None,
+        asks_grad=asks_grad,
+        decode=decode,
+    )
+    return problem, facts

@@ -1,0 +1,50 @@
+"""The winner of a tuning is checked once more, on a slice of the tensors of the call that tuned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.planning import binding
+from fastattn.planning.decision import Accepted
+from fastattn.problems import masks
+from fastattn.problems.call_facts import CallFacts
+from fastattn.problems.call_key import CallKey
+from fastattn.problems.layouts import TO_BHSD
+from fastattn.problems.problem import Problem, default_scale
+from fastattn.tuning.accuracy.budgets import Errors
+from fastattn.tuning.accuracy.judge import Judge
+from fastattn.tuning.accuracy.judge_call import judge_of_call
+
+
+class CallersTensors:
+    """A slice of them with its reference, made when it is first asked for."""
+
+    def __init__(self, problem: Problem, facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> None:
+        """problem: the call's own, at its exact lengths."""
+        self._problem, self._given = problem, _visible_part(facts, key, given)
+        self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)
+        self._scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
+        self._judge: Judge | None = None
+        self._is_made = False
+
+    def check(self, candidate: Accepted) -> Errors:
+        """The candidate's errors on the slice."""
+        if not self._is_made:
+            q, k, v, mask = self._given
+            self._judge = judge_of_call(self._problem, q, k, v, mask if self._is_dense else None, self._scale)
+            self._is_made = True
+        if self._judge is None:
+            return Errors(0.0)
+        return self._judge.errors(binding.bind(candidate, self._judge.sample.problem, self._scale))
+
+
+def _visible_part(facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The caller's tensors, keys and values as far as the problem's one query sees them."""
+    if facts.decode is None:
+        return given
+    q, k, v, _ = given
+    dim = TO_BHSD[key.layout][2]
+    first, last = facts.decode.keys(k.shape[dim])
+    return q, k.narrow(dim, first, last - first), v.narrow(dim, first, last - first), None

@@ -1,0 +1,148 @@
+"""Faults 70, 90, 93 and 97 of the list of real failures: the environment, and what is passed (86: test_option_scope.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from fakes import DEFAULT, Clock, qkv, turn
+
+import fastattn
+from fastattn import attention
+from fastattn.cli.main import main
+from fastattn.kernels.libraries import availability
+
+F_sdpa = torch.nn.functional.scaled_dot_product_attention
+SOURCE = Path(fastattn.__file__).parent
+
+
+def child(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# --- fault 70: what is imported decides, not its metadata
+
+
+def test_fault_70_torch_without_metadata_is_there(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    availability.forget_libraries()
+    try:
+        assert availability.library_version("torch") == torch.__version__
+        q, k, v = qkv(20)
+        assert torch.allclose(attention(q, k, v), F_sdpa(q, k, v), atol=1e-5)
+    finally:
+        availability.forget_libraries()
+
+
+def test_fault_70_the_package_may_lie_in_a_zip(tmp_path):
+    archive = tmp_path / "packed.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in SOURCE.rglob("*"):
+            if path.suffix in (".py", ".json"):
+                packed.write(path, Path("fastattn") / path.relative_to(SOURCE))
+    code = f"""
+import sys
+sys.path.insert(0, {str(archive)!r})
+import torch, fastattn
+from fastattn.kernels import known_faults, registry
+assert "packed.zip" in fastattn.__file__
+x = torch.randn(1, 2, 16, 8)
+fastattn.attention(x, x, x)
+print(len(known_faults.known_faults()) > 0, "flash_attn_2" in registry.names())
+"""
+    assert child(code, FASTATTN_MODE="cached", PYTHONPATH="") == "True True"
+
+
+# --- fault 90: numbers are numbers, and a message names the module of a type
+
+NUMBERS = [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), np.int64(1), 1]
+
+
+@pytest.mark.parametrize("scale", NUMBERS, ids=lambda x: f"{type(x).__module__}.{type(x).__name__}")
+def test_fault_90_a_scale_may_be_any_number(scale):
+    q, k, v = qkv(20)
+    want = F_sdpa(q, k, v, scale=float(scale))
+    assert torch.allclose(attention(q, k, v, scale=scale), want, atol=1e-5)
+    assert torch.allclose(attention(q, k, v, scale=scale), want, atol=1e-5), "as a hit"
+
+
+def test_fault_90_sdpa_serves_an_int_scale():
+    q, k, v = qkv(20)
+    fastattn.stats.reset()
+    assert torch.allclose(fastattn.sdpa(q, k, v, scale=1), F_sdpa(q, k, v, scale=1.0), atol=1e-5)
+    assert not fastattn.stats()["passed_on"]
+
+
+@pytest.mark.parametrize(("option", "value", "named"), [
+    ("is_causal", np.bool_(True), "numpy.bool"), ("scale", "1", "str"), ("scale", True, "bool"), ("scale", 1j, "complex"),
+    ("scale", torch.ones(1), "Tensor"), ("dropout_p", np.bool_(True), "numpy.bool"),
+])  # fmt: skip
+def test_fault_90_a_message_names_the_type_with_its_module(option, value, named):
+    with pytest.raises(TypeError, match=rf"attention\(\): {option} must be .*, got {named}"):
+        attention(*qkv(20), **{option: value})
+
+
+# --- fault 93: nobody looks for plugins that were not named
+
+
+def test_fault_93_a_call_does_not_scan_entry_points(tmp_path):
+    code = """
+import importlib.metadata, torch, fastattn
+def scan(*args, **how):
+    raise SystemExit("entry points were scanned")
+importlib.metadata.entry_points = scan
+x = torch.randn(1, 2, 16, 8)
+fastattn.attention(x, x, x)
+fastattn.attention(x, x, x, kernel="torch_math")
+print("served")
+"""
+    assert child(code, FASTATTN_CACHE_DIR=str(tmp_path), FASTATTN_KERNELS="-flex") == "served"
+
+
+def test_fault_93_the_first_call_on_a_stored_problem_imports_no_tuning(tmp_path):
+    code = """
+import sys, torch, fastattn
+x = torch.randn(1, 2, 16, 8)
+fastattn.attention(x, x, x)
+print([m for m in sys.modules if m.startswith(("fastattn.tuning.t", "fastattn.tuning.s", "fastattn.tuning.accuracy"))])
+"""
+    child(code, FASTATTN_CACHE_DIR=str(tmp_path))
+    stored = list(tmp_path.rglob("v*/*/*.json"))
+    if not stored:
+        pytest.skip("the machine changed its speed: no verdict was stored")
+    assert child(code, FASTATTN_CACHE_DIR=str(tmp_path)) == "[]"
+
+
+# --- fault 97: where the default wins, tune says what came nearest
+
+
+def test_fault_97_tune_names_the_nearest_challenger_and_how_far_behind(monkeypatch):
+    turn(
+        monkeypatch,
+        Clock({"default": DEFAULT, "matmul": 1.25 * DEFAULT, "torch_math": 2 * DEFAULT}, other=2.5 * DEFAULT),
+    )
+    told = CliRunner().invoke(main, ["tune", "1x4x64x32"], catch_exceptions=False)
+    assert told.exit_code == 0
+    [line] = [line for line in told.output.splitlines() if "1 x 4 x 64 d32" in line]
+    assert "default" in line and "1.00x" in line and "matmul 0.80x" in line
+    why = CliRunner().invoke(main, ["explain", "1x4x64x32"], catch_exceptions=False).output
+    assert "served by default: the fastest; matmul came nearest with 0.80x" in why
