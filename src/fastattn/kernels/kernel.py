@@ -53,7 +53,7 @@ Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
 Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor, Arguments], "tuple[Tensor, ...]"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a row is itself: hashing 45 fields would cost every miss
 class Kernel:
     """One entry point. The order of rows is the order that decides between equals."""
 
