@@ -19,7 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 STEADY = """
 import runpy, sys
 from fastattn.tuning import tune
-tune.DRIFT = float("inf")
+from fastattn.verdicts import verdict
+tune.DRIFT = verdict.DRIFT = float("inf")
 sys.path.insert(0, sys.argv[1])
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
