@@ -39,7 +39,7 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scal
     is_plain = isinstance(q, Tensor) and not q.is_nested
     if is_plain and passed_on.why_sdpa_is_passed_on(q, k, v, mask, is_causal, enable_gqa) is None:
         options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
-        name = stored(q, k, v, mask, "bhsd", options)
+        name = stored(q, k, v, mask, "sdpa", options)
         if name:
             return CALLS[name](q, k, v, mask)
     return torch_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastattn.dispatch.circumstances import Circumstances, ranks, what_is_allowed
 from fastattn.dispatch.resolve import asked_of, bind
-from fastattn.dispatch.service import Action, decide_service
+from fastattn.dispatch.service import Action, decide_service, is_passed_on
 from fastattn.dispatch.session import session
 from fastattn.environment import torch_private
 from fastattn.environment.settings import current_settings
@@ -25,6 +25,7 @@ def bind_winner(tensors: Any, layout: str, options: dict[str, Any], calls: dict[
     tensors: (shape, stride, dtype, device, requires_grad) of q, k, v and a mask or None; and a causal corner or None.
     """
     given, settings = CallOptions(**options), current_settings()
+    is_drop_in, layout = layout == "sdpa", "bhsd" if layout == "sdpa" else layout
     q, k, v = (_spec(facts, layout) for facts in tensors[:3])
     mask = _spec(tensors[3], "bhsd") if tensors[3] is not None else masks.Causal(tensors[4]) if tensors[4] else None
     circumstances = Circumstances(
@@ -37,7 +38,14 @@ def bind_winner(tensors: Any, layout: str, options: dict[str, Any], calls: dict[
         compiling=True,
     )
     key = CallKey(q, k, v, mask, layout, given, torch_state(q.device.type))
-    check_call(key)
+    if is_passed_on(circumstances, given.kernel):
+        return ""
+    try:
+        check_call(key)
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        if is_drop_in:
+            return ""  # F.sdpa takes some of these, and says what is wrong with the others
+        raise
     asked = asked_of(key, settings, circumstances)
     decision = decide_service(asked, tracing=True)
     if decision.action is Action.PASS or decision.candidate is None:

@@ -16,11 +16,15 @@ class Counts:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self._lock = Lock()
+        self.renew_lock()
         self.misses = self.tunings = 0
         self.served_by: Counter[str] = Counter()
         self.passed_on: Counter[str] = Counter()
         self._hits_before = entries.all_hits()
+
+    def renew_lock(self) -> None:
+        """After a fork no other thread is left that could hold the old one."""
+        self._lock = Lock()
 
     def miss(self, candidate: str) -> None:
         """A miss that this candidate serves."""

@@ -50,6 +50,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     resolved = _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
     # torch's causal biases are a Tensor subclass: no guard could match one
     is_guarded = not isinstance(mask, Tensor) or as_structured(mask) is mask
+    is_guarded = is_guarded and not any(hasattr(value, "ndim") for value in given.values())  # may be changed in place
     return resolved if is_guarded else resolved._replace(remember=False)
 
 
@@ -80,7 +81,9 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
         key = call_key(q, k, v, mask, "bhsd", parse_options(given))
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
         return pass_on("F.sdpa alone takes these arguments, or says what is wrong with them")
-    return _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
+    resolved = _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
+    is_changeable = hasattr(scale, "ndim") or hasattr(dropout_p, "ndim")  # a tensor that may be changed in place
+    return resolved._replace(remember=False) if is_changeable else resolved
 
 
 def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, mask: Any) -> Resolved:

@@ -67,6 +67,7 @@ class Session:
         """No other thread is left in the child: the lock is new, and nobody is tuning."""
         self.lock = RLock()
         self.being_tuned.clear()
+        self.counts.renew_lock()
 
     # --- the verdict of a problem
 
@@ -95,14 +96,15 @@ class Session:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
         names = [problem.bucketed(how) for how in lengths]
+        may_tune = what_is_allowed(circumstances)[0] == TUNE
         may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
         for table in self._tables.all(settings, device, may_read):
             for name in names:
-                if name in table:
+                if name in table and (not may_tune or self.is_complete(table[name], device, settings)):
                     return table[name]
         if circumstances.distributed:
             return None  # a private store is not consulted: all ranks must choose alike
-        if what_is_allowed(circumstances)[0] == TUNE:
+        if may_tune:
             names = [self.lengths_to_tune(problem, count_lengths=count_lengths)]
         return next((v for name in names if (v := self._stored(name, device, settings, may_read)) is not None), None)
 
@@ -160,8 +162,7 @@ class Session:
             if (verdict.problem, candidate) in self.demotions:
                 return False
             self.demotions[(verdict.problem, candidate)] = cause
-            left = self.latest(verdict, settings, device).demoted(candidate, cause)
-        self.keep(left, settings, device)
+            self.keep(self.latest(verdict, settings, device).demoted(candidate, cause), settings, device)
         entries.drop_all()
         return True
 

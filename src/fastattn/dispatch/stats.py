@@ -43,6 +43,8 @@ class _StatsFunction:
 
     def __call__(self) -> Stats:
         counts, hits = session.counts, session.counts.hits()
+        with session.lock:
+            untuned, demoted = dict(session.misses), dict(session.demotions)
         served = Counter(counts.served_by)
         served.update(hits)
         return Stats(
@@ -53,8 +55,8 @@ class _StatsFunction:
             tuning_s=session.tuning_s,
             served_by=dict(served),
             passed_on=dict(counts.passed_on),
-            untuned={str(problem): count for problem, count in session.misses.items()},
-            demoted={name: cause for (_, name), cause in session.demotions.items()},
+            untuned={str(problem): count for problem, count in untuned.items()},
+            demoted={name: cause for (_, name), cause in demoted.items()},
         )
 
     def reset(self) -> None:

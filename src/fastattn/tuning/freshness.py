@@ -23,6 +23,7 @@ def is_fresh(verdict: Verdict, device: Device, settings: Settings) -> bool:
     tried = {t.candidate.split("+")[0] for t in verdict.trials}
     is_unchanged = (
         verdict.made_by == __version__
+        and verdict.kernels == settings.kernels
         and verdict.libraries == libraries_now(verdict.problem.device)
         and all(kernel.name in tried for kernel in registry.registered())
     )

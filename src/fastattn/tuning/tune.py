@@ -59,9 +59,9 @@ def tune_problem(
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
     screening = Screening(problem, on, clock, native, settings.cache_dir)
-    kept = settled(known, found)
-    trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]
     first = default_choice.fallbacks(problem, device_kind, settings, found)[0]
+    kept = settled(known, found) - {first.name}  # what always can run is tried anew
+    trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]
     incumbent = next(t for t in trials if t.candidate == first)
     screening.screen(incumbent, incumbent=True)
     watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
@@ -92,6 +92,7 @@ def tune_problem(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         cores_missing=cores_missing,
         made_by=__version__,
+        kernels=settings.kernels,
         libraries=libraries_now(problem.device),
     )
     _log(verdict, clock.now() - began)

@@ -68,6 +68,7 @@ class Verdict:
     created: str = ""
     cores_missing: float = 0.0  # cores that other programs used while it was timed, of those that it needed
     made_by: str = ""  # the version of fastattn
+    kernels: tuple[str, ...] = ()  # the option `kernels` that it was tuned under
     libraries: dict[str, str] = field(default_factory=dict)  # kernel libraries that were installed, and their versions
 
     def trial(self, candidate: str) -> Trial | None:
@@ -116,7 +117,7 @@ class Verdict:
         """Plain data; from_json is the inverse."""
         data = {
             name: getattr(self, name)
-            for name in ("winner", "incumbent", "created", "cores_missing", "made_by", "libraries")
+            for name in ("winner", "incumbent", "created", "cores_missing", "made_by", "kernels", "libraries")
         }
         trials = [{name: value for name, value in asdict(t).items() if value not in (None, "")} for t in self.trials]
         return {"schema": SCHEMA, "problem": self.problem.to_json(), **data, "trials": trials}
@@ -134,6 +135,7 @@ class Verdict:
             created=_text(data["created"]),
             cores_missing=_number("cores_missing", data["cores_missing"]),
             made_by=_text(data["made_by"]),
+            kernels=tuple(_text(name) for name in data["kernels"]),
             libraries={_text(name): _text(version) for name, version in data["libraries"].items()},
         )
         if verdict.trial(verdict.winner) is None:
