@@ -193,3 +193,24 @@ def test_every_rule_is_decided_by_one_function():
         held = asked._replace(circumstances=Circumstances(**{name: True}), kernel=kernel)
         is_passed = service.is_passed_on(held.circumstances, kernel)
         assert (service.decide_service(held).action is service.Action.PASS) is is_passed
+
+
+# --- numbers that may change, choices that were of one scope
+
+
+@pytest.mark.parametrize("front", [attention, fastattn.sdpa], ids=["attention", "sdpa"])
+def test_a_scale_in_a_tensor_is_read_anew_in_each_call(front, clock):
+    q, k, v = qkv(1, 40, heads=8, kv_heads=8)
+    scale = torch.tensor(0.5)
+    for value in (0.5, 0.5, 0.5, 2.0):
+        scale.fill_(value)
+        torch.testing.assert_close(front(q, k, v, scale=scale), F_sdpa(q, k, v, scale=value))
+
+
+def test_a_verdict_tuned_under_kernels_is_made_again_without(clock):
+    q, k, v = decode()
+    with fastattn.options.scope(kernels="default,torch_math"):
+        attention(q, k, v)
+        assert fastattn.explain(q, k, v).served_by == "default"
+    attention(q, k, v)
+    assert fastattn.explain(q, k, v).served_by == "torch_flash+gqa_fold"
