@@ -243,6 +243,12 @@ def test_sdpa_and_a_patched_model_compile():
         assert torch.equal(run(q), F_sdpa(q, q, q))
 
 
+def test_a_traced_sdpa_takes_what_f_sdpa_takes():
+    q, k = torch.randn(2, 2, 6, 8), torch.randn(1, 2, 6, 8)  # attention() refuses a batch that broadcasts
+    run = torch.compile(lambda q, k: fastattn.sdpa(q, k, k), backend="eager", fullgraph=True)
+    assert torch.equal(run(q, k), F_sdpa(q, k, k))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_a_dynamic_length(strict, monkeypatch):
     if not strict:  # it runs attention() itself, on fake tensors

@@ -630,3 +630,13 @@ def test_an_error_of_the_call_is_not_a_miss(qkv, monkeypatch):
 def test_fx_symbolic_trace_records_sdpa(qkv):
     graph = torch.fx.symbolic_trace(lambda q: attention(q, *qkv[1:])).graph
     assert any("scaled_dot_product" in str(node.target) for node in graph.nodes)
+
+
+def test_an_entry_that_was_dropped_meanwhile_is_not_put_in_front(qkv):
+    """A thread that found it before another one dropped it notes its hits afterwards."""
+    arm(*qkv)
+    [[found]] = entries.table.values()
+    drop_all()
+    for _ in range(2 * STREAK):
+        entries._note(found)
+    assert entries.first is entries._ask_table

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from building import CPU
-from fakes import check, problem, qkv, row
+from fakes import FAST, Clock, check, problem, qkv, row, turn
 
 import fastattn
 from fastattn import NoKernelError, attention
@@ -18,6 +18,7 @@ from fastattn.kernels import known_faults, registry
 from fastattn.kernels.known_faults import KnownFault
 from fastattn.planning import candidates, default_choice
 from fastattn.planning.decision import Rejected
+from fastattn.tuning.tune import tune_problem
 
 SHIPPED = known_faults.known_faults()
 SILICON = Device("cuda", "made-up GPU", 90, torch="2.13.0+cu130", cuda="13.0", cudnn=92300)
@@ -315,6 +316,34 @@ def test_nor_is_it_where_the_fault_is_of_the_default_alone(mine):
     assert shown.served_by == "sdpa_math" and f"the default would run torch_flash: it lies ({LINK})" in shown.why
     assert row("torch_flash", q, k, v).reason is None, "that kernel itself, as we call it, has not the fault"
     assert fastattn.explain(*qkv(64, head_dim=40)).served_by == "default"
+
+
+def test_nor_by_a_verdict_that_was_stored_before_the_fault_was_known(mine, monkeypatch):
+    turn(monkeypatch, Clock({"default": FAST}))
+    q, k, v = qkv(64)
+    attention(q, k, v)
+    before = fastattn.explain(q, k, v)
+    assert before.served_by == "default" and before.verdict is not None
+    mine(fault("torch_flash"))
+    fastattn.options(mode="cached")
+    shown = fastattn.explain(q, k, v)
+    assert shown.served_by != "default" and fastattn.plan(q, k, v).candidate == shown.served_by
+    assert (
+        "the stored winner default" in shown.why and f"the default would run torch_flash: it lies ({LINK})" in shown.why
+    )
+    check(q, k, v)
+
+
+def test_and_a_new_tuning_begins_with_what_serves_in_its_place(mine, monkeypatch):
+    clock = turn(monkeypatch, Clock({"default": FAST}))
+    q, k, v = qkv(64)
+    attention(q, k, v)
+    before = fastattn.explain(q, k, v).verdict
+    assert before is not None and before.winner == "default"
+    mine(fault("torch_flash"))
+    clock.ran.clear()
+    after = tune_problem(before.problem, current_settings(), clock=clock, known=before)
+    assert after.incumbent == "sdpa_math" and "default" not in clock.ran and "sdpa_math" in clock.ran
 
 
 def test_on_a_gpu_too(mine):

@@ -143,7 +143,7 @@ assert session.being_tuned
 if sys.argv[1] == "locked":  # fork while another thread holds every lock
     held = threading.Event()
     def hold():
-        with session.lock, api.entries._lock:
+        with session.lock, session.counts._lock, api.entries._lock:
             held.set()
             time.sleep(3)
     threading.Thread(target=hold, daemon=True).start()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import Clock, turn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored import DEVICE, PROBLEM, raises, verdict
@@ -662,3 +663,22 @@ def test_a_manifest_serves_before_the_store(tmp_path, monkeypatch):
     assert torch.allclose(
         fastattn.attention(x, x, x), torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-5
     )
+
+
+def test_a_stale_manifest_does_not_stand_before_what_this_process_tuned(tmp_path, monkeypatch):
+    x = torch.randn(1, 2, 24, 16)
+    here = Device.of(x.device)
+    with fastattn.options(mode="cached"):
+        problem = fastattn.explain(x, x, x).problem
+    path = tmp_path / "manifest.json"
+    path.write_text(export_manifest([replace(verdict(problem, "matmul"), made_by="0.0.0")], here))
+    monkeypatch.setenv("FASTATTN_MANIFEST", str(path))
+    reload_settings()
+    turn(monkeypatch, Clock())
+    fastattn.stats.reset()
+    for _ in range(2):
+        fastattn.clear()
+        fastattn.attention(x, x, x)
+        verdict_now = fastattn.explain(x, x, x).verdict
+        assert verdict_now is not None and verdict_now.made_by == fastattn.__version__
+    assert fastattn.stats()["tunings"] == 1, "the second time it is in the store"

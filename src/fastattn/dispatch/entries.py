@@ -92,13 +92,19 @@ class Entries:
         if guard is self._last:
             self._same += 1
             if self._same > STREAK:
-                self.first, self._same, self._others = guard, 0, 0
+                self._ask_first(guard)
             return
         self._last, self._same = guard, 0
         if self.first is not self._ask_table:
             self._others += 1
             if self._others > STREAK:
                 self.first, self._others = self._ask_table, 0
+
+    def _ask_first(self, guard: Guard) -> None:
+        """Put an entry in front, unless another thread has dropped it since it was found."""
+        with self._lock:
+            if any(guard is entry for guards in self.table.values() for entry in guards):
+                self.first, self._same, self._others = guard, 0, 0
 
     def publish(
         self,

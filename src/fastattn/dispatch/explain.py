@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastattn.dispatch import entries, fallback, render, resolve, tune_now
 from fastattn.dispatch.circumstances import Circumstances, read_circumstances
-from fastattn.dispatch.service import Action, Asked, Service, decide_service, why_not_default
+from fastattn.dispatch.fallback import why_not_default
+from fastattn.dispatch.service import Action, Asked, Service, decide_service
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
@@ -129,7 +130,7 @@ def _answer(asked: Asked, decision: Service | None, verdict: Verdict | None) -> 
         return "nothing", "no kernel can do this call: it raises NoKernelError"
     served = decision.name(asked.problem)
     if decision.verdict is not None and decision.action is Action.SERVE:
-        return served, render.why_served(decision.verdict, served)
+        return served, render.why_served(decision.verdict, served, why_not_default(asked))
     if served == "sdpa_math" and decision.action is not Action.PASS and asked.kernel is None:
         return served, why_not_default(asked) or decision.why
     return served, decision.why

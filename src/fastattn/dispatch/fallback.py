@@ -14,7 +14,6 @@ from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.decision import Accepted, Decision, Rejected
-from fastattn.problems.call_facts import INT32
 from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def in_order(
             continue
         if asked.circumstances.capturing and not is_ready(kernel):
             continue
-        if name == "default" and asked.device.type == "cuda" and asked.facts.extent > INT32:
+        if name == "default" and why_not_default(asked) is not None:
             continue
         found = candidates.decide(
             kernel, asked.problem, asked.device, asked.settings, facts=asked.facts, certain=certain
@@ -86,6 +85,14 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
     return [c for c in found if c.kernel.name != "default"] if is_wrong else found
+
+
+def why_not_default(asked: Asked) -> str | None:
+    """Why the default must not serve this call, None where it may: what it would run is asked, and no other kernel."""
+    named = (registry.row_for(name, asked.device.type) for name in default_choice.DISPATCHED)
+    rows = [row for row in named if row is not None]
+    found = candidates.decisions(asked.problem, asked.device, asked.settings, rows, facts=asked.facts)
+    return default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
 
 
 def is_ready(kernel: Kernel) -> bool:

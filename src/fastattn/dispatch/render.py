@@ -101,10 +101,11 @@ def _folded(text: str, width: int | None, indent: int) -> list[str]:
     return whole_names.wrap(text) or [text]
 
 
-def why_served(verdict: Verdict, served: str) -> str:
-    """Why a candidate of this verdict serves, with the numbers that decided."""
+def why_served(verdict: Verdict, served: str, why_not_default: str | None = None) -> str:
+    """Why a candidate of this verdict serves, with the numbers that decided. why_not_default: what keeps the default out."""
     if served != verdict.winner:
-        return f"the stored winner {verdict.winner} cannot do these lengths or strides"
+        why = (why_not_default if verdict.winner == "default" else None) or "it cannot do this call"
+        return f"the stored winner {verdict.winner} is not served: {why}"
     if served == verdict.incumbent:
         failed = verdict.trial(served)
         if failed is not None and failed.reason:

@@ -102,10 +102,4 @@ def _why(verdict: Verdict, candidate: Accepted) -> str:
     """Why this candidate of a verdict serves."""
     if candidate.name == verdict.winner:
         return "the stored winner" if verdict.winner != verdict.incumbent else "nothing was faster than the default"
-    return f"the stored winner {verdict.winner} cannot do these lengths or strides"
-
-
-def why_not_default(asked: Asked) -> str | None:
-    """Why the default must not be served untested, None where it may."""
-    found = fallback.all_decisions(asked)
-    return default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+    return f"the stored winner {verdict.winner} is not served: it cannot do this call"

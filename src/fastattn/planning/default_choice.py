@@ -18,15 +18,16 @@ def untuned_name(is_math: bool, is_custom: bool) -> str:
     return "flex" if is_custom else "sdpa_math" if is_math else "default"
 
 
+DISPATCHED = ("torch_cudnn", "torch_flash", "torch_efficient", "torch_math")  # what F.sdpa's dispatcher chooses from
+
+
 def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     """Name of the kernel that F.sdpa's own dispatcher takes for this problem (measured on the CPU, read for CUDA)."""
     could = [
         d if isinstance(d, Accepted) else d.if_not_faulty for d in found
     ]  # torch knows nothing of our known faults
     plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name)}
-    order = ["torch_flash", "torch_efficient", "torch_math"]
-    if device.type == "cuda" and device.prefers_cudnn:
-        order.insert(0, "torch_cudnn")
+    order = DISPATCHED if device.type == "cuda" and device.prefers_cudnn else DISPATCHED[1:]
     return next((name for name in order if name in plain), "torch_math")
 
 
@@ -52,7 +53,10 @@ def fallbacks(
 def why_not_default(
     p: Problem, device: Device, settings: Settings, found: Sequence[Decision], facts: CallFacts | None = None
 ) -> str | None:
-    """Why the default must not be served untested: a known fault, int32 extents on CUDA, or too much memory."""
+    """Why the default must not be served untested: a known fault, int32 extents on CUDA, or too much memory.
+
+    found: the decisions of those it chooses from; others may stand there as well.
+    """
     facts = ordinary_facts(p) if facts is None else facts
     runs = default_runs(p, device, found)
     faults = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class Problem:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that name the problem."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _JSON_FIELDS}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Problem:

@@ -143,11 +143,8 @@ class Store:
             return None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        if problem is not None and verdict.problem != problem:
-            return None
-        if verdict.problem.digest != path.stem:
-            return None
-        return verdict
+        is_own = verdict.problem == problem if problem is not None else verdict.problem.digest == path.stem
+        return verdict if is_own else None
 
     def _warn(self, text: str) -> None:
         if not self._warned:
