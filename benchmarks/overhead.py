@@ -2,6 +2,7 @@
 
     python benchmarks/overhead.py [--smoke] [--json FILE] [--results docs/results]
     python benchmarks/overhead.py --against DIR        # a hit here and in another checkout, by processes that alternate
+    python benchmarks/overhead.py --first-calls        # first calls on extreme problems: time and memory
 
 Every row is one interleaved measurement: the base, the base again (the A/A spread), and fastattn's way to the same work.
 Exit code 1 when an aim of the design is missed (with --smoke: only when absurd). docs/benchmarks.md says how to read it.
@@ -17,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import checkouts
+import first_calls
 import hits
 import starts
 import torch
@@ -50,7 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="few rounds, exit 0 unless absurd")
     parser.add_argument("--rounds", type=int, help="rounds a row (default 41), or processes of a checkout (default 7)")
     parser.add_argument("--against", metavar="DIR", type=Path, help="only compare a hit with that checkout's")
-    add_results(parser, "overhead.txt and .json (against.txt and .json)")
+    parser.add_argument("--first-calls", action="store_true", help="only first calls, on problems of extreme shapes")
+    add_results(parser, "overhead.txt and .json (against.txt, first-calls.txt and so on)")
     return parser.parse_args()
 
 
@@ -58,7 +61,12 @@ def main() -> int:
     args = parse()
     torch.set_num_threads(1)
     console, facts, missed = open_console(), environment(), False
-    if args.against:
+    if args.first_calls:
+        calls = first_calls.first_calls(list(first_calls.EXTREMES)[: 1 if args.smoke else None])
+        console.print(first_calls.table(calls))
+        missed = not args.smoke and not all(call.is_met for call in calls)
+        data = {"first_calls": [asdict(call) | {"is_met": call.is_met} for call in calls]}
+    elif args.against:
         found = checkouts.compare(args.against, args.rounds or (1 if args.smoke else 7), args.smoke)
         rows = checkouts.summary(found)
         console.print(checkouts.table(rows, args.against))
@@ -76,7 +84,7 @@ def main() -> int:
     if args.json:
         Path(args.json).write_text(text, encoding="utf-8")
     if (folder := results_folder(args, facts)) is not None:
-        name = "against" if args.against else "overhead"
+        name = "first-calls" if args.first_calls else "against" if args.against else "overhead"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
         (folder / f"{name}.txt").write_text(console.export_text(), encoding="utf-8")
     return int(missed)

@@ -10,8 +10,8 @@ from fakes import Clock, honest, made_up
 
 from fastattn.planning.decision import Accepted
 from fastattn.tuning import choose
-from fastattn.tuning.screening import TrialInProgress
 from fastattn.tuning.stopwatch import MAX_ROUNDS, MIN_ROUNDS, Timing, time_interleaved
+from fastattn.tuning.trial_in_progress import TrialInProgress
 
 
 def race(costs, jitter=lambda name, now: 1.0, seconds=0.2, order=None):

@@ -8,8 +8,9 @@ from fastattn.environment.blame import raise_callers
 from fastattn.environment.text import first_line
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
-from fastattn.tuning.screening import TrialInProgress, inaccurate
+from fastattn.tuning.screening import inaccurate
 from fastattn.tuning.stopwatch import MIN_ROUNDS
+from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise

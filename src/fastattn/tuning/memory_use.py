@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,67 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    return min(_available(), _left_in_cgroup(), _left_of_address_space())
+
+
+def _available() -> float:
+    return _kibibytes("/proc/meminfo", "MemAvailable:")
+
+
+def _left_in_cgroup() -> float:
+    """What the limits of this process's control groups leave: of version 2, each group above it included, or version 1."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return float("inf")
+    left = [float("inf")]
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        limit, used = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        group = root / path.lstrip("/")
+        for folder in (
+            group,
+            *group.parents,
+        ):  # in a container the path may be the host's: then its root is what counts
+            if folder in (root.parent, Path("/")):
+                break
+            left.append(_number(folder / limit) - _number(folder / used, 0.0))
+    return max(0.0, min(left))
+
+
+def _left_of_address_space() -> float:
+    """What RLIMIT_AS leaves."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("inf")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return float("inf")
+    return max(0.0, limit - _kibibytes("/proc/self/status", "VmSize:"))
+
+
+def _kibibytes(file: str, name: str) -> float:
+    """A line of /proc in bytes; infinite where there is none."""
+    try:
+        with open(file, encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
     except (OSError, ValueError, StopIteration):
         return float("inf")
+
+
+def _number(file: Path, otherwise: float = float("inf")) -> float:
+    try:
+        return float(file.read_text(encoding="ascii"))  # "max" is no number: no limit
+    except (OSError, ValueError):
+        return otherwise
+
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def release_memory(device: torch.device) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,79 +15,45 @@ from fastattn.environment.log import log
 from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding
+from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.decision import Accepted
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
+from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch, Timing
-from fastattn.verdicts.verdict import Outcome, Trial
+from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch
+from fastattn.tuning.trial_in_progress import TrialInProgress
+from fastattn.verdicts.verdict import Outcome
 
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 
 
-@dataclass(slots=True)
-class TrialInProgress:
-    """A candidate on its way through a tuning; `outcome` is None as long as it may still win."""
-
-    candidate: Accepted
-    run: Callable[[], Any] = lambda: torch.empty(0, dtype=torch.float32, device="cpu")
-    outcome: Outcome | None = None
-    reason: str | None = None
-    errors: Errors | None = None
-    temporary: int | None = None
-    saved: int | None = None
-    first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
-    first_run: float = 0.0  # seconds of the first timed run at the problem's own size
-    timing: Timing = field(default_factory=Timing)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether nothing has ruled it out yet."""
-        return self.outcome is None
-
-    def out(self, outcome: Outcome, reason: str) -> None:
-        """Rule it out."""
-        self.outcome, self.reason = outcome, reason
-
-    def trial(self) -> Trial:
-        """The Trial that is stored in the Verdict."""
-        timed = self.is_alive and bool(self.timing.samples)
-        return Trial(
-            self.candidate.name,
-            self.outcome or Outcome.TIMED,
-            self.reason,
-            time_us=round(self.timing.median * 1e6, 2) if timed else None,
-            noise=round(self.timing.noise, 4) if timed else None,
-            drift=round(self.timing.drift, 4) if timed else None,
-            forward=_rounded(self.errors.forward) if self.errors else None,
-            backward=_rounded(self.errors.backward) if self.errors else None,
-            temporary_bytes=self.temporary,
-            saved_bytes=self.saved,
-            first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
-            library=availability.library_tag(self.candidate.kernel),
-        )
-
-
-def _rounded(error: float | None) -> float | None:
-    return None if error is None else round(min(error, 1e9), 4)
-
-
 class Screening:
     """Checks the candidates of one problem one by one: they share its tensors and its reference."""
 
     def __init__(
-        self, problem: Problem, device: torch.device, clock: Stopwatch, default_runs: str, cache_dir: str | None
+        self,
+        problem: Problem,
+        device: torch.device,
+        clock: Stopwatch,
+        default_runs: str,
+        cache_dir: str | None,
+        room: float = float("inf"),
     ) -> None:
+        """room: bytes that a candidate may take beside the sample."""
+        self.room = room
         self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
         self.reduced = probe_problem(problem)
         self.scale = None if problem.scale == "positive" else stand_in_scale(problem)
         self.judges = judges_of_problem(problem, device)
         self.sample = plain_sample(problem, device)
+        is_whole = (self.reduced.q_len, self.reduced.kv_len) == (problem.q_len, problem.kv_len)
+        self.full_size = None if is_whole else FullSize(self.sample, stand_in_scale(problem))
         self._rate = dropout.RATE if problem.dropout else 0.0
         self._cache = next(iter(cache_layers(cache_dir)[0]), None)
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
@@ -140,11 +105,14 @@ class Screening:
 
     def _try(self, trial: TrialInProgress, incumbent: bool) -> None:
         candidate, s = trial.candidate, self.sample
-        trial.errors = worst_errors(self.judges, self._timed_once(trial))
+        trial.errors = worst_errors(self.judges, self._measured_once(trial))
         if self.problem.dropout:
             trial.errors = self._with_dropout(candidate).worst(trial.errors)
         if not trial.errors.passed:
             return trial.out(Outcome.INACCURATE, inaccurate(trial.errors))
+        if not incumbent and (most := self._may_take(trial)) > self.room:
+            why = f"not tried: it may take {most:.0f} bytes, a first call {self.room:.0f}; `fastattn tune` tries it"
+            return trial.out(Outcome.NOT_TRIED, why)
         run = self._whole(binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate))
         inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
         if candidate.kernel.compiles:  # for these sizes too
@@ -152,8 +120,15 @@ class Screening:
             run()
             trial.first_call = self.clock.now() - start
         start = self.clock.now()
-        _, trial.temporary, trial.saved = memory_use.measure_memory(run, inputs, candidate.kernel.compiles is not None)
+        found, trial.temporary, trial.saved = memory_use.measure_memory(
+            run, inputs, candidate.kernel.compiles is not None
+        )
         trial.first_run = self.clock.now() - start
+        if self.full_size is not None and not self._rate:
+            trial.errors = self.full_size.errors(found).worst(trial.errors)
+            if not trial.errors.passed:
+                return trial.out(Outcome.INACCURATE, inaccurate(trial.errors))
+        del found
         used, limit = max(trial.temporary, trial.saved), self.problem.memory_limit
         if not incumbent and used > limit:
             why = f"memory: {used} bytes beyond its inputs and output > {limit}"
@@ -173,18 +148,31 @@ class Screening:
         call, without = (binding.bind(candidate, small, self.scale, dropout_p=p) for p in (dropout.RATE, 0.0))
         return dropout.check_dropout(call, without, small, self.device)
 
-    def _timed_once(self, trial: TrialInProgress) -> binding.Call:
+    def _measured_once(self, trial: TrialInProgress) -> binding.Call:
+        """Its Call for the probes; the time of its very first run is kept, and the bytes that it took beside them."""
         call = binding.bind(trial.candidate, self.reduced, self.scale)
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
             if trial.first_call is not None:
                 return call(q, k, v, mask)
             start = self.clock.now()
-            out = call(q, k, v, mask)
+            if trial.candidate.kernel.compiles:
+                out = call(q, k, v, mask)
+            else:
+                inputs = [x for x in (q, k, v, mask) if x is not None]
+                out, trial.temporary, _ = memory_use.measure_memory(lambda: call(q, k, v, mask), inputs)
             trial.first_call = self.clock.now() - start
             return out
 
         return run
+
+    def _may_take(self, trial: TrialInProgress) -> float:
+        """Bytes that it may take at the problem's own size, by what the probes took; blocks bound what is not cast before."""
+        done = set(trial.candidate.conversions)
+        is_bounded = "by_heads" in done or (IN_BLOCKS & done and "fp32" not in done)
+        if trial.temporary is None or is_bounded:
+            return 0.0
+        return trial.temporary * self.problem.io_bytes / max(1, self.reduced.io_bytes)
 
     def _whole(self, call: binding.Call) -> Callable[[], Any]:
         s = self.sample

@@ -19,14 +19,16 @@ from fastattn.problems.problem import Problem
 from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
-from fastattn.tuning.screening import Screening, TrialInProgress
+from fastattn.tuning.screening import Screening
 from fastattn.tuning.stopwatch import Stopwatch, Timing, stopwatch, time_interleaved
+from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
 THOROUGH_ROUNDS = 10
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
+ROOM = 192 * 2**20  # bytes beyond the problem's own that a candidate may take in a first call: 256 MiB less the probes
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
 MUST_COMPILE = "not tried: it must be compiled first, which `fastattn tune --compile` does"
 
@@ -58,7 +60,8 @@ def tune_problem(
     began = clock.now()
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
-    screening = Screening(problem, on, clock, native, settings.cache_dir)
+    room = float("inf") if thorough else problem.io_bytes + ROOM
+    screening = Screening(problem, on, clock, native, settings.cache_dir, room)
     first = default_choice.fallbacks(problem, device_kind, settings, found)[0]
     kept = settled(known, found) - {first.name}  # what always can run is tried anew
     trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]

@@ -44,10 +44,39 @@ def plain_sample(p: Problem, device: torch.device, seed: int = 0) -> Sample:
 
 
 def probe_problem(p: Problem) -> Problem:
-    """The problem that is checked: the same but for batch 1 and one kv head for each probe (so none can be expanded)."""
+    """The problem that is checked: the same but for batch 1, one kv head for each probe (so none can be expanded), and lengths
+    of a bounded size (checked_lengths).
+    """
     count = len(PROBES) - (0 if p.mask or p.causal else 1)
     q, k, v = ("contiguous" if cls == "expanded" else cls for cls in p.strides)
-    return replace(p, batch=1, kv_heads=count, q_heads=count * p.group, strides=(q, k, v))
+    q_len, kv_len = checked_lengths(p, count)
+    return replace(p, batch=1, kv_heads=count, q_heads=count * p.group, q_len=q_len, kv_len=kv_len, strides=(q, k, v))
+
+
+def checked_lengths(p: Problem, count: int) -> tuple[int, int]:
+    """(q_len, kv_len) of the probes: whatever the problem's own, checking takes a bounded time and memory.
+
+    Long ones keep their remainder by the powers of two up to half the bound, on which a tail depends; which of both is the
+    longer, on which the causal corner does; and twice the span of a window. What happens at the full length is looked at
+    there (full_size.py).
+    """
+    row = count * (p.group + 2) * max(p.head_dim, p.head_dim_v) * 4  # bytes of q, k and v in float32
+    most = next((n for n in (2048, 1024) if n * row <= PROBE_BYTES), 512)
+    span = 2 * sum(n for n in p.window or () if n > 0) + 2
+    most = max(most, 1 << (span - 1).bit_length())
+    q_len, kv_len = _shortened(p.q_len, most), _shortened(p.kv_len, most)
+    if p.q_len < p.kv_len and q_len >= kv_len:
+        kv_len += most // 2
+    elif p.q_len > p.kv_len and q_len <= kv_len:
+        q_len += most // 2
+    return q_len, kv_len
+
+
+def _shortened(n: int, most: int) -> int:
+    return n if n <= most else most - -n % (most // 2)
+
+
+PROBE_BYTES = 48 * 2**20
 
 
 def probe_sample(p: Problem, device: torch.device, seed: int = 1) -> Sample:

@@ -1,13 +1,15 @@
 """softmax(q k^T) v written out, and its gradients, in any precision: what every kernel is judged by.
 
 The default itself can be wrong, so the reference is never "whatever F.sdpa returns". Fully masked rows are zeros with zero
-gradients. Works on one kv head at a time, on chosen query rows, so that its memory stays small.
+gradients. Works on one kv head at a time, on chosen query rows, and forward alone in blocks of keys, so that its memory
+stays small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +19,20 @@ from torch import Tensor
 class Result:
     """One kv head; g query heads, r rows. Sizes that error budgets are made of stand beside the results.
 
-    out (g, r, dv). lse (g, r). spread (g, r): (P|V|)_i = max_d sum_j p_ij |v_jd|. noise (g, r): sum_j p_ij of
-    sum_d |q_id k_jd scale| and the bias, how large the terms are that a row's scores rest on; 0 for half inputs, unless
-    the log-sum-exp is wanted.
+    out (g, r, dv). lse (g, r). spreads (g, r, dv): sum_j p_ij |v_jd|. noise (g, r): sum_j p_ij of sum_d |q_id k_jd scale|
+    and the bias, how large the terms are that a row's scores rest on; 0 for half inputs, unless the log-sum-exp is wanted.
     """
 
     out: Tensor
     lse: Tensor
-    spread: Tensor
+    spreads: Tensor
     noise: Tensor
     gradients: Gradients | None = None
+
+    @property
+    def spread(self) -> Tensor:
+        """(g, r): (P|V|)_i = max_d sum_j p_ij |v_jd|."""
+        return self.spreads.amax(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +139,10 @@ def attend(
     factors = None if drop is None else drop[:, index].to(dtype)
     kept = weights if factors is None else weights * factors
     out = kept @ v
-    spread = (kept @ v.abs()).amax(-1)
+    spreads = kept @ v.abs()
     noise = torch.zeros_like(sums) if sizes is None else sizes.mul_(weights).nan_to_num_(nan=0.0).sum(-1)
     if grad is None:
-        return Result(out, sums, spread, noise)
+        return Result(out, sums, spreads, noise)
     grad = grad.to(dtype)
     terms = grad * out
     dscores = grad @ v.mT if factors is None else grad @ v.mT * factors
@@ -157,4 +163,36 @@ def attend(
         grad=grad,
         scale=scale,
     )
-    return Result(out, sums, spread, noise, gradients)
+    return Result(out, sums, spreads, noise, gradients)
+
+
+KEYS = 2**12  # of a block
+
+
+def attend_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    block: int = KEYS,
+    lower: int | None,
+    upper: int | None,
+    **options: Any,
+) -> Result:
+    """attend() forward, `block` keys at a time, merged by log-sum-exp: its memory does not grow with the keys.
+
+    options: scale, softcap, lse, rows and dtype, as for attend().
+    """
+    parts: list[Result] = []
+    for start in range(0, k.shape[0], block):
+        keys = slice(start, start + block)
+        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., keys]
+        band = {"lower": None if lower is None else lower - start, "upper": None if upper is None else upper - start}
+        parts.append(attend(q, k[keys], v[keys], seen, **band, **options))
+    lse = torch.stack([part.lse for part in parts]).logsumexp(0)
+    shares = [(part.lse - lse).exp().nan_to_num(nan=0.0) for part in parts]
+    out = sum(part.out * share[..., None] for part, share in zip(parts, shares, strict=True))
+    spreads = sum(part.spreads * share[..., None] for part, share in zip(parts, shares, strict=True))
+    noise = sum(part.noise * share for part, share in zip(parts, shares, strict=True))
+    return Result(out, lse, spreads, noise)  # type: ignore[arg-type]
