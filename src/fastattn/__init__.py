@@ -13,7 +13,7 @@ from fastattn.environment.version import __version__ as __version__
 if TYPE_CHECKING:
     from fastattn.dispatch.ahead import tune
     from fastattn.dispatch.explain import Explanation, explain
-    from fastattn.dispatch.patching import Patch, patch
+    from fastattn.dispatch.patching import Patch, patch, unpatch
     from fastattn.dispatch.plan import Plan, plan
     from fastattn.dispatch.ranks import sync
     from fastattn.dispatch.sdpa import sdpa
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Explanation", "FastattnError", "NoKernelError", "Patch", "Plan", "Problem", "Stats", "Verdict", "attention", "clear",
-    "explain", "masks", "options", "patch", "plan", "sdpa", "stats", "sync", "tune",
+    "explain", "masks", "options", "patch", "plan", "sdpa", "stats", "sync", "tune", "unpatch",
 ]  # fmt: skip
 
 # Imported when first asked for: a program that only calls attention() pays for what a hit needs.
 _LATER = {
     "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
-    "Patch": "dispatch.patching", "patch": "dispatch.patching", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
+    "Patch": "dispatch.patching", "patch": "dispatch.patching", "unpatch": "dispatch.patching",
+    "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
     "Stats": "dispatch.stats", "stats": "dispatch.stats", "clear": "dispatch.session", "tune": "dispatch.ahead",
     "FastattnError": "environment.errors", "NoKernelError": "environment.errors", "options": "environment.option_scope",
     "Problem": "problems.problem", "Verdict": "verdicts.verdict",

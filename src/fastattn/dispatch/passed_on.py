@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.torch_private import sdpa
+from fastattn.dispatch.torch_function import sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.problems import masks

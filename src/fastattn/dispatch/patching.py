@@ -2,55 +2,82 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+from typing import Any
+
 import torch.nn.functional as F
 
 from fastattn.dispatch.sdpa import sdpa
+from fastattn.dispatch.torch_function import NAME, OURS
+from fastattn.environment import torch_private
 from fastattn.environment.log import log
 
 
 class Patch:
     """The handle of patch(): `undo()` it, or let a `with` block undo it at its end.
 
-    It patches when it is made, not at `with`. It undoes itself only if it is still the one in place; otherwise somebody
-    patched over it, and what they put there stays.
+    There is one at a time: patching twice gives the same handle. It patches when it is made, not at `with`. It undoes itself
+    only if it is still the one in place; otherwise somebody patched over it, and what they put there stays.
     """
 
     def __init__(self) -> None:
-        self._before = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = sdpa
+        self._before = getattr(F, NAME)
+        self._function = _as_torchs(self)
+        self._calls = 0  # of patch(), less the `with` blocks that are over
         self._done = False
+        setattr(F, NAME, self._function)
 
     def undo(self) -> bool:
         """Put back what was there before; whether that was done."""
-        if self._done or self._before is sdpa:  # undone, or it was in place already
+        if self._done:
             return False
-        if F.scaled_dot_product_attention is not sdpa:
+        if getattr(F, NAME) is not self._function:
             log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
             return False
-        F.scaled_dot_product_attention = self._before
+        setattr(F, NAME, self._before)
         self._done = True
         return True
 
     def __repr__(self) -> str:
         if self._done:
             state = "undone"
-        elif F.scaled_dot_product_attention is not sdpa:
-            state = "patched over"
         else:
-            state = "nothing to undo, fastattn was in place already" if self._before is sdpa else "in place"
+            state = "in place" if getattr(F, NAME) is self._function else "patched over"
         return f"<fastattn.patch: {state}>"
 
     def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.undo()
+        self._calls -= 1
+        if self._calls <= 0:
+            self.undo()
 
 
 def patch() -> Patch:
     """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the whole process.
 
-    It takes effect when it is called; `with` only undoes it at the end of the block. Code that imported the function by
-    name before keeps the old one. Patching twice is harmless: the second handle has nothing to undo.
+    It takes effect when it is called; `with` only undoes it at the end of the block, where nothing patched before it. Code that
+    imported the function by name before keeps the old one. Patching twice is harmless: it gives the handle that there is.
     """
-    return Patch()
+    handle: Patch = getattr(getattr(F, NAME), OURS, None) or Patch()
+    handle._calls += 1
+    return handle
+
+
+def unpatch() -> bool:
+    """Undo patch(), wherever its handle is; whether anything was undone."""
+    handle: Patch | None = getattr(getattr(F, NAME), OURS, None)
+    return handle is not None and handle.undo()
+
+
+def _as_torchs(handle: Patch) -> Any:
+    """sdpa under torch's name: with its documentation, for pickle in its place, for torch.jit.script a builtin."""
+    found = FunctionType(sdpa.__code__, sdpa.__globals__, NAME, sdpa.__defaults__, sdpa.__closure__)
+    found.__kwdefaults__ = dict(sdpa.__kwdefaults__ or {})
+    found.__annotations__ = dict(sdpa.__annotations__)
+    found.__module__, found.__qualname__, found.__doc__ = F.__name__, NAME, torch_private.sdpa.__doc__
+    found._torchdynamo_inline = sdpa._torchdynamo_inline  # type: ignore[attr-defined]
+    setattr(found, OURS, handle)
+    torch_private.register_builtin(found, "aten::scaled_dot_product_attention")
+    return found

@@ -11,9 +11,10 @@ from fastattn.dispatch.circumstances import TUNE, Circumstances, may_remember, r
 from fastattn.dispatch.rescue import rescued
 from fastattn.dispatch.service import Action, Asked, decide_service
 from fastattn.dispatch.session import session
+from fastattn.dispatch.torch_function import sdpa
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings
-from fastattn.environment.torch_private import has_torch_function, sdpa
+from fastattn.environment.torch_private import has_torch_function
 from fastattn.planning import binding, default_choice
 from fastattn.planning.decision import Accepted
 from fastattn.problems import masks

@@ -24,6 +24,7 @@ PRIVATE = {
     "tensor_guards": "torch._C._dynamo.guards.TensorGuards",
     "has_torch_function": "torch._C._has_torch_function_variadic",
     "function_modes": "torch.overrides._get_current_function_mode_stack",
+    "register_builtin": "torch.jit._builtins._register_builtin",
     "dispatch_modes": "torch._C._len_torch_dispatch_stack",
     "functorch_level": "torch._C._functorch.maybe_current_level",
     "is_batched": "torch._C._functorch.is_legacy_batchedtensor",
@@ -66,7 +67,8 @@ class _NoForwardAD:
 
 sdpa: Callable[..., torch.Tensor] = _or("sdpa", torch.nn.functional.scaled_dot_product_attention)
 has_torch_function: Callable[..., bool] = _or("has_torch_function", lambda *ts: torch.overrides.has_torch_function(ts))
-_function_modes: Callable[[], list[Any]] = _or("function_modes", list)
+function_modes: Callable[[], list[Any]] = _or("function_modes", list)
+register_builtin: Callable[[Any, str], None] = _or("register_builtin", lambda function, name: None)
 dispatch_modes: Callable[[], int] = _or("dispatch_modes", lambda: 0)
 functorch_level: Callable[[], int | None] = _or("functorch_level", lambda: None)
 is_batched: Callable[[torch.Tensor], bool] = _or(
@@ -102,5 +104,5 @@ def precision() -> str:
 
 def only_default_device() -> bool:
     """Whether torch.set_default_device, or `with torch.device(...)`, is all that stands on the function mode stack."""
-    modes = _function_modes()
+    modes = function_modes()
     return bool(modes) and all(type(mode).__name__ == "DeviceContext" for mode in modes)
