@@ -8,6 +8,7 @@ mistake an error of the kernel for a miss. Costs are in docs/how-it-works.md; `b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastattn.environment import torch_private
+from fastattn.environment import torch_private, torch_switches
 from fastattn.environment.settings import scoped_settings
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ READERS: dict[str, Callable[[], Any]] = {
     "deterministic": torch_private.deterministic,
     "grad": torch.is_grad_enabled,
     "threads": torch.get_num_threads,
-    "precision": torch_private.precision,
     "unrestricted": torch_private.not_inside_sdpa_kernel,
     **torch_private.BACKEND_SWITCHES,
+    **torch_switches.READERS,
     "autocast_cpu": lambda: torch.get_autocast_dtype("cpu"),
     "autocast_cuda": lambda: torch.get_autocast_dtype("cuda"),
 }
+
+
+_NO_NAME = re.compile(r"\W")
 
 
 def _moving_strides(x: Tensor, dim: int) -> list[int]:
@@ -192,11 +196,12 @@ def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
 
 
 def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
-    values[f"read_{name}"] = READERS[name]
+    at = _NO_NAME.sub("_", name)
+    values[f"read_{at}"] = READERS[name]
     if isinstance(value, bool):
-        return f"read_{name}()" if value else f"not read_{name}()"
-    values[f"WANT_{name}"] = value
-    return f"read_{name}() == WANT_{name}"
+        return f"read_{at}()" if value else f"not read_{at}()"
+    values[f"WANT_{at}"] = value
+    return f"read_{at}() == WANT_{at}"
 
 
 _CONSTANTS = {
