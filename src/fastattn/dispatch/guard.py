@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +90,10 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
 def _native_works() -> bool:
     """Whether TensorGuards of this torch tells apart all that the guards rely on."""
     try:
-        a, b = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+        zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+        a, b = zeros(2, 3, 4), zeros(2, 3, 4)
         check = _native([a, b], {})
-        other = [a.double(), torch.zeros(2, 3, 5), torch.zeros(2, 4, 3).mT, a.clone().requires_grad_(), a[:, :2],
+        other = [a.double(), zeros(2, 3, 5), zeros(2, 4, 3).mT, a.clone().requires_grad_(), a[:, :2],
                  torch.nn.Parameter(a.clone(), False), torch._neg_view(a), 1]  # fmt: skip
         ok = check(b, a) and not any(check(x, b) for x in other)
         with torch.inference_mode():
@@ -100,7 +101,7 @@ def _native_works() -> bool:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ok = ok and not check(a, b)
         free = _native([a], {0: 1})
-        return ok and free(torch.zeros(2, 9, 4)) and not free(torch.zeros(2, 3, 5))
+        return ok and free(zeros(2, 9, 4)) and not free(zeros(2, 3, 5))
     except Exception:
         return False
 
