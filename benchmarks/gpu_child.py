@@ -78,12 +78,8 @@ def grid(device: str, smoke: bool) -> list[Problem]:
         row.setdefault("head_dim_v", row["head_dim"])
         row["mask"] = dtype if row.get("mask") == "own" else row.get("mask")
         threads = torch.get_num_threads() if device == "cpu" else 0
-        found.append(Problem(device=device, dtype=dtype, threads=threads, precision=precision(device), **row))
+        found.append(Problem(device=device, dtype=dtype, threads=threads, switches=torch_state(device).switches, **row))
     return list(dict.fromkeys(found))
-
-
-def precision(device: str) -> str:
-    return torch_state(device).precision
 
 
 @dataclass(frozen=True)

@@ -165,10 +165,10 @@ def test_threads_and_precision_are_this_process(monkeypatch):
     try:
         torch.set_float32_matmul_precision("medium")
         assert asked("2x4x37x16") == [of_call(*qkv())]
-        changed = asked("2x4x37x16")[0].precision
+        changed = asked("2x4x37x16")[0].switches
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert asked("2x4x37x16")[0].precision != changed
+    assert asked("2x4x37x16")[0].switches != changed
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

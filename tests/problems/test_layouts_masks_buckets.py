@@ -207,8 +207,8 @@ def test_extent_is_the_largest_offset(memory):
 
 OTHER = {
     "device": "cuda", "dtype": "float16", "lengths": "kv", "strides": ("packed",) * 3, "mask": "bool", "mask_shape": "11qk",
-    "mask_strides": "expanded", "causal": "top_left", "scale": "zero", "precision": "tf32", "accuracy": 0.5, "layout": "bshd",
-    "flash_impl": "FA3", "cast_from": ("float32",), "softcap": 1.0, "window": (1, 1),
+    "mask_strides": "expanded", "causal": "top_left", "scale": "zero", "switches": ("mkldnn.enabled=False",), "accuracy": 0.5,
+    "layout": "bshd", "flash_impl": "FA3", "cast_from": ("float32",), "softcap": 1.0, "window": (1, 1),
 }  # fmt: skip
 NAMED = fields(Problem)
 

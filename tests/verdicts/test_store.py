@@ -34,6 +34,8 @@ from fastattn.verdicts.manifest import export_manifest, read_manifest
 from fastattn.verdicts.store import Store, store_of
 from fastattn.verdicts.verdict import SCHEMA
 
+SCHEMA_IS = b'"schema": %d' % SCHEMA
+
 SOURCE = Path(fastattn.__file__).parent
 
 
@@ -151,8 +153,8 @@ HOSTILE = {
     "null": b"null",
     "a number": b"3",
     "a string": b'"winner"',
-    "another schema": lambda text: text.replace(b'"schema": 3', b'"schema": 2'),
-    "schema as text": lambda text: text.replace(b'"schema": 3', b'"schema": "3"'),
+    "another schema": lambda text: text.replace(SCHEMA_IS, b'"schema": 2'),
+    "schema as text": lambda text: text.replace(SCHEMA_IS, b'"schema": "%d"' % SCHEMA),
     "no trials": lambda text: changed(text, trials=[]),
     "trials of another type": lambda text: changed(text, trials={"default": 1}),
     "trial not an object": lambda text: changed(text, trials=["default"]),
@@ -478,7 +480,7 @@ def test_fault_54_who_owns_it_matters_not_where_it_is(monkeypatch, tmp_path):
     assert root.is_relative_to(tmp_path)
     mine = Store([root])
     assert mine.put(verdict(), DEVICE) is not None and mine.get(PROBLEM, DEVICE) is not None
-    (root / "v3").chmod(0o777)
+    (root / f"v{SCHEMA}").chmod(0o777)
     assert Store([root]).put(verdict(), DEVICE) is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/tmp/asked-for")
     assert cache_files.default_cache_directory() == Path("/tmp/asked-for/fastattn")

@@ -19,7 +19,7 @@ from fastattn.tuning.accuracy.judge_call import errors_of_custom
 
 def check_first_output(call: Call, candidate: str, problem: Problem, key: CallKey, given: tuple[Any, ...]) -> None:
     """Compare the call's output with float64, one kv head of the first batch entry, and warn where it is off."""
-    heads, keys = (torch.arange(n, device=key.q.device) for n in (problem.group, problem.kv_len))
+    heads, keys = (torch.arange(n, dtype=torch.int64, device=key.q.device) for n in (problem.group, problem.kv_len))
     first = torch.zeros((), dtype=heads.dtype, device=key.q.device)
     score_mod = key.options.score_mod
 

@@ -8,15 +8,16 @@ mistake an error of the kernel for a miss. Costs are in docs/how-it-works.md; `b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastattn.environment import torch_private
+from fastattn.environment import torch_private, torch_switches
 from fastattn.environment.settings import scoped_settings
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ READERS: dict[str, Callable[[], Any]] = {
     "deterministic": torch_private.deterministic,
     "grad": torch.is_grad_enabled,
     "threads": torch.get_num_threads,
-    "precision": torch_private.precision,
     "unrestricted": torch_private.not_inside_sdpa_kernel,
     **torch_private.BACKEND_SWITCHES,
+    **torch_switches.READERS,
     "autocast_cpu": lambda: torch.get_autocast_dtype("cpu"),
     "autocast_cuda": lambda: torch.get_autocast_dtype("cuda"),
 }
+
+
+_NO_NAME = re.compile(r"\W")
 
 
 def _moving_strides(x: Tensor, dim: int) -> list[int]:
@@ -86,9 +90,10 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
 def _native_works() -> bool:
     """Whether TensorGuards of this torch tells apart all that the guards rely on."""
     try:
-        a, b = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+        zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+        a, b = zeros(2, 3, 4), zeros(2, 3, 4)
         check = _native([a, b], {})
-        other = [a.double(), torch.zeros(2, 3, 5), torch.zeros(2, 4, 3).mT, a.clone().requires_grad_(), a[:, :2],
+        other = [a.double(), zeros(2, 3, 5), zeros(2, 4, 3).mT, a.clone().requires_grad_(), a[:, :2],
                  torch.nn.Parameter(a.clone(), False), torch._neg_view(a), 1]  # fmt: skip
         ok = check(b, a) and not any(check(x, b) for x in other)
         with torch.inference_mode():
@@ -96,7 +101,7 @@ def _native_works() -> bool:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ok = ok and not check(a, b)
         free = _native([a], {0: 1})
-        return ok and free(torch.zeros(2, 9, 4)) and not free(torch.zeros(2, 3, 5))
+        return ok and free(zeros(2, 9, 4)) and not free(zeros(2, 3, 5))
     except Exception:
         return False
 
@@ -192,11 +197,12 @@ def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
 
 
 def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:
-    values[f"read_{name}"] = READERS[name]
+    at = _NO_NAME.sub("_", name)
+    values[f"read_{at}"] = READERS[name]
     if isinstance(value, bool):
-        return f"read_{name}()" if value else f"not read_{name}()"
-    values[f"WANT_{name}"] = value
-    return f"read_{name}() == WANT_{name}"
+        return f"read_{at}()" if value else f"not read_{at}()"
+    values[f"WANT_{at}"] = value
+    return f"read_{at}() == WANT_{at}"
 
 
 _CONSTANTS = {

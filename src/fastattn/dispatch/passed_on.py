@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,9 +29,28 @@ def why_sdpa_is_passed_on(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal:
         return "a mask together with is_causal"
     if mask is not None and mask.dim() == 3:
         return "a 3-D mask"
-    if q.shape[1] != k.shape[1] and not enable_gqa:
+    if q.shape[1] != k.shape[1] and not enable_gqa and not is_one_head_broadcast(q, k, v, enable_gqa):
         return "different head counts without enable_gqa"
     return None
+
+
+def is_one_head_broadcast(q: Tensor, k: Tensor, v: Tensor, enable_gqa: Any) -> bool:
+    """Whether one head of keys and values is for all queries without enable_gqa, as in Falcon: F.sdpa's math broadcasts it."""
+    return not enable_gqa and k.shape[1] == v.shape[1] == 1 < q.shape[1] and f_sdpa_broadcasts()
+
+
+@cache
+def f_sdpa_broadcasts() -> bool:
+    """Whether F.sdpa of this torch takes such a call; what it refuses must be refused."""
+    q, k = (torch.zeros(1, heads, 1, 8, dtype=torch.float32, device="cpu") for heads in (2, 1))
+    try:
+        sdpa(q, k, k)
+    except RuntimeError:
+        return False
+    return True
+
+
+f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as compiled.winner
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptions) -> Any:

@@ -32,6 +32,7 @@ class Resolved(NamedTuple):
     remember: bool = True
     reads: tuple[str, ...] = ()
     kv_lens: tuple[int, int, int] | None = None
+    is_tuned: bool = False  # a verdict says so
 
 
 # --- the two front doors
@@ -83,6 +84,9 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
         return pass_on("F.sdpa alone takes these arguments, or says what is wrong with them")
     resolved = _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
+    is_broadcast = key.q.shape[1] != key.k.shape[1] and not enable_gqa
+    if is_broadcast and not resolved.is_tuned and resolved.candidate == "default":
+        resolved = resolved._replace(call=as_it_was)  # the default is bound with enable_gqa, which is another kernel
     is_changeable = hasattr(scale, "ndim") or hasattr(dropout_p, "ndim")  # a tensor that may be changed in place
     return resolved._replace(remember=False) if is_changeable else resolved
 
@@ -135,6 +139,7 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...]) -> Resolved:
         decision.remember and decision.action is Action.SERVE and may_remember(asked.circumstances),
         validity.state_read_by(candidate, asked),
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
+        decision.verdict is not None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastattn.dispatch.circumstances import ASKED_BY_SDPA
 from fastattn.dispatch.service import Asked
+from fastattn.environment import torch_switches
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems import length_buckets, masks
@@ -19,9 +20,11 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     if facts.asks_grad:
         reads.append("grad")
     if kernel.name != "default":
-        reads += ["unrestricted", *([kernel.switch] if kernel.switch else []), *kernel.reads]
+        reads += ["unrestricted", *([kernel.switch] if kernel.switch else [])]
         if problem.device == "cpu":
             reads.append("threads")
+    asks = (*(["products"] if problem.device == "cpu" or kernel.products else []), kernel.switch or "no backend")
+    reads += torch_switches.read_by(problem.device, problem.dtype, asks, is_default=kernel.name == "default")
     if asked.circumstances.switched_off:  # once they are on again the problem may be tuned
         reads += ASKED_BY_SDPA[problem.device]
     if facts.autocast:

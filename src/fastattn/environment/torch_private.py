@@ -6,6 +6,7 @@ They are reached from here alone (a test removes them all).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -37,6 +38,11 @@ PRIVATE = {
     "cudnn_on": "torch._C._get_cudnn_sdp_enabled",
     "overrideable_on": "torch._C._get_overrideable_sdp_enabled",
     "math_reduction": "torch._C._get_math_sdp_allow_fp16_bf16_reduction",
+    "mkldnn_enabled": "torch._C._get_mkldnn_enabled",
+    "mkldnn_deterministic": "torch._C._get_mkldnn_deterministic",
+    "mkldnn_allow_tf32": "torch._C._get_onednn_allow_tf32",
+    "cpu_fp16_reduction": "torch._C._get_cpu_allow_fp16_reduced_precision_reduction",
+    "sdp_priority": "torch._C._get_sdp_priority_order",
 }
 
 
@@ -88,18 +94,35 @@ BACKEND_SWITCHES: dict[str, Callable[[], bool]] = {
 # sdpa_kernel(...) scope from enable_*_sdp(False).
 not_inside_sdpa_kernel: Callable[[], bool] = _or("overrideable_on", lambda: True)
 math_reduction: Callable[[], bool] = _or("math_reduction", lambda: False)
+mkldnn_enabled: Callable[[], bool] = _or("mkldnn_enabled", lambda: torch.backends.mkldnn.enabled)
+mkldnn_deterministic: Callable[[], bool] = _or("mkldnn_deterministic", lambda: torch.backends.mkldnn.deterministic)
+mkldnn_allow_tf32: Callable[[], bool | None] = _or("mkldnn_allow_tf32", lambda: torch.backends.mkldnn.allow_tf32)
+cpu_fp16_reduction: Callable[[], bool] = _or("cpu_fp16_reduction", lambda: False)
+_priority: Callable[[], list[int]] = _or("sdp_priority", list)
+_priority_at_start = _priority()
 _precision_getter = private("precision")
 
 
-def precision() -> str:
-    """How float32 products may be rounded now, per library: "ieee" (also where nothing was set), "tf32" or "bf16"."""
-    if _precision_getter is None:
-        try:
-            return torch.get_float32_matmul_precision()
-        except RuntimeError:  # raised once the newer fp32_precision settings were used
-            return "unknown"
-    cuda, mkldnn = _precision_getter("cuda", "matmul"), _precision_getter("mkldnn", "matmul")
-    return f"{cuda if cuda != 'none' else 'ieee'},{mkldnn if mkldnn != 'none' else 'ieee'}"
+def sdp_priority() -> str | None:
+    """The order in which F.sdpa asks its backends; None is that of the import."""
+    now = _priority()
+    return None if now == _priority_at_start else ",".join(map(str, now))
+
+
+def _precision_of(library: str) -> Callable[[], str]:
+    """How float32 products of a library may be rounded now: "ieee", "none" (not set: the same), "tf32" or "bf16"."""
+    return _public_precision if _precision_getter is None else partial(_precision_getter, library, "matmul")
+
+
+def _public_precision() -> str:
+    try:
+        found = torch.get_float32_matmul_precision()
+    except RuntimeError:  # raised once the newer fp32_precision settings were used
+        return "unknown"
+    return "ieee" if found == "highest" else found
+
+
+cpu_precision, cuda_precision = _precision_of("mkldnn"), _precision_of("cuda")
 
 
 def only_default_device() -> bool:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastattn.environment.torch_private import BACKEND_SWITCHES, deterministic, math_reduction, precision
+from fastattn.environment.torch_private import BACKEND_SWITCHES, deterministic
+from fastattn.environment.torch_switches import unusual
 
 
 def flash_impl() -> str:
@@ -22,8 +23,7 @@ class TorchState(NamedTuple):
     autocast: torch.dtype | None
     deterministic: bool
     threads: int
-    precision: str
-    math_reduction: bool
+    switches: tuple[str, ...]  # of torch_switches.py, where they are not as torch starts
     flash_impl: str
     off: tuple[str, ...]  # backends switched off
 
@@ -35,8 +35,7 @@ def torch_state(device_type: str) -> TorchState:
         autocast=torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None,
         deterministic=deterministic(),
         threads=torch.get_num_threads() if device_type == "cpu" else 0,
-        precision=precision(),
-        math_reduction=math_reduction(),
+        switches=unusual(device_type),
         flash_impl=flash_impl(),
         off=tuple(name for name, is_on in BACKEND_SWITCHES.items() if not is_on()),
     )

@@ -96,7 +96,7 @@ class Kernel:
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
-    reads: tuple[str, ...] = ()  # torch's switches its numbers depend on, beside those F.sdpa reads
+    products: bool = False  # on CUDA: it multiplies by torch's own products, whose switches change its numbers
     approximate: bool = False  # quantises its inputs: needs a number from the caller
     versions: tuple[str, str] = (
         "",

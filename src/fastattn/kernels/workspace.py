@@ -30,5 +30,5 @@ def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     kept = _rooms.kept.get(name)
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            kept = _rooms.kept[name] = torch.empty(size, dtype=torch.uint8)
+            kept = _rooms.kept[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype).view(shape)

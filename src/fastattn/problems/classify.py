@@ -47,7 +47,7 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         scale="positive" if scale is None or scale > 0 else "zero" if scale == 0 else "negative",
         needs_grad=state.grad and (asks_grad or captures_grad(options.score_mod)),
         deterministic=state.deterministic,
-        precision=state.precision + (",reduced" if state.math_reduction else ""),
+        switches=state.switches,
         accuracy=options.accuracy if options.accuracy is not None else default_accuracy,
         layout=key.layout,
         threads=state.threads,

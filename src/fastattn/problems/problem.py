@@ -46,7 +46,7 @@ class Problem:
     scale: str = "positive"
     needs_grad: bool = False
     deterministic: bool = False
-    precision: str = ""
+    switches: tuple[str, ...] = ()  # torch's switches that are not as torch starts (environment/torch_switches.py)
     accuracy: str | float = "exact"
     layout: str = "bhsd"
     threads: int = 0

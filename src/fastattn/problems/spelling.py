@@ -30,6 +30,7 @@ def in_words(p: Problem) -> str:
         "+".join(dict.fromkeys(p.strides)) if set(p.strides) != {"contiguous"} else "",
         "forward + backward" if p.needs_grad else "",
         "deterministic" if p.deterministic else "",
+        f"with {', '.join(p.switches)}" if p.switches else "",
         f"accuracy {p.accuracy}" if p.accuracy != "exact" else "",
         f"autocast from {'/'.join(dict.fromkeys(p.cast_from))}" if p.cast_from else "",
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 3
+SCHEMA = 4
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
 

@@ -59,7 +59,7 @@ def of_answers(machine: Machine) -> list[Fault]:
     faults = []
     for kind in dict.fromkeys(device.type for device in machine.devices):
         try:
-            x = torch.linspace(-2, 2, 256, device=kind).view(1, 2, 16, 8)
+            x = torch.linspace(-2, 2, 256, dtype=torch.float32, device=kind).view(1, 2, 16, 8)
             with options.scope(mode="cached"):
                 out = attention(x, x, x, kernel="sdpa_math")
             exact = x.double()

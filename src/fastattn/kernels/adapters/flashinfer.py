@@ -84,7 +84,9 @@ def load_ragged(backend: str) -> Run:
                 plans.pop(next(iter(plans), None), None)
             with torch.inference_mode(False):
                 found = Wrapper(float_workspace_buffer=workspace(q.device, stream), kv_layout="NHD", backend=backend)
-                starts = torch.arange(q.shape[0] + 1, dtype=torch.int32)  # on the host, where it is wanted
+                starts = torch.arange(
+                    q.shape[0] + 1, dtype=torch.int32, device="cpu"
+                )  # on the host, where it is wanted
                 lengths = starts * q.shape[1], starts * k.shape[1]
                 values = (*lengths, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
                 found.plan(**dict(zip(sizes, values, strict=True)), **more)

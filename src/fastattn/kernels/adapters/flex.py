@@ -123,7 +123,7 @@ KERNELS = (
         grad=False,
         dense_last_dim=True,
         compiles="each_length",
-        reads=("precision",),
+        products=True,
         needs=(Range("batch", min=1), Range("q_heads", min=1), *NOT_EMPTY, Range("head_dim", min=1)),
     ),
     Kernel(
@@ -140,7 +140,7 @@ KERNELS = (
         lse=True,
         dense_last_dim=True,
         compiles="each_length",
-        reads=("precision",),
+        products=True,
         no_broadcast=True,  # it would read beyond them (pytorch#172225)
         needs=(*GRID, *NOT_EMPTY, Range("capability", min=75), Range("head_dim", min=16), Range("head_dim_v", min=16)),
     ),

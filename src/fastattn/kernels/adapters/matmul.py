@@ -172,7 +172,6 @@ KERNELS = (
         fp32=True,
         chunks=True,
         load_backward=load_backward,
-        reads=("precision",),
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
     ),
     Kernel(
@@ -189,7 +188,6 @@ KERNELS = (
         lse=True,
         chunks=True,
         load_backward=load_backward,
-        reads=("precision",),
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
     ),
     Kernel(

@@ -19,6 +19,6 @@ KERNELS = (
         dropout=True,
         lse=True,
         chunks=True,
-        reads=("precision",),
+        products=True,
     ),
 )

@@ -82,7 +82,7 @@ KERNELS = (
         mask_grad=True,
         dropout=True,
         switch="math",
-        reads=("precision",),
+        products=True,
         needs=(Range("kv_len", min=1),),
     ),
 )

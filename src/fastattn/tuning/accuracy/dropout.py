@@ -63,7 +63,7 @@ def check_dropout(call: Call, without: Call, p: Problem, device: torch.device) -
         with preserve_rng(device, seed=1):
             return call(*given)
 
-    drop = torch.where(seen, first / (1.0 - RATE), 1.0)
+    drop = torch.where(seen, first.double() / (1.0 - RATE), 1.0)  # a bool over a float has the default dtype
     return Judge(sample, stand_in_scale(p), drop=drop).errors(again)
 
 
@@ -74,7 +74,7 @@ def _weights(call: Call, s: Sample, seed: int) -> Tensor:
     for start in range(0, p.kv_len, p.head_dim_v):
         width = min(p.head_dim_v, p.kv_len - start)
         ones = torch.zeros(p.kv_len, p.head_dim_v, dtype=s.v.dtype, device=s.v.device)
-        ones[start : start + width, :width] = torch.eye(width)
+        ones[start : start + width, :width] = torch.eye(width, dtype=s.v.dtype, device=s.v.device)
         v = from_bhsd(ones.repeat(1, p.kv_heads, 1, 1), p.layout)
         with preserve_rng(s.v.device, seed), torch.no_grad():
             found = call(s.q.detach(), s.k.detach(), v, None if s.mask is None else s.mask.detach())

@@ -164,11 +164,14 @@ class Judge:
             mine = mine if self.rows is None else mine[:, self.rows]
             for name, got in (("dq", mine), ("dk", dk[h]), ("dv", dv[h])):
                 want, budget = head.gradients[name]
-                worst = max(worst, in_budgets((got.double() - want).abs(), torch.tensor(budget)))
+                worst = max(
+                    worst,
+                    in_budgets((got.double() - want).abs(), torch.tensor(budget, dtype=torch.float64, device="cpu")),
+                )
         if self._mask_grad is not None:
             want, budget = self._mask_grad
             got = masks.as_4d(found[3]).double().masked_fill(masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
-            worst = max(worst, in_budgets((got - want).abs(), torch.tensor(budget)))
+            worst = max(worst, in_budgets((got - want).abs(), torch.tensor(budget, dtype=torch.float64, device="cpu")))
         return worst
 
 
@@ -188,8 +191,9 @@ def row_sample(p: Problem, device: torch.device) -> Tensor | None:
     if p.q_len * p.kv_len <= ROW_LIMIT or p.q_len <= count:
         return None
     edge = count // 3
-    spread = torch.linspace(edge, p.q_len - edge - 1, count - 2 * edge).long()
-    return torch.cat([torch.arange(edge), spread, torch.arange(p.q_len - edge, p.q_len)]).unique().to(device)
+    spread = torch.linspace(edge, p.q_len - edge - 1, count - 2 * edge, dtype=torch.float64, device=device).long()
+    head, tail = (torch.arange(start, start + edge, dtype=torch.int64, device=device) for start in (0, p.q_len - edge))
+    return torch.cat([head, spread, tail]).unique()
 
 
 def _bhsd(x: Tensor, p: Problem, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,7 @@ def errors_of_custom(
     if not all(_is_finite(x) for x in (q, k, v)):
         return None
     sampled = row_sample(p, q.device)
-    rows = torch.arange(p.q_len, device=q.device) if sampled is None else sampled
+    rows = torch.arange(p.q_len, dtype=torch.int64, device=q.device) if sampled is None else sampled
     exact, rounded = (
         reference.attend(
             q, k[0], v[0], scale=scale, softcap=p.softcap, score_mod=lambda s: change(s, rows), rows=rows, dtype=wide

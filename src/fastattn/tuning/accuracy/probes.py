@@ -84,8 +84,8 @@ def probe_sample(p: Problem, device: torch.device, seed: int = 1) -> Sample:
     r = probe_problem(p)
     g = torch.Generator(device).manual_seed(seed)
     shape = (r.kv_heads, r.group, r.q_len, r.head_dim)
-    q, k = _normal(g, shape), _normal(g, (r.kv_heads, r.kv_len, r.head_dim))
-    v = _normal(g, (r.kv_heads, r.kv_len, r.head_dim_v))
+    q, k = _normal(g, shape, p.torch_dtype), _normal(g, (r.kv_heads, r.kv_len, r.head_dim), p.torch_dtype)
+    v = _normal(g, (r.kv_heads, r.kv_len, r.head_dim_v), p.torch_dtype)
     unit = (
         1.0 / (abs(stand_in_scale(p)) * math.sqrt(p.head_dim)) if stand_in_scale(p) else 1.0
     )  # q ~ N(0, unit): scores of deviation 1
@@ -111,7 +111,7 @@ def _wide(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> N
 
 def _negative_rows(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
     """Some rows score about -300 everywhere: a padding key that slips in as 0 takes the whole row."""
-    sign = torch.randint(0, 2, (k.shape[-1],), generator=g, device=k.device).float() * 2 - 1
+    sign = torch.randint(0, 2, (k.shape[-1],), generator=g, dtype=torch.int64, device=k.device).float() * 2 - 1
     k += 2 * sign
     size = 150 * abs(unit) / math.sqrt(k.shape[-1])
     q[:, :: max(1, q.shape[1] // 16)] = -sign * math.copysign(2 ** round(math.log2(size)), unit)
@@ -119,7 +119,7 @@ def _negative_rows(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: fl
 
 def _one_hot(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: float) -> None:
     """Each row looks at one key."""
-    chosen = torch.randint(0, k.shape[0], q.shape[:2], generator=g, device=k.device)
+    chosen = torch.randint(0, k.shape[0], q.shape[:2], generator=g, dtype=torch.int64, device=k.device)
     q[:] = k[chosen] * unit * 50 / math.sqrt(k.shape[-1])
 
 
@@ -154,7 +154,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
     sizes = {"b": p.batch, "h": p.q_heads, "q": p.q_len, "k": p.kv_len}
     shape = tuple(sizes[letter] if letter in p.mask_shape else 1 for letter in "bhqk")
     rows_differ = "q" in p.mask_shape and p.q_len > 1
-    visible = torch.rand(shape, generator=g, device=g.device) < 0.75
+    visible = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device) < 0.75
     if "k" in p.mask_shape:
         visible[..., 0] = True
         if p.kv_len > 4:
@@ -163,7 +163,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
         visible[..., :: max(2, p.q_len // 4), :] = False
     if p.mask == "bool":
         return _strided(visible, p.mask_strides)
-    bias = _normal(g, shape)
+    bias = _normal(g, shape, getattr(torch, p.mask))
     if cancel is not None and rows_differ and "k" in p.mask_shape:
         q, k = cancel
         heads = slice(None) if shape[1] > 1 else slice(p.group, p.group + 1)  # the wide probe
@@ -191,14 +191,16 @@ def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mas
     return Sample(p, q, k, v, mask, grad)
 
 
-def _normal(g: torch.Generator, shape: Sequence[int]) -> Tensor:
-    return torch.randn(shape, generator=g, device=g.device)
+def _normal(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Gaussian numbers with more digits than `dtype` keeps, or with all of float64's: what rounds them is seen to do so."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return torch.randn(shape, generator=g, dtype=wide, device=g.device)
 
 
 def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Gaussian numbers over and over: drawing each of a large cache's would take longer than timing with it."""
     size = math.prod(shape)
-    drawn = _normal(g, (min(size, 2**20),)).to(dtype)
+    drawn = _normal(g, (min(size, 2**20),), dtype).to(dtype)
     return drawn.repeat(-(-size // max(1, drawn.numel())))[:size].view(*shape)
 
 

@@ -103,7 +103,7 @@ def attend(
     changes (g, r, kv_len) scores. drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p). lse: whether the
     log-sum-exp is judged too. rows: the query rows wanted, all if None. grad (g, r, dv): upstream gradient of those rows.
     """
-    index = torch.arange(q.shape[1], device=q.device) if rows is None else rows
+    index = torch.arange(q.shape[1], dtype=torch.int64, device=q.device) if rows is None else rows
     dtype_in = q.dtype
     q, k, v = q[:, index].to(dtype), k.to(dtype), v.to(dtype)
     scores = q @ k.mT * scale
@@ -125,7 +125,7 @@ def attend(
             scores += mask
             if sizes is not None:
                 sizes += mask.abs()
-    keys = torch.arange(k.shape[0], device=q.device)
+    keys = torch.arange(k.shape[0], dtype=torch.int64, device=q.device)
     for beyond in (
         keys > (index + upper)[:, None] if upper is not None else None,
         keys < (index + lower)[:, None] if lower is not None else None,
