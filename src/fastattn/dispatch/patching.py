@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch.nn.functional as F
 
 from fastattn.dispatch.sdpa import sdpa
@@ -39,6 +41,15 @@ class Patch:
         else:
             state = "nothing to undo, fastattn was in place already" if self._before is sdpa else "in place"
         return f"<fastattn.patch: {state}>"
+
+    def __copy__(self) -> Patch:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Patch:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a fastattn.Patch belongs to its process; call fastattn.patch() in the other process")
 
     def __enter__(self) -> Patch:
         return self

@@ -23,14 +23,17 @@ from fastattn.tuning.tune import tune_problem
 from fastattn.verdicts.verdict import Verdict
 
 
-def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...], known: Verdict | None) -> None:
-    """Tune on this thread, unless another one does, or has just done so; what goes wrong is noted and said."""
+def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...] | None, known: Verdict | None) -> None:
+    """Tune on this thread, unless another one does, or has just done so; what goes wrong is noted and said.
+
+    given: the caller's tensors, to check the winner with; None where there are none.
+    """
     problem, settings = session.lengths_to_tune(asked.problem), asked.settings
     if not session.begin_tuning(problem, asked.device, settings, known):
         return
     start, imports = time.perf_counter(), availability.import_seconds()
     try:
-        check = CallersTensors(asked.problem, asked.facts, key, given).check
+        check = CallersTensors(asked.problem, asked.facts, key, given).check if given is not None else None
         prior = winners_nearby(problem, session.held(settings))
         tune(problem, settings, key.q.device, check=check, known=known, prior=prior)
     except Exception as error:
