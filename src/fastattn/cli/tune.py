@@ -73,6 +73,7 @@ def _say_what_is_not_stored(found: list[Verdict], device: Device) -> None:
     if any(v.is_lasting for v in lost):  # it should have been written
         why = f"{kept.why_none}; {store.SET_ONE}" if kept.root is None else f"cannot write {kept.root}"
     else:
-        why = "the machine changed its speed, or was short of memory, while it was timed; run again when it is quiet"
+        reasons = dict.fromkeys(v.why_not_lasting or "" for v in lost)
+        why = "; ".join((*reasons, "run again when it is quiet"))
     count = "no verdict was" if len(lost) == len(found) else f"{len(lost)} of {len(found)} verdicts were not"
     say(f"{count} stored: {why}", err=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from typing import NamedTuple
+
+from fastattn.environment import clock
 
 
 class CpuUsage(NamedTuple):
@@ -29,7 +30,7 @@ def read_cpu_usage() -> CpuUsage | None:
     user, nice, kernel, _idle, _waiting, interrupts, soft, stolen = ticks  # stolen: the machine's other guests
     everyone = (user + nice + kernel + interrupts + soft + stolen) / ticks_a_second
     own = os.times()
-    return CpuUsage(everyone, own.user + own.system, time.perf_counter())
+    return CpuUsage(everyone, own.user + own.system, clock.now())
 
 
 class CpuContention:

@@ -23,7 +23,7 @@ from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch, Timing
+from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch, Timing
 from fastattn.verdicts.verdict import Outcome, Trial
 
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
@@ -109,6 +109,8 @@ class Screening:
         try:
             with crash_notes.leave_note(self._cache, what) if what else contextlib.nullcontext():
                 self._try(trial, incumbent)
+        except ClockError:
+            raise  # no candidate is to blame
         except Exception as error:
             if is_sticky(error):
                 log.error("kernel %s broke the CUDA context on %s", candidate.name, self.problem)

@@ -20,7 +20,7 @@ from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
 from fastattn.tuning.screening import Screening, TrialInProgress
-from fastattn.tuning.stopwatch import Stopwatch, Timing, stopwatch, time_interleaved
+from fastattn.tuning.stopwatch import ClockError, Stopwatch, Timing, Watched, stopwatch, time_interleaved
 from fastattn.verdicts.verdict import DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = (0.5, 5.0)
@@ -54,7 +54,7 @@ def tune_problem(
     """
     on = torch.device(problem.device) if device is None else device
     device_kind = Device.of(on)
-    clock = clock or stopwatch(on)
+    clock = Watched(clock or stopwatch(on))
     began = clock.now()
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
@@ -63,26 +63,33 @@ def tune_problem(
     kept = settled(known, found) - {first.name}  # what always can run is tried anew
     trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]
     incumbent = next(t for t in trials if t.candidate == first)
-    screening.screen(incumbent, incumbent=True)
-    watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
-    tried = 0
-    for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
-        if progress is not None:
-            progress(problem, trial.candidate.name, index, len(trials))
-        outcome = _left_out(trial, incumbent, native, trials, compiling)
-        if trial.candidate.kernel.name == "default":
-            trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
-        elif outcome is not None:
-            trial.out(*outcome)
-        elif tried >= TRIED_ANYWAY and watch.spent() > 0.75 * watch.seconds:
-            trial.out(Outcome.NOT_TRIED, "not tried: budget")
-        else:
-            screening.screen(trial)
-            tried += 1
-    alive = [t for t in trials if t.is_alive]
-    left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
-    left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
-    cores_missing = _time(alive, clock, left, torch.get_num_threads() if device_kind.type == "cpu" else 1, thorough)
+    tried, cores_missing, took = 0, 0.0, 0.0
+    try:
+        screening.screen(incumbent, incumbent=True)
+        watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
+        for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
+            if progress is not None:
+                progress(problem, trial.candidate.name, index, len(trials))
+            outcome = _left_out(trial, incumbent, native, trials, compiling)
+            if trial.candidate.kernel.name == "default":
+                trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
+            elif outcome is not None:
+                trial.out(*outcome)
+            elif tried >= TRIED_ANYWAY and watch.spent() > 0.75 * watch.seconds:
+                trial.out(Outcome.NOT_TRIED, "not tried: budget")
+            else:
+                screening.screen(trial)
+                tried += 1
+        alive = [t for t in trials if t.is_alive]
+        left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
+        left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
+        cores = torch.get_num_threads() if device_kind.type == "cpu" else 1
+        cores_missing = _time(alive, clock, left, cores, thorough)
+        took = clock.now() - began
+    except ClockError as error:
+        for trial in trials:
+            if trial.is_alive:
+                trial.out(Outcome.NO_CLOCK, f"not timed: {error}")
     winner = choose(trials, incumbent, check)
     verdict = Verdict(
         problem,
@@ -95,7 +102,7 @@ def tune_problem(
         kernels=settings.kernels,
         libraries=libraries_now(problem.device),
     )
-    _log(verdict, clock.now() - began)
+    _log(verdict, took)
     screening.close()
     return verdict
 
@@ -175,7 +182,7 @@ def _log(verdict: Verdict, seconds: float) -> None:
         verdict.problem,
         verdict.winner,
         f" ({gain:.2f}x)" if gain else "",
-        "" if verdict.is_lasting else "; for this process only: the machine was short of memory, or changed its speed",
+        f"; for this process only: {verdict.why_not_lasting}" if verdict.why_not_lasting else "",
     )
     if verdict.is_crowded:
         level = logging.INFO if "crowded" in _said else logging.WARNING

@@ -27,11 +27,16 @@ class Outcome(str, Enum):
     NOT_TRIED = "not tried"  # the time was used up
     NO_MEMORY_FREE = "no memory free"  # too little to try it
     NOT_COMPILED = "not compiled"  # it takes seconds to compile first
+    NO_CLOCK = "no clock"  # the clock stood, went back or jumped: nothing could be timed
     NOT_NEEDED = "not needed"  # the last resort, where something else passed
     DEMOTED = "demoted"  # it raised after it had won
 
 
-OPEN = (Outcome.NOT_TRIED, Outcome.NO_MEMORY_FREE)  # left out for lack of time or memory: another tuning may try them
+OPEN = (
+    Outcome.NOT_TRIED,
+    Outcome.NO_MEMORY_FREE,
+    Outcome.NO_CLOCK,
+)  # left out for lack of time, memory or a clock: another tuning may try them
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,22 @@ class Verdict:
     def is_lasting(self) -> bool:
         """Whether another process may rely on it: the winner was tried, on a machine that kept its speed meanwhile."""
         trial = self.trial(self.winner)
-        return trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)
+        was_tried = trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)
+        return was_tried and not self.has_no_clock
+
+    @property
+    def has_no_clock(self) -> bool:
+        """Whether the clock failed the tuning: no time was had."""
+        return any(t.outcome is Outcome.NO_CLOCK for t in self.trials)
+
+    @property
+    def why_not_lasting(self) -> str | None:
+        """What was wrong while it was timed, for people; None where another process may rely on it."""
+        if self.is_lasting:
+            return None
+        if self.has_no_clock:
+            return next(t.reason for t in self.trials if t.outcome is Outcome.NO_CLOCK)
+        return "the machine changed its speed, or was short of memory, while it was timed"
 
     def demoted(self, candidate: str, cause: str) -> Verdict:
         """The same without a candidate that raised: the next one wins."""
