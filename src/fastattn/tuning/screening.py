@@ -23,7 +23,7 @@ from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch, Timing
+from fastattn.tuning.stopwatch import MIN_ROUNDS, SAMPLE_S, ClockError, Stopwatch, Timing
 from fastattn.verdicts.verdict import Outcome, Trial
 
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
@@ -63,7 +63,7 @@ class TrialInProgress:
             self.outcome or Outcome.TIMED,
             self.reason,
             time_us=round(self.timing.median * 1e6, 2) if timed else None,
-            noise=round(self.timing.noise, 4) if timed else None,
+            noise=round(self.timing.spread, 4) if timed and len(self.timing.samples) >= MIN_ROUNDS else None,
             drift=round(self.timing.drift, 4) if timed else None,
             forward=_rounded(self.errors.forward) if self.errors else None,
             backward=_rounded(self.errors.backward) if self.errors else None,

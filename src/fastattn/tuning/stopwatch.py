@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, quantiles
 from typing import Protocol
 
 import torch
@@ -132,6 +132,14 @@ class Timing:
         """Median absolute deviation over the median."""
         middle = self.median
         return median(abs(s - middle) for s in self.samples) / middle if middle else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Half the width of the middle half of the samples, over the median: where every other one is hit, noise may be 0."""
+        if len(self.samples) < 8 or not self.median:
+            return self.noise
+        lower, _, upper = quantiles(self.samples, method="inclusive")
+        return max(self.noise, (upper - lower) / 2 / self.median)
 
     @property
     def drift(self) -> float:

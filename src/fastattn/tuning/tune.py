@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,8 +21,8 @@ from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
 from fastattn.tuning.screening import Screening, TrialInProgress
-from fastattn.tuning.stopwatch import ClockError, Stopwatch, Timing, Watched, stopwatch, time_interleaved
-from fastattn.verdicts.verdict import DRIFT, Outcome, Trial, Verdict
+from fastattn.tuning.stopwatch import ClockError, Stopwatch, Watched, stopwatch, time_interleaved
+from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
@@ -56,6 +57,7 @@ def tune_problem(
     device_kind = Device.of(on)
     clock = Watched(clock or stopwatch(on))
     began = clock.now()
+    contention = CpuContention(torch.get_num_threads() if device_kind.type == "cpu" else 1)
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
     screening = Screening(problem, on, clock, native, settings.cache_dir)
@@ -83,8 +85,7 @@ def tune_problem(
         alive = [t for t in trials if t.is_alive]
         left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
         left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
-        cores = torch.get_num_threads() if device_kind.type == "cpu" else 1
-        cores_missing = _time(alive, clock, left, cores, thorough)
+        cores_missing = _time(alive, clock, left, contention, STEADY_TRIES if thorough else 1)
         took = clock.now() - began
     except ClockError as error:
         for trial in trials:
@@ -102,6 +103,8 @@ def tune_problem(
         kernels=settings.kernels,
         libraries=libraries_now(problem.device),
     )
+    if verdict.is_crowded and incumbent.is_alive:  # such times crown nobody
+        verdict = replace(verdict, winner=incumbent.candidate.name)
     _log(verdict, took)
     screening.close()
     return verdict
@@ -155,20 +158,20 @@ def _refused(found: Sequence[Decision]) -> list[Trial]:
     return [Trial(d.name, Outcome.REFUSED, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
 
 
-def _time(alive: list[TrialInProgress], clock: Stopwatch, seconds: float, cores: int, thorough: bool) -> float:
-    """Time those that passed, all together; returns how many cores were missing meanwhile."""
-    if not alive:
-        return 0.0
-    timed: dict[str, Timing] = {}
-    contention = CpuContention(cores)
-    for _ in range(STEADY_TRIES if thorough else 1):
-        contention = CpuContention(cores)
+def _time(
+    alive: list[TrialInProgress], clock: Stopwatch, seconds: float, since_start: CpuContention, tries: int
+) -> float:
+    """Time those that passed, all together, until the machine is steady and quiet; returns how many cores were missing."""
+    missing = 0.0
+    for _ in range(tries if alive else 0):
+        contention = since_start.anew()
         timed = time_interleaved({t.candidate.name: t.run for t in alive}, clock, seconds)
-        if all(timing.drift <= DRIFT for timing in timed.values()):
+        missing = round(contention.cores_missing(), 2)
+        for trial in alive:
+            trial.timing = timed[trial.candidate.name]
+        if missing <= CROWDED and all(timing.drift <= DRIFT for timing in timed.values()):
             break
-    for trial in alive:
-        trial.timing = timed[trial.candidate.name]
-    return round(contention.cores_missing(), 2)
+    return missing
 
 
 _said: set[str] = set()  # what is said once a process
@@ -187,5 +190,7 @@ def _log(verdict: Verdict, seconds: float) -> None:
     if verdict.is_crowded:
         level = logging.INFO if "crowded" in _said else logging.WARNING
         _said.add("crowded")
-        text = "other programs used %.1f of the cores timed on: verdicts may be wrong; `fastattn tune`, later, retakes them"
-        log.log(level, text, verdict.cores_missing)
+        text = (
+            "%s: %s serves this process, and the next one tunes again; or run `fastattn tune` when the machine is quiet"
+        )
+        log.log(level, text, verdict.why_not_lasting, verdict.winner)
