@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastattn.dispatch.entries import Entries
+from fastattn.dispatch.entries import Entries, no_tensors
 from fastattn.environment import settings
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     """
     try:
         call = entries.first(q, k, v, mask, layout, options)
-    except Exception:  # inputs that are no tensors
-        call = None
+    except Exception as error:
+        call = no_tensors(error)
     if call is None:
         return entries.call(q, k, v, mask, layout, options)
     return call(q, k, v, mask)

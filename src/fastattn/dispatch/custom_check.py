@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.log import log
 from fastattn.planning.binding import Call
 from fastattn.problems import masks
@@ -38,6 +39,7 @@ def check_first_output(call: Call, candidate: str, problem: Problem, key: CallKe
     try:  # in the caller's grad mode: what is compiled here is what the call runs
         errors = errors_of_custom(call, problem, given, scale, change)
     except Exception as error:
+        raise_callers(error)
         log.warning("kernel %s could not be checked on %s: %s: %s", candidate, problem, type(error).__name__, error)
         return
     if errors is not None and not errors.passed:

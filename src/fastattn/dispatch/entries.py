@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastattn.dispatch.guard import Guard, build_guard, hits_of
 from fastattn.environment import settings, torch_private
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.log import log
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ class Entries:
         """Serve a call that `first` did not: by the table, or as a miss, whose Call is published."""
         try:
             call = self.lookup(q, k, v, mask, layout, options)
-        except Exception:  # inputs that are no tensors
-            call = None
+        except Exception as error:
+            call = no_tensors(error)
         if call is not None:
             return call(q, k, v, mask)
         generation = self.generation
@@ -67,6 +68,7 @@ class Entries:
             try:
                 self.publish(resolved, q, k, v, mask, layout, options, generation)
             except Exception as error:  # the answer is there: whatever is wrong with the guard, the next call is a miss
+                raise_callers(error)
                 log.debug("no guard for this call: %s: %s", type(error).__name__, error)
         return out
 
@@ -156,6 +158,11 @@ class Entries:
     def renew_lock(self) -> None:
         """After a fork no other thread is left that could hold the old one."""
         self._lock = Lock()
+
+
+def no_tensors(error: Exception) -> None:
+    """What a guard finds in inputs that are no tensors: nothing. Raises what only passed through the guard."""
+    raise_callers(error)
 
 
 def _address(q_bytes: int, k_bytes: int) -> int:

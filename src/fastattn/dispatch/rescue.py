@@ -1,4 +1,7 @@
-"""A winner that raises is answered in the same call by the next that can, and demoted."""
+"""A winner that raises is answered in the same call by the next that can, and demoted if it raises again.
+
+Whose an exception is, environment/blame.py says: what only passed through a kernel reaches the caller.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,23 @@ from torch import Tensor
 from fastattn.dispatch import fallback
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
+from fastattn.environment.blame import RAISED, Cause, cause_of
 from fastattn.environment.device import Device
-from fastattn.environment.errors import is_out_of_memory, is_sticky
 from fastattn.environment.log import log
 from fastattn.environment.text import first_line
+from fastattn.kernels.libraries import availability
 from fastattn.planning.binding import Call
 from fastattn.planning.decision import Accepted
 from fastattn.verdicts.verdict import Verdict
 
+Bind = Callable[[Accepted], Call]
 
-def rescued(
-    call: Call, candidate: Accepted, asked: Asked, verdict: Verdict | None, bind: Callable[[Accepted], Call]
-) -> Call:
+
+def rescued(call: Call, candidate: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind) -> Call:
     """The Call, with the fallback chain behind it.
 
-    What answered in the place of one that raised serves this Call from then on, should somebody hold it (a plan): nothing that
-    raised is asked again.
+    What answered in the place of one that was demoted serves this Call from then on, should somebody hold it (a plan): nothing
+    that was demoted is asked again.
     """
     serving = (call, candidate)
 
@@ -37,10 +41,14 @@ def rescued(
         try:
             return call(q, k, v, mask)
         except Exception as error:
-            if _is_not_its_own(error):
+            cause = cause_of(error, availability.modules_of(candidate.kernel))
+            if cause in RAISED:
                 raise
-            out, *now = _rescue(error, candidate, asked, verdict, bind, (q, k, v, mask))
-            serving = (now[0], now[1])
+            out, other_call, other = _answer(error, candidate, asked, verdict, bind, (q, k, v, mask))
+            is_its_own = cause is Cause.KERNEL and not is_capturing(q) and _fits(asked, q, k, v)
+            if is_its_own and _raises_again(error, call, (q, k, v, mask)):
+                serving = (other_call, other)
+                _demote(error, candidate, other, asked, verdict, q)
             return out
 
     return run
@@ -51,46 +59,34 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _is_not_its_own(error: Exception) -> bool:
-    """Out of memory, a sticky CUDA error, or what a caller's hook raises through the kernel (checkpoint, to stop early)."""
-    is_hook = type(error).__module__.startswith("torch.utils.checkpoint")
-    return is_hook or is_out_of_memory(error) or is_sticky(error)
+def _fits(asked: Asked, *given: Tensor) -> bool:
+    """Whether the kernel was bound for such a call: a plan that is held may be called where gradients are wanted."""
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return asked.problem.needs_grad or not wants_grad
 
 
-def _rescue(
-    error: Exception,
-    failed: Accepted,
-    asked: Asked,
-    verdict: Verdict | None,
-    bind: Callable[[Accepted], Call],
-    given: tuple[Any, ...],
+def _answer(
+    error: Exception, failed: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
 ) -> tuple[Any, Call, Accepted]:
     """What answers in place of a candidate that raised: (the answer, the Call it came from, its candidate)."""
     capturing = is_capturing(given[0])
-    device = Device.of(given[0].device)
-    cause = f"{type(error).__name__}: {first_line(error)}"
     asked = asked._replace(circumstances=replace(asked.circumstances, capturing=capturing))
     answers = _answer_of_default(error, asked, verdict, bind, given)
-    latest = session.latest(verdict, asked.settings, device) if verdict is not None else None
+    latest = session.latest(verdict, asked.settings, Device.of(given[0].device)) if verdict is not None else None
     for candidate in fallback.in_order(asked, latest):
         if candidate == failed or (capturing and not fallback.is_ready(candidate.kernel)):
             continue
         try:
             call = bind(candidate)
-            out = answers[candidate.name] if candidate.name in answers else call(*given)
-        except Exception:
-            continue
-        if capturing:
-            return out, call, candidate  # not every kernel can be captured; outside it may be as good as ever
-        if verdict is None or session.demote(verdict, failed.name, cause, asked.settings, device):
-            text = "kernel %s raised (%s) on %s; %s serves from now on"
-            log.warning(text, failed.name, cause, asked.problem, candidate.name)
-        return out, call, candidate
+            return answers[candidate.name] if candidate.name in answers else call(*given), call, candidate
+        except Exception as other:
+            if cause_of(other, availability.modules_of(candidate.kernel)) in RAISED:
+                raise
     raise error
 
 
 def _answer_of_default(
-    error: Exception, asked: Asked, verdict: Verdict | None, bind: Callable[[Accepted], Call], given: tuple[Any, ...]
+    error: Exception, asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
 ) -> dict[str, Any]:
     """The default's answer, where it may be asked. Raises `error` where F.sdpa raises too: it is the caller's own."""
     default = fallback.last_resorts(asked, verdict)[0]
@@ -98,5 +94,32 @@ def _answer_of_default(
         return {}
     try:
         return {default.name: bind(default)(*given)}
-    except Exception:
+    except Exception as other:
+        if cause_of(other) is Cause.CALLER:
+            raise
         raise error from None
+
+
+def _raises_again(error: Exception, call: Call, given: tuple[Any, ...]) -> bool:
+    """Whether the call raises a second time, now that something else has answered it.
+
+    Raises `error` where it does not, and no kernel raises the like: it came from outside.
+    """
+    try:
+        call(*given)
+    except Exception as again:
+        if cause_of(again) is Cause.CALLER:
+            raise
+        return True
+    if not isinstance(error, RuntimeError):
+        raise error
+    return False
+
+
+def _demote(
+    error: Exception, failed: Accepted, serves: Accepted, asked: Asked, verdict: Verdict | None, q: Tensor
+) -> None:
+    cause = f"{type(error).__name__}: {first_line(error)}"
+    if verdict is None or session.demote(verdict, failed.name, cause, asked.settings, Device.of(q.device)):
+        text = "kernel %s raised (%s) on %s; %s serves from now on"
+        log.warning(text, failed.name, cause, asked.problem, serves.name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastattn.dispatch.entries import Entries
+from fastattn.dispatch.entries import Entries, no_tensors
 
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
@@ -41,8 +41,8 @@ def sdpa(
     options = (dropout_p, is_causal, scale, enable_gqa)
     try:
         call = entries.first(query, key, value, attn_mask, "sdpa", options)
-    except Exception:  # inputs that are no tensors
-        call = None
+    except Exception as error:
+        call = no_tensors(error)
     if call is None:
         return entries.call(query, key, value, attn_mask, "sdpa", options)
     return call(query, key, value, attn_mask)

@@ -10,6 +10,7 @@ import torch
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
 from fastattn.environment import clock
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.settings import Settings
@@ -37,6 +38,7 @@ def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...] | None, known: V
         prior = winners_nearby(problem, session.held(settings))
         verdict = tune(problem, settings, key.q.device, check=check, known=known, prior=prior)
     except Exception as error:
+        raise_callers(error)
         why = f"tuning failed: {type(error).__name__}: {error}"
         log.warning("%s on %s; the default serves", why, problem)
         session.not_tunable[problem] = why

@@ -6,11 +6,12 @@ writer leaves nothing half-written. What is read must be a small regular file th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import tempfile
 from pathlib import Path
+
+from fastattn.environment.blame import suppress_system_errors
 
 MAX_FILE = 64 * 2**10
 NO_HOME = "there is no home directory to cache in"
@@ -73,7 +74,7 @@ def publish(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with suppress_system_errors():
             os.unlink(temporary)
         raise
 

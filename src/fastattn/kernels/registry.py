@@ -13,6 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import adapters
 from fastattn.kernels.kernel import Kernel
@@ -143,5 +144,6 @@ def _loaded(kernel: Kernel) -> Kernel:
         if not isinstance(row, Kernel):
             raise TypeError(f"entry point {point.value} is a {type(row).__name__}, not a fastattn.kernels.Kernel")
     except Exception as error:
+        raise_callers(error)
         return _unloaded(point, error)
     return replace(row, name=kernel.name, library=kernel.library, opt_in=True)

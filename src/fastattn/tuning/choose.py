@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.text import first_line
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
@@ -28,6 +29,7 @@ def choose(trials: list[TrialInProgress], default: TrialInProgress, check: Check
                 break
             winner.out(Outcome.INACCURATE, f"on the caller's tensors {inaccurate(errors)}")
         except Exception as error:
+            raise_callers(error)
             winner.out(Outcome.FAILED, f"on the caller's tensors {type(error).__name__}: {first_line(error)}")
     return (winner or default).candidate.name
 

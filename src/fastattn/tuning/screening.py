@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.environment.blame import Cause, cause_of
 from fastattn.environment.cache_files import cache_layers
-from fastattn.environment.errors import is_out_of_memory, is_sticky
 from fastattn.environment.log import log
 from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability, crash_notes
@@ -112,11 +112,13 @@ class Screening:
         except ClockError:
             raise  # no candidate is to blame
         except Exception as error:
-            if is_sticky(error):
+            cause = cause_of(error, availability.modules_of(candidate.kernel))
+            if cause is Cause.DEVICE:
                 log.error("kernel %s broke the CUDA context on %s", candidate.name, self.problem)
+            if cause in (Cause.DEVICE, Cause.CALLER):
                 raise
-            is_memory = is_out_of_memory(error)
-            trial.out(Outcome.FAILED, f"{'out of memory' if is_memory else type(error).__name__}: {first_line(error)}")
+            trial.out(*_failure(error, cause))
+            is_memory = cause is Cause.MEMORY
         else:
             return None
         if is_memory:  # only now: the exception held what the kernel had made
@@ -206,6 +208,14 @@ class Screening:
 
     def close(self) -> None:
         self.judges.clear()
+
+
+def _failure(error: Exception, cause: Cause) -> tuple[Outcome, str]:
+    """What a candidate that raised comes to."""
+    what = f"{'out of memory' if cause is Cause.MEMORY else type(error).__name__}: {first_line(error)}"
+    if cause is Cause.CIRCUMSTANCE:
+        return Outcome.NOT_TRIED, f"not tried: {cause.value} did not allow it: {what}"
+    return Outcome.FAILED, what
 
 
 def inaccurate(errors: Errors) -> str:

@@ -7,13 +7,13 @@ from memory.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastattn.environment.blame import raise_callers, suppress_system_errors
 from fastattn.environment.cache_files import NO_HOME, cache_layers, make_directory, publish, read_safely
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
@@ -68,6 +68,7 @@ class Store:
             make_directory(path.parent)
             publish(path, text.encode())
         except OSError as error:
+            raise_callers(error)
             self._warn(f"{IN_MEMORY}: cannot write {path.parent}: {error.strerror or error}")
             return None
         self._puts += 1
@@ -86,23 +87,23 @@ class Store:
         """Delete this store's files (nothing else in the directory); how many."""
         count = 0
         for path in list(self.files()):
-            with contextlib.suppress(OSError):
+            with suppress_system_errors():
                 path.unlink()
                 count += 1
         if self.root is not None:
-            with contextlib.suppress(OSError):
+            with suppress_system_errors():
                 for path in [
                     *self.root.glob("imports/*/*.json"),
                     *self.root.glob("trying/*/*.json"),
                 ]:  # what came of libraries
-                    with contextlib.suppress(OSError):
+                    with suppress_system_errors():
                         path.unlink()
                 for directory in [
                     *(self.root / VERSION).glob("*"),
                     *self.root.glob("imports/*"),
                     *self.root.glob("trying/*"),
                 ]:
-                    with contextlib.suppress(OSError):
+                    with suppress_system_errors():
                         directory.rmdir()
         return count
 
@@ -110,7 +111,7 @@ class Store:
         """Keep at most MAX_FILES files and MAX_BYTES bytes: the least recently used go first."""
         entries: list[tuple[float, int, Path]] = []
         for path in self.files():
-            with contextlib.suppress(OSError):
+            with suppress_system_errors():
                 found = path.stat()
                 entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
         entries.sort(reverse=True)
@@ -118,7 +119,7 @@ class Store:
         for index, (_, size, path) in enumerate(entries):
             total += size
             if index >= MAX_FILES or total > MAX_BYTES:
-                with contextlib.suppress(OSError):
+                with suppress_system_errors():
                     path.unlink()
 
     def files(self, device: Device | None = None) -> Iterator[Path]:
@@ -126,7 +127,7 @@ class Store:
         if self.root is None:
             return
         pattern = f"{device.slug if device else '*'}/*.json"
-        with contextlib.suppress(OSError):
+        with suppress_system_errors():
             yield from sorted((self.root / VERSION).glob(pattern))
 
     @staticmethod
@@ -138,6 +139,7 @@ class Store:
         try:
             verdict = Verdict.from_json(json.loads(read_safely(path), parse_constant=refuse_constant))
         except OSError as error:
+            raise_callers(error)
             if error.errno not in (None, *ABSENT):
                 self._warn(f"stored verdicts cannot be read: {path}: {error.strerror}")
             return None

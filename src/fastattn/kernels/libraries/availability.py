@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from fastattn.environment import clock
+from fastattn.environment.blame import raise_callers
 from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
@@ -52,6 +53,7 @@ def why_unavailable(kernel: Kernel) -> str | None:
             with torch.inference_mode(False):  # what a library makes on import must serve later calls too
                 load_kernel(kernel)
     except Exception as error:
+        raise_callers(error)
         why = f"{type(error).__name__}: {first_line(error)}"
     _import_s += clock.seconds_since(start)
     if why is None:
@@ -92,6 +94,17 @@ def load_kernel(kernel: Kernel) -> Run:
 def is_loaded(kernel: Kernel) -> bool:
     """Whether its library was imported in this process; torch's own are."""
     return kernel.library == "torch" or kernel in _loaded
+
+
+def modules_of(kernel: Kernel) -> tuple[str, ...]:
+    """Top-level modules whose exceptions are the kernel's: of its library, its function, and what libraries compile with."""
+    library = catalogue.library_of(kernel.library)
+    own = getattr(load_kernel(kernel), "__module__", None) if kernel in _loaded else None
+    names = (library.module if library is not None else "", own or "")
+    return (*COMPILERS, *(name.split(".")[0] for name in names if name))
+
+
+COMPILERS = ("triton", "cutlass", "cuda", "cudnn", "tvm_ffi")
 
 
 @cache

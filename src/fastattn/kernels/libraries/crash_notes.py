@@ -5,7 +5,6 @@ A note that is still there, of a process that is not, is why the next process le
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastattn.environment.blame import suppress_system_errors
 from fastattn.environment.cache_files import make_directory, publish, read_safely
 from fastattn.environment.errors import is_sticky
 
@@ -22,7 +22,7 @@ def leave_note(root: Path | None, what: str) -> Generator[None]:
     """Leave a note while `what` is tried, and behind a sticky CUDA error. root: the cache; without one nothing is noted."""
     path = _path(root, what)
     if path is not None:
-        with contextlib.suppress(OSError):
+        with suppress_system_errors():
             make_directory(path.parent)
             publish(path, json.dumps({"tried": what, "pid": os.getpid()}).encode())
     try:
@@ -32,7 +32,7 @@ def leave_note(root: Path | None, what: str) -> Generator[None]:
         raise
     finally:
         if path is not None:
-            with contextlib.suppress(OSError):
+            with suppress_system_errors():
                 path.unlink()
 
 

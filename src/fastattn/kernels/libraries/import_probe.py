@@ -5,7 +5,6 @@ What ended a child, and what did not, is remembered per version in the cache dir
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastattn.environment.blame import suppress_system_errors
 from fastattn.environment.cache_files import make_directory, publish, read_safely
 from fastattn.environment.log import log
 
@@ -63,7 +63,7 @@ def why_import_crashes(
         answer = why if why.startswith((ENDED, HANGS)) else ""
         is_its_own = not answer.startswith((HANGS, *KILLED))
         if memory is not None and is_its_own:
-            with contextlib.suppress(OSError):
+            with suppress_system_errors():
                 make_directory(memory.parent)
                 publish(memory, json.dumps({"module": module, "version": version, "fatal": answer}).encode())
     if not answer:
