@@ -43,13 +43,18 @@ class HostClock:
         self._took = self._used = 0.0
 
     def time(self, call: Callable[[], object], repeats: int) -> float:
-        """Raises ClockError where less time passed than the process's threads worked, or much in which they did not work."""
         used = clock.cpu_seconds()
         start = clock.now()
         for _ in range(repeats):
             call()
         took = clock.now() - start
-        used = clock.cpu_seconds() - used
+        return self.believed(took, clock.cpu_seconds() - used)
+
+    def believed(self, took: float, used: float) -> float:
+        """The seconds that a sample took. used: CPU time in it.
+
+        Raises ClockError where less time passed than the process's threads worked, or much in which they did not work.
+        """
         if took > PAUSE_S and used < 0.01 * took:
             raise ClockError(f"the clock jumped by {took:.3g} s, or the process was stopped meanwhile")
         self._took, self._used = self._took + took, self._used + used
