@@ -35,6 +35,7 @@ TINY = "1x2x16x8"
 def steady(monkeypatch):
     """A machine that keeps its speed, whatever else runs on it: every verdict is stored."""
     monkeypatch.setattr(verdict_module, "DRIFT", math.inf)
+    monkeypatch.setattr(verdict_module, "NOISY", math.inf)
     monkeypatch.setattr(tuning, "DRIFT", math.inf)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import torch
 
+from fastattn.cli.encoding import say
 from fastattn.cli.shape_words import Group, device_option, json_option
 from fastattn.cli.tables import console, print_json, print_tuned
 from fastattn.dispatch.session import session
@@ -37,7 +38,7 @@ def path(as_json: bool) -> None:
     if as_json:
         print_json({"written": layers[0], "read": layers})
     else:
-        click.echo("\n".join(layers))
+        say("\n".join(layers))
 
 
 @cache.command()
@@ -62,7 +63,7 @@ def clear(as_json: bool) -> None:
     if as_json:
         print_json({"deleted": count})
     else:
-        click.echo(f"deleted {count} verdicts from {mine.root}")
+        say(f"deleted {count} verdicts from {mine.root}")
 
 
 @cache.command()
@@ -80,4 +81,4 @@ def export(file: Path, device: str, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(file), "verdicts": len(found)})
     else:
-        click.echo(f"{len(found)} verdicts for {here.slug} in {file}")
+        say(f"{len(found)} verdicts for {here.slug} in {file}")

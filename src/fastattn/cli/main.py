@@ -5,11 +5,14 @@ Results go to stdout, as tables or with --json as data; progress goes to stderr.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 import fastattn
 from fastattn.cli.cache import cache
 from fastattn.cli.doctor.command import doctor
+from fastattn.cli.encoding import never_refused
 from fastattn.cli.explain import explain
 from fastattn.cli.shape_words import Group
 from fastattn.cli.tune import tune
@@ -18,7 +21,15 @@ from fastattn.environment.settings import current_settings
 __all__ = ["main"]
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Fastattn(Group):
+    """The command itself. Whatever it and its parts write, no terminal's encoding ends it."""
+
+    def main(self, *args: Any, **how: Any) -> Any:
+        with never_refused():
+            return super().main(*args, **how)
+
+
+@click.group(cls=Fastattn, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(fastattn.__version__, prog_name="fastattn")
 @click.pass_context
 def main(context: click.Context) -> None:

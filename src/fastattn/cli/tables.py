@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastattn.cli.encoding import say
 from fastattn.dispatch.explain import Explanation
 from fastattn.dispatch.render import IN_DOUBT, challenger, errors_of, mark_of_doubt
 from fastattn.environment.text import format_duration
@@ -31,7 +31,8 @@ def console() -> Console:
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1))
+    """Data as JSON, which is always ASCII: it is read by programs."""
+    say(json.dumps(data, indent=1, ensure_ascii=True))
 
 
 def geomean(values: Iterable[float]) -> float:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastattn.cli.encoding import say
 from fastattn.cli.shape_words import asking, problems
 from fastattn.cli.tables import console, print_json, print_tuned
 from fastattn.dispatch import ahead
@@ -34,10 +35,12 @@ def tune(as_json: bool, force: bool, compiling: bool, **asked: Any) -> None:
     """
     wanted = problems(**asked)
     found: list[tuple[str, Verdict]] = []
-    counts = (SpinnerColumn(), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
+    err = Console(stderr=True)
+    spinner = SpinnerColumn("line" if err.options.ascii_only else "dots")
+    counts = (spinner, BarColumn(20), TextColumn("{task.completed}/{task.total}"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     what = TextColumn("{task.description}", markup=False)
-    with Progress(*counts, *times, what, console=Console(stderr=True), transient=True, disable=as_json) as bar:
+    with Progress(*counts, *times, what, console=err, transient=True, disable=as_json) as bar:
         task = bar.add_task("", total=len(wanted))
 
         def step(problem: Problem, candidate: str, index: int, count: int) -> None:
@@ -70,6 +73,7 @@ def _say_what_is_not_stored(found: list[Verdict], device: Device) -> None:
     if any(v.is_lasting for v in lost):  # it should have been written
         why = f"{kept.why_none}; {store.SET_ONE}" if kept.root is None else f"cannot write {kept.root}"
     else:
-        why = "the machine changed its speed, or was short of memory, while it was timed; run again when it is quiet"
+        reasons = dict.fromkeys(v.why_not_lasting or "" for v in lost)
+        why = "; ".join((*reasons, "run again when it is quiet"))
     count = "no verdict was" if len(lost) == len(found) else f"{len(lost)} of {len(found)} verdicts were not"
-    click.echo(f"{count} stored: {why}", err=True)
+    say(f"{count} stored: {why}", err=True)

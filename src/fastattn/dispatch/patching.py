@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 
@@ -44,6 +44,15 @@ class Patch:
         else:
             state = "in place" if getattr(F, NAME) is self._function else "patched over"
         return f"<fastattn.patch: {state}>"
+
+    def __copy__(self) -> Patch:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Patch:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a fastattn.Patch belongs to its process; call fastattn.patch() in the other process")
 
     def __enter__(self) -> Patch:
         return self

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastattn.dispatch import resolve
-from fastattn.dispatch.explain import Explanation, explain
-from fastattn.planning.binding import Call
+from fastattn.dispatch.explain import Explanation, explain, explain_asked
+from fastattn.dispatch.resolve import Resolved
+from fastattn.environment.option_scope import options
+from fastattn.environment.settings import current_settings
+from fastattn.problems.call_key import CallKey, call_key
 from fastattn.problems.call_options import parse_options
 
 
@@ -17,12 +21,17 @@ class Plan:
 
     It checks nothing: dtypes, options and shapes must be those it was made of. Only kv_len may be another one, from the first
     of `kv_lens` to the second: for up to 16 queries (decoding) these are wide. `explanation` says why this kernel.
+
+    A copy is the plan itself. Pickled, it is what it was made of: the loading process resolves it anew, as plan() would there.
     """
 
-    __slots__ = ("_call", "candidate", "explanation", "kv_lens")
+    __slots__ = ("_call", "_made_of", "candidate", "explanation", "kv_lens")
 
-    def __init__(self, call: Call, candidate: str, kv_lens: tuple[int, int], explanation: Explanation) -> None:
-        self._call, self.candidate, self.kv_lens, self.explanation = call, candidate, kv_lens, explanation
+    def __init__(self, made_of: MadeOf, resolved: Resolved, explanation: Explanation) -> None:
+        problem = explanation.problem
+        self._made_of, self._call, self.candidate = made_of, resolved.call, resolved.candidate
+        self.kv_lens = resolved.kv_lens[1:] if resolved.kv_lens else (problem.kv_len, problem.kv_len)
+        self.explanation = explanation
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Any:
         return self._call(q, k, v, mask)
@@ -30,14 +39,53 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({self.candidate})\n{self.explanation}"
 
+    def __copy__(self) -> Plan:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        key = self._made_of.key
+        for function in (key.options.score_mod, getattr(key.mask, "mask_mod", None)):
+            if function is not None and not _has_a_name(function):
+                raise TypeError(
+                    f"a plan with {function!r}, which has no name in a module, cannot be pickled;"
+                    " call fastattn.plan() in the other process"
+                )
+        return _plan_again, (self._made_of,)
+
+
+class MadeOf(NamedTuple):
+    """What a Plan was made of: the call's key, and the options that decide what it may run."""
+
+    key: CallKey
+    kernels: tuple[str, ...]
+    accuracy: str | float
+
 
 def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Plan:
     """The Call that `attention` with these arguments would use (tuning now if it would), without the guard.
 
     Arguments and errors are those of `fastattn.attention`.
     """
-    parse_options(options, "plan")
+    parsed = parse_options(options, "plan")
     resolved = resolve.attention(q, k, v, mask, layout, options)
-    found = explain(q, k, v, mask, layout, **options)
-    kv_lens = resolved.kv_lens[1:] if resolved.kv_lens else (found.problem.kv_len, found.problem.kv_len)
-    return Plan(resolved.call, resolved.candidate, kv_lens, found)
+    settings = current_settings()
+    made_of = MadeOf(call_key(q, k, v, mask, layout, parsed), settings.kernels, settings.accuracy)
+    return Plan(made_of, resolved, explain(q, k, v, mask, layout, **options))
+
+
+def _plan_again(made_of: MadeOf) -> Plan:
+    """The plan that was pickled, resolved in this process."""
+    with options.scope(kernels=made_of.kernels or None, accuracy=made_of.accuracy):
+        resolved, asked = resolve.without_tensors(made_of.key)
+        return Plan(made_of, resolved, explain_asked(asked))
+
+
+def _has_a_name(function: Any) -> bool:
+    """Whether pickle finds this very function again by its module and name."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for name in getattr(function, "__qualname__", "?").split("."):
+        found = getattr(found, name, None)
+    return found is function

@@ -108,6 +108,8 @@ def why_served(verdict: Verdict, served: str, why_not_default: str | None = None
         return f"the stored winner {verdict.winner} is not served: {why}"
     if served == verdict.incumbent:
         failed = verdict.trial(served)
+        if verdict.is_provisional:
+            return f"{verdict.why_not_lasting}; it serves until a process on a quiet machine has timed the others"
         if failed is not None and failed.reason:
             return f"nothing passed; the default itself: {failed.reason}"
         return why_kept(verdict)

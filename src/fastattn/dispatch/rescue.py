@@ -5,7 +5,7 @@ Whose an exception is, environment/blame.py says: what only passed through a ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from fastattn.dispatch import fallback
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
-from fastattn.environment.blame import RAISED, Cause, cause_of
+from fastattn.environment.blame import RAISED, Cause, cause_of, is_callers
 from fastattn.environment.device import Device
+from fastattn.environment.errors import is_out_of_memory
 from fastattn.environment.log import log
 from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability
@@ -41,17 +42,37 @@ def rescued(call: Call, candidate: Accepted, asked: Asked, verdict: Verdict | No
         try:
             return call(q, k, v, mask)
         except Exception as error:
-            cause = cause_of(error, availability.modules_of(candidate.kernel))
-            if cause in RAISED:
+            own = availability.modules_of(candidate.kernel)
+            cause = cause_of(error, own)
+            is_short = _is_short_on_cpu(error, q, own)
+            if cause in RAISED and not is_short:
                 raise
-            out, other_call, other = _answer(error, candidate, asked, verdict, bind, (q, k, v, mask))
-            is_its_own = cause is Cause.KERNEL and not is_capturing(q) and _fits(asked, q, k, v)
-            if is_its_own and _raises_again(error, call, (q, k, v, mask)):
-                serving = (other_call, other)
-                _demote(error, candidate, other, asked, verdict, q)
-            return out
+            if not is_short:
+                out, other_call, other = _answer(error, candidate, asked, verdict, bind, (q, k, v, mask))
+                is_its_own = cause is Cause.KERNEL and not is_capturing(q) and _fits(asked, q, k, v)
+                if is_its_own and _raises_again(error, call, (q, k, v, mask)):
+                    serving = (other_call, other)
+                    _demote(error, candidate, other, asked, verdict, q)
+                return out
+        # only now: the exception held what the kernel had made
+        return _with_less_memory(candidate, asked, verdict, bind, (q, k, v, mask))
 
     return run
+
+
+def _is_short_on_cpu(error: Exception, q: Tensor, own: Collection[str]) -> bool:
+    """Whether a kernel's copies found no memory on the CPU; torch.OutOfMemoryError is CUDA's, which are not asked again."""
+    is_short = is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError)
+    return is_short and q.device.type == "cpu" and not is_callers(error, own)
+
+
+def _with_less_memory(
+    candidate: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
+) -> Any:
+    """The answer of the default, which may need no copies; where it has no memory either, its error is the caller's."""
+    default = fallback.last_resorts(asked, verdict)[0]
+    log.info("kernel %s found no memory on %s; %s answered", candidate.name, asked.problem, default.name)
+    return bind(default)(*given)
 
 
 def is_capturing(x: Tensor) -> bool:
@@ -80,7 +101,8 @@ def _answer(
             call = bind(candidate)
             return answers[candidate.name] if candidate.name in answers else call(*given), call, candidate
         except Exception as other:
-            if cause_of(other, availability.modules_of(candidate.kernel)) in RAISED:
+            own = availability.modules_of(candidate.kernel)
+            if cause_of(other, own) in RAISED and not _is_short_on_cpu(other, given[0], own):
                 raise
     raise error
 
@@ -110,7 +132,7 @@ def _raises_again(error: Exception, call: Call, given: tuple[Any, ...]) -> bool:
     except Exception as again:
         if cause_of(again) is Cause.CALLER:
             raise
-        return True
+        return cause_of(again) is not Cause.MEMORY
     if not isinstance(error, RuntimeError):
         raise error
     return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastattn.dispatch import passed_on, service, validity
@@ -15,6 +17,7 @@ from fastattn.dispatch.torch_function import sdpa
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings
 from fastattn.environment.torch_private import has_torch_function
+from fastattn.environment.torch_state import torch_state
 from fastattn.planning import binding, default_choice
 from fastattn.planning.decision import Accepted
 from fastattn.problems import masks
@@ -91,6 +94,22 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     return resolved._replace(remember=False) if is_changeable else resolved
 
 
+def without_tensors(key: CallKey) -> tuple[Resolved, Asked]:
+    """Resolve a call of attention() of which only the key is left, as things are now (a plan that was pickled).
+
+    The modes of q's gradients and of autocast are the key's: they made the plan what it is.
+    """
+    settings = current_settings()
+    now = torch_state(key.q.device.type)._replace(grad=key.state.grad, autocast=key.state.autocast)
+    key = key._replace(state=now)
+    like_them = torch.empty(int(math.prod(key.q.shape + key.k.shape) > 0), dtype=key.q.dtype, device=key.q.device)
+    circumstances = read_circumstances([like_them], settings, session.is_spent(settings))
+    asked = asked_of(key, settings, circumstances)
+    if service.is_passed_on(circumstances, asked.kernel):
+        return _passed_on(circumstances, key.layout, key.options, key.mask), asked
+    return _resolve(key, asked, None), asked
+
+
 def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, mask: Any) -> Resolved:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         return passed_on.attend(q, k, v, mask, layout, options)
@@ -112,7 +131,7 @@ def asked_of(key: CallKey, settings: Settings, circumstances: Circumstances) -> 
 # --- from the decision to the Call
 
 
-def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...]) -> Resolved:
+def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resolved:
     session.note_process_group_change(asked.circumstances)
     for met in session.collectors:
         met[asked.problem] = None
@@ -128,9 +147,14 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...]) -> Resolved:
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
     call = bind(candidate, asked, key)
-    if asked.problem.is_custom and asked.kernel is None:
+    if asked.problem.is_custom and asked.kernel is None and given is not None:
         _check_custom(call, candidate, asked, key, given)
-    elif asked.kernel is None and candidate.kernel.name != "default" and not asked.drops_all:
+    elif (
+        asked.kernel is None
+        and not asked.problem.is_custom
+        and candidate.kernel.name != "default"
+        and not asked.drops_all
+    ):
         call = rescued(call, candidate, asked, decision.verdict, lambda other: bind(other, asked, key))
     return Resolved(
         call,

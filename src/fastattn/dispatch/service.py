@@ -100,6 +100,8 @@ def _untuned(asked: Asked, verdict: Verdict | None, count_lengths: bool) -> Serv
 
 def _why(verdict: Verdict, candidate: Accepted) -> str:
     """Why this candidate of a verdict serves."""
+    if verdict.is_provisional and candidate.name == verdict.incumbent:
+        return f"for this process only: {verdict.why_not_lasting}"
     if candidate.name == verdict.winner:
         return "the stored winner" if verdict.winner != verdict.incumbent else "nothing was faster than the default"
     return f"the stored winner {verdict.winner} is not served: it cannot do this call"

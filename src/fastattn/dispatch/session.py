@@ -124,14 +124,13 @@ class Session:
         """
         if verdict is None:
             return False
-        if settings.kernels:
-            return True
         name = (settings.cache_dir, device, verdict.problem)
-        if self._fresh.get(name) is not verdict:  # installed libraries do not change while a process runs
-            if not is_fresh(verdict, device, settings):
-                return False
-            with self.lock:
-                self._fresh[name] = verdict
+        if self._fresh.get(name) is verdict or (settings.kernels and verdict.is_lasting):
+            return True  # installed libraries do not change while a process runs
+        if not is_fresh(verdict, device, settings):
+            return False
+        with self.lock:
+            self._fresh[name] = verdict
         return True
 
     def complete(self, problem: Problem, settings: Settings, compiling: bool = False) -> Verdict | None:
@@ -141,14 +140,16 @@ class Session:
         """
         device = Device.of(torch.device(problem.device))
         verdict = self._stored(problem, device, settings)
-        if verdict is None or not is_fresh(verdict, device, settings):
-            return None
-        return None if verdict.is_open(compiling) or verdict.is_crowded else verdict
+        is_done = verdict is not None and is_fresh(verdict, device, settings) and not verdict.is_open(compiling)
+        return verdict if is_done else None
 
     def keep(self, verdict: Verdict, settings: Settings, device: Device, on_disk: bool = True) -> None:
         """Publish a verdict in memory and, unless it is for this process only, on disk."""
         with self.lock:
-            self.verdicts[(settings.cache_dir, device, verdict.problem)] = verdict
+            name = (settings.cache_dir, device, verdict.problem)
+            if not on_disk or name in self._fresh:  # a provisional one serves as long as this process
+                self._fresh[name] = verdict
+            self.verdicts[name] = verdict
         if on_disk and ranks() == 1:
             self.store(settings).put(verdict, device)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
 
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
+from fastattn.environment import clock
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
@@ -24,23 +24,28 @@ from fastattn.tuning.tune import tune_problem
 from fastattn.verdicts.verdict import Verdict
 
 
-def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...], known: Verdict | None) -> None:
-    """Tune on this thread, unless another one does, or has just done so; what goes wrong is noted and said."""
+def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...] | None, known: Verdict | None) -> None:
+    """Tune on this thread, unless another one does, or has just done so; what goes wrong is noted and said.
+
+    given: the caller's tensors, to check the winner with; None where there are none.
+    """
     problem, settings = session.lengths_to_tune(asked.problem), asked.settings
     if not session.begin_tuning(problem, asked.device, settings, known):
         return
-    start, imports = time.perf_counter(), availability.import_seconds()
+    start, imports, verdict = clock.now(), availability.import_seconds(), None
     try:
-        check = CallersTensors(asked.problem, asked.facts, key, given).check
+        check = CallersTensors(asked.problem, asked.facts, key, given).check if given is not None else None
         prior = winners_nearby(problem, session.held(settings))
-        tune(problem, settings, key.q.device, check=check, known=known, prior=prior)
+        verdict = tune(problem, settings, key.q.device, check=check, known=known, prior=prior)
     except Exception as error:
         raise_callers(error)
         why = f"tuning failed: {type(error).__name__}: {error}"
         log.warning("%s on %s; the default serves", why, problem)
         session.not_tunable[problem] = why
     finally:
-        session.end_tuning(problem, time.perf_counter() - start - (availability.import_seconds() - imports))
+        has_clock = verdict is None or not verdict.has_no_clock
+        took = clock.seconds_since(start) - (availability.import_seconds() - imports) if has_clock else 0.0
+        session.end_tuning(problem, max(0.0, took))
 
 
 def tune(problem: Problem, settings: Settings, on: torch.device | None = None, **how: Any) -> Verdict:

@@ -43,4 +43,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, in whichever of torch's ways."""
     import torch
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    is_told = any(text in str(error) for text in ("DefaultCPUAllocator", "std::bad_alloc"))
+    return is_told or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -35,6 +35,11 @@ class _Scope:
         self._tokens.append(enter_scope(self._change))
         return current_settings()
 
+    def __reduce__(self) -> Any:
+        if self._tokens:
+            raise TypeError("a scope that is entered holds in this process alone; pickle it before it is entered")
+        return _Scope, (self._change,)
+
     def __exit__(self, *exc: object) -> None:
         leave_scope(self._tokens.pop())
 
@@ -70,6 +75,11 @@ class options(_Scope):
             take_back(self._change)
             self._is_set = False
         return super().__enter__()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "fastattn.options(...) sets options of this process; call fastattn.options(...) in the other process"
+        )
 
     @staticmethod
     def scope(

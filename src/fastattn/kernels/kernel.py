@@ -105,6 +105,12 @@ class Kernel:
     opt_in: bool = False  # considered only where the caller names it
     needs: tuple[Need, ...] = ()
 
+    def __reduce__(self) -> Any:
+        """Pickled by name: a row holds functions, and another process has rows of its own."""
+        from fastattn.kernels.registry import pickled_row
+
+        return pickled_row, (self.name, self.library, self.devices, self.summary)
+
 
 def require_private(name: str) -> Callable[..., Tensor]:
     """torch's private function of that name (torch_private.py). Raises ImportError where this torch does not have it."""

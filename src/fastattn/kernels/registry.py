@@ -95,6 +95,16 @@ def check_name(name: str) -> None:
         raise unknown_kernel(name, names())
 
 
+def pickled_row(name: str, library: str, devices: tuple[str, ...], summary: str) -> Kernel:
+    """This process's row of a kernel that was pickled; where it has none, one that can only be read."""
+    here = (row for row in rows() if (row.name, row.library, row.devices) == (name, library, devices))
+
+    def load() -> Any:
+        raise ImportError(f"kernel {name!r} is of another process: register it in this process too")
+
+    return next(here, None) or Kernel(name=name, summary=summary, load=load, library=library, devices=devices)
+
+
 # --- plugins
 
 

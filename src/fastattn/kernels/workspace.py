@@ -1,25 +1,48 @@
 """Scratch memory of a thread, kept between calls: a fresh block of some MiB costs page faults each time it is touched.
 
-Nothing that a kernel returns, or that is saved for a backward, may lie in it.
+Nothing that a kernel returns, or that is saved for a backward, may lie in it. What all threads keep together is bounded: a
+thread that takes more has those forget theirs that used it longest ago. Memory that one of them works in just then goes with
+the last tensor that lies in it, so nobody has to wait, or to be asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+import weakref
 
 import torch
 from torch import Tensor
 
 KEPT_BYTES = 8 * 2**20  # the most that is kept under one name; what is larger is fresh
+ALL_BYTES = 16 * 2**20  # the most that threads keep together, beside what the thread that came last needs for itself
+
+_numbers = itertools.count()
+_rooms: dict[int, weakref.ref[_Room]] = {}  # of all threads; one that ended takes its room with it
 
 
-class _Rooms(threading.local):
+class _Room:
+    """What one thread keeps, and when it last used that."""
+
+    __slots__ = ("__weakref__", "kept", "last")
+
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
+        self.last = number = next(_numbers)
+        _rooms[number] = weakref.ref(self, lambda _: _rooms.pop(number, None))
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(block.numel() for block in list(self.kept.values()))
 
 
-_rooms = _Rooms()
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.room = _Room()
+
+
+_here = _Here()
 
 
 def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,8 +50,22 @@ def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     size = dtype.itemsize * math.prod(shape)
     if size > KEPT_BYTES or torch.compiler.is_compiling():
         return like.new_empty(shape, dtype=dtype)
-    kept = _rooms.kept.get(name)
-    if kept is None or kept.numel() < size:
+    room = _here.room
+    room.last = next(_numbers)
+    block = room.kept.get(name)
+    if block is None or block.numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            kept = _rooms.kept[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return kept[:size].view(dtype).view(shape)
+            block = room.kept[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _make_others_forget(room)
+    return block[:size].view(dtype).view(shape)
+
+
+def _make_others_forget(mine: _Room) -> None:
+    """Until all keep no more than ALL_BYTES. Whoever stores last looks last, so no lock is needed for that to hold."""
+    others = [room for ref in list(_rooms.values()) if (room := ref()) is not None and room is not mine]
+    left = mine.size() + sum(room.size() for room in others)
+    for room in sorted(others, key=lambda room: room.last):
+        if left <= ALL_BYTES:
+            return
+        left -= room.size()
+        room.kept.clear()

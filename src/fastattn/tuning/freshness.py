@@ -17,9 +17,13 @@ from fastattn.verdicts.verdict import OPEN, Outcome, Verdict
 def is_fresh(verdict: Verdict, device: Device, settings: Settings) -> bool:
     """Whether every candidate there is today was tried, in the version that is installed, and the winner can still run.
 
+    What was timed on a machine that was not quiet, or by a clock that failed, is not fresh for another process.
+
     Where fastattn and the installed libraries are those of the verdict nothing else is asked, and no adapter is imported: a
     stored verdict must cost a new process next to nothing.
     """
+    if not verdict.is_lasting:
+        return False
     tried = {t.candidate.split("+")[0] for t in verdict.trials}
     is_unchanged = (
         verdict.made_by == __version__
@@ -54,6 +58,8 @@ def settled(known: Verdict | None, found: Sequence[Decision]) -> set[str]:
     names = {d.name for d in accepted if _is_tried(known, d)} - {known.incumbent, known.winner, "default"}
     names -= {t.candidate for t in known.trials if t.outcome is Outcome.RUN_BY_DEFAULT}  # it may run another one by now
     names -= {t.candidate for t in known.trials if t.outcome in OPEN}
+    if not known.is_lasting:  # its times say nothing
+        names -= {t.candidate for t in known.trials if t.is_timed or t.outcome is Outcome.TOO_SLOW}
     if all(d.name != known.winner for d in accepted):  # it is gone: whoever had a time competes for its place
         names -= {t.candidate for t in known.timed()}
     return names

@@ -24,7 +24,7 @@ from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, Stopwatch
+from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
@@ -74,6 +74,8 @@ class Screening:
         try:
             with crash_notes.leave_note(self._cache, what) if what else contextlib.nullcontext():
                 self._try(trial, incumbent)
+        except ClockError:
+            raise  # no candidate is to blame
         except Exception as error:
             cause = cause_of(error, availability.modules_of(candidate.kernel))
             if cause is Cause.DEVICE:

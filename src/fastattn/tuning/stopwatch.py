@@ -5,16 +5,22 @@ The stopwatch is an argument everywhere, so tests turn a fake clock.
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, quantiles
 from typing import Protocol
 
 import torch
 
+from fastattn.environment import clock
+
 SAMPLE_S = 200e-6  # a sample repeats a short call until it is about this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
+SHORTEST_S = 1e-8  # no attention takes so little: a clock that says so stands
+PAUSE_S = 1.0  # a sample this long, in which hardly any CPU time was used, was none
+JUMP = 1000.0  # times what the call took before: no noise goes so far
+CPU_SLACK_S = 0.05  # ticks of a system's CPU time
 LONG_S = 2.0  # rounds that took this long together, and twice what was allowed, end the comparison
 
 
@@ -26,17 +32,67 @@ class Stopwatch(Protocol):
     def now(self) -> float: ...
 
 
+class ClockError(RuntimeError):
+    """The clock stands, went back or jumped: what it measured says nothing."""
+
+
 class HostClock:
-    """perf_counter around the calls: what a CPU user waits for."""
+    """perf_counter around the calls: what a CPU user waits for. The process's CPU time tells where that clock cannot be."""
+
+    def __init__(self) -> None:
+        self._took = self._used = 0.0
 
     def time(self, call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
+        used = clock.cpu_seconds()
+        start = clock.now()
         for _ in range(repeats):
             call()
-        return time.perf_counter() - start
+        took = clock.now() - start
+        return self.believed(took, clock.cpu_seconds() - used)
+
+    def believed(self, took: float, used: float) -> float:
+        """The seconds that a sample took. used: CPU time in it.
+
+        Raises ClockError where less time passed than the process's threads worked, or much in which they did not work.
+        """
+        if took > PAUSE_S and used < 0.01 * took:
+            raise ClockError(f"the clock jumped by {took:.3g} s, or the process was stopped meanwhile")
+        self._took, self._used = self._took + took, self._used + used
+        if self._used > self._took * (os.cpu_count() or 1) + CPU_SLACK_S:
+            raise ClockError(
+                f"the clock stands, or is slow: {self._took:.3g} s passed in {self._used:.3g} s of CPU time"
+            )
+        return took
 
     def now(self) -> float:
-        return time.perf_counter()
+        return clock.now()
+
+
+class Watched:
+    """Another stopwatch, watched: it raises ClockError where that one stands, goes back or jumps."""
+
+    def __init__(self, watched: Stopwatch) -> None:
+        self._watched, self._last = watched, -float("inf")
+        self._fastest: dict[Callable[[], object], float] = {}
+
+    def time(self, call: Callable[[], object], repeats: int) -> float:
+        took = self._watched.time(call, repeats)
+        fastest = self._fastest.setdefault(call, took / repeats)
+        if took < 0:
+            raise ClockError(f"the clock went back by {-took:.3g} s")
+        if not SHORTEST_S <= took / repeats < float("inf"):
+            raise ClockError(f"the clock stands: {repeats} runs took {took:.3g} s")
+        if took > PAUSE_S and took / repeats > JUMP * fastest:
+            raise ClockError(f"the clock jumped by {took:.3g} s, or the process was stopped meanwhile")
+        self._fastest[call] = min(fastest, took / repeats)
+        return took
+
+    def now(self) -> float:
+        now = self._watched.now()
+        if now < self._last:
+            raise ClockError(f"the clock went back by {self._last - now:.3g} s")
+        self._last = now
+        return now
 
 
 class CudaClock:
@@ -58,7 +114,7 @@ class CudaClock:
 
     def now(self) -> float:
         torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return clock.now()
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
@@ -81,6 +137,14 @@ class Timing:
         """Median absolute deviation over the median."""
         middle = self.median
         return median(abs(s - middle) for s in self.samples) / middle if middle else 0.0
+
+    @property
+    def spread(self) -> float:
+        """Half the width of the middle half of the samples, over the median: where every other one is hit, noise may be 0."""
+        if len(self.samples) < 8 or not self.median:
+            return self.noise
+        lower, _, upper = quantiles(self.samples, method="inclusive")
+        return max(self.noise, (upper - lower) / 2 / self.median)
 
     @property
     def drift(self) -> float:

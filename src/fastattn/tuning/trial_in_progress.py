@@ -11,7 +11,7 @@ import torch
 from fastattn.kernels.libraries import availability
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
-from fastattn.tuning.stopwatch import Timing
+from fastattn.tuning.stopwatch import MIN_ROUNDS, Timing
 from fastattn.verdicts.verdict import Outcome, Trial
 
 
@@ -47,7 +47,7 @@ class TrialInProgress:
             self.outcome or Outcome.TIMED,
             self.reason,
             time_us=round(self.timing.median * 1e6, 2) if timed else None,
-            noise=round(self.timing.noise, 4) if timed else None,
+            noise=round(self.timing.spread, 4) if timed and len(self.timing.samples) >= MIN_ROUNDS else None,
             drift=round(self.timing.drift, 4) if timed else None,
             forward=_rounded(self.errors.forward) if self.errors else None,
             backward=_rounded(self.errors.backward) if self.errors else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -20,9 +21,9 @@ from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
 from fastattn.tuning.screening import Screening
-from fastattn.tuning.stopwatch import Stopwatch, Timing, stopwatch, time_interleaved
+from fastattn.tuning.stopwatch import ClockError, Stopwatch, Watched, stopwatch, time_interleaved
 from fastattn.tuning.trial_in_progress import TrialInProgress
-from fastattn.verdicts.verdict import DRIFT, Outcome, Trial, Verdict
+from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = (0.5, 5.0)
 BUDGET_FACTOR = 40  # of the incumbent's own time
@@ -56,8 +57,9 @@ def tune_problem(
     """
     on = torch.device(problem.device) if device is None else device
     device_kind = Device.of(on)
-    clock = clock or stopwatch(on)
+    clock = Watched(clock or stopwatch(on))
     began = clock.now()
+    contention = CpuContention(torch.get_num_threads() if device_kind.type == "cpu" else 1)
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
     room = float("inf") if thorough else problem.io_bytes + ROOM
@@ -66,26 +68,32 @@ def tune_problem(
     kept = settled(known, found) - {first.name}  # what always can run is tried anew
     trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]
     incumbent = next(t for t in trials if t.candidate == first)
-    screening.screen(incumbent, incumbent=True)
-    watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
-    tried = 0
-    for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
-        if progress is not None:
-            progress(problem, trial.candidate.name, index, len(trials))
-        outcome = _left_out(trial, incumbent, native, trials, compiling)
-        if trial.candidate.kernel.name == "default":
-            trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
-        elif outcome is not None:
-            trial.out(*outcome)
-        elif tried >= TRIED_ANYWAY and watch.spent() > 0.75 * watch.seconds:
-            trial.out(Outcome.NOT_TRIED, "not tried: budget")
-        else:
-            screening.screen(trial)
-            tried += 1
-    alive = [t for t in trials if t.is_alive]
-    left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
-    left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
-    cores_missing = _time(alive, clock, left, torch.get_num_threads() if device_kind.type == "cpu" else 1, thorough)
+    tried, cores_missing, took = 0, 0.0, 0.0
+    try:
+        screening.screen(incumbent, incumbent=True)
+        watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
+        for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
+            if progress is not None:
+                progress(problem, trial.candidate.name, index, len(trials))
+            outcome = _left_out(trial, incumbent, native, trials, compiling)
+            if trial.candidate.kernel.name == "default":
+                trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
+            elif outcome is not None:
+                trial.out(*outcome)
+            elif tried >= TRIED_ANYWAY and watch.spent() > 0.75 * watch.seconds:
+                trial.out(Outcome.NOT_TRIED, "not tried: budget")
+            else:
+                screening.screen(trial)
+                tried += 1
+        alive = [t for t in trials if t.is_alive]
+        left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
+        left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
+        cores_missing = _time(alive, clock, left, contention, STEADY_TRIES if thorough else 1)
+        took = clock.now() - began
+    except ClockError as error:
+        for trial in trials:
+            if trial.is_alive:
+                trial.out(Outcome.NO_CLOCK, f"not timed: {error}")
     winner = choose(trials, incumbent, check)
     verdict = Verdict(
         problem,
@@ -98,7 +106,9 @@ def tune_problem(
         kernels=settings.kernels,
         libraries=libraries_now(problem.device),
     )
-    _log(verdict, clock.now() - began)
+    if verdict.is_crowded and incumbent.is_alive:  # such times crown nobody
+        verdict = replace(verdict, winner=incumbent.candidate.name)
+    _log(verdict, took)
     screening.close()
     return verdict
 
@@ -151,20 +161,20 @@ def _refused(found: Sequence[Decision]) -> list[Trial]:
     return [Trial(d.name, Outcome.REFUSED, "; ".join(d.reasons)) for d in found if isinstance(d, Rejected)]
 
 
-def _time(alive: list[TrialInProgress], clock: Stopwatch, seconds: float, cores: int, thorough: bool) -> float:
-    """Time those that passed, all together; returns how many cores were missing meanwhile."""
-    if not alive:
-        return 0.0
-    timed: dict[str, Timing] = {}
-    contention = CpuContention(cores)
-    for _ in range(STEADY_TRIES if thorough else 1):
-        contention = CpuContention(cores)
+def _time(
+    alive: list[TrialInProgress], clock: Stopwatch, seconds: float, since_start: CpuContention, tries: int
+) -> float:
+    """Time those that passed, all together, until the machine is steady and quiet; returns how many cores were missing."""
+    missing = 0.0
+    for _ in range(tries if alive else 0):
+        contention = since_start.anew()
         timed = time_interleaved({t.candidate.name: t.run for t in alive}, clock, seconds)
-        if all(timing.drift <= DRIFT for timing in timed.values()):
+        missing = round(contention.cores_missing(), 2)
+        for trial in alive:
+            trial.timing = timed[trial.candidate.name]
+        if missing <= CROWDED and all(timing.drift <= DRIFT for timing in timed.values()):
             break
-    for trial in alive:
-        trial.timing = timed[trial.candidate.name]
-    return round(contention.cores_missing(), 2)
+    return missing
 
 
 _said: set[str] = set()  # what is said once a process
@@ -178,10 +188,12 @@ def _log(verdict: Verdict, seconds: float) -> None:
         verdict.problem,
         verdict.winner,
         f" ({gain:.2f}x)" if gain else "",
-        "" if verdict.is_lasting else "; for this process only: the machine was short of memory, or changed its speed",
+        f"; for this process only: {verdict.why_not_lasting}" if verdict.why_not_lasting else "",
     )
     if verdict.is_crowded:
         level = logging.INFO if "crowded" in _said else logging.WARNING
         _said.add("crowded")
-        text = "other programs used %.1f of the cores timed on: verdicts may be wrong; `fastattn tune`, later, retakes them"
-        log.log(level, text, verdict.cores_missing)
+        text = (
+            "%s: %s serves this process, and the next one tunes again; or run `fastattn tune` when the machine is quiet"
+        )
+        log.log(level, text, verdict.why_not_lasting, verdict.winner)

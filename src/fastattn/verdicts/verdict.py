@@ -12,6 +12,7 @@ from fastattn.problems.problem import Problem
 SCHEMA = 4
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
+NOISY = 0.25  # so does a spread beyond this: on a machine that is quiet times spread by a few percent
 
 
 class Outcome(str, Enum):
@@ -27,11 +28,16 @@ class Outcome(str, Enum):
     NOT_TRIED = "not tried"  # the time was used up
     NO_MEMORY_FREE = "no memory free"  # too little to try it
     NOT_COMPILED = "not compiled"  # it takes seconds to compile first
+    NO_CLOCK = "no clock"  # the clock stood, went back or jumped: nothing could be timed
     NOT_NEEDED = "not needed"  # the last resort, where something else passed
     DEMOTED = "demoted"  # it raised after it had won
 
 
-OPEN = (Outcome.NOT_TRIED, Outcome.NO_MEMORY_FREE)  # left out for lack of time or memory: another tuning may try them
+OPEN = (
+    Outcome.NOT_TRIED,
+    Outcome.NO_MEMORY_FREE,
+    Outcome.NO_CLOCK,
+)  # left out for lack of time, memory or a clock: another tuning may try them
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ class Trial:
     outcome: Outcome = Outcome.TIMED
     reason: str | None = None  # why it has no time, or what it raised; for people
     time_us: float | None = None
-    noise: float | None = None  # median absolute deviation over the median
+    noise: float | None = None  # how far its times lie apart, over the median; None of fewer than three
     drift: float | None = None  # how far its later times lie apart from its earlier ones
     forward: float | None = None  # largest error, in budgets
     backward: float | None = None
@@ -97,14 +103,42 @@ class Verdict:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether other programs used cores that the timing needed."""
-        return self.cores_missing > CROWDED
+        """Whether other programs used cores that the timing needed: it was seen, or the times that decide are that noisy."""
+        deciding = (self.trial(self.incumbent), *self.timed()[:1])
+        noise = max((t.noise or 0.0 for t in deciding if t is not None and t.is_timed), default=0.0)
+        return self.cores_missing > CROWDED or noise > NOISY
 
     @property
     def is_lasting(self) -> bool:
-        """Whether another process may rely on it: the winner was tried, on a machine that kept its speed meanwhile."""
+        """Whether another process may rely on it: the winner was tried, on a quiet machine that kept its speed meanwhile.
+
+        What is not lasting is provisional: it serves its process, and the next one tunes again.
+        """
         trial = self.trial(self.winner)
-        return trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)
+        was_tried = trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)
+        return was_tried and not self.is_provisional
+
+    @property
+    def has_no_clock(self) -> bool:
+        """Whether the clock failed the tuning: no time was had."""
+        return any(t.outcome is Outcome.NO_CLOCK for t in self.trials)
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether its times say nothing: the incumbent serves until a process on a quiet machine has timed the others."""
+        return self.has_no_clock or self.is_crowded
+
+    @property
+    def why_not_lasting(self) -> str | None:
+        """What was wrong while it was timed, for people; None where another process may rely on it."""
+        if self.is_lasting:
+            return None
+        if self.has_no_clock:
+            return next(t.reason for t in self.trials if t.outcome is Outcome.NO_CLOCK)
+        if self.is_crowded:
+            seen = f"{self.cores_missing:.1f} of the cores" if self.cores_missing > CROWDED else "the cores"
+            return f"other programs used {seen} while it was timed"
+        return "the machine changed its speed, or was short of memory, while it was timed"
 
     def demoted(self, candidate: str, cause: str) -> Verdict:
         """The same without a candidate that raised: the next one wins."""

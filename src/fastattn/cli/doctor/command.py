@@ -31,7 +31,8 @@ def doctor(as_json: bool, timeout: float) -> None:
     environment but fastattn's own settings.
     """
     err = Console(stderr=True)
-    with err.status("looking at the kernel libraries") if err.is_terminal else nullcontext():
+    spinner = "line" if err.options.ascii_only else "dots"
+    with err.status("looking at the kernel libraries", spinner=spinner) if err.is_terminal else nullcontext():
         report = examine(fastattn.__version__, timeout)
     if as_json:
         print_json(report.to_json())

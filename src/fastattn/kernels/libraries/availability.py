@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import cache
 
 import torch
 
+from fastattn.environment import clock
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
@@ -46,7 +46,7 @@ def why_unavailable(kernel: Kernel) -> str | None:
     why = why_absent(kernel) if kernel.library != "torch" else None
     if why is not None:
         return why
-    start = time.perf_counter()
+    start = clock.now()
     try:
         why = import_crash_reason(kernel)
         if why is None:
@@ -55,7 +55,7 @@ def why_unavailable(kernel: Kernel) -> str | None:
     except Exception as error:
         raise_callers(error)
         why = f"{type(error).__name__}: {first_line(error)}"
-    _import_s += time.perf_counter() - start
+    _import_s += clock.seconds_since(start)
     if why is None:
         return None
     _broken[kernel] = f"package {kernel.library} cannot be used: {why}"
