@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from building import CPU
 from fakes import FAST, Clock, check, problem, qkv, row, turn
 
@@ -138,6 +139,10 @@ CASES = (
     large_dims("flash_attn_4"),
     small_dims("hf_flash_attn_4"),
     large_dims("hf_flash_attn_4"),
+    Case(
+        "torch_flash", "reads it as float64", ({"device": "cpu", "dtype": "float64", "mask": "float32"},),
+        ({"device": "cuda"}, {"dtype": "float32"}, {"mask": "float64"}, {"mask": "bool"}, {"mask": None}),
+    ),
 )  # fmt: skip
 
 
@@ -344,6 +349,16 @@ def test_and_a_new_tuning_begins_with_what_serves_in_its_place(mine, monkeypatch
     clock.ran.clear()
     after = tune_problem(before.problem, current_settings(), clock=clock, known=before)
     assert after.incumbent == "sdpa_math" and "default" not in clock.ran and "sdpa_math" in clock.ran
+
+
+def test_a_float32_mask_on_float64_inputs_is_answered_rightly_where_torch_is_wrong():
+    fastattn.options(mode="cached")
+    q, k, v = (x.double() for x in qkv(17, 40))
+    mask = torch.randn(17, 40)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask.double())
+    for call in (attention, fastattn.sdpa):
+        assert torch.allclose(call(q, k, v, mask), want, atol=1e-12)
+    assert "float32 mask" in fastattn.explain(q, k, v, mask).why
 
 
 def test_on_a_gpu_too(mine):
