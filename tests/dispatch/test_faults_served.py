@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from building import expect
 from fakes import FAST, Clock, add, honest, made_up, turn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import passed_on
+from fastattn.dispatch import guard, passed_on, resolve
+from fastattn.dispatch.sdpa import entries
+from fastattn.problems import masks
 
 F_sdpa = F.scaled_dot_product_attention
 
@@ -153,3 +158,150 @@ def test_fault_91_torch_is_asked_once(broken, monkeypatch):
         assert [passed_on.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
     finally:
         passed_on.f_sdpa_broadcasts.cache_clear()
+
+
+# --- fault 95: calls that are passed on
+
+r = torch.randn
+
+
+def four(*lengths):
+    return [r(1, 2, n, 8) for n in (lengths or (4, 4, 4))]
+
+
+PASSED_ON = {
+    # what is asked: (a maker of q, k, v for a length, options for it, why)
+    "3-D": (lambda n: [r(2, n, 8) for _ in range(3)], lambda n: {}, "inputs that are not 4-D"),
+    "2-D": (lambda n: [r(n, 8) for _ in range(3)], lambda n: {"is_causal": True}, "inputs that are not 4-D"),
+    "5-D": (lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"scale": 2}, "inputs that are not 4-D"),
+    "a 3-D mask": (lambda n: four(n, n, n), lambda n: {"attn_mask": r(2, n, n) < 0.9}, "a 3-D mask"),
+}
+MASK_AND_CAUSAL = "a mask together with is_causal"
+
+
+def takes(call, *given, **options):
+    try:
+        call(*given, **options)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+if takes(F_sdpa, *four(), attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True):
+    PASSED_ON["a mask with is_causal"] = (
+        lambda n: four(n, n, n), lambda n: {"attn_mask": r(n, n) < 0.9, "is_causal": True}, MASK_AND_CAUSAL
+    )  # fmt: skip
+
+
+@pytest.fixture
+def no_miss(monkeypatch):
+    """From the moment it is called, a miss fails the test."""
+    return lambda: monkeypatch.setattr(resolve, "drop_in", lambda *_: pytest.fail("a miss"))
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_fault_95_a_call_that_is_passed_on_has_an_entry(name, no_miss):
+    """A call that F.sdpa answers as it was made is found by a guard the next time, whatever its lengths are, and is counted."""
+    make, options, why = PASSED_ON[name]
+    for n in (6, 9):  # entries are found by the bytes of q
+        sdpa(*make(n), **options(n))
+    no_miss()
+    for n in (6, 9, 6):
+        given, keywords = make(n), options(n)
+        assert torch.equal(sdpa(*given, **keywords), F_sdpa(*given, **keywords))
+    found = counted()
+    assert found["passed_on"] == {why: 5} and found["hits"] == found["misses"] == 0 and found["calls"] == 5
+
+
+def test_fault_95_a_growing_cache_in_three_dimensions_is_one_entry(no_miss):
+    q = r(2, 1, 8)
+    for n in range(20, 60):
+        k = r(2, n, 8)
+        assert torch.equal(sdpa(q, k, k.clone()), F_sdpa(q, k, k))
+        if n == 20:
+            no_miss()
+    assert len(entries.table) == 1
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_fault_95_what_may_be_served_is_no_hit_of_it(name, quick):
+    make, options, why = PASSED_ON[name]
+    sdpa(*make(4), **options(4))
+    for _ in range(2):
+        sdpa(*four())
+    assert counted()["passed_on"] == {why: 1} and counted()["served_by"] == {"quick": 2}
+
+
+@pytest.mark.parametrize("switch", ["mode off", "sdpa_kernel", "an empty tensor"])
+def test_fault_95_circumstances_that_a_guard_sees_pass_on_by_an_entry(switch, quick, no_miss, monkeypatch):
+    context = {
+        "mode off": lambda: fastattn.options.scope(mode="off"),
+        "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+        "an empty tensor": contextlib.nullcontext,
+    }[switch]
+    q, k, v = four(4, 0, 0) if switch == "an empty tensor" else four()
+    real = resolve.drop_in
+    with context():
+        sdpa(q, k, v)
+        no_miss()
+        assert torch.equal(sdpa(q, k, v), F_sdpa(q, k, v))
+        assert sum(counted()["passed_on"].values()) == 2
+    monkeypatch.setattr(resolve, "drop_in", real)
+    q, k, v = four()
+    for _ in range(2):
+        sdpa(q, k, v)
+    assert counted()["served_by"] == {"quick": 2}, "it does not outlive its reason"
+
+
+@pytest.mark.parametrize("switch", ["mode off", "sdpa_kernel"])
+def test_fault_95_so_has_attention(switch, monkeypatch):
+    q, k, v = four()
+    with fastattn.options.scope(mode="off") if switch == "mode off" else sdpa_kernel(SDPBackend.MATH):
+        want = fastattn.attention(q, k, v, masks.Causal("bottom_right"))
+        monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("a miss"))
+        assert torch.equal(fastattn.attention(q, k, v, masks.Causal("bottom_right")), want)
+        q, k, v = four(4, 9, 9)  # its corner moves with the lengths
+        drawn = torch.ones(4, 9, dtype=torch.bool).tril(5)
+        assert torch.allclose(
+            fastattn.attention(q, k, v, masks.Causal("bottom_right")), F_sdpa(q, k, v, drawn), atol=1e-6
+        )
+
+
+def test_fault_95_a_scale_that_may_be_changed_in_place_is_read_anew():
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    scale = torch.tensor(0.5)
+    if not takes(F_sdpa, q, k, v, scale=scale):
+        pytest.skip("this torch takes no tensor as a scale")
+    for value in (0.5, 3.0):
+        scale.fill_(value)
+        assert torch.equal(sdpa(q, k, v, scale=scale), F_sdpa(q, k, v, scale=value))
+
+
+@pytest.mark.parametrize("bad", [(2, 4, 9), (3, 4, 8)], ids=["head_dim", "batch"])
+def test_fault_95_an_entry_for_every_size_lets_f_sdpa_say_what_is_wrong(bad):
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    with pytest.raises(RuntimeError):
+        sdpa(q, r(*bad), v)
+
+
+@pytest.mark.parametrize("change", ["requires_grad", "dtype", "inference"])
+def test_fault_95_other_tensors_are_right_too(change):
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    with torch.inference_mode(change == "inference"):
+        q, k, v = (x.double() if change == "dtype" else x.clone() for x in (q, k, v))
+        if change == "requires_grad":
+            q.requires_grad_()
+        out = sdpa(q, k, v)
+        assert torch.equal(out, F_sdpa(q, k, v)) and out.requires_grad == q.requires_grad
+
+
+def test_fault_95_the_plain_guard_can_do_it_too(monkeypatch, no_miss):
+    monkeypatch.setattr(guard, "NATIVE", False)
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    sdpa(*four())
+    no_miss()
+    sdpa(q, r(2, 7, 8), r(2, 7, 8))
+    assert counted()["passed_on"] == {"inputs that are not 4-D": 2}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
 
 Guard = Callable[..., Any]
+LeadsTo = tuple[str, str]  # (candidate, why the call is passed on or "")
 Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
@@ -48,9 +49,9 @@ def _moving_strides(x: Tensor, dim: int) -> list[int]:
     return [i for i, stride in enumerate(x.stride()) if i != dim and stride and stride % step == 0]
 
 
-def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
-    sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
-    strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
+def _native(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False) -> Callable[..., bool]:
+    sizes: list[list[int | None]] = [[None] * x.dim() if any_sizes else list(x.shape) for x in tensors]
+    strides: list[list[int | None]] = [[None] * x.dim() if any_sizes else list(x.stride()) for x in tensors]
     for i, dim in free.items():
         sizes[i][dim] = None
         for moving in _moving_strides(tensors[i], dim):
@@ -59,11 +60,11 @@ def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
-def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
+def _plain(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False) -> Callable[..., bool]:
     """The stand-in where torch has no TensorGuards: the same answers from public attributes, in some microseconds."""
 
     def facts(x: Any, dim: int | None) -> tuple[Any, ...]:
-        shape, stride = list(x.shape), list(x.stride())
+        shape, stride = ([], [x.dim()]) if any_sizes else (list(x.shape), list(x.stride()))
         if dim is not None:
             for moving in _moving_strides(x, dim):
                 stride[moving] = -1
@@ -121,7 +122,8 @@ def build_guard(
 ) -> Guard:
     """The guard of an entry made by this very call.
 
-    resolved.reads: names of READERS whose present value its Call depends on. kv_lens: (dimension of the length in k and v,
+    resolved.reads: names of READERS whose present value its Call depends on. resolved.any_sizes: it serves tensors of every
+    size with as many dimensions, as nothing was decided by a size. kv_lens: (dimension of the length in k and v,
     lowest, highest kv_len) for which the Call serves; k and v must then be distinct tensors of one length.
     """
     conditions: list[str] = []
@@ -166,16 +168,17 @@ def build_guard(
     for name in resolved.reads:
         conditions.append(_state_condition(name, READERS[name](), values))
     make = _native if NATIVE else _plain
-    values["check"] = make(list(unique.values()), {i: free[n] for i, n in enumerate(unique) if n in free})
+    at = {i: free[n] for i, n in enumerate(unique) if n in free}
+    values["check"] = make(list(unique.values()), at, resolved.any_sizes)
     conditions.append("scope() is SCOPE")
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
-    guard.hits, guard.candidate = hits, resolved.candidate  # type: ignore[attr-defined]
+    guard.hits, guard.leads_to = hits, (resolved.candidate, resolved.passed_on)  # type: ignore[attr-defined]
     return guard
 
 
-def hits_of(guard: Guard) -> tuple[str, int]:
-    """(the candidate that the entry leads to, how often it was hit)."""
-    return guard.candidate, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
+def hits_of(guard: Guard) -> tuple[LeadsTo, int]:
+    """(what the entry leads to, how often it was hit)."""
+    return guard.leads_to, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
 
 
 def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
