@@ -15,7 +15,7 @@ import fastattn
 from fastattn import sdpa
 from fastattn.dispatch import guard, passed_on, resolve
 from fastattn.dispatch.sdpa import entries
-from fastattn.problems import masks
+from fastattn.problems import length_buckets, masks
 
 F_sdpa = F.scaled_dot_product_attention
 
@@ -305,3 +305,95 @@ def test_fault_95_the_plain_guard_can_do_it_too(monkeypatch, no_miss):
     no_miss()
     sdpa(q, r(2, 7, 8), r(2, 7, 8))
     assert counted()["passed_on"] == {"inputs that are not 4-D": 2}
+
+
+# --- fault 92: a dense mask while decoding
+
+STEPS = range(100, 121)  # one bucket
+
+
+def padded(batch, n, room=0):
+    """A padding mask (b, 1, 1, n) as generate() makes it for left-padded prompts; room: a slice of a longer one."""
+    seen = torch.arange(n + room)[None] >= torch.arange(batch)[:, None] * 7
+    return seen[:, None, None, :n]
+
+
+MASKS = {
+    # the mask of a decode with batch 2, 4 heads and n keys; how many queries
+    "padding, bool": (lambda n: padded(2, n), 1),
+    "padding, added": (lambda n: torch.zeros(2, 1, 1, n).masked_fill(~padded(2, n), float("-inf")), 1),
+    "a slice of a static cache's": (lambda n: padded(2, n, room=300 - n), 1),
+    "for every head": (lambda n: padded(2, n).expand(2, 4, 1, n).contiguous(), 1),
+    "expanded over heads": (lambda n: padded(2, n).expand(2, 4, 1, n), 1),
+    "ALiBi": (lambda n: -torch.arange(n).flip(0).float() * torch.tensor([0.5, 0.25, 0.125, 0.0625])[None, :, None, None], 1),
+    "2-D": (lambda n: torch.rand(1, n) < 0.9, 1),
+    "speculation, four queries": (lambda n: padded(2, n) & torch.ones(4, n, dtype=torch.bool).tril(n - 4), 4),
+    "one column for all keys": (lambda n: torch.zeros(2, 4, 1, 1), 1),
+}  # fmt: skip
+
+
+def step(n, q_len=1, heads=2):
+    return r(2, 4, q_len, 16), r(2, heads, n, 16), r(2, heads, n, 16)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "plain"])
+def either_guard(request, monkeypatch):
+    monkeypatch.setattr(guard, "NATIVE", request.param and guard.NATIVE)
+
+
+@pytest.mark.parametrize("door", ["attention", "sdpa"])
+@pytest.mark.parametrize("name", MASKS)
+def test_fault_92_a_decode_with_a_dense_mask_is_served_by_its_bucket(name, door, quick, either_guard):
+    """While a decode's cache and its dense mask grow together, one entry serves each length of the bucket."""
+    mask_for, q_len = MASKS[name]
+    for n in STEPS:
+        (q, k, v), mask = step(n, q_len), mask_for(n)
+        out = fastattn.attention(q, k, v, mask) if door == "attention" else sdpa(q, k, v, mask, enable_gqa=True)
+        assert expect(q, k, v, mask).forward(out) <= 1.0, n
+    found = counted()
+    assert (found["misses"], found["hits"], found["tunings"]) == (1, len(STEPS) - 1, 1)
+
+
+def test_fault_92_the_default_too():
+    with fastattn.options.scope(mode="cached"):
+        for n in STEPS:
+            (q, k, v), mask = step(n, heads=4), padded(2, n)
+            assert torch.equal(sdpa(q, k, v, mask), F_sdpa(q, k, v, mask))
+    assert counted()["misses"] == 1
+
+
+def test_fault_92_the_next_bucket_is_a_miss(quick):
+    low = length_buckets.bucket_bounds(100)[0]
+    for n in range(low - 3, low + 3):
+        fastattn.attention(*step(n), padded(2, n))
+    assert (counted()["misses"], counted()["tunings"]) == (2, 2)
+
+
+@pytest.mark.parametrize("other", [
+    lambda n: padded(2, n + 1), lambda n: padded(2, n)[..., :1], lambda n: padded(1, n),
+    lambda n: padded(2, n).expand(2, 4, 1, n),
+    lambda n: padded(2, n).float(), lambda n: torch.rand(n, 2).T[:, None, None] < 0.9, lambda n: None,
+], ids=["longer", "one key", "one batch", "expanded", "float", "transposed", "none"])  # fmt: skip
+def test_fault_92_another_mask_is_not_taken_for_it(other, quick, either_guard):
+    fastattn.attention(*step(100), padded(2, 100))
+    (q, k, v), mask = step(105), other(105)
+    if mask is not None and mask.shape[-1] == 106:
+        with pytest.raises(RuntimeError, match="does not broadcast"):
+            fastattn.attention(q, k, v, mask)
+    else:
+        assert expect(q, k, v, mask).forward(fastattn.attention(q, k, v, mask)) <= 1.0
+
+
+def test_fault_92_a_plan_with_a_mask_says_which_lengths_it_takes(quick):
+    planned = fastattn.plan(*step(100), padded(2, 100))
+    assert planned.kv_lens == length_buckets.bucket_bounds(100)
+    (q, k, v), mask = step(110), padded(2, 110)
+    assert expect(q, k, v, mask).forward(planned(q, k, v, mask)) <= 1.0
+
+
+def test_fault_92_a_mask_that_does_not_grow_with_the_keys_is_checked(quick, either_guard):
+    """The same tensor for cache and mask, or a mask for other keys, must not pass for one that grows."""
+    x = r(2, 2, 100, 100)
+    q = r(2, 2, 1, 100)
+    for _ in range(2):
+        assert expect(q, x, x.clone(), x[:, :, :1]).forward(fastattn.attention(q, x, x.clone(), x[:, :, :1])) <= 1.0

@@ -63,11 +63,11 @@ def _native(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False
 def _plain(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False) -> Callable[..., bool]:
     """The stand-in where torch has no TensorGuards: the same answers from public attributes, in some microseconds."""
 
-    def facts(x: Any, dim: int | None) -> tuple[Any, ...]:
+    def facts(x: Any, dim: int | None, moving: list[int]) -> tuple[Any, ...]:
         shape, stride = ([], [x.dim()]) if any_sizes else (list(x.shape), list(x.stride()))
-        if dim is not None:
-            for moving in _moving_strides(x, dim):
-                stride[moving] = -1
+        if dim is not None and x.dim() > dim:
+            for i in moving:
+                stride[i] = -1
             shape[dim] = -1
         keys = (x.is_conj(), x.is_neg(), x.is_inference(), x.requires_grad, x.layout)
         return (type(x), shape, stride, x.dtype, x.device, keys)
@@ -78,12 +78,12 @@ def _plain(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False)
         return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), torch_private.functorch_level(), tracing)
 
     dims = [free.get(i) for i in range(len(tensors))]
-    want = [facts(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    moving = [[] if dim is None else _moving_strides(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    want = list(map(facts, tensors, dims, moving))
     state = switches()
 
     def check(*given: Any) -> bool:
-        found = (facts(x, dim) for x, dim in zip(given, dims, strict=True))
-        return state == switches() and all(f == w for f, w in zip(found, want, strict=True))
+        return state == switches() and all(f == w for f, w in zip(map(facts, given, dims, moving), want, strict=True))
 
     return check
 
@@ -157,13 +157,19 @@ def build_guard(
     if kv_lens is not None:
         dim, low, high = kv_lens
         free = {"k": dim, "v": dim}
+        grows = [("k", k), ("v", v)]
+        if "m" in unique and mask.shape[-1] == k.shape[dim]:  # a dense mask grows with its keys
+            free["m"] = mask.dim() - 1
+            grows.append(("m", mask))
+            values["M_BYTES"] = mask.nbytes
+            conditions.append("m.nbytes * K_BYTES == k.nbytes * M_BYTES")
         unit = k.nbytes // k.shape[dim]
-        values.update(LOW=low * unit, HIGH=high * unit)
+        values.update(LOW=low * unit, HIGH=high * unit, K_BYTES=k.nbytes, V_BYTES=v.nbytes)
         same = v.nbytes == k.nbytes
         conditions.append("LOW <= k.nbytes <= HIGH")
-        conditions.append("v.nbytes == k.nbytes" if same else f"v.nbytes * {k.nbytes} == k.nbytes * {v.nbytes}")
+        conditions.append("v.nbytes == k.nbytes" if same else "v.nbytes * K_BYTES == k.nbytes * V_BYTES")
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
-        conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
+        conditions += [f"{name}.is_contiguous()" for name, x in grows if x.is_contiguous()]
     conditions.append(f"check({names})")
     for name in resolved.reads:
         conditions.append(_state_condition(name, READERS[name](), values))
