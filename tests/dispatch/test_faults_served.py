@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from building import expect
 from fakes import FAST, Clock, add, honest, made_up, turn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import passed_on
+from fastattn.dispatch import guard, passed_on, resolve
+from fastattn.dispatch.sdpa import entries
+from fastattn.problems import length_buckets, masks
 
 F_sdpa = F.scaled_dot_product_attention
 
@@ -153,3 +158,242 @@ def test_fault_91_torch_is_asked_once(broken, monkeypatch):
         assert [passed_on.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
     finally:
         passed_on.f_sdpa_broadcasts.cache_clear()
+
+
+# --- fault 95: calls that are passed on
+
+r = torch.randn
+
+
+def four(*lengths):
+    return [r(1, 2, n, 8) for n in (lengths or (4, 4, 4))]
+
+
+PASSED_ON = {
+    # what is asked: (a maker of q, k, v for a length, options for it, why)
+    "3-D": (lambda n: [r(2, n, 8) for _ in range(3)], lambda n: {}, "inputs that are not 4-D"),
+    "2-D": (lambda n: [r(n, 8) for _ in range(3)], lambda n: {"is_causal": True}, "inputs that are not 4-D"),
+    "5-D": (lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"scale": 2}, "inputs that are not 4-D"),
+    "a 3-D mask": (lambda n: four(n, n, n), lambda n: {"attn_mask": r(2, n, n) < 0.9}, "a 3-D mask"),
+}
+MASK_AND_CAUSAL = "a mask together with is_causal"
+
+
+def takes(call, *given, **options):
+    try:
+        call(*given, **options)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+if takes(F_sdpa, *four(), attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True):
+    PASSED_ON["a mask with is_causal"] = (
+        lambda n: four(n, n, n), lambda n: {"attn_mask": r(n, n) < 0.9, "is_causal": True}, MASK_AND_CAUSAL
+    )  # fmt: skip
+
+
+@pytest.fixture
+def no_miss(monkeypatch):
+    """From the moment it is called, a miss fails the test."""
+    return lambda: monkeypatch.setattr(resolve, "drop_in", lambda *_: pytest.fail("a miss"))
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_fault_95_a_call_that_is_passed_on_has_an_entry(name, no_miss):
+    """A call that F.sdpa answers as it was made is found by a guard the next time, whatever its lengths are, and is counted."""
+    make, options, why = PASSED_ON[name]
+    for n in (6, 9):  # entries are found by the bytes of q
+        sdpa(*make(n), **options(n))
+    no_miss()
+    for n in (6, 9, 6):
+        given, keywords = make(n), options(n)
+        assert torch.equal(sdpa(*given, **keywords), F_sdpa(*given, **keywords))
+    found = counted()
+    assert found["passed_on"] == {why: 5} and found["hits"] == found["misses"] == 0 and found["calls"] == 5
+
+
+def test_fault_95_a_growing_cache_in_three_dimensions_is_one_entry(no_miss):
+    q = r(2, 1, 8)
+    for n in range(20, 60):
+        k = r(2, n, 8)
+        assert torch.equal(sdpa(q, k, k.clone()), F_sdpa(q, k, k))
+        if n == 20:
+            no_miss()
+    assert len(entries.table) == 1
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_fault_95_what_may_be_served_is_no_hit_of_it(name, quick):
+    make, options, why = PASSED_ON[name]
+    sdpa(*make(4), **options(4))
+    for _ in range(2):
+        sdpa(*four())
+    assert counted()["passed_on"] == {why: 1} and counted()["served_by"] == {"quick": 2}
+
+
+@pytest.mark.parametrize("switch", ["mode off", "sdpa_kernel", "an empty tensor"])
+def test_fault_95_circumstances_that_a_guard_sees_pass_on_by_an_entry(switch, quick, no_miss, monkeypatch):
+    context = {
+        "mode off": lambda: fastattn.options.scope(mode="off"),
+        "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+        "an empty tensor": contextlib.nullcontext,
+    }[switch]
+    q, k, v = four(4, 0, 0) if switch == "an empty tensor" else four()
+    real = resolve.drop_in
+    with context():
+        sdpa(q, k, v)
+        no_miss()
+        assert torch.equal(sdpa(q, k, v), F_sdpa(q, k, v))
+        assert sum(counted()["passed_on"].values()) == 2
+    monkeypatch.setattr(resolve, "drop_in", real)
+    q, k, v = four()
+    for _ in range(2):
+        sdpa(q, k, v)
+    assert counted()["served_by"] == {"quick": 2}, "it does not outlive its reason"
+
+
+@pytest.mark.parametrize("switch", ["mode off", "sdpa_kernel"])
+def test_fault_95_so_has_attention(switch, monkeypatch):
+    q, k, v = four()
+    with fastattn.options.scope(mode="off") if switch == "mode off" else sdpa_kernel(SDPBackend.MATH):
+        want = fastattn.attention(q, k, v, masks.Causal("bottom_right"))
+        monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("a miss"))
+        assert torch.equal(fastattn.attention(q, k, v, masks.Causal("bottom_right")), want)
+        q, k, v = four(4, 9, 9)  # its corner moves with the lengths
+        drawn = torch.ones(4, 9, dtype=torch.bool).tril(5)
+        assert torch.allclose(
+            fastattn.attention(q, k, v, masks.Causal("bottom_right")), F_sdpa(q, k, v, drawn), atol=1e-6
+        )
+
+
+def test_fault_95_a_scale_that_may_be_changed_in_place_is_read_anew():
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    scale = torch.tensor(0.5)
+    if not takes(F_sdpa, q, k, v, scale=scale):
+        pytest.skip("this torch takes no tensor as a scale")
+    for value in (0.5, 3.0):
+        scale.fill_(value)
+        assert torch.equal(sdpa(q, k, v, scale=scale), F_sdpa(q, k, v, scale=value))
+
+
+@pytest.mark.parametrize("bad", [(2, 4, 9), (3, 4, 8)], ids=["head_dim", "batch"])
+def test_fault_95_an_entry_for_every_size_lets_f_sdpa_say_what_is_wrong(bad):
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    with pytest.raises(RuntimeError):
+        sdpa(q, r(*bad), v)
+
+
+@pytest.mark.parametrize("change", ["requires_grad", "dtype", "inference"])
+def test_fault_95_other_tensors_are_right_too(change):
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    with torch.inference_mode(change == "inference"):
+        q, k, v = (x.double() if change == "dtype" else x.clone() for x in (q, k, v))
+        if change == "requires_grad":
+            q.requires_grad_()
+        out = sdpa(q, k, v)
+        assert torch.equal(out, F_sdpa(q, k, v)) and out.requires_grad == q.requires_grad
+
+
+def test_fault_95_the_plain_guard_can_do_it_too(monkeypatch, no_miss):
+    monkeypatch.setattr(guard, "NATIVE", False)
+    q, k, v = (r(2, 4, 8) for _ in range(3))
+    sdpa(q, k, v)
+    sdpa(*four())
+    no_miss()
+    sdpa(q, r(2, 7, 8), r(2, 7, 8))
+    assert counted()["passed_on"] == {"inputs that are not 4-D": 2}
+
+
+# --- fault 92: a dense mask while decoding
+
+STEPS = range(100, 121)  # one bucket
+
+
+def padded(batch, n, room=0):
+    """A padding mask (b, 1, 1, n) as generate() makes it for left-padded prompts; room: a slice of a longer one."""
+    seen = torch.arange(n + room)[None] >= torch.arange(batch)[:, None] * 7
+    return seen[:, None, None, :n]
+
+
+MASKS = {
+    # the mask of a decode with batch 2, 4 heads and n keys; how many queries
+    "padding, bool": (lambda n: padded(2, n), 1),
+    "padding, added": (lambda n: torch.zeros(2, 1, 1, n).masked_fill(~padded(2, n), float("-inf")), 1),
+    "a slice of a static cache's": (lambda n: padded(2, n, room=300 - n), 1),
+    "for every head": (lambda n: padded(2, n).expand(2, 4, 1, n).contiguous(), 1),
+    "expanded over heads": (lambda n: padded(2, n).expand(2, 4, 1, n), 1),
+    "ALiBi": (lambda n: -torch.arange(n).flip(0).float() * torch.tensor([0.5, 0.25, 0.125, 0.0625])[None, :, None, None], 1),
+    "2-D": (lambda n: torch.rand(1, n) < 0.9, 1),
+    "speculation, four queries": (lambda n: padded(2, n) & torch.ones(4, n, dtype=torch.bool).tril(n - 4), 4),
+    "one column for all keys": (lambda n: torch.zeros(2, 4, 1, 1), 1),
+}  # fmt: skip
+
+
+def step(n, q_len=1, heads=2):
+    return r(2, 4, q_len, 16), r(2, heads, n, 16), r(2, heads, n, 16)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "plain"])
+def either_guard(request, monkeypatch):
+    monkeypatch.setattr(guard, "NATIVE", request.param and guard.NATIVE)
+
+
+@pytest.mark.parametrize("door", ["attention", "sdpa"])
+@pytest.mark.parametrize("name", MASKS)
+def test_fault_92_a_decode_with_a_dense_mask_is_served_by_its_bucket(name, door, quick, either_guard):
+    """While a decode's cache and its dense mask grow together, one entry serves each length of the bucket."""
+    mask_for, q_len = MASKS[name]
+    for n in STEPS:
+        (q, k, v), mask = step(n, q_len), mask_for(n)
+        out = fastattn.attention(q, k, v, mask) if door == "attention" else sdpa(q, k, v, mask, enable_gqa=True)
+        assert expect(q, k, v, mask).forward(out) <= 1.0, n
+    found = counted()
+    assert (found["misses"], found["hits"], found["tunings"]) == (1, len(STEPS) - 1, 1)
+
+
+def test_fault_92_the_default_too():
+    with fastattn.options.scope(mode="cached"):
+        for n in STEPS:
+            (q, k, v), mask = step(n, heads=4), padded(2, n)
+            assert torch.equal(sdpa(q, k, v, mask), F_sdpa(q, k, v, mask))
+    assert counted()["misses"] == 1
+
+
+def test_fault_92_the_next_bucket_is_a_miss(quick):
+    low = length_buckets.bucket_bounds(100)[0]
+    for n in range(low - 3, low + 3):
+        fastattn.attention(*step(n), padded(2, n))
+    assert (counted()["misses"], counted()["tunings"]) == (2, 2)
+
+
+@pytest.mark.parametrize("other", [
+    lambda n: padded(2, n + 1), lambda n: padded(2, n)[..., :1], lambda n: padded(1, n),
+    lambda n: padded(2, n).expand(2, 4, 1, n),
+    lambda n: padded(2, n).float(), lambda n: torch.rand(n, 2).T[:, None, None] < 0.9, lambda n: None,
+], ids=["longer", "one key", "one batch", "expanded", "float", "transposed", "none"])  # fmt: skip
+def test_fault_92_another_mask_is_not_taken_for_it(other, quick, either_guard):
+    fastattn.attention(*step(100), padded(2, 100))
+    (q, k, v), mask = step(105), other(105)
+    if mask is not None and mask.shape[-1] == 106:
+        with pytest.raises(RuntimeError, match="does not broadcast"):
+            fastattn.attention(q, k, v, mask)
+    else:
+        assert expect(q, k, v, mask).forward(fastattn.attention(q, k, v, mask)) <= 1.0
+
+
+def test_fault_92_a_plan_with_a_mask_says_which_lengths_it_takes(quick):
+    planned = fastattn.plan(*step(100), padded(2, 100))
+    assert planned.kv_lens == length_buckets.bucket_bounds(100)
+    (q, k, v), mask = step(110), padded(2, 110)
+    assert expect(q, k, v, mask).forward(planned(q, k, v, mask)) <= 1.0
+
+
+def test_fault_92_a_mask_that_does_not_grow_with_the_keys_is_checked(quick, either_guard):
+    """The same tensor for cache and mask, or a mask for other keys, must not pass for one that grows."""
+    x = r(2, 2, 100, 100)
+    q = r(2, 2, 1, 100)
+    for _ in range(2):
+        assert expect(q, x, x.clone(), x[:, :, :1]).forward(fastattn.attention(q, x, x.clone(), x[:, :, :1])) <= 1.0

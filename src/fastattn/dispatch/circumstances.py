@@ -84,6 +84,20 @@ def may_remember(circumstances: Circumstances) -> bool:
     return not (is_passed or circumstances.capturing or circumstances.compiling)
 
 
+# Rows that pass a call on for a reason that a guard can see: the Settings, the device, the sizes, or the state that it reads.
+SEEN_BY_GUARDS: dict[str, tuple[str, ...]] = {
+    "off": (),
+    "other_device": (),
+    "empty": (),
+    "restricted": ("unrestricted",),
+}
+
+
+def what_passes_on(circumstances: Circumstances) -> str:
+    """Name of the row that decides."""
+    return next(name for name, *_ in RULES if getattr(circumstances, name))
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

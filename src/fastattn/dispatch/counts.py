@@ -37,7 +37,11 @@ class Counts:
         with self._lock:
             self.passed_on[why] += 1
 
-    def hits(self) -> dict[str, int]:
-        """Hits since the last reset, by candidate."""
-        found = {name: n - self._hits_before.get(name, 0) for name, n in entries.all_hits().items()}
-        return {name: n for name, n in found.items() if n}
+    def hits(self) -> tuple[Counter[str], Counter[str]]:
+        """Hits since the last reset: by candidate; and of calls that are passed on, by the reason."""
+        served: Counter[str] = Counter()
+        passed_on: Counter[str] = Counter()
+        for (candidate, why), n in entries.all_hits().items():
+            if since := n - self._hits_before.get((candidate, why), 0):
+                (passed_on if why else served)[why or candidate] += since
+        return served, passed_on

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastattn.dispatch.guard import Guard, build_guard, hits_of
+from fastattn.dispatch.guard import Guard, LeadsTo, build_guard, hits_of
 from fastattn.environment import settings, torch_private
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.log import log
@@ -41,7 +41,7 @@ class Entries:
         """resolve(q, k, v, mask, layout, options): what a miss comes to."""
         self._resolve = resolve
         self._lock = Lock()
-        self._dropped_hits: dict[str, int] = {}
+        self._dropped_hits: dict[LeadsTo, int] = {}
         self._ask_table: Guard = self.lookup
         self.generation = 0
         self._empty()
@@ -82,7 +82,7 @@ class Entries:
             if call is not None:
                 self._note(guard)
                 return call
-        for guard in table.get(-q_bytes, ()):  # entries with a free kv_len
+        for guard in table.get(-q_bytes, ()):  # entries with a free kv_len, or free sizes
             call = guard(q, k, v, mask, layout, options)
             if call is not None:
                 self._note(guard)
@@ -122,7 +122,7 @@ class Entries:
         """Add an entry made by this very call, unless the entries were dropped since `generation`."""
         kv_lens = None if k is v else resolved.kv_lens  # a free length needs k and v guarded apart
         guard = build_guard(q, k, v, mask, layout, options, resolved, kv_lens)
-        address = -q.nbytes if kv_lens is not None else _address(q.nbytes, k.nbytes)
+        address = -q.nbytes if kv_lens is not None or resolved.any_sizes else _address(q.nbytes, k.nbytes)
         with self._lock:
             if generation not in (None, self.generation):
                 return
@@ -148,8 +148,8 @@ class Entries:
         for name, hits in _hits_in(table):
             self._dropped_hits[name] = self._dropped_hits.get(name, 0) + hits
 
-    def hits(self) -> dict[str, int]:
-        """How often each candidate was hit."""
+    def hits(self) -> dict[LeadsTo, int]:
+        """How often entries that lead to each candidate were hit."""
         found = dict(self._dropped_hits)
         for name, hits in _hits_in(self.table):
             found[name] = found.get(name, 0) + hits
@@ -170,7 +170,7 @@ def _address(q_bytes: int, k_bytes: int) -> int:
     return q_bytes * 31 + k_bytes
 
 
-def _hits_in(table: dict[int, tuple[Guard, ...]]) -> list[tuple[str, int]]:
+def _hits_in(table: dict[int, tuple[Guard, ...]]) -> list[tuple[LeadsTo, int]]:
     return [hits_of(guard) for guards in table.values() for guard in guards]
 
 
@@ -180,9 +180,9 @@ def drop_all() -> None:
         entries.drop()
 
 
-def all_hits() -> dict[str, int]:
-    """How often each candidate was hit, by attention() and sdpa() together."""
-    found: dict[str, int] = {}
+def all_hits() -> dict[LeadsTo, int]:
+    """How often entries that lead to each candidate were hit, by attention() and sdpa() together."""
+    found: dict[LeadsTo, int] = {}
     for entries in list(_all):
         for name, hits in entries.hits().items():
             found[name] = found.get(name, 0) + hits

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
 
 Guard = Callable[..., Any]
+LeadsTo = tuple[str, str]  # (candidate, why the call is passed on or "")
 Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
@@ -48,9 +49,9 @@ def _moving_strides(x: Tensor, dim: int) -> list[int]:
     return [i for i, stride in enumerate(x.stride()) if i != dim and stride and stride % step == 0]
 
 
-def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
-    sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
-    strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
+def _native(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False) -> Callable[..., bool]:
+    sizes: list[list[int | None]] = [[None] * x.dim() if any_sizes else list(x.shape) for x in tensors]
+    strides: list[list[int | None]] = [[None] * x.dim() if any_sizes else list(x.stride()) for x in tensors]
     for i, dim in free.items():
         sizes[i][dim] = None
         for moving in _moving_strides(tensors[i], dim):
@@ -59,14 +60,14 @@ def _native(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
-def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
+def _plain(tensors: list[Tensor], free: dict[int, int], any_sizes: bool = False) -> Callable[..., bool]:
     """The stand-in where torch has no TensorGuards: the same answers from public attributes, in some microseconds."""
 
-    def facts(x: Any, dim: int | None) -> tuple[Any, ...]:
-        shape, stride = list(x.shape), list(x.stride())
-        if dim is not None:
-            for moving in _moving_strides(x, dim):
-                stride[moving] = -1
+    def facts(x: Any, dim: int | None, moving: list[int]) -> tuple[Any, ...]:
+        shape, stride = ([], [x.dim()]) if any_sizes else (list(x.shape), list(x.stride()))
+        if dim is not None and x.dim() > dim:
+            for i in moving:
+                stride[i] = -1
             shape[dim] = -1
         keys = (x.is_conj(), x.is_neg(), x.is_inference(), x.requires_grad, x.layout)
         return (type(x), shape, stride, x.dtype, x.device, keys)
@@ -77,12 +78,12 @@ def _plain(tensors: list[Tensor], free: dict[int, int]) -> Callable[..., bool]:
         return (torch.is_inference_mode_enabled(), on("cpu"), on("cuda"), torch_private.functorch_level(), tracing)
 
     dims = [free.get(i) for i in range(len(tensors))]
-    want = [facts(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    moving = [[] if dim is None else _moving_strides(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    want = list(map(facts, tensors, dims, moving))
     state = switches()
 
     def check(*given: Any) -> bool:
-        found = (facts(x, dim) for x, dim in zip(given, dims, strict=True))
-        return state == switches() and all(f == w for f, w in zip(found, want, strict=True))
+        return state == switches() and all(f == w for f, w in zip(map(facts, given, dims, moving), want, strict=True))
 
     return check
 
@@ -121,7 +122,8 @@ def build_guard(
 ) -> Guard:
     """The guard of an entry made by this very call.
 
-    resolved.reads: names of READERS whose present value its Call depends on. kv_lens: (dimension of the length in k and v,
+    resolved.reads: names of READERS whose present value its Call depends on. resolved.any_sizes: it serves tensors of every
+    size with as many dimensions, as nothing was decided by a size. kv_lens: (dimension of the length in k and v,
     lowest, highest kv_len) for which the Call serves; k and v must then be distinct tensors of one length.
     """
     conditions: list[str] = []
@@ -155,27 +157,34 @@ def build_guard(
     if kv_lens is not None:
         dim, low, high = kv_lens
         free = {"k": dim, "v": dim}
+        grows = [("k", k), ("v", v)]
+        if "m" in unique and mask.shape[-1] == k.shape[dim]:  # a dense mask grows with its keys
+            free["m"] = mask.dim() - 1
+            grows.append(("m", mask))
+            values["M_BYTES"] = mask.nbytes
+            conditions.append("m.nbytes * K_BYTES == k.nbytes * M_BYTES")
         unit = k.nbytes // k.shape[dim]
-        values.update(LOW=low * unit, HIGH=high * unit)
+        values.update(LOW=low * unit, HIGH=high * unit, K_BYTES=k.nbytes, V_BYTES=v.nbytes)
         same = v.nbytes == k.nbytes
         conditions.append("LOW <= k.nbytes <= HIGH")
-        conditions.append("v.nbytes == k.nbytes" if same else f"v.nbytes * {k.nbytes} == k.nbytes * {v.nbytes}")
+        conditions.append("v.nbytes == k.nbytes" if same else "v.nbytes * K_BYTES == k.nbytes * V_BYTES")
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
-        conditions += [f"{name}.is_contiguous()" for name, x in (("k", k), ("v", v)) if x.is_contiguous()]
+        conditions += [f"{name}.is_contiguous()" for name, x in grows if x.is_contiguous()]
     conditions.append(f"check({names})")
     for name in resolved.reads:
         conditions.append(_state_condition(name, READERS[name](), values))
     make = _native if NATIVE else _plain
-    values["check"] = make(list(unique.values()), {i: free[n] for i, n in enumerate(unique) if n in free})
+    at = {i: free[n] for i, n in enumerate(unique) if n in free}
+    values["check"] = make(list(unique.values()), at, resolved.any_sizes)
     conditions.append("scope() is SCOPE")
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
-    guard.hits, guard.candidate = hits, resolved.candidate  # type: ignore[attr-defined]
+    guard.hits, guard.leads_to = hits, (resolved.candidate, resolved.passed_on)  # type: ignore[attr-defined]
     return guard
 
 
-def hits_of(guard: Guard) -> tuple[str, int]:
-    """(the candidate that the entry leads to, how often it was hit)."""
-    return guard.candidate, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
+def hits_of(guard: Guard) -> tuple[LeadsTo, int]:
+    """(what the entry leads to, how often it was hit)."""
+    return guard.leads_to, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
 
 
 def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:

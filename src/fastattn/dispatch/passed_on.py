@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,10 @@ from fastattn.problems.problem import default_scale
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
+OTHER_HEADS = "different head counts without enable_gqa"
+BY_SIZES = (OTHER_HEADS,)  # reasons that lie in sizes; the others lie in the number of dimensions and in the options
+
+
 def why_sdpa_is_passed_on(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: Any, enable_gqa: Any) -> str | None:
     """Why fastattn does not serve a call of F.sdpa with these tensors, None if it may. Also asked while tracing."""
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -30,7 +35,7 @@ def why_sdpa_is_passed_on(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal:
     if mask is not None and mask.dim() == 3:
         return "a 3-D mask"
     if q.shape[1] != k.shape[1] and not enable_gqa and not is_one_head_broadcast(q, k, v, enable_gqa):
-        return "different head counts without enable_gqa"
+        return OTHER_HEADS
     return None
 
 
@@ -51,6 +56,15 @@ def f_sdpa_broadcasts() -> bool:
 
 
 f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as compiled.winner
+
+
+def as_it_was(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Callable[..., Any]:
+    """F.sdpa with these arguments; what is as usual is not said again, which saves some 0.2 us a call."""
+    if scale is not None or enable_gqa is not False:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if is_causal is not False or dropout_p.__class__ is not float or dropout_p:
+        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, is_causal)
+    return sdpa
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptions) -> Any:

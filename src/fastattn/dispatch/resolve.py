@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import passed_on, service, validity
-from fastattn.dispatch.circumstances import TUNE, Circumstances, may_remember, read_circumstances, what_is_allowed
+from fastattn.dispatch.circumstances import (
+    SEEN_BY_GUARDS,
+    TUNE,
+    Circumstances,
+    may_remember,
+    read_circumstances,
+    what_is_allowed,
+    what_passes_on,
+)
 from fastattn.dispatch.rescue import rescued
 from fastattn.dispatch.service import Action, Asked, decide_service
 from fastattn.dispatch.session import session
-from fastattn.dispatch.torch_function import sdpa
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings, current_settings
 from fastattn.environment.torch_private import has_torch_function
@@ -36,6 +43,8 @@ class Resolved(NamedTuple):
     reads: tuple[str, ...] = ()
     kv_lens: tuple[int, int, int] | None = None
     is_tuned: bool = False  # a verdict says so
+    passed_on: str = ""  # why F.sdpa answers the call as it was made
+    any_sizes: bool = False  # nothing was decided by a size
 
 
 # --- the two front doors
@@ -50,11 +59,16 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
         if service.is_passed_on(circumstances, options.kernel):
-            return _passed_on(circumstances, layout, options, mask)
+            return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
-    resolved = _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
-    # torch's causal biases are a Tensor subclass: no guard could match one
-    is_guarded = not isinstance(mask, Tensor) or as_structured(mask) is mask
+    return _if_guarded(_resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask)), mask, given)
+
+
+def _if_guarded(resolved: Resolved, mask: Any, given: dict[str, Any]) -> Resolved:
+    """The same, not remembered where no guard could match such a call."""
+    is_guarded = (
+        not isinstance(mask, Tensor) or as_structured(mask) is mask
+    )  # torch's causal biases are a Tensor subclass
     is_guarded = is_guarded and not any(hasattr(value, "ndim") for value in given.values())  # may be changed in place
     return resolved if is_guarded else resolved._replace(remember=False)
 
@@ -63,22 +77,22 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     """Resolve a call of sdpa(): what F.sdpa would take and we can serve, else F.sdpa itself."""
     dropout_p, is_causal, scale, enable_gqa = options
 
-    def as_it_was(q: Any, k: Any, v: Any, mask: Any) -> Any:
-        return sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    as_it_was = passed_on.as_it_was(dropout_p, is_causal, scale, enable_gqa)
 
-    def pass_on(why: str) -> Resolved:
+    def pass_on(why: str, remember: bool = True, any_sizes: bool = False, reads: tuple[str, ...] = ()) -> Resolved:
         session.counts.pass_on(why)
-        return Resolved(as_it_was, "default", why, remember=False)
+        return Resolved(as_it_was, "default", why, remember and not is_changeable, reads, None, False, why, any_sizes)
 
+    is_changeable = any(hasattr(value, "ndim") for value in options)  # a tensor, which may be changed in place
     settings = current_settings()
     tensors = [x for x in (q, k, v, mask) if x is not None]
     if not all(isinstance(x, Tensor) for x in tensors) or len(tensors) != 3 + (mask is not None):
-        return pass_on("an argument is no tensor")
+        return pass_on("an argument is no tensor", remember=False)
     circumstances = read_circumstances(tensors, settings, session.is_spent(settings))
     if service.is_passed_on(circumstances, None):
-        return pass_on(what_is_allowed(circumstances)[1])
+        return pass_on(what_is_allowed(circumstances)[1], *_what_guards_see(circumstances))
     if (why := passed_on.why_sdpa_is_passed_on(q, k, v, mask, is_causal, enable_gqa)) is not None:
-        return pass_on(why)
+        return pass_on(why, any_sizes=why not in passed_on.BY_SIZES)
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return pass_on("is_causal or enable_gqa is no bool")
     try:
@@ -90,7 +104,6 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     is_broadcast = key.q.shape[1] != key.k.shape[1] and not enable_gqa
     if is_broadcast and not resolved.is_tuned and resolved.candidate == "default":
         resolved = resolved._replace(call=as_it_was)  # the default is bound with enable_gqa, which is another kernel
-    is_changeable = hasattr(scale, "ndim") or hasattr(dropout_p, "ndim")  # a tensor that may be changed in place
     return resolved._replace(remember=False) if is_changeable else resolved
 
 
@@ -118,7 +131,14 @@ def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, 
     session.counts.pass_on(why)
     is_custom = options.score_mod is not None or is_block_mask(mask)
     name = default_choice.untuned_name(options.softcap > 0 or options.return_lse, is_custom)
-    return Resolved(call, name, why, remember=False)
+    remember, any_sizes, reads = _what_guards_see(circumstances)
+    return Resolved(call, name, why, remember, reads, None, False, why, any_sizes)
+
+
+def _what_guards_see(circumstances: Circumstances) -> tuple[bool, bool, tuple[str, ...]]:
+    """(whether a guard can see why the call is passed on, whether it is for every size, what it must read)."""
+    name = what_passes_on(circumstances)
+    return name in SEEN_BY_GUARDS, name != "empty", SEEN_BY_GUARDS.get(name, ())
 
 
 def asked_of(key: CallKey, settings: Settings, circumstances: Circumstances) -> Asked:

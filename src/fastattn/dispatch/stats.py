@@ -42,19 +42,20 @@ class _StatsFunction:
     """
 
     def __call__(self) -> Stats:
-        counts, hits = session.counts, session.counts.hits()
+        counts, (hits, again) = session.counts, session.counts.hits()
         with session.lock:
             untuned, demoted = dict(session.misses), dict(session.demotions)
         served = Counter(counts.served_by)
         served.update(hits)
+        passed_on = counts.passed_on + again
         return Stats(
-            calls=sum(hits.values()) + counts.misses + sum(counts.passed_on.values()),
+            calls=sum(hits.values()) + counts.misses + sum(passed_on.values()),
             hits=sum(hits.values()),
             misses=counts.misses,
             tunings=counts.tunings,
             tuning_s=session.tuning_s,
             served_by=dict(served),
-            passed_on=dict(counts.passed_on),
+            passed_on=dict(passed_on),
             untuned={str(problem): count for problem, count in untuned.items()},
             demoted={name: cause for (_, name), cause in demoted.items()},
         )

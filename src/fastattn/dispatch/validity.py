@@ -7,9 +7,9 @@ from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
-from fastattn.problems import length_buckets, masks
+from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import INT32
-from fastattn.problems.call_key import CallKey
+from fastattn.problems.call_key import CallKey, is_block_mask
 from fastattn.problems.layouts import TO_BHSD
 
 
@@ -48,7 +48,7 @@ def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int
         limit = min(limit, left)
     if problem.q_len > length_buckets.DECODE_Q_LEN or problem.kv_len <= length_buckets.EXACT_LENGTHS:
         return None
-    if not (key.mask is None or isinstance(key.mask, masks.Causal)):
+    if is_block_mask(key.mask):
         return None
     low, high = length_buckets.bucket_bounds(problem.kv_len)
     high = min(high, limit)
