@@ -153,11 +153,11 @@ def test_fault_91_torch_is_asked_once(broken, monkeypatch):
             raise RuntimeError
 
     monkeypatch.setattr(passed_on, "sdpa", stock)
-    passed_on.f_sdpa_broadcasts.cache_clear()
+    passed_on._broadcasts.clear()
     try:
         assert [passed_on.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
     finally:
-        passed_on.f_sdpa_broadcasts.cache_clear()
+        passed_on._broadcasts.clear()
 
 
 # --- fault 95: calls that are passed on

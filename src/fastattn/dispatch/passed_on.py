@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,18 +43,24 @@ def is_one_head_broadcast(q: Tensor, k: Tensor, v: Tensor, enable_gqa: Any) -> b
     return not enable_gqa and k.shape[1] == v.shape[1] == 1 < q.shape[1] and f_sdpa_broadcasts()
 
 
-@cache
 def f_sdpa_broadcasts() -> bool:
-    """Whether F.sdpa of this torch takes such a call; what it refuses must be refused."""
+    """Whether F.sdpa of this torch takes such a call; what it refuses must be refused. Asked once."""
+    if not _broadcasts:
+        _broadcasts.append(_try_to_broadcast())
+    return _broadcasts[0]
+
+
+_broadcasts: list[bool] = []  # no functools.cache: Dynamo warns of it, though it does not look in here
+f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as compiled.winner
+
+
+def _try_to_broadcast() -> bool:
     q, k = (torch.zeros(1, heads, 1, 8, dtype=torch.float32, device="cpu") for heads in (2, 1))
     try:
         sdpa(q, k, k)
     except RuntimeError:
         return False
     return True
-
-
-f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as compiled.winner
 
 
 def as_it_was(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -22,7 +23,8 @@ class Patch:
 
     def __init__(self) -> None:
         self._before = getattr(F, NAME)
-        self._function = _as_torchs(self)
+        self._function = _as_torchs()
+        setattr(self._function, OURS, self)
         self._calls = 0  # of patch(), less the `with` blocks that are over
         self._done = False
         setattr(F, NAME, self._function)
@@ -80,13 +82,13 @@ def unpatch() -> bool:
     return handle is not None and handle.undo()
 
 
-def _as_torchs(handle: Patch) -> Any:
+@cache
+def _as_torchs() -> Any:
     """sdpa under torch's name: with its documentation, for pickle in its place, for torch.jit.script a builtin."""
     found = FunctionType(sdpa.__code__, sdpa.__globals__, NAME, sdpa.__defaults__, sdpa.__closure__)
     found.__kwdefaults__ = dict(sdpa.__kwdefaults__ or {})
     found.__annotations__ = dict(sdpa.__annotations__)
     found.__module__, found.__qualname__, found.__doc__ = F.__name__, NAME, torch_private.sdpa.__doc__
     found._torchdynamo_inline = sdpa._torchdynamo_inline  # type: ignore[attr-defined]
-    setattr(found, OURS, handle)
     torch_private.register_builtin(found, "aten::scaled_dot_product_attention")
     return found

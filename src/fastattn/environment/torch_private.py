@@ -74,7 +74,8 @@ class _NoForwardAD:
 sdpa: Callable[..., torch.Tensor] = _or("sdpa", torch.nn.functional.scaled_dot_product_attention)
 has_torch_function: Callable[..., bool] = _or("has_torch_function", lambda *ts: torch.overrides.has_torch_function(ts))
 function_modes: Callable[[], list[Any]] = _or("function_modes", list)
-register_builtin: Callable[[Any, str], None] = _or("register_builtin", lambda function, name: None)
+_register_builtin: Callable[[Any, str], None] = _or("register_builtin", lambda function, name: None)
+_builtins: list[Any] = []
 dispatch_modes: Callable[[], int] = _or("dispatch_modes", lambda: 0)
 functorch_level: Callable[[], int | None] = _or("functorch_level", lambda: None)
 is_batched: Callable[[torch.Tensor], bool] = _or(
@@ -123,6 +124,12 @@ def _public_precision() -> str:
 
 
 cpu_precision, cuda_precision = _precision_of("mkldnn"), _precision_of("cuda")
+
+
+def register_builtin(function: Any, name: str) -> None:
+    """torch.jit.script takes the function for that operator from now on. It is kept: torch knows it by its id alone."""
+    _builtins.append(function)
+    _register_builtin(function, name)
 
 
 def only_default_device() -> bool:
