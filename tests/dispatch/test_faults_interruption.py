@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from fakes import FAST, Clock, add, check, honest, made_up, qkv, turn
+from fakes import FAST, Clock, add, check, honest, made_up, qkv, row, turn
 
 import fastattn
 from fastattn.dispatch.attention import entries
@@ -299,3 +299,25 @@ def test_fault_69_whose_an_exception_is():
     assert cause_of(RuntimeError("CUDA error: an illegal memory access was encountered")) is Cause.DEVICE
     with blame.suppress_system_errors():
         raise FileNotFoundError("no file of that name")
+
+
+@pytest.mark.parametrize("where", ["import", "tuning", "the caller's tensors"])
+def test_fault_69_an_exception_of_the_librarys_own_type_is_the_kernels(where, kernel, monkeypatch):
+    """A type that a library's C++ defines has no frames: it is known by the library's name."""
+    own = type("cudnnGraphNotSupportedError", (Exception,), {"__module__": "cudnn"})
+    q, k, v = qkv(64)
+
+    def raises(*_):
+        raise own("no engine")
+
+    if where == "import":
+        add(monkeypatch, made_up("broken", honest, load=raises))
+    elif where == "tuning":
+        kernel.interruption = raises
+    else:
+        monkeypatch.setattr("fastattn.tuning.callers_tensors.CallersTensors.check", raises)
+    check(q, k, v)
+    if where == "import":
+        assert "cudnnGraphNotSupportedError" in row("broken", q, k, v).reason
+    else:
+        assert fastattn.explain(q, k, v).served_by != "interrupted"

@@ -84,7 +84,7 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 def made_up(name: str, run: Run, **fields: Any) -> Kernel:
     """A row that accepts nearly everything."""
     able = {"corner": "any", "masks": ("bool", "additive"), "mask_and_causal": True, "mask_grad": True}
-    return Kernel(name=name, summary="made up", load=lambda: run, **{**able, **fields})
+    return Kernel(**{"name": name, "summary": "made up", "load": lambda: run, **able, **fields})
 
 
 def add(monkeypatch: Any, *rows: Kernel) -> None:

@@ -63,9 +63,9 @@ def is_callers(error: BaseException, own: Collection[str] = ()) -> bool:
     return _top(kind) not in known
 
 
-def raise_callers(error: BaseException) -> None:
+def raise_callers(error: BaseException, own: Collection[str] = ()) -> None:
     """Raise an exception again that only passed through; for whoever makes do without what it was about to do."""
-    if is_callers(error):
+    if is_callers(error, own):
         raise error
 
 

@@ -144,6 +144,6 @@ def _loaded(kernel: Kernel) -> Kernel:
         if not isinstance(row, Kernel):
             raise TypeError(f"entry point {point.value} is a {type(row).__name__}, not a fastattn.kernels.Kernel")
     except Exception as error:
-        raise_callers(error)
+        raise_callers(error, [point.value.split(".")[0].split(":")[0]])
         return _unloaded(point, error)
     return replace(row, name=kernel.name, library=kernel.library, opt_in=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.text import first_line
+from fastattn.kernels.libraries import availability
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.screening import inaccurate
@@ -30,7 +31,7 @@ def choose(trials: list[TrialInProgress], default: TrialInProgress, check: Check
                 break
             winner.out(Outcome.INACCURATE, f"on the caller's tensors {inaccurate(errors)}")
         except Exception as error:
-            raise_callers(error)
+            raise_callers(error, availability.modules_of(winner.candidate.kernel))
             winner.out(Outcome.FAILED, f"on the caller's tensors {type(error).__name__}: {first_line(error)}")
     return (winner or default).candidate.name
 

@@ -53,7 +53,7 @@ def why_unavailable(kernel: Kernel) -> str | None:
             with torch.inference_mode(False):  # what a library makes on import must serve later calls too
                 load_kernel(kernel)
     except Exception as error:
-        raise_callers(error)
+        raise_callers(error, modules_of(kernel))
         why = f"{type(error).__name__}: {first_line(error)}"
     _import_s += clock.seconds_since(start)
     if why is None:
