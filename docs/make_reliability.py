@@ -26,7 +26,7 @@ STAYS_HEAD = """
 STAYS = (
     (
         "A name that was imported before `patch()` (23)",
-        "It keeps torch's function: `patch()` replaces one attribute of `torch.nn.functional` and touches nobody else's module.",
+        "It keeps torch's function: `patch()` replaces one attribute of `torch.nn.functional` and touches no other module.",
     ),
     (
         "torch's fast path of `nn.MultiheadAttention` and `nn.TransformerEncoder` in eval mode (25)",
@@ -34,7 +34,7 @@ STAYS = (
     ),
     (
         "A kernel that hangs while it runs (19)",
-        "Nothing can end it from inside its own process. Its crash note stays where somebody ends that process, and the next one"
+        "Nothing can end it from inside its own process. Its crash note stays where somebody ends it, and the next process"
         " leaves the candidate alone.",
     ),
     (
