@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -28,6 +29,23 @@ def test_a_block_runs(code, monkeypatch):
 def test_the_page_of_kernels_says_what_the_rows_say():
     maker = runpy.run_path(str(ROOT / "docs" / "make_kernels.py"))
     assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == maker["page"](), "python docs/make_kernels.py"
+
+
+def test_the_page_of_faults_says_what_the_tests_say():
+    maker = runpy.run_path(str(ROOT / "docs" / "make_reliability.py"))
+    assert (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8") == maker["page"](), (
+        "python docs/make_reliability.py"
+    )
+
+
+def test_a_fault_without_a_sentence_is_refused():
+    maker = runpy.run_path(str(ROOT / "docs" / "make_reliability.py"))
+    for docstring in ("", '"""no full stop"""; '):
+        [test] = ast.parse(f"def test_fault_99_x(): {docstring}pass").body
+        with pytest.raises(ValueError, match="test_fault_99_x"):
+            maker["what_holds"]("tests/x.py", test)
+    [test] = ast.parse('def test_fault_99_x():\n    """It is a | b in F.sdpa,\n    always. Not more."""').body
+    assert maker["what_holds"]("tests/x.py", test) == "It is a \\| b in F.sdpa, always."
 
 
 def test_the_readme_has_blocks():

@@ -121,7 +121,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("code", BROKEN)
-def test_a_library_that_cannot_be_imported_costs_one_row(code, site):
+def test_fault_59_a_library_that_cannot_be_imported_costs_one_row(code, site):
+    """A library that cannot be imported, whatever it raises and whatever it does to its process, costs one row of a table."""
     install(site, "xFormers", code)
     install(site, "Triton", works("Triton"))
     report = examined(1.5 if "sleep" in code else 30.0)
@@ -165,7 +166,8 @@ def test_nothing_is_imported_into_this_process(site):
     assert not {"xformers", "flashinfer", "cudnn", "torch._dynamo"} & (set(sys.modules) - before)
 
 
-def test_flash_attention_4_alone_is_not_2(site):
+def test_fault_61_flash_attention_4_alone_is_not_2(site):
+    """FlashAttention 4 alone, which shares a namespace with 2, is not taken for 2."""
     install(site, "FlashAttention 4", works("FlashAttention 4"))
     assert row("FlashAttention 4").importable is True
     assert row("FlashAttention 2").found is False
@@ -373,7 +375,10 @@ def test_a_manifest_must_be_for_one_of_the_devices(monkeypatch, tmp_path):
 
 
 def test_fault_58_neither_the_home_directory_nor_a_secret_is_in_a_report(monkeypatch, tmp_path):
-    """Every text that may hold a path or a value: the cache, settings, faults, errors of libraries, this Python."""
+    """Neither the home directory nor a secret is in a report.
+
+    Every text that may hold a path or a value: the cache, settings, faults, errors of libraries, this Python.
+    """
     home = tmp_path / "home" / "alice"
     site = home / ".local" / "lib" / "site-packages"
     site.mkdir(parents=True)

@@ -206,7 +206,8 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("armed", [False, True], ids=["new", "armed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:There is a perf")
-def test_inside_a_transform(qkv, transform, armed, never_tuned):
+def test_fault_29_inside_a_transform(qkv, transform, armed, never_tuned):
+    """Inside torch.func's transforms, make_fx and torch.jit.trace a call gives what F.sdpa gives, and nothing is kept of it."""
     q, k, v = qkv
     if armed:
         with fastattn.options(mode="cached"):
@@ -274,7 +275,9 @@ def test_deterministic_mode(qkv, never_tuned):
     assert len(session.misses) == 1
 
 
-def test_export(qkv, never_tuned):
+def test_fault_28_export(qkv, never_tuned):
+    """torch.export takes a model that calls attention(), and the program gives F.sdpa's bits on other inputs."""
+
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
             return attention(q, k, v, is_causal=True)
@@ -296,7 +299,8 @@ def test_nested_tensors(layout, never_tuned):
         assert torch.equal(got, want)
 
 
-def test_subclasses_reach_their_own_torch_function(never_tuned):
+def test_fault_30_subclasses_reach_their_own_torch_function(never_tuned):
+    """A Tensor subclass is asked by its own `__torch_function__`, and the output is of its class."""
     seen = []
 
     class Mine(torch.Tensor):
@@ -325,8 +329,11 @@ def test_empty_inputs(lengths, never_tuned):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
-    """A tuner that flips: each tuning crowns another kernel. The recomputation must not meet the second one."""
+def test_fault_34_checkpointing_recomputes_with_the_same_kernel(reentrant, monkeypatch):
+    """Activation checkpointing recomputes with the kernel that ran before, also with a tuner that would choose another.
+
+    A tuner that flips: each tuning crowns another kernel. The recomputation must not meet the second one.
+    """
     real, crowned = tune_problem, iter(["torch_math", "default", "torch_math", "default"])
     order = []
 

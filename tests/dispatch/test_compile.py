@@ -78,7 +78,8 @@ def test_inductor_runs_it():
         assert torch.allclose(torch.compile(model, fullgraph=True)(x), want, atol=1e-5)
 
 
-def test_dynamo_reports_one_graph_and_no_break():
+def test_fault_27_dynamo_reports_one_graph_and_no_break():
+    """torch.compile makes one graph of a call, without a break."""
     q = torch.randn(1, 2, 8, 16)
     found = torch._dynamo.explain(lambda q: attention(q * 2, q, q, is_causal=True) + 1)(q)
     assert (found.graph_count, found.graph_break_count) == (1, 0)

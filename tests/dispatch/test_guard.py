@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 
 import numpy as np
@@ -640,3 +641,27 @@ def test_an_entry_that_was_dropped_meanwhile_is_not_put_in_front(qkv):
     for _ in range(2 * STREAK):
         entries._note(found)
     assert entries.first is entries._ask_table
+
+
+def test_fault_36_a_hit_runs_few_functions_and_asks_the_system_nothing(qkv):
+    """A hit runs a handful of Python functions, and asks neither the clock nor the file system nor a lock."""
+    arm(*qkv, is_causal=True)
+    for _ in range(2 * STREAK):
+        attention(*qkv, is_causal=True)
+    ran, called = [], []
+
+    def watch(frame, event, what):
+        if event == "call":
+            ran.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+        elif event == "c_call":
+            called.append((getattr(what, "__module__", None) or "", what.__qualname__))
+
+    sys.setprofile(watch)
+    try:
+        attention(*qkv, is_causal=True)
+    finally:
+        sys.setprofile(None)
+    assert len(ran) <= (5 if probe.NATIVE else 25), ran
+    system = ("time", "posix", "io", "_io", "_thread", "_json", "nt")
+    assert not [name for module, name in called if module in system or name.endswith(("acquire", "__enter__"))], called
+    assert len(called) <= 40, called

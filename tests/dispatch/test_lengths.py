@@ -154,7 +154,8 @@ DRAWS = pytest.mark.parametrize("draws", [2_000, pytest.param(10_000, marks=pyte
 
 
 @DRAWS
-def test_many_random_lengths_tune_a_bounded_number_of_problems(draws, tuned):
+def test_fault_46_many_random_lengths_tune_a_bounded_number_of_problems(draws, tuned):
+    """However many lengths are drawn, the number of problems that are tuned is bounded."""
     random_ = random.Random(0)
     for _ in range(draws):
         call(int(2 ** random_.uniform(0, 13)))
@@ -223,7 +224,8 @@ def test_a_fault_in_the_middle_of_a_bucket_is_no_part_of_an_entry(tmp_path, monk
         fastattn.attention(q, k, v, kernel="torch_flash")
 
 
-def test_an_entry_ends_where_offsets_would_need_64_bits():
+def test_fault_07_an_entry_ends_where_offsets_would_need_64_bits():
+    """A kernel that counts offsets in 32 bits serves no call that needs more, and that holds for torch's default too."""
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
     heads, row = 80 * 8, 80 * 8 * 128
     shape, stride = torch.Size((80, 8, 25_000, 128)), (8 * 25_000 * 128, 25_000 * 128, 128, 1)

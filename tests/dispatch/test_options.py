@@ -157,8 +157,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kernel", [k.name for k in registry.rows() if "cpu" in k.devices])
-def test_no_option_is_silently_dropped(kernel, change):
-    """Metamorphic: with one option changed a kernel's output must change, or it refuses the option by name."""
+def test_fault_05_no_option_is_silently_dropped(kernel, change):
+    """No option is silently dropped: with a mask or option changed a kernel's output changes, or it refuses it by name."""
     dtype = torch.bfloat16 if kernel in ("matmul_mixed", "matmul_shifted") else torch.float32
     q, k, v = qkv(sq=16, skv=20, dtype=dtype)
     outs = []

@@ -82,7 +82,8 @@ def outcome(call, *args, **kwargs):
 
 
 @pytest.mark.parametrize("what", TAKEN)
-def test_sdpa_takes_what_f_sdpa_takes_and_raises_what_it_raises(what):
+def test_fault_26_sdpa_takes_what_f_sdpa_takes_and_raises_what_it_raises(what):
+    """The drop-in takes what F.sdpa takes, positional or by name, and raises the type of error that it raises."""
     q, k, v, options = TAKEN[what]
     theirs = outcome(ORIGINAL, q, k, v, **options)
     for _ in range(3):  # a miss, and hits
@@ -164,7 +165,8 @@ def restored():
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 @pytest.mark.parametrize("undone", ["ours", "theirs"])
-def test_every_order_with_a_foreign_patcher_still_computes(first, undone, restored):
+def test_fault_24_every_order_with_a_foreign_patcher_still_computes(first, undone, restored):
+    """With another library's patch below or above ours, undone in either order, F.sdpa still computes."""
     x = r(1, 2, 3, 8)
     want = ORIGINAL(x, x, x)
     makers = {"ours": fastattn.patch, "theirs": Foreign}
@@ -191,7 +193,8 @@ def test_a_patch_over_ours_is_left_alone_until_it_is_gone(restored, caplog):
     assert ours.undo() and F.scaled_dot_product_attention is ORIGINAL
 
 
-def test_a_name_imported_earlier_keeps_the_old_one():
+def test_fault_23_a_name_imported_earlier_keeps_the_old_one():
+    """A name that was imported before patch() keeps torch's own function, and still computes."""
     x = r(1, 2, 3, 8)
     with fastattn.patch(), spied() as calls:
         imported_earlier(x, x, x)
@@ -233,7 +236,8 @@ def test_a_function_mode_sees_exactly_one_sdpa_call():
             assert [name for name in mode.seen if "attention" in name] == ["scaled_dot_product_attention"]
 
 
-def test_multi_head_attention_is_the_same_patched():
+def test_fault_25_multi_head_attention_is_the_same_patched():
+    """nn.MultiheadAttention gives the same bits under patch(), also in eval mode, where torch has a fast path."""
     layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     x = r(2, 7, 32)
     padding = torch.zeros(2, 7, dtype=torch.bool)
@@ -245,7 +249,7 @@ def test_multi_head_attention_is_the_same_patched():
             assert torch.equal(layer(x, x, x, need_weights=need, key_padding_mask=mask)[0], want)
 
 
-def test_sdpa_kernel_is_obeyed():
+def test_fault_33_sdpa_kernel_is_obeyed():
     """Inside sdpa_kernel(MATH) F.sdpa serves, also where a hit is known, and nothing is learnt."""
     q, k, v = qkv(b=2, hq=4, sq=64, d=32, dtype=torch.bfloat16)
     with fastattn.options(mode="auto"), fastattn.patch():

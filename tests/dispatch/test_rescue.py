@@ -48,6 +48,7 @@ def stored(directory):
 
 
 def test_fault_53_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragile, own_store, caplog):
+    """Where a winner starts to raise another kernel answers that very call; it is not asked again, and told of once."""
     q, k, v = qkv(64)
     for _ in range(4):
         check(q, k, v)
@@ -223,8 +224,11 @@ def test_fault_53_a_new_process_skips_the_demoted(fragile, own_store):
     "invalid configuration argument", "no kernel image is available for execution on the device",
     "too many resources requested for launch",
 ])  # fmt: skip
-def test_a_launch_that_was_never_made_is_answered(what, fragile):
-    """torch's flash at a batch of 65,536, a library built for another GPU: every later call is as good as ever."""
+def test_fault_20_a_launch_that_was_never_made_is_answered(what, fragile):
+    """A launch that was never made, say for want of a kernel image, is answered in the same call by another kernel.
+
+    torch's flash at a batch of 65,536, a library built for another GPU: every later call is as good as ever.
+    """
     check(*qkv(64))
     fragile.error = RuntimeError(f"CUDA error: {what}")
     check(*qkv(64))
@@ -243,7 +247,8 @@ def test_a_launch_that_was_never_made_is_answered(what, fragile):
     ],
     ids=["out of memory", "sticky", "interrupt"],
 )
-def test_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store, caplog):
+def test_fault_49_out_of_memory_and_a_broken_device_are_raised(error, fragile, own_store, caplog):
+    """A broken device and memory that has run out reach the caller as they are, and demote nobody."""
     q, k, v = qkv(64)
     check(q, k, v)
     fragile.error = error

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from building import DTYPES, HALF, MEMORY, accepted, back, corner, expect, hold, mask_of, name_of, qkv, rung_of, to
+from fakes import add, honest, made_up
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from fastattn import attention
@@ -109,9 +110,50 @@ def test_every_case(case, grad):
     held(q, k, v, mask, options)  # and as a hit
 
 
+LENGTHS = (1, 2, 7, 8, 9, 33)
+
+
+@pytest.mark.parametrize("q_len", LENGTHS)
+def test_fault_01_causal_is_torchs_triangle_at_any_lengths(q_len):
+    """`is_causal` is torch's triangle, from the top left, at any two lengths; the other corner is asked for by name."""
+    for kv_len in LENGTHS:
+        q, k, v = qkv(b=1, hq=2, sq=q_len, skv=kv_len, d=8)
+        for given, is_causal, diagonal in ((None, True, 0), (BOTTOM, False, kv_len - q_len)):
+            visible = torch.ones(q_len, kv_len, dtype=torch.bool).tril(diagonal)
+            want = expect(q, k, v, visible)
+            for name in (None, *accepted(q, k, v, given, is_causal=is_causal)):
+                out = attention(q, k, v, given, is_causal=is_causal, kernel=name)
+                assert want.forward(out) <= 1.0, (name, kv_len, diagonal)
+
+
+@pytest.mark.parametrize("d, dv", [(1, 1), (3, 40), (40, 40), (59, 59), (72, 64), (111, 128), (320, 320)])
+def test_fault_14_any_head_dim(d, dv):
+    """Head dims of any width are right, also where v's is another: the scale is the caller's, whatever is padded."""
+    q, k, v = qkv(b=1, hq=2, sq=5, skv=9, d=d, dv=dv)
+    held(q, k, v, None, {"is_causal": True}, names=["", *accepted(q, k, v, is_causal=True)])
+
+
+@pytest.mark.parametrize("given", [None, 0.3])
+@pytest.mark.parametrize("d, dv", [(3, 3), (13, 16), (16, 5)])
+def test_fault_14_a_padded_head_dim_changes_no_scale(d, dv, given, monkeypatch):
+    widths = []
+
+    def run(q, k, v, mask, a):
+        widths.append((q.shape[3], k.shape[3], v.shape[3]))
+        return honest(q, k, v, mask, a)
+
+    add(monkeypatch, made_up("in_eights", run, head_dim_multiple=8))
+    q, k, v = qkv(d=d, dv=dv)
+    held(q, k, v, None, {"scale": given}, names=["in_eights+head_dim_pad"])
+    assert widths and all(width % 8 == 0 for width in widths[-1])
+
+
 @by_case
-def test_every_case_in_the_third_layout(case):
-    """test_every_candidate has the other two."""
+def test_fault_22_every_case_in_the_third_layout(case):
+    """Every rule of the call holds in every layout, also where heads equal lengths and no shape could tell.
+
+    test_every_candidate has the other two.
+    """
     q, k, v, mask, options = made(case, torch.float32, "sbhd", grad=True, memory="transposed")
     held(q, k, v, mask, options, "sbhd")
 
@@ -154,7 +196,8 @@ def test_every_broadcast_of_a_mask(letters, kind, dtype, small_blocks):
 
 @by_dtype
 @pytest.mark.parametrize("memory", MEMORY)
-def test_every_memory_form(memory, dtype):
+def test_fault_03_every_memory_form(memory, dtype):
+    """However q, k and v lie in memory (strided, packed, expanded), the answer is that of float64."""
     for layout, head_dim in itertools.product(LAYOUTS, (16, 7)):
         for forms in ((memory,) * 3, ("contiguous", memory, memory), (memory, "contiguous", "contiguous")):
             q, k, v = qkv(b=3, hq=4, sq=4, skv=6, d=head_dim, memory=forms, dtype=dtype, layout=layout)
@@ -202,7 +245,8 @@ def can_merge(out, layout):
 
 
 @by_dtype
-def test_rows_that_see_nothing_are_zeros_with_zero_gradients(dtype, small_blocks):
+def test_fault_02_rows_that_see_nothing_are_zeros_with_zero_gradients(dtype, small_blocks):
+    """A row that sees nothing is zeros, with zero gradients, whichever kernel answers."""
     visible = torch.rand(2, 1, 9, 9) < 0.5
     visible[:, :, 2] = visible[:, :, 7] = False
     visible[1, :, :, :] = False
@@ -219,7 +263,8 @@ def test_rows_that_see_nothing_are_zeros_with_zero_gradients(dtype, small_blocks
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("empty", ["b", "hq", "sq", "skv", "d", "dv"])
-def test_lengths_of_zero(empty, grad):
+def test_fault_17_lengths_of_zero(empty, grad):
+    """Batches, heads, lengths and head dims of zero give what the definition gives, forward and backward."""
     sizes = {"b": 2, "hq": 4, "hkv": 4, "sq": 5, "skv": 6, "d": 8, "dv": 8, empty: 0}
     if empty == "hq":
         if torch.__version__ < "2.12":
@@ -258,7 +303,8 @@ def test_autocast_casts_as_f_sdpa_does(cast, kind):
         held(q, k, v, mask, {}, names=accepted(q, k, v, mask), cast=cast)
 
 
-def test_autocast_unites_mixed_dtypes_and_spares_float64():
+def test_fault_31_autocast_unites_mixed_dtypes_and_spares_float64():
+    """Under autocast q, k and v of several dtypes are cast to one, as F.sdpa casts them, and float64 is left alone."""
     q, k, v = qkv(grad=True)
     mixed = (q, k.detach().bfloat16().requires_grad_(), v.detach().half().requires_grad_())
     wide = qkv(dtype=torch.float64, grad=True)

@@ -111,6 +111,7 @@ def test_a_bad_value_changes_nothing():
 
 
 def test_fault_86_a_relative_cache_dir_stays_where_it_was_named(tmp_path, monkeypatch):
+    """A relative cache directory is the one that it was when it was named, whatever the current directory is later."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "a")

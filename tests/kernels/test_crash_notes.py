@@ -49,7 +49,8 @@ def test_without_a_cache_nothing_is_noted():
         assert crash_notes.crashed_before(None, "a candidate") is None
 
 
-def test_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root, monkeypatch):
+def test_fault_49_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cleared(root, monkeypatch):
+    """What ended a process while it was tried is left alone by the next one, until the cache is cleared."""
     code = (
         "import os, pathlib; from fastattn.kernels.libraries import crash_notes as trying\n"
         f"with trying.leave_note(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"

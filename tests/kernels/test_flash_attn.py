@@ -179,7 +179,7 @@ def test_the_library_repacked_from_xformers_serves_all_but_softcap(monkeypatch):
 
 
 @pytest.mark.parametrize("returned", ["out and lse", "out"])
-def test_older_interfaces_return_what_they_like(returned, monkeypatch):
+def test_fault_61_older_interfaces_return_what_they_like(returned, monkeypatch):
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, num_splits=1,
                         deterministic=False):  # fmt: skip
         found = flash_attn_3.forward(

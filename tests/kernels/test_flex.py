@@ -113,7 +113,8 @@ def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
     assert "flex is off by" in caplog.text
 
 
-def test_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeypatch):
+def test_fault_62_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_asked(monkeypatch):
+    """What must be compiled first is compiled neither in a first call nor by `fastattn tune`, unless it is asked to."""
     monkeypatch.setattr(flex, "EAGER_SCORES", 2**30)  # its math will do here
     p = problem(q_len=40, kv_len=40, window=(8, 8))
     verdict = tune_problem(p, current_settings())

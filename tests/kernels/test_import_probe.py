@@ -64,7 +64,8 @@ def remembered(root: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("source, ending", [(EXITS, "exit code 3"), (SEGFAULTS, "SIGSEGV")])
-def test_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
+def test_fault_60_a_module_that_ends_the_process_is_a_sentence_and_is_remembered(site, root, source, ending):
+    """A library whose import ends its process ends a child, never this one, and is not tried again."""
     name = site.put("ends_it", source)
     why = import_probe.why_import_crashes(name, "entry", "1.0", root)
     said = f"importing it ended the process: {ending}"
@@ -143,7 +144,8 @@ def test_two_modules_that_only_crash_together_are_found(site, root):
     assert site.imports(second) == 2
 
 
-def test_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
+def test_fault_19_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
+    """A library whose import hangs is ended after its time, and its kernels say so."""
     monkeypatch.setattr(import_probe, "why_import_fails", partial(import_probe.why_import_fails, timeout_s=2.0))
     name = site.put("hangs", HANGS)
     for tries in (1, 2):

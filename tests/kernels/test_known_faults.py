@@ -152,7 +152,8 @@ def of(case: Case) -> KnownFault:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.kernel}: {c.about}")
-def test_a_shipped_quirk_holds_just_inside_its_condition_and_not_just_outside(case):
+def test_fault_08_a_shipped_fault_holds_just_inside_its_condition_and_not_just_outside(case):
+    """A kernel that is reported wrong is not used where the report applies, and is used just beside."""
     for inside in case.inside:
         assert holds(of(case), **inside), inside
     for change in case.outside:

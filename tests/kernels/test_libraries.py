@@ -131,8 +131,8 @@ def test_nothing_is_red_while_nothing_is_broken(monkeypatch):
 
 
 @pytest.mark.parametrize("stub, name", EACH)
-def test_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
-    """A kernel that takes a switch gets it; one that is never deterministic says so."""
+def test_fault_15_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
+    """In torch's deterministic mode a kernel's own switch is set, and a kernel that is never deterministic is refused."""
     kernel = row_of(stub, name)
     if not kernel.grad:
         pytest.skip("no backward")

@@ -6,9 +6,10 @@ What no CPU call meets: rows of libraries among the candidates, a winner of a li
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -26,6 +27,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.libraries import availability
+from fastattn.planning import binding
 from fastattn.problems import call_key, call_options
 from fastattn.problems.classify import classify
 
@@ -200,3 +202,33 @@ def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypa
         monkeypatch.setattr(registry, "_shipped", lambda: rows)
         assert first() == WINNER
         assert first(capturing=True) != WINNER
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_fault_18_a_kernel_runs_with_the_tensors_device_as_the_current_one(raises, monkeypatch):
+    """Libraries launch on the current device: a kernel runs while that is the tensors' own, and it is put back afterwards."""
+    at = [0]
+
+    @contextmanager
+    def device(there):
+        before, at[0] = at[0], there.index
+        try:
+            yield
+        finally:
+            at[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+    def run(q, *_):
+        if raises:
+            raise RuntimeError("no kernel image")
+        return at[0]
+
+    there = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    here = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    step = binding._on_its_device(run)
+    for q, index in ((there, 1), (here, 0)):
+        with pytest.raises(RuntimeError) if raises else nullcontext():
+            assert step(q, None, None, None, None) == index
+        assert at == [0]

@@ -31,7 +31,8 @@ def reasons(name: str, capability: int = 90, d: int = 64, **options) -> str:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_it_needs_a_number(name):
+def test_fault_16_it_needs_a_number(name):
+    """What quantises its inputs is considered only where the caller gives a number for the accuracy."""
     assert "quantises its inputs" in reasons(name)
     assert "quantises its inputs" not in reasons(name, accuracy=0.1)
 

@@ -48,7 +48,8 @@ def test_what_a_mask_and_a_band_leave_no_key():
 @pytest.mark.parametrize(
     "lies", ["as it should", "odd rows", "odd start", "last dim strided", "one key", "one row", "two dims"]
 )
-def test_a_bias_is_copied_where_vectors_cannot_read_it(lies):
+def test_fault_04_a_bias_is_copied_where_vectors_cannot_read_it(lies):
+    """A bias that vectors cannot read as it lies is copied to rows that they can, in the dtype of the queries."""
     made = {
         "as it should": torch.randn(2, 1, 5, 40)[..., :33],
         "odd rows": torch.randn(2, 1, 5, 33),
@@ -128,7 +129,8 @@ def test_a_float32_mask_beside_half_inputs_is_not_cast(stub, name, monkeypatch):
     assert any("float32 mask beside" in reason for reason in found), found
 
 
-def test_cudnn_plans_for_each_length_where_the_default_would_not(monkeypatch):
+def test_fault_09_cudnn_plans_for_each_length_where_the_default_would_not(monkeypatch):
+    """Where lengths change, a kernel that plans anew for each is used only where torch's default plans as well."""
     with installed(torch_cuda.STUB, monkeypatch):
         for capability, can in ((80, False), (89, False), (90, True), (100, True)):
             found = reasons(torch_cuda.STUB, "torch_cudnn", capability, changes={"lengths": "kv"})

@@ -118,7 +118,8 @@ def test_silicon(name, can, cannot, monkeypatch):
             assert any(f"capability {capability}" in reason for reason in decide(name, capability)[0].reasons)
 
 
-def test_limits_of_grids(monkeypatch):
+def test_fault_06_limits_of_grids(monkeypatch):
+    """A batch or a number of heads beyond a kernel's grid on a GPU is refused, with both numbers."""
     with installed(STUB, monkeypatch):
         for name in ("xformers_flash", "xformers_flash3", "xformers_cutlass"):
             assert "batch 65536 > 65535" in decide(name, changes={"batch": 65536})[0].reasons

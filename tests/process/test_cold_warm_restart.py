@@ -113,7 +113,8 @@ def test_nothing_is_tuned_again(runs, when):
 
 
 @pytest.mark.parametrize("when", WARM)
-def test_choices_and_outputs_are_identical(runs, when):
+def test_fault_67_choices_and_outputs_are_identical(runs, when):
+    """Choices and outputs are the same cold, warm, after the tables were cleared, and in a new process."""
     assert runs[when]["found"] == runs["cold"]["found"]
 
 

@@ -40,6 +40,8 @@ def child(code, **environment):
 
 
 def test_fault_70_torch_without_metadata_is_there(monkeypatch):
+    """torch is what is imported, with metadata or without."""
+
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -79,6 +81,7 @@ NUMBERS = [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.
 
 @pytest.mark.parametrize("scale", NUMBERS, ids=lambda x: f"{type(x).__module__}.{type(x).__name__}")
 def test_fault_90_a_scale_may_be_any_number(scale):
+    """A scale may be any number: of Python, of numpy, or a tensor without dimensions."""
     q, k, v = qkv(20)
     want = F_sdpa(q, k, v, scale=float(scale))
     assert torch.allclose(attention(q, k, v, scale=scale), want, atol=1e-5)
@@ -105,6 +108,7 @@ def test_fault_90_a_message_names_the_type_with_its_module(option, value, named)
 
 
 def test_fault_93_a_call_does_not_scan_entry_points(tmp_path):
+    """A call looks for plugins only where one is named."""
     code = """
 import importlib.metadata, torch, fastattn
 def scan(*args, **how):
@@ -136,6 +140,7 @@ print([m for m in sys.modules if m.startswith(("fastattn.tuning.t", "fastattn.tu
 
 
 def test_fault_97_tune_names_the_nearest_challenger_and_how_far_behind(monkeypatch):
+    """Where nothing beats the default, `fastattn tune` names the candidate that came nearest, and how far behind it was."""
     turn(
         monkeypatch,
         Clock({"default": DEFAULT, "matmul": 1.25 * DEFAULT, "torch_math": 2 * DEFAULT}, other=2.5 * DEFAULT),

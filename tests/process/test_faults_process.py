@@ -72,6 +72,7 @@ def capture(monkeypatch):
 
 
 def test_fault_47_a_capture_is_served_by_what_was_met_before_it(quick, capture):
+    """While a CUDA graph is captured nothing is tuned, synchronised or read: what was met before serves."""
     q, k, v = qkv(48)
     check(q, k, v)
     ran = quick.ran.count("quick")
@@ -109,6 +110,7 @@ def test_fault_47_after_the_capture_it_is_tuned(quick, monkeypatch):
 
 
 def test_fault_50_cached_mode_tunes_nothing_whatever_it_meets(monkeypatch):
+    """In cached mode nothing is ever tuned, whatever a server meets."""
     forbid(monkeypatch, *TUNING)
     monkeypatch.setenv("FASTATTN_MODE", "cached")
     reload_settings()
@@ -164,6 +166,7 @@ assert not seen, seen
 
 
 def test_fault_56_nobody_is_called_from_import_to_patch(tmp_path):
+    """No other machine is called, from import to patch()."""
     environment = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "store")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", OFFLINE], env=environment, timeout=120, capture_output=True, text=True

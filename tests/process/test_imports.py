@@ -33,8 +33,11 @@ def fresh(code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_loads_only_itself_and_the_standard_library(tmp_path):
-    """Beyond what torch loads; and no directory is made, nothing opened for writing, no environment or flag changed."""
+def test_fault_63_import_loads_only_itself_and_the_standard_library(tmp_path):
+    """`import fastattn` loads nothing but itself and the standard library beyond what torch loads.
+
+    And no directory is made, nothing opened for writing, no environment or flag changed.
+    """
     seen = fresh(
         """
 import json, os, sys, threading

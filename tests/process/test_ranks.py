@@ -94,8 +94,11 @@ def two_ranks(tmp_path, body, **environment):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-def test_ranks_choose_alike(tmp_path):
-    """Each knows another winner. Alone it serves; in a group the default does, and after sync() rank 0's."""
+def test_fault_44_ranks_choose_alike(tmp_path):
+    """The ranks of a process group choose alike, whatever each has stored.
+
+    Each knows another winner. Alone it serves; in a group the default does, and after sync() rank 0's.
+    """
     found = two_ranks(
         tmp_path,
         'private_store(["sdpa_math", "matmul"][rank])\nserve("alone", mode="cached")\n'

@@ -54,6 +54,7 @@ def tunings(monkeypatch):
 
 
 def test_fault_51_32_threads_on_one_new_problem_tune_once(tunings):
+    """Threads that meet one new problem together tune it once."""
     q, k, v = (torch.randn(1, 2, 24, 16) for _ in range(3))
     want, outputs = F_sdpa(q.double(), k.double(), v.double()), [None] * 32
 
@@ -88,7 +89,8 @@ def test_a_tuning_that_raises_leaves_the_problem_open(monkeypatch):
     assert fastattn.explain(x, x, x).verdict is not None
 
 
-def test_two_threads_with_opposite_scopes(tmp_path):
+def test_fault_32_two_threads_with_opposite_scopes(tmp_path):
+    """Options of a scope hold for its own thread: two threads with opposite ones do not meet."""
     x = torch.randn(1, 2, 24, 16)
     found = {0: set(), 1: set()}
 

@@ -49,6 +49,7 @@ def no_memory(kind="cuda"):
 
 @pytest.mark.parametrize("kind", EXHAUSTED)
 def test_fault_48_a_candidate_without_memory_is_out_and_nothing_of_it_is_kept(kind, monkeypatch):
+    """A candidate that finds no memory is out, and nothing of it stays in memory."""
     made, released = [], []
 
     def oom(q, k, v, mask, a):
@@ -171,6 +172,7 @@ NOISES = {
 
 @pytest.mark.parametrize("ramp", RAMPS)
 def test_fault_52_what_was_timed_while_the_speed_changed_is_not_written(ramp, quick, own_store, monkeypatch, caplog):
+    """What was timed while the machine changed its speed is not written."""
     change_speed(monkeypatch, quick, RAMPS[ramp])
     q, k, v = qkv(48)
     with caplog.at_level("INFO", "fastattn"):

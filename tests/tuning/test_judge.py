@@ -160,7 +160,8 @@ def test_the_budget_of_each_gradient_is_where_it_starts_to_fail(name):
     ],
     ids=["nan", "inf", "zeros"],
 )
-def test_no_number_at_all_is_no_pass(out):
+def test_fault_13_no_number_at_all_is_no_pass(out):
+    """NaN, infinity or zeros in the place of numbers never pass."""
     assert not judge().errors(lambda q, k, v, mask: out(q)).passed
 
 

@@ -141,31 +141,43 @@ def random_mask(h, s, kv_len):
 
 
 BOTTOM = masks.Causal("bottom_right")
-LIARS = {
-    "2%": (two_percent, call(64)),
-    "2%, bf16": (two_percent, call(64, dtype=torch.bfloat16)),
-    "2%, fp16": (two_percent, call(64, dtype=torch.float16)),
+WRONG_TRIANGLES = {
     "top-left for bottom-right": (top_left, call(40, 100, mask=BOTTOM)),
     "bottom-right for top-left": (bottom_right, call(40, 100, is_causal=True)),
     "no triangle": (no_triangle, call(64, is_causal=True)),
     "one off the diagonal": (one_off_the_diagonal, call(40, 100, mask=BOTTOM)),
+}
+DEAF = {
+    "mask ignored": (ignores_the_mask, call(64, mask=random_mask)),
+    "padding ignored": (ignores_the_mask, call(64, mask=lambda h, s, n: random_mask(1, 1, n))),
+    "one mask for all heads": (one_mask_for_all_heads, call(64, mask=random_mask)),
+    "scale's sign ignored": (ignores_the_scale, call(64, scale=-0.2)),
+}
+WRONG_GRADIENTS = {
+    "5% in dk": (wrong_gradient(1, 1.05, 1), call(64, grad=True)),
+    "5% in dq": (wrong_gradient(1.05, 1, 1), call(64, grad=True)),
+    "5% in dv, bf16": (wrong_gradient(1, 1, 1.05), call(64, grad=True, dtype=torch.bfloat16)),
+}
+A_LITTLE_WRONG = {
+    "2%": (two_percent, call(64)),
+    "2%, bf16": (two_percent, call(64, dtype=torch.bfloat16)),
+    "2%, fp16": (two_percent, call(64, dtype=torch.float16)),
+}
+WRONG_HEADS = {"kv heads swapped": (swaps_the_group, call(64, heads=8, kv_heads=4))}
+NOT_FINITE = {"a NaN row": (a_nan_row, call(64))}
+WRONG_TAILS = {
     "the last key dropped": (drops_the_last_keys, call(64, 129)),
     "the last key dropped, bf16": (drops_the_last_keys, call(64, 1025, dtype=torch.bfloat16)),
     "the last 63 keys dropped": (drops_the_last_keys, call(64, 127)),
     "the last row wrong": (wrong_last_rows, call(65)),
     "the last row of a long problem wrong": (wrong_last_rows, call(2049, 600, heads=1)),
-    "mask ignored": (ignores_the_mask, call(64, mask=random_mask)),
-    "padding ignored": (ignores_the_mask, call(64, mask=lambda h, s, n: random_mask(1, 1, n))),
-    "one mask for all heads": (one_mask_for_all_heads, call(64, mask=random_mask)),
-    "scale's sign ignored": (ignores_the_scale, call(64, scale=-0.2)),
-    "kv heads swapped": (swaps_the_group, call(64, heads=8, kv_heads=4)),
-    "5% in dk": (wrong_gradient(1, 1.05, 1), call(64, grad=True)),
-    "5% in dq": (wrong_gradient(1.05, 1, 1), call(64, grad=True)),
-    "5% in dv, bf16": (wrong_gradient(1, 1, 1.05), call(64, grad=True, dtype=torch.bfloat16)),
-    "a NaN row": (a_nan_row, call(64)),
+}
+CARELESS_WITH_MEMORY = {
     "input changed": (scales_the_input, call(64)),
     "rows left unwritten": (leaves_rows_unwritten, call(64)),
     "rows left unwritten, large": (leaves_rows_unwritten, call(700)),
+}
+WRONG_MAXIMA = {
     "maximum over padding": (_over_padding(False), call(64, 100)),
     "padding in the sum": (_over_padding(True), call(64, 100)),
     "maximum of hidden keys": (hidden_maximum, call(64, dtype=torch.bfloat16, is_causal=True)),
@@ -190,8 +202,8 @@ def fast(monkeypatch):
     return add_fast
 
 
-@pytest.mark.parametrize("run, given", LIARS.values(), ids=LIARS.keys())
-def test_a_liar_never_wins_and_never_reaches_the_caller(run, given, fast):
+def caught(run, given, fast):
+    """It was tried, did not win, and never answered the caller."""
     calls = fast(run)
     q, k, v, mask, options = given
     before = [x.detach().clone() for x in (q, k, v)]
@@ -208,10 +220,61 @@ def test_a_liar_never_wins_and_never_reaches_the_caller(run, given, fast):
     assert reason.startswith(("inaccurate: ", "ValueError: it changes its inputs")), trial.reason
 
 
-HONEST = ("2%", "top-left for bottom-right", "mask ignored", "5% in dk", "the last row of a long problem wrong")
+@pytest.mark.parametrize("run, given", WRONG_TRIANGLES.values(), ids=WRONG_TRIANGLES.keys())
+def test_fault_01_a_kernel_that_draws_another_triangle_never_wins(run, given, fast):
+    caught(run, given, fast)
 
 
-@pytest.mark.parametrize("given", [LIARS[n][1] for n in HONEST], ids=HONEST)
+@pytest.mark.parametrize("run, given", DEAF.values(), ids=DEAF.keys())
+def test_fault_05_a_kernel_that_ignores_the_mask_or_the_scale_never_wins(run, given, fast):
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS.keys())
+def test_fault_10_a_kernel_whose_gradients_are_wrong_never_wins(run, given, fast):
+    """A kernel whose output is right and whose gradients are wrong never wins."""
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", A_LITTLE_WRONG.values(), ids=A_LITTLE_WRONG.keys())
+def test_fault_11_a_kernel_that_is_two_percent_off_never_wins(run, given, fast):
+    """A kernel that is two percent off, in any dtype, never wins and never answers, however fast it is."""
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", WRONG_HEADS.values(), ids=WRONG_HEADS.keys())
+def test_fault_12_a_kernel_that_maps_heads_otherwise_never_wins(run, given, fast):
+    """Query head h uses kv head h // group, whatever kernel serves: one that maps them otherwise never wins."""
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", NOT_FINITE.values(), ids=NOT_FINITE.keys())
+def test_fault_13_a_row_of_nan_never_wins(run, given, fast):
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", WRONG_TAILS.values(), ids=WRONG_TAILS.keys())
+def test_fault_17_a_kernel_that_is_wrong_in_the_last_tile_never_wins(run, given, fast):
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", CARELESS_WITH_MEMORY.values(), ids=CARELESS_WITH_MEMORY.keys())
+def test_fault_21_a_kernel_that_changes_inputs_or_leaves_rows_unwritten_never_wins(run, given, fast):
+    """A kernel that changes its inputs or leaves rows of its output unwritten never wins, whatever lay in that memory."""
+    caught(run, given, fast)
+
+
+@pytest.mark.parametrize("run, given", WRONG_MAXIMA.values(), ids=WRONG_MAXIMA.keys())
+def test_fault_65_a_maximum_over_what_is_not_there_never_wins(run, given, fast):
+    """Kernels are checked with data that breaks them: a maximum over padding, which Gaussian numbers forgive, fails."""
+    caught(run, given, fast)
+
+
+HONEST = [next(iter(kind.values()))[1] for kind in (A_LITTLE_WRONG, WRONG_TRIANGLES, DEAF, WRONG_GRADIENTS)]
+HONEST.append(WRONG_TAILS["the last row of a long problem wrong"][1])
+
+
+@pytest.mark.parametrize("given", HONEST, ids=["plain", "bottom right", "mask", "gradients", "long"])
 def test_the_same_kernel_wins_if_it_does_not_lie(given, fast):
     fast(honest)
     q, k, v, mask, options = given
@@ -219,7 +282,7 @@ def test_the_same_kernel_wins_if_it_does_not_lie(given, fast):
     assert fastattn.explain(q, k, v, mask, **options).served_by == "fastest"
 
 
-def test_a_maximum_over_padding_passes_gaussian_data_and_fails_negative_rows(fast, monkeypatch):
+def test_fault_65_a_maximum_over_padding_passes_gaussian_data_and_fails_negative_rows(fast, monkeypatch):
     fast(_over_padding(False))
     q, k, v = qkv(64, 100)
     with monkeypatch.context() as only_gaussian:
@@ -228,6 +291,25 @@ def test_a_maximum_over_padding_passes_gaussian_data_and_fails_negative_rows(fas
         assert fastattn.explain(q, k, v).served_by == "fastest"
     fastattn.clear()
     assert fastattn.explain(q, k, v, tune=True).served_by == "default"
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(-1, None), slice(None)], ids=["first", "last", "all"])
+@pytest.mark.parametrize("off", [0.02, float("nan")])
+def test_fault_66_a_wrong_log_sum_exp_beside_a_right_output_never_wins(rows, off, fast):
+    """The log-sum-exp is checked as the output is: a kernel that leaves one row of it wrong never wins."""
+
+    def run(q, k, v, mask, a):
+        out, lse = honest(q, k, v, mask, a)
+        lse = lse.clone()
+        lse[:, -1, rows] += off
+        return out, lse
+
+    calls = fast(run, lse=True)
+    q, k, v = qkv(48)
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    assert calls and fastattn.explain(q, k, v, return_lse=True).served_by != "fastest"
+    scores = (q.double() @ k.double().mT) * q.shape[-1] ** -0.5
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
 
 
 def test_a_liar_on_the_callers_own_tensors_alone_is_caught_by_the_last_look(fast):
@@ -272,7 +354,7 @@ def test_an_error_of_the_backward_alone_becomes_the_reason(fast):
     assert row("fastest", q, k, v).reason == "ZeroDivisionError: division by zero"
 
 
-def test_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
+def test_fault_59_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
     from dataclasses import replace
 
     def load():
@@ -289,7 +371,8 @@ def test_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
 # --- the default is on trial too
 
 
-def test_a_wrong_default_does_not_serve_where_another_kernel_passes(monkeypatch):
+def test_fault_64_a_wrong_default_does_not_serve_where_another_kernel_passes(monkeypatch):
+    """torch's own default is checked as any kernel is: where it is wrong it does not serve."""
     replace_default(monkeypatch, two_percent)
     turn(monkeypatch, Clock({"default": FAST}))
     q, k, v = qkv(64)

@@ -65,7 +65,8 @@ def test_a_run_three_times_slower_than_the_default_ends_there(monkeypatch):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_tuning_leaves_torchs_random_numbers_alone(grad, monkeypatch):
+def test_fault_35_tuning_leaves_torchs_random_numbers_alone(grad, monkeypatch):
+    """Tuning leaves torch's random numbers as they were."""
     q, k, v = qkv(48, grad=grad)
     torch.manual_seed(7)
     want = torch.rand(4)

@@ -38,6 +38,7 @@ def warnings(caplog):
     "call, name", [("os.open", "EACCES"), ("os.replace", "EBUSY"), ("os.fsync", "ESTALE"), ("os.mkdir", "EROFS")]
 )
 def test_fault_39_what_cannot_be_written_is_kept_in_memory_with_one_warning(call, name, own_store, monkeypatch, caplog):
+    """Where the file system fails, verdicts stay in memory, with one warning."""
     add(monkeypatch, made_up("quick", honest))
     turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
     monkeypatch.setattr(os, call.removeprefix("os."), raises(getattr(errno, name)))
@@ -106,6 +107,7 @@ print(Store([Path(sys.argv[1])]).put(verdict(), DEVICE))
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on file sizes here")
 @pytest.mark.parametrize("bytes_left", [0, 100])
 def test_fault_41_a_quota_leaves_neither_a_temporary_file_nor_half_an_entry(bytes_left, tmp_path):
+    """A full disk leaves neither a temporary file nor half an entry."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]),
@@ -185,6 +187,7 @@ def plant(problem, winner):
 @pytest.mark.parametrize("mode", ["cached", "auto"])
 @pytest.mark.parametrize("accuracy", ["exact", "dtype", None])
 def test_fault_57_a_planted_approximate_winner_is_ignored(accuracy, mode, sage, monkeypatch):
+    """A file cannot consent for the caller: an approximate winner that was planted is ignored."""
     turn(monkeypatch, Clock({"default": 4e-3, "sage": FAST}))
     q, k, v = qkv(48)
     options = {} if accuracy is None else {"accuracy": accuracy}

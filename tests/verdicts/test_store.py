@@ -101,6 +101,7 @@ def writer(root, first, count):
 
 
 def test_fault_37_concurrent_writers_lose_nothing(tmp_path):
+    """Processes that write at once lose nothing, and no reader meets half a file."""
     writers = [writer(tmp_path / "s", 100 * n, 50) for n in range(2)]
     ends = [w.communicate(timeout=60) for w in writers]
     assert [w.returncode for w in writers] == [0, 0], ends
@@ -196,6 +197,7 @@ def changed(text, **values):
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_fault_38_a_hostile_file_is_a_miss(kept, kind):
+    """A file that is cut, empty, huge, nested or of another kind is a miss and never an error."""
     mine, path = kept
     made = HOSTILE[kind]
     before = path.read_bytes()
@@ -269,6 +271,7 @@ def test_fault_38_an_unknown_winner_is_never_looked_up_outside_the_kernels(winne
 
 @pytest.mark.parametrize("home", [None, "/", ""])
 def test_fault_40_without_a_home_verdicts_stay_in_memory(home, monkeypatch, caplog):
+    """Without a home directory that can be used, verdicts stay in memory."""
     import pwd
 
     monkeypatch.delenv("FASTATTN_CACHE_DIR", raising=False)
@@ -336,6 +339,7 @@ def test_fault_40_a_file_in_the_way(tmp_path, caplog):
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Device)])
 def test_fault_42_another_fingerprint_is_a_miss(kept, field):
+    """A verdict of another machine or other versions is a miss."""
     value = getattr(DEVICE, field)
     other = replace(DEVICE, **{field: value + 1 if isinstance(value, int) else value + "x"})
     assert other.slug != DEVICE.slug
@@ -358,6 +362,7 @@ NAMING = [f for f in fields(Problem) if f.compare and f.name != "window"]
 
 @pytest.mark.parametrize("field", NAMING, ids=lambda f: f.name)
 def test_fault_43_every_field_of_a_problem_names_its_file(kept, field):
+    """All that may change the choice is part of what names a verdict's file."""
     other = PROBLEM.replace(**{field.name: OTHER_VALUES[str(field.type)]})
     assert other != PROBLEM and other.digest != PROBLEM.digest
     assert kept[0].get(other, DEVICE) is None
@@ -394,6 +399,7 @@ def test_fault_43_a_stored_winner_is_asked_again_whether_it_can(monkeypatch):
 
 
 def test_fault_54_files_and_directories_are_for_this_user_alone(tmp_path):
+    """The cache's files and directories are for this user alone, and what others may write is neither read nor written."""
     before = os.umask(0)
     try:
         path = Store([tmp_path / "own"]).put(verdict(), DEVICE)
@@ -506,6 +512,7 @@ def forbidden(source):
 
 
 def test_fault_55_nothing_reads_code_from_a_file():
+    """Nothing in the library reads code from a file: no pickle, no torch.load, no eval, and exec in one place alone."""
     found = {(p.name, name) for p in SOURCE.rglob("*.py") for name in forbidden(p.read_text())}
     assert found == {("guard.py", "exec")}
 
