@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
 ASKED_BY_SDPA = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "math", "cudnn")}
 
 
+@lru_cache(256)
 def what_is_allowed(circumstances: Circumstances) -> tuple[str, str]:
     """(what a miss may do, why)."""
     for name, action, reason in RULES:

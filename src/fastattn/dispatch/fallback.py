@@ -77,8 +77,13 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
 
     Raises NoKernelError, with every kernel's reasons, where none can do the problem.
     """
-    decisions = all_decisions(asked)
+    decisions: list[Decision] = []
+    if not asked.problem.is_custom:  # mostly these few have the answer: to ask every kernel takes a millisecond
+        decisions = [*_decide(asked, "default"), *_what_default_asks(asked), *_decide(asked, "sdpa_math")]
     found = default_choice.fallbacks(asked.problem, asked.device, asked.settings, decisions, asked.facts)
+    if not any(candidate.kernel.name in registry.FALLBACKS for candidate in found):
+        decisions = all_decisions(asked)
+        found = default_choice.fallbacks(asked.problem, asked.device, asked.settings, decisions, asked.facts)
     if not found:
         why = "; ".join(f"{d.name}: {', '.join(d.reasons)}" for d in decisions if isinstance(d, Rejected))
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
@@ -89,10 +94,26 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
 
 def why_not_default(asked: Asked) -> str | None:
     """Why the default must not serve this call, None where it may: what it would run is asked, and no other kernel."""
-    named = (registry.row_for(name, asked.device.type) for name in default_choice.DISPATCHED)
-    rows = [row for row in named if row is not None]
-    found = candidates.decisions(asked.problem, asked.device, asked.settings, rows, facts=asked.facts)
+    found = _what_default_asks(asked)
     return default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+
+
+def _what_default_asks(asked: Asked) -> list[Decision]:
+    """The decisions of what F.sdpa chooses from, up to the kernel that it takes."""
+    found: list[Decision] = []
+    for name in default_choice.dispatch_order(asked.device):
+        found += _decide(asked, name)
+        could = [d.if_not_faulty if isinstance(d, Rejected) else d for d in found]
+        if any(d is not None and default_choice.runs_natively(d, name) for d in could):
+            break
+    return found
+
+
+def _decide(asked: Asked, name: str) -> list[Decision]:
+    kernel = registry.row_for(name, asked.device.type)
+    if kernel is None or asked.device.type not in kernel.devices:
+        return []
+    return candidates.decide(kernel, asked.problem, asked.device, asked.settings, facts=asked.facts)
 
 
 def is_ready(kernel: Kernel) -> bool:

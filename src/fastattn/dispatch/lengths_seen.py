@@ -16,7 +16,8 @@ class LengthsSeen:
         """What is tuned for this problem: itself, or its bucket where lengths churn. count_lengths: note it as seen."""
         is_decode = problem.q_len <= length_buckets.DECODE_Q_LEN
         mine = (problem.batch, problem.q_len, 0 if is_decode else problem.kv_len)
-        seen = self._seen.setdefault(problem.family().replace(lengths="kv" if is_decode else "exact"), set())
+        family = problem.replace(q_len=0, kv_len=0, batch=0, lengths="kv" if is_decode else "exact")
+        seen = self._seen.setdefault(family, set())
         if mine not in seen and len(seen) >= length_buckets.CHURN:
             return problem.bucketed("all")
         if count_lengths:

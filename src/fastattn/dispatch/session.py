@@ -95,10 +95,11 @@ class Session:
         if circumstances.deterministic:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
-        names = [problem.bucketed(how) for how in lengths]
         may_tune = what_is_allowed(circumstances)[0] == TUNE
         may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
-        for table in self._tables.all(settings, device, may_read):
+        tables = self._tables.all(settings, device, may_read)
+        names = [problem.bucketed(how) for how in lengths] if tables or not may_tune else []
+        for table in tables:
             for name in names:
                 if name in table and (not may_tune or self.is_complete(table[name], device, settings)):
                     return table[name]

@@ -41,9 +41,14 @@ class Device:
     @property
     def slug(self) -> str:
         """A directory name: readable, and exact by a digest of every field."""
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-        words = f"torch{self.torch}-{self.name}"
-        return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")[:60] + f"-{digest}"
+        return _slug(self)
+
+
+@lru_cache(64)
+def _slug(device: Device) -> str:
+    digest = hashlib.sha256(repr(device).encode()).hexdigest()[:10]
+    words = f"torch{device.torch}-{device.name}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")[:60] + f"-{digest}"
 
 
 @lru_cache(64)

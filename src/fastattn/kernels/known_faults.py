@@ -90,8 +90,18 @@ def faults_that_hold(
     kernel: str, problem: Problem, device: Device, library: str, extra: str | None, facts: CallFacts, runs: str = ""
 ) -> list[str]:
     """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
-    found = (q for q in known_faults(extra) if kernel in q.kernels and q.runs == runs)
+    found = _by_kernel(extra).get((kernel, runs), ())
     return [str(q) for q in found if q.holds(problem, device, library, facts)]
+
+
+@cache
+def _by_kernel(extra: str | None) -> dict[tuple[str, str], list[KnownFault]]:
+    """The faults of each (kernel, what it runs): most kernels have none, and every miss asks for some."""
+    found: dict[tuple[str, str], list[KnownFault]] = {}
+    for fault in known_faults(extra):
+        for name in fault.kernels:
+            found.setdefault((name, fault.runs), []).append(fault)
+    return found
 
 
 def cudnn_version(number: int) -> str:

@@ -76,6 +76,9 @@ def rows_for(device_type: str, named: Collection[str] = (), *, with_plugins: boo
 
 def row_for(name: str, device_type: str, named: Collection[str] = ()) -> Kernel | None:
     """The row of that name to ask on a device."""
+    own = [kernel for kernel in (*_shipped(), *_registered) if kernel.name == name]
+    if own:  # the last one that says it is for the device, as in rows_for
+        return next((kernel for kernel in reversed(own) if device_type in kernel.devices), own[0])
     return next((kernel for kernel in rows_for(device_type, named) if kernel.name == name), None)
 
 

@@ -56,7 +56,7 @@ def decide(
         reasons += [why] if (why := availability.why_unavailable(kernel)) else []
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
-    choices = [_choices(name, answer) for name, answer in answers.items()]
+    choices = [_choices(name, answer) for name, answer in answers.items() if answer != NO]
     chosen = (tuple(name for name in names if name) for names in product(*choices))
     chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
     found: list[Decision] = [Accepted(kernel, names) for names in chosen]
@@ -67,7 +67,7 @@ def decide(
 
 def _choices(name: str, answer: str) -> tuple[str, ...]:
     first = (name, "") if name == "gqa_fold" else ("", name)  # a view that saves work: tried before all that copies
-    return {NO: ("",), OPTIONAL: first, REQUIRED: (name,)}[answer]
+    return {OPTIONAL: first, REQUIRED: (name,)}[answer]
 
 
 def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, settings: Settings) -> Iterable[str]:

@@ -27,8 +27,12 @@ def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
         d if isinstance(d, Accepted) else d.if_not_faulty for d in found
     ]  # torch knows nothing of our known faults
     plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name)}
-    order = DISPATCHED if device.type == "cuda" and device.prefers_cudnn else DISPATCHED[1:]
-    return next((name for name in order if name in plain), "torch_math")
+    return next((name for name in dispatch_order(device) if name in plain), "torch_math")
+
+
+def dispatch_order(device: Device) -> tuple[str, ...]:
+    """DISPATCHED as F.sdpa asks them on this device."""
+    return DISPATCHED if device.type == "cuda" and device.prefers_cudnn else DISPATCHED[1:]
 
 
 def runs_natively(candidate: Accepted, kernel: str) -> bool:
