@@ -35,6 +35,7 @@ PRIVATE = {
     "math_on": "torch._C._get_math_sdp_enabled",
     "cudnn_on": "torch._C._get_cudnn_sdp_enabled",
     "overrideable_on": "torch._C._get_overrideable_sdp_enabled",
+    "is_view": "torch.Tensor._is_view",
     "math_reduction": "torch._C._get_math_sdp_allow_fp16_bf16_reduction",
 }
 
@@ -86,6 +87,7 @@ BACKEND_SWITCHES: dict[str, Callable[[], bool]] = {
 # sdpa_kernel(...) scope from enable_*_sdp(False).
 not_inside_sdpa_kernel: Callable[[], bool] = _or("overrideable_on", lambda: True)
 math_reduction: Callable[[], bool] = _or("math_reduction", lambda: False)
+is_view: Callable[[torch.Tensor], bool] = _or("is_view", lambda x: True)  # of another tensor, to autograd
 _precision_getter = private("precision")
 
 
