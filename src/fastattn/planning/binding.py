@@ -43,9 +43,11 @@ def bind(
     scale: the caller's, None means head_dim ** -0.5. facts: of the call, an ordinary one if not given. structured: the mask
     argument is no tensor.
     """
+    is_tuning = facts is None  # outside of autocast, whatever the problem's calls are in
     facts = ordinary_facts(p) if facts is None else facts
     if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not facts.decode:
-        return _direct_default(p, scale, structured, dropout_p)
+        direct = _direct_default(p, scale, structured, dropout_p)
+        return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
     step = availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
