@@ -67,11 +67,12 @@ def test_strides_of_dimensions_of_one_have_no_say(shape, cls):
 
 
 @pytest.mark.parametrize("cls", ["contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed"])
-def test_memory_order_is_f_sdpas_for_that_query(cls):
+def test_order_in_memory_is_f_sdpas_for_that_query(cls):
     q = _strided(torch.randn(2, 3, 5, 8), cls)
     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    assert layouts.is_dense(out, layouts.memory_order(cls))
-    assert layouts.empty_in_order(q, out.shape, layouts.memory_order(cls)).stride() == out.stride()
+    order = layouts.order_in_memory(q.shape, q.stride())
+    assert layouts.is_dense(out, order)
+    assert layouts.empty_in_order(q, out.shape, order).stride() == out.stride()
 
 
 # --- masks

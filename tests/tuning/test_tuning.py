@@ -64,6 +64,17 @@ def test_a_run_three_times_slower_than_the_default_ends_there(monkeypatch):
     assert clock.timed.count("a") == 1
 
 
+def test_a_problem_under_autocast_is_tuned_with_its_casts(monkeypatch):
+    turn(monkeypatch, Clock())
+    q, k, v = qkv(48, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for options in ({}, {"layout": "bshd"}):
+            found = fastattn.explain(q, k, v, tune=True, **options)
+            assert found.problem.cast_from and {"default", "torch_math", "torch_flash+fp32"} <= {
+                t.candidate for t in found.rows if t.time_us is not None
+            }
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_fault_35_tuning_leaves_torchs_random_numbers_alone(grad, monkeypatch):
     """Tuning leaves torch's random numbers as they were."""

@@ -56,7 +56,7 @@ def bind_winner(tensors: Any, layout: str, options: dict[str, Any], calls: dict[
     is_default = chosen.kernel.name == "default" or bool(IN_BLOCKS & set(chosen.conversions))
     if given.kernel is None and (decision.is_untuned or is_default):
         return ""
-    name = f"{asked.problem.digest} {chosen.name} {given.scale} {given.dropout_p} {asked.facts.decode}"
+    name = f"{asked.problem.digest} {chosen.name} {given.scale} {given.dropout_p} {asked.facts}"
     calls[name] = bind(chosen, asked, key)
     return name
 

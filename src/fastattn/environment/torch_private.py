@@ -37,6 +37,7 @@ PRIVATE = {
     "math_on": "torch._C._get_math_sdp_enabled",
     "cudnn_on": "torch._C._get_cudnn_sdp_enabled",
     "overrideable_on": "torch._C._get_overrideable_sdp_enabled",
+    "is_view": "torch.Tensor._is_view",
     "math_reduction": "torch._C._get_math_sdp_allow_fp16_bf16_reduction",
     "mkldnn_enabled": "torch._C._get_mkldnn_enabled",
     "mkldnn_deterministic": "torch._C._get_mkldnn_deterministic",
@@ -101,6 +102,7 @@ mkldnn_allow_tf32: Callable[[], bool | None] = _or("mkldnn_allow_tf32", lambda: 
 cpu_fp16_reduction: Callable[[], bool] = _or("cpu_fp16_reduction", lambda: False)
 _priority: Callable[[], list[int]] = _or("sdp_priority", list)
 _priority_at_start = _priority()
+is_view: Callable[[torch.Tensor], bool] = _or("is_view", lambda x: True)  # of another tensor, to autograd
 _precision_getter = private("precision")
 
 

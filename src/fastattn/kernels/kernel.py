@@ -82,6 +82,7 @@ class Kernel:
     dense_last_dim: bool = False  # the last stride must be 1
     dense: bool = False  # reads q, k and v as dense memory in its layout, whatever their strides say
     aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
+    output_lies: str = ""  # densely "as_query" or "contiguous" in memory, and is no view; "" where it may lie otherwise
     grad: bool = True
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included

@@ -5,7 +5,7 @@ No Call bakes a length in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from fastattn.environment.torch_private import sdpa
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.libraries import availability
 from fastattn.planning.conversions import BY_NAME
+from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
 from fastattn.planning.decision import Accepted
+from fastattn.planning.default_output import CONTIGUOUS, output_order
 from fastattn.problems import masks
-from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, from_bhsd, is_dense, memory_order, order_of, to_bhsd
+from fastattn.problems.call_facts import CallFacts, ordinary_facts
+from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
 from fastattn.problems.problem import Problem, default_scale
 
 # call(q, k, v, mask) -> out, or (out, lse)
@@ -30,7 +32,7 @@ def bind(
     candidate: Accepted,
     p: Problem,
     scale: float | None,
-    facts: CallFacts = CallFacts(),  # noqa: B008
+    facts: CallFacts | None = None,
     *,
     structured: bool = False,
     dropout_p: float = 0.0,
@@ -41,8 +43,11 @@ def bind(
     scale: the caller's, None means head_dim ** -0.5. facts: of the call, an ordinary one if not given. structured: the mask
     argument is no tensor.
     """
+    is_tuning = facts is None  # outside of autocast, whatever the problem's calls are in
+    facts = ordinary_facts(p) if facts is None else facts
     if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not facts.decode:
-        return _direct_default(p, scale, structured, dropout_p)
+        direct = _direct_default(p, scale, structured, dropout_p)
+        return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
     step = availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
@@ -101,19 +106,23 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
     is_banded, causal, window, decode = p.is_banded, p.causal, p.window, facts.decode
     has_mask = p.mask is not None  # a structured mask has become the corner
     is_tensor = p.mask != "block"
-    wanted = _wanted_order(candidate, p)
-    by_strides = candidate.kernel.name != "default" and p.strides[0] in ("expanded", "other")
+    wanted = output_order(p, facts)
+    is_right = candidate.kernel.name == "default" or _lies_as_default(candidate, p, facts)
+    is_contiguous = wanted == CONTIGUOUS
     if is_banded and not is_moving:
         lower, upper = masks.band(causal, window, 0, 0)
         a = a._replace(lower=lower, upper=upper)
 
-    def in_order(out: Tensor, like: Tensor) -> Tensor:
-        order_out = order_of(like) if by_strides else wanted
-        if order_out is not None and not is_dense(out, order_out):
-            out = _densify(out, order_out)
+    def as_default(out: Tensor) -> Tensor:
+        if is_right:
+            pass
+        elif is_contiguous:
+            out = out.contiguous()
+        elif not is_dense(out, wanted):
+            out = empty_in_order(out, out.shape, wanted).copy_(out)
         return out.permute(back) if is_view else out
 
-    if not (is_view or is_moving or has_mask or wanted or by_strides or decode or facts.autocast):
+    if is_right and not (is_view or is_moving or has_mask or decode or facts.autocast):
         return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
@@ -131,22 +140,21 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
         elif is_tensor and mask is not None and mask.dim() == 2:
             mask = mask[None, None]
         found = step(q, k, v, mask, now)
-        return map_output(found, lambda out: in_order(out, q)) if now.lse else in_order(found, q)
+        return map_output(found, as_default) if now.lse else as_default(found)
 
     return _under_autocast(call, p) if facts.autocast else call
 
 
-def _densify(out: Tensor, order: Sequence[int]) -> Tensor:
-    """The same values, laid out densely in `order`."""
-    return out.permute(*order).contiguous().permute([order.index(i) for i in range(4)])
-
-
-def _wanted_order(candidate: Accepted, p: Problem) -> tuple[int, int, int, int] | None:
-    """F.sdpa's fused kernels lay their output out as q lies; a caller may view it to (..., heads * head_dim_v)."""
-    order = memory_order(p.strides[0])
-    if candidate.kernel.name == "default" or order == (0, 1, 2, 3):
-        return None
-    return order
+def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
+    """Whether it is certain that the output lies in memory as F.sdpa's would, so that no call need look."""
+    kernel, names, wanted = candidate.kernel, set(candidate.conversions), output_order(p, facts)
+    if wanted == CONTIGUOUS == facts.q_order:
+        return bool(kernel.output_lies)
+    if names & {"gqa_fold", "contiguous", "head_dim_pad", "dense"}:
+        return False
+    if names & IN_BLOCKS:
+        return not p.needs_grad or "recompute" in names
+    return kernel.output_lies == ("contiguous" if wanted == CONTIGUOUS else "as_query")
 
 
 def _under_autocast(call: Call, p: Problem) -> Call:

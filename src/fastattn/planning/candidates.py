@@ -32,6 +32,7 @@ def decisions(
     facts: of the one call that is asked about; None is an ordinary one. certain: libraries are imported to know that they can
     be; else what their metadata tells is enough.
     """
+    facts = ordinary_facts(problem) if facts is None else facts
     found: list[Decision] = []
     for kernel in registry.rows_for(device.type, settings.named) if rows is None else rows:
         found += decide(kernel, problem, device, settings, facts=facts, certain=certain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastattn.problems.layouts import strides_of_class
+from fastattn.problems.layouts import order_in_memory, strides_of_class
 from fastattn.problems.problem import Problem
 from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 
@@ -21,6 +21,9 @@ class CallFacts:
     switched_off: tuple[str, ...] = ()  # torch's SDPA backends that the user has switched off
     autocast: bool = False  # made under autocast, whether or not it casts anything
     asks_grad: bool = False  # an input requires grad, whatever grad mode says
+    mask_asks_grad: bool = False  # the mask does
+    q_order: tuple[int, ...] = (0, 1, 2, 3)  # of q's dimensions in memory, the outermost first
+    dense_last_dims: bool = True  # q, k and v step by 1 in their last dimension
     decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
 
 
@@ -37,6 +40,9 @@ def ordinary_facts(p: Problem) -> CallFacts:
         aligned_rows=all(
             has_aligned_rows(size, stride, p.torch_dtype.itemsize) for size, stride in zip(sizes, strides, strict=True)
         ),
+        autocast=bool(p.cast_from),
+        q_order=order_in_memory(sizes[0], strides[0]),
+        dense_last_dims=all(stride[3] == 1 for stride in strides),
     )
 
 

@@ -7,7 +7,7 @@ from fastattn.environment.text import dtype_name
 from fastattn.problems import masks
 from fastattn.problems.call_facts import CallFacts, extent, has_aligned_rows
 from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
-from fastattn.problems.layouts import stride_class
+from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
 from fastattn.problems.problem import Problem
 from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 
@@ -66,6 +66,16 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         switched_off=state.off,
         autocast=state.autocast is not None,
         asks_grad=asks_grad,
+        mask_asks_grad=bool(dense and dense.requires_grad),
+        q_order=order_in_memory(q.shape, q.stride),
+        dense_last_dims=all(_last_stride(s, key) == 1 for s in (q, k, v)),
         decode=decode,
     )
     return problem, facts
+
+
+def _last_stride(s: TensorSpec, key: CallKey) -> int:
+    """The last stride that F.sdpa's choice of a kernel sees: autocast's copy is dense."""
+    if s.dtype is after_autocast(s.dtype, key.state):
+        return s.stride[-1]
+    return dense_strides(s.shape, order_in_memory(s.shape, s.stride))[-1]

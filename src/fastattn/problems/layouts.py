@@ -121,22 +121,46 @@ def _gap_after(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]
     return widened
 
 
-def memory_order(cls: str) -> tuple[int, int, int, int]:
-    """In which order F.sdpa's fused kernels lay out (b, h, s, d) for a query of this stride class (measured: the query's)."""
-    if cls in ("transposed", "cache_bshd", "packed", "interleaved"):
-        return _BSHD
-    return _SBHD if cls == "seq_first" else _BHSD
+def order_in_memory(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The order of the dimensions, the outermost first, in which torch.empty_like lays out a tensor of these strides.
+
+    Dimensions of size 1 have no say where the others say it all.
+    """
+    order = sorted((i for i in range(len(shape)) if shape[i] != 1), key=lambda i: -stride[i])
+    if not _dense(shape, stride, order):
+        order = [i for i in _inferred_order(shape, stride) if shape[i] != 1]
+    ones = [i for i in range(len(shape)) if shape[i] == 1]
+    return tuple(sorted((*ones, *order)) if order == sorted(order) else (*ones, *order))
 
 
-def order_of(q: Tensor) -> tuple[int, int, int, int]:
-    """The same for a query whose class does not say: heads inside the sequence where its strides put them there."""
-    return _BSHD if 0 < q.stride(1) < q.stride(2) else _BHSD
+def _inferred_order(shape: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """ExpandUtils.cpp, infer_dense_strides: an insertion sort that cannot tell a stride of 0 from others."""
+    found = list(reversed(range(len(shape))))  # the innermost first
+    for end in range(1, len(found)):
+        at = end
+        for i in reversed(range(end)):
+            inner, outer = found[i], found[at]
+            if not stride[inner] or not stride[outer]:
+                continue
+            if stride[inner] < stride[outer]:
+                break
+            if stride[inner] > stride[outer] or shape[inner] > shape[outer]:
+                found[i], found[at], at = outer, inner, i
+    return found[::-1]
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose dimensions lie in memory in `order`, without gaps."""
+    found, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        found[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(found)
 
 
 def empty_in_order(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
-    """An uninitialised (b, h, s, d) view whose memory lies densely in `order`."""
-    out = like.new_empty([shape[i] for i in order])
-    return out.permute([order.index(i) for i in range(4)])
+    """An uninitialised (b, h, s, d) tensor whose memory lies densely in `order`; no view of another one."""
+    return like.new_empty_strided(shape, dense_strides(shape, order))
 
 
 def is_dense(x: Tensor, order: Sequence[int]) -> bool:

@@ -170,6 +170,7 @@ KERNELS = (
         softcap=True,
         lse=True,
         fp32=True,
+        output_lies="contiguous",
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -186,6 +187,7 @@ KERNELS = (
         window=True,
         softcap=True,
         lse=True,
+        output_lies="contiguous",
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -200,6 +202,7 @@ KERNELS = (
         mask_and_causal=True,
         grad=False,
         window=True,
+        output_lies="contiguous",
         chunks=True,
         needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),

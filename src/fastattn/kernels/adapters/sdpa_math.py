@@ -18,6 +18,7 @@ KERNELS = (
         softcap=True,
         dropout=True,
         lse=True,
+        output_lies="contiguous",
         chunks=True,
         products=True,
     ),

@@ -66,6 +66,7 @@ KERNELS = (
         lse=True,
         gqa_fold=True,
         equal_head_dims=True,
+        output_lies="as_query",
         dense_last_dim=True,
         contiguous=True,
         fp32=True,
@@ -75,6 +76,7 @@ KERNELS = (
     Kernel(
         name="torch_math",
         unfused=True,
+        output_lies="contiguous",
         summary="torch's unfused math",
         load=load_math,
         devices=("cpu", "cuda"),

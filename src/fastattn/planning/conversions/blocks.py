@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
+from fastattn.planning.default_output import output_order
 from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.layouts import empty_in_order, memory_order
+from fastattn.problems.layouts import empty_in_order
 from fastattn.problems.problem import Problem
 
 IN_BLOCKS = {"chunks", "recompute", "by_heads"}  # conversions with a loop, which a traced graph would have unrolled
@@ -117,7 +118,7 @@ def when_chunks(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 def chunks(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    order = memory_order(p.strides[0])
+    order = output_order(p, facts)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         if a.needs_grad:
@@ -181,7 +182,7 @@ def _copied(kv_len: int, head_dim: int, head_dim_v: int) -> int:
 
 
 def by_heads(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    order, threads = memory_order(p.strides[0]), p.threads
+    order, threads = output_order(p, facts), p.threads
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         (batch, kv_heads, kv_len, head_dim), q_len = k.shape, q.shape[2]

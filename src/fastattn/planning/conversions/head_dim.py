@@ -37,7 +37,8 @@ def pad_head_dims(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Ru
         if more:  # zeros add nothing to q k^T; the scale was taken from the caller's head_dim
             q, k = pad(q, (0, more)), pad(k, (0, more))
         if more_v:
-            return map_output(step(q, k, pad(v, (0, more_v)), mask, a), lambda out: out[..., :head_dim_v])
+            found = step(q, k, pad(v, (0, more_v)), mask, a)
+            return map_output(found, lambda out: out[..., :head_dim_v].clone())  # dense, and in a storage of its own
         return step(q, k, v, mask, a)
 
     return run

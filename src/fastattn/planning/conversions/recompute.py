@@ -16,8 +16,8 @@ from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.blocks import blocks_of, forward
 from fastattn.planning.conversions.conversion import NO, REQUIRED
+from fastattn.planning.default_output import output_order
 from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.layouts import memory_order
 from fastattn.problems.problem import Problem
 
 
@@ -27,7 +27,7 @@ def when_recompute(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 def recompute(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     assert kernel.load_backward is not None
-    backward, order = kernel.load_backward(), memory_order(p.strides[0])
+    backward, order = kernel.load_backward(), output_order(p, facts)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         return _Recomputed.apply(step, backward, order, a, q, k, v, mask)
