@@ -58,7 +58,7 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
-        """See clear() below."""
+        """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
         with self.lock:
             self._forget()
         entries.drop_all()
@@ -240,11 +240,7 @@ class Session:
 
 
 session = Session()
-
-
-def clear() -> None:
-    """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
-    session.clear()
+clear = session.clear
 
 
 if hasattr(os, "register_at_fork"):
