@@ -17,6 +17,9 @@ os.environ.pop("FASTATTN_MODE", None)
 # OpenMP's threads sleep while they wait (read when torch is loaded, children inherit it): spinning, they take the cores that
 # the test, or whoever shares the machine, needs
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: each process has its share of the cores
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import torch
 from core import CORE
