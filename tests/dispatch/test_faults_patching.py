@@ -292,7 +292,14 @@ def test_fault_87_with_blocks_inside_a_standing_patch():
     assert F.scaled_dot_product_attention is STOCK
 
 
-def test_fault_87_reloaded_modules_find_the_patch():
+@pytest.fixture
+def as_it_was(monkeypatch):
+    """What fastattn exports of the module is the module's own again after the test, though it was reloaded: pickle looks."""
+    for name in {"patch", "unpatch", "Patch"} & set(fastattn.__all__):
+        monkeypatch.setattr(patching, name, getattr(fastattn, name))
+
+
+def test_fault_87_reloaded_modules_find_the_patch(as_it_was):
     """importlib.reload, as autoreload does it, loses no handle."""
     before = fastattn.patch()
     again = importlib.reload(patching)
@@ -308,7 +315,7 @@ def test_fault_87_the_function_of_a_done_patch_still_computes():
     assert torch.equal(held(q, k, v), STOCK(q, k, v))
 
 
-def test_fault_73_no_other_function_is_taken_for_it():
+def test_fault_73_no_other_function_is_taken_for_it(as_it_was):
     """torch.jit knows builtins by their ids: those of patches that are done are not given to other functions."""
     for _ in range(20):
         with fastattn.patch():
