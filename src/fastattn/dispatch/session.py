@@ -58,7 +58,7 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
-        """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
+        """See clear() below."""
         with self.lock:
             self._forget()
         entries.drop_all()
@@ -240,8 +240,10 @@ class Session:
 
 
 session = Session()
-clear = session.clear
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=session.after_fork)
+
+
+def clear() -> None:
+    """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
+    session.clear()
