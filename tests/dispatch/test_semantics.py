@@ -110,7 +110,12 @@ def test_every_case(case, grad):
     held(q, k, v, mask, options)  # and as a hit
 
 
-LENGTHS = (1, 2, 7, 8, 9, 33)
+LENGTHS = (1, 2, 8, 33)
+
+
+def without_flex(names):
+    """Its import takes seconds; test_every_candidate has it."""
+    return [name for name in names if name.split("+")[0] != "flex"]
 
 
 @pytest.mark.parametrize("q_len", LENGTHS)
@@ -121,7 +126,8 @@ def test_fault_01_causal_is_torchs_triangle_at_any_lengths(q_len):
         for given, is_causal, diagonal in ((None, True, 0), (BOTTOM, False, kv_len - q_len)):
             visible = torch.ones(q_len, kv_len, dtype=torch.bool).tril(diagonal)
             want = expect(q, k, v, visible)
-            for name in (None, *accepted(q, k, v, given, is_causal=is_causal)):
+            names = without_flex(accepted(q, k, v, given, is_causal=is_causal))
+            for name in (None, *names):
                 out = attention(q, k, v, given, is_causal=is_causal, kernel=name)
                 assert want.forward(out) <= 1.0, (name, kv_len, diagonal)
 
@@ -130,7 +136,7 @@ def test_fault_01_causal_is_torchs_triangle_at_any_lengths(q_len):
 def test_fault_14_any_head_dim(d, dv):
     """Head dims of any width are right, also where v's is another: the scale is the caller's, whatever is padded."""
     q, k, v = qkv(b=1, hq=2, sq=5, skv=9, d=d, dv=dv)
-    held(q, k, v, None, {"is_causal": True}, names=["", *accepted(q, k, v, is_causal=True)])
+    held(q, k, v, None, {"is_causal": True}, names=["", *without_flex(accepted(q, k, v, is_causal=True))])
 
 
 @pytest.mark.parametrize("given", [None, 0.3])
