@@ -23,12 +23,12 @@ from fastattn.kernels.limits import (
     Range,
     RefuseWhen,
 )
-from fastattn.kernels.plain_math import NEVER, fold, sdpa_math
+from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
 from fastattn.kernels.workspace import scratch
 from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Arguments", "Backward", "Device",
     "Forbid", "Kernel", "Need", "OneOf", "Range", "RefuseWhen", "Run", "Tensor", "additive", "as_4d", "as_bias", "fold",
-    "log", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing",
+    "log", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip

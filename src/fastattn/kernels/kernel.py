@@ -49,8 +49,9 @@ class Arguments(NamedTuple):
 
 # run(q, k, v, mask, arguments) -> out, or (out, lse); tensors (b, h, s, d) or the kernel's layout, mask (b|1, h|1, q|1, k|1)
 Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
-# backward(q, k, v, mask, out, grad, arguments) -> (dq, dk, dv, dscores) from the inputs alone: the scores are made again
-Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor, Arguments], "tuple[Tensor, ...]"]
+# backward(q, k, v, mask, out, grad, arguments) -> (dq, dk, dv, dscores) from the inputs alone: the scores are made again.
+# out is None where the caller may have changed it.
+Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor, Arguments], "tuple[Tensor, ...]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a row is itself: hashing 45 fields would cost every miss
@@ -84,6 +85,7 @@ class Kernel:
     aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
     output_lies: str = ""  # densely "as_query" or "contiguous" in memory, and is no view; "" where it may lie otherwise
     grad: bool = True
+    saves_output: bool = True  # its backward reads the output, which may then not be changed in place
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included
     no_broadcast: bool = False  # q, k and v must not be broadcast views

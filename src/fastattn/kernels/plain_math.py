@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ def fold(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = b * kv_heads
     rows = q.shape[1] // max(1, kv_heads) * q.shape[2]
     return q.reshape(n, rows, d), k.reshape(n, kv_len, d), v.reshape(n, kv_len, v.shape[3])
+
+
+def unfold(out: Tensor, shape: Sequence[int]) -> Tensor:
+    """A kernel's fresh output in another shape: no view of it where there is no graph, as stock torch's are none.
+
+    A view that was made without gradients may not be changed in place with them.
+    """
+    if torch.compiler.is_compiling() or out.requires_grad or not out.is_contiguous():
+        return out.reshape(shape)
+    return out.resize_(shape)
 
 
 def outside(scores: Tensor, a: Arguments) -> Iterator[Tensor]:

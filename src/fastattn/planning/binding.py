@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.environment.torch_private import sdpa
+from fastattn.environment.torch_private import is_view, sdpa
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.libraries import availability
 from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
+from fastattn.planning.conversions.head_dim import pads_v
 from fastattn.planning.decision import Accepted
-from fastattn.planning.default_output import CONTIGUOUS, output_order
+from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
 from fastattn.problems import masks
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
@@ -101,32 +102,41 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
     """From (q, k, v, mask) in the caller's layout to the step, and back."""
     order = TO_BHSD[p.layout]
     back = FROM_BHSD[p.layout]
-    is_view = p.layout != "bhsd"
+    is_permuted = p.layout != "bhsd"
     is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
     is_banded, causal, window, decode = p.is_banded, p.causal, p.window, facts.decode
     has_mask = p.mask is not None  # a structured mask has become the corner
     is_tensor = p.mask != "block"
     wanted = output_order(p, facts)
     is_right = candidate.kernel.name == "default" or _lies_as_default(candidate, p, facts)
-    is_contiguous = wanted == CONTIGUOUS
+    is_contiguous, is_copied = wanted == CONTIGUOUS, _must_be_copied(candidate, p, facts)
+    # a view of what a backward reads must stay one, or that it was changed would not be noticed
+    may_be_view = not (is_right or is_permuted or (p.needs_grad and candidate.kernel.saves_output))
     if is_banded and not is_moving:
         lower, upper = masks.band(causal, window, 0, 0)
         a = a._replace(lower=lower, upper=upper)
 
     def as_default(out: Tensor) -> Tensor:
+        given = out
         if is_right:
             pass
         elif is_contiguous:
             out = out.contiguous()
         elif not is_dense(out, wanted):
             out = empty_in_order(out, out.shape, wanted).copy_(out)
-        return out.permute(back) if is_view else out
+        if out is given and is_copied:
+            out = out.clone()
+        elif may_be_view and not torch.compiler.is_compiling() and is_view(out):
+            out = torch.unsafe_chunk(out, 1)[
+                0
+            ]  # the same memory, and no view: it may be changed in place with gradients
+        return out.permute(back) if is_permuted else out
 
-    if is_right and not (is_view or is_moving or has_mask or decode or facts.autocast):
+    if is_right and not (is_copied or is_permuted or is_moving or has_mask or decode or facts.autocast):
         return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
-        if is_view:
+        if is_permuted:
             q, k, v = q.permute(order), k.permute(order), v.permute(order)
         if decode is not None:
             first, last = decode.keys(k.shape[2])
@@ -155,6 +165,13 @@ def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     if names & IN_BLOCKS:
         return not p.needs_grad or "recompute" in names
     return kernel.output_lies == ("contiguous" if wanted == CONTIGUOUS else "as_query")
+
+
+def _must_be_copied(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
+    """Whether the backward reads an output that F.sdpa's would not, so that its caller could change it in place."""
+    kernel = candidate.kernel
+    is_kept = p.needs_grad and kernel.saves_output and kernel.name != "default" and not is_fused(p, facts)
+    return is_kept and "fp32" not in candidate.conversions and not pads_v(kernel, p)
 
 
 def _under_autocast(call: Call, p: Problem) -> Call:

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernels import NEVER, Arguments, Backward, Kernel, OneOf, Range, Run, Tensor, additive, fold, scratch
+from fastattn.kernels import (
+    NEVER,
+    Arguments,
+    Backward,
+    Kernel,
+    OneOf,
+    Range,
+    Run,
+    Tensor,
+    additive,
+    fold,
+    scratch,
+    unfold,
+)
 
 
 def in_room(name: str, x: Tensor) -> Tensor:
@@ -79,7 +92,7 @@ def finished(q: Tensor, v: Tensor, scores: Tensor, mask: Tensor | None, a: Argum
     weights = softmax(scores, all_rows_see(q.shape[2], v.shape[2], mask, a))
     if half:
         weights = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights)
-    out = torch.bmm(weights, v3).view(*q.shape[:3], v.shape[3])
+    out = unfold(torch.bmm(weights, v3), (*q.shape[:3], v.shape[3]))
     return out if lse is None else (out, lse)
 
 
@@ -120,13 +133,15 @@ def load_shifted() -> Run:
 def load_backward() -> Backward:
     """The gradients of a block: with P = softmax(S) and delta = rowsum(dO * O), dS = P * (dO V^T - delta).
 
+    Without O delta is rowsum(P * dO V^T), the same.
+
     Scores, weights and dS are made in float32; P and dS are rounded to the input's dtype before their products, as in
     FlashAttention's backward (arXiv 2205.14135, algorithm 4).
     """
     import torch
 
     def backward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, grad: Tensor, a: Arguments
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor | None, grad: Tensor, a: Arguments
     ) -> tuple[Tensor, ...]:
         q3, k3, v3 = fold(q, k, v)
         is_half = q.dtype is not torch.promote_types(q.dtype, torch.float32)
@@ -142,8 +157,12 @@ def load_backward() -> Backward:
         dv = torch.bmm(half.mT, grad3)
         wide_grad, wide_v = (in_room("q", grad3), in_room("k", v3)) if is_half else (grad3, v3)
         dscores = scratch("dscores", q3, tuple(weights.shape), wide)
-        delta = torch.linalg.vecdot(wide_grad, out.reshape(grad3.shape).to(wide))
-        torch.baddbmm(delta[..., None].expand_as(dscores), wide_grad, wide_v.mT, beta=-1, out=dscores)
+        if out is None:
+            torch.bmm(wide_grad, wide_v.mT, out=dscores)
+            dscores.sub_(torch.linalg.vecdot(dscores, weights)[..., None])
+        else:
+            delta = torch.linalg.vecdot(wide_grad, out.reshape(grad3.shape).to(wide))
+            torch.baddbmm(delta[..., None].expand_as(dscores), wide_grad, wide_v.mT, beta=-1, out=dscores)
         dscores.mul_(weights)
         raw = dscores.view(*q.shape[:3], k.shape[2])  # what a mask that is added to the scores gets
         inner = dscores if slope is None else dscores * slope
@@ -171,6 +190,7 @@ KERNELS = (
         lse=True,
         fp32=True,
         output_lies="contiguous",
+        saves_output=False,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -188,6 +208,7 @@ KERNELS = (
         softcap=True,
         lse=True,
         output_lies="contiguous",
+        saves_output=False,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -203,6 +224,7 @@ KERNELS = (
         grad=False,
         window=True,
         output_lies="contiguous",
+        saves_output=False,
         chunks=True,
         needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),

@@ -18,7 +18,7 @@ KERNELS = (
         softcap=True,
         dropout=True,
         lse=True,
-        output_lies="contiguous",
+        saves_output=False,
         chunks=True,
         products=True,
     ),

@@ -77,6 +77,7 @@ KERNELS = (
         name="torch_math",
         unfused=True,
         output_lies="contiguous",
+        saves_output=False,
         summary="torch's unfused math",
         load=load_math,
         devices=("cpu", "cuda"),

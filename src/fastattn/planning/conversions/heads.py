@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.kernels.plain_math import unfold
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
@@ -30,7 +31,7 @@ def gqa_fold(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
         if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], h // group, group, mask.shape[3])
         found = step(folded, k, v, mask, a)
-        return map_output(found, lambda out: out.reshape(b, h, s, v.shape[3]), lambda lse: lse.reshape(b, h, s))
+        return map_output(found, lambda out: unfold(out, (b, h, s, v.shape[3])), lambda lse: lse.reshape(b, h, s))
 
     return run
 

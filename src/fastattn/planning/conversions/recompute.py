@@ -16,7 +16,7 @@ from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.blocks import blocks_of, forward
 from fastattn.planning.conversions.conversion import NO, REQUIRED
-from fastattn.planning.default_output import output_order
+from fastattn.planning.default_output import is_fused, output_order
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
@@ -28,9 +28,10 @@ def when_recompute(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 def recompute(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     assert kernel.load_backward is not None
     backward, order = kernel.load_backward(), output_order(p, facts)
+    keeps_output = is_fused(p, facts)  # F.sdpa's math does not, and lets its caller change it
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        return _Recomputed.apply(step, backward, order, a, q, k, v, mask)
+        return _Recomputed.apply(step, backward, order, keeps_output, a, q, k, v, mask)
 
     return run
 
@@ -49,7 +50,7 @@ def _followed_gradients(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Saves q, k, v, mask and the output; no scores."""
+    """Saves q, k, v, mask and, where it is not the caller's to change, the output; no scores."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -57,6 +58,7 @@ class _Recomputed(torch.autograd.Function):
         step: Run,
         backward: Backward,
         order: Any,
+        keeps_output: bool,
         a: Arguments,
         q: Tensor,
         k: Tensor,
@@ -65,7 +67,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> Any:
         found = forward(step, order, blocks_of(q, k, a), q, k, v, mask, a)
         out, lse = found if a.lse else (found, None)
-        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.save_for_backward(q, k, v, mask, out if keeps_output else None)
         ctx.step_back, ctx.a = backward, a._replace(lse=False)
         if lse is None:
             return out
@@ -77,17 +79,18 @@ class _Recomputed(torch.autograd.Function):
         q, k, v, mask, out = ctx.saved_tensors
         # to be differentiated again, or many gradients at once
         if torch.is_grad_enabled() or is_batched(grad) or functorch_level() is not None:
-            wanted = ctx.needs_input_grad[4:]
-            return None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
+            wanted = ctx.needs_input_grad[5:]
+            return None, None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
         # several blocks add to the same keys: their sum is rounded once
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        dmask = torch.zeros(mask.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[7] else None
+        dmask = torch.zeros(mask.shape, dtype=wide, device=q.device) if ctx.needs_input_grad[8] else None
         with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
             for block in blocks_of(q, k, ctx.a):
                 given = block.inputs(q, k, v, mask, ctx.a)
-                found = ctx.step_back(*given[:4], out[block.query], grad[block.query], given[4])
+                part = None if out is None else out[block.query]
+                found = ctx.step_back(*given[:4], part, grad[block.query], given[4])
                 kv = (block.batch, block.kv_heads, block.keys)
                 dq[block.query] = found[0]
                 dk[kv] += found[1]
@@ -97,4 +100,4 @@ class _Recomputed(torch.autograd.Function):
                     assert part is not None
                     part += found[3].sum_to_size(part.shape)
         of_mask = dmask.to(mask.dtype) if dmask is not None else None
-        return None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask
+        return None, None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask
