@@ -77,6 +77,7 @@ ELSEWHERE = "of a device or library that fastattn does not serve"
 NOTHING_RUN = "it changes nothing that a kernel computes"
 DO_NOT_MATTER = {
     "cuda.cufft_plan_cache.*": "plans of Fourier transforms",
+    "cuda.matmul.prefer_cublaslt_grouped_gemm": "products of a mixture of experts (torch 2.14)",
     "cuda.preferred_linalg_library": "solvers and decompositions",
     "cudnn.allow_tf32": f"{CONVOLUTIONS}; products have cuda.matmul",
     "cudnn.benchmark": CONVOLUTIONS,
