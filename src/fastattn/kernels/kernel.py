@@ -85,7 +85,7 @@ class Kernel:
     aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
     output_lies: str = ""  # densely "as_query" or "contiguous" in memory, and is no view; "" where it may lie otherwise
     grad: bool = True
-    saves_output: bool = True  # its backward reads the output, which may then not be changed in place
+    twice_differentiable: bool = False  # its backward has a backward
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included
     no_broadcast: bool = False  # q, k and v must not be broadcast views

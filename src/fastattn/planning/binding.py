@@ -17,7 +17,7 @@ from fastattn.kernels.libraries import availability
 from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
-from fastattn.planning.conversions.head_dim import pads_v
+from fastattn.planning.conversions.double_backward import twice_differentiable
 from fastattn.planning.decision import Accepted
 from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
 from fastattn.problems import masks
@@ -55,6 +55,8 @@ def bind(
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p, facts)
+    if _lacks_double_backward(candidate.kernel, p, facts):
+        step = twice_differentiable(step)
     return _outermost(step, candidate, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
@@ -109,30 +111,27 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
     is_tensor = p.mask != "block"
     wanted = output_order(p, facts)
     is_right = candidate.kernel.name == "default" or _lies_as_default(candidate, p, facts)
-    is_contiguous, is_copied = wanted == CONTIGUOUS, _must_be_copied(candidate, p, facts)
-    # a view of what a backward reads must stay one, or that it was changed would not be noticed
-    may_be_view = not (is_right or is_permuted or (p.needs_grad and candidate.kernel.saves_output))
+    is_contiguous = wanted == CONTIGUOUS
+    # a view of what a backward may read must stay one, or that it was changed would not be noticed
+    may_be_view = not (is_right or is_permuted or p.needs_grad)
     if is_banded and not is_moving:
         lower, upper = masks.band(causal, window, 0, 0)
         a = a._replace(lower=lower, upper=upper)
 
     def as_default(out: Tensor) -> Tensor:
-        given = out
         if is_right:
             pass
         elif is_contiguous:
             out = out.contiguous()
         elif not is_dense(out, wanted):
             out = empty_in_order(out, out.shape, wanted).copy_(out)
-        if out is given and is_copied:
-            out = out.clone()
-        elif may_be_view and not torch.compiler.is_compiling() and is_view(out):
+        if may_be_view and not torch.compiler.is_compiling() and is_view(out):
             out = torch.unsafe_chunk(out, 1)[
                 0
             ]  # the same memory, and no view: it may be changed in place with gradients
         return out.permute(back) if is_permuted else out
 
-    if is_right and not (is_copied or is_permuted or is_moving or has_mask or decode or facts.autocast):
+    if is_right and not (is_permuted or is_moving or has_mask or decode or facts.autocast):
         return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
@@ -167,11 +166,10 @@ def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     return kernel.output_lies == ("contiguous" if wanted == CONTIGUOUS else "as_query")
 
 
-def _must_be_copied(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
-    """Whether the backward reads an output that F.sdpa's would not, so that its caller could change it in place."""
-    kernel = candidate.kernel
-    is_kept = p.needs_grad and kernel.saves_output and kernel.name != "default" and not is_fused(p, facts)
-    return is_kept and "fp32" not in candidate.conversions and not pads_v(kernel, p)
+def _lacks_double_backward(kernel: Kernel, p: Problem, facts: CallFacts) -> bool:
+    """Whether F.sdpa's gradients could be differentiated, and its output changed in place, where this kernel's cannot."""
+    is_able = kernel.twice_differentiable or kernel.name == "default"
+    return p.needs_grad and not is_able and not p.dropout and not is_fused(p, facts)
 
 
 def _under_autocast(call: Call, p: Problem) -> Call:

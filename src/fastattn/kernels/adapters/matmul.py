@@ -190,7 +190,7 @@ KERNELS = (
         lse=True,
         fp32=True,
         output_lies="contiguous",
-        saves_output=False,
+        twice_differentiable=True,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -208,7 +208,7 @@ KERNELS = (
         softcap=True,
         lse=True,
         output_lies="contiguous",
-        saves_output=False,
+        twice_differentiable=True,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -224,7 +224,6 @@ KERNELS = (
         grad=False,
         window=True,
         output_lies="contiguous",
-        saves_output=False,
         chunks=True,
         needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),

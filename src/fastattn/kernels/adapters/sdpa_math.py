@@ -18,7 +18,7 @@ KERNELS = (
         softcap=True,
         dropout=True,
         lse=True,
-        saves_output=False,
+        twice_differentiable=True,
         chunks=True,
         products=True,
     ),

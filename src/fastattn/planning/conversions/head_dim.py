@@ -25,10 +25,6 @@ def pads_all(kernel: Kernel, p: Problem) -> bool:
     return width > p.head_dim and width_v > p.head_dim_v
 
 
-def pads_v(kernel: Kernel, p: Problem) -> bool:
-    return _widths(kernel, p)[1] > p.head_dim_v
-
-
 def when_pad(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return NO if _widths(kernel, p) == (p.head_dim, p.head_dim_v) else REQUIRED
 

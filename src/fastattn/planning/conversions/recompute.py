@@ -5,17 +5,15 @@ FlashAttention, arXiv 2205.14135, algorithm 4, with torch's own products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.environment.torch_private import functorch_level, is_batched
 from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run
-from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.blocks import blocks_of, forward
 from fastattn.planning.conversions.conversion import NO, REQUIRED
+from fastattn.planning.conversions.double_backward import followed_gradients, must_be_followed
 from fastattn.planning.default_output import is_fused, output_order
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
@@ -34,19 +32,6 @@ def recompute(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
         return _Recomputed.apply(step, backward, order, keeps_output, a, q, k, v, mask)
 
     return run
-
-
-def _followed_gradients(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """The gradients by operations that autograd follows, for what is wanted of q, k, v and the mask."""
-    inputs = (q, k, v, mask)
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        out = sdpa_math(q, k, v, mask, a)
-        asked = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
-        found = iter(torch.autograd.grad(out, asked, grad, create_graph=create_graph))
-    return (next(found) if is_wanted else None for is_wanted in wanted)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -77,10 +62,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
         q, k, v, mask, out = ctx.saved_tensors
-        # to be differentiated again, or many gradients at once
-        if torch.is_grad_enabled() or is_batched(grad) or functorch_level() is not None:
+        if must_be_followed(grad):
             wanted = ctx.needs_input_grad[5:]
-            return None, None, None, None, None, *_followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
+            return None, None, None, None, None, *followed_gradients(q, k, v, mask, ctx.a, grad, wanted)
         # several blocks add to the same keys: their sum is rounded once
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
