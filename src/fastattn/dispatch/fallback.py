@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastattn.dispatch.session import session
 from fastattn.environment.errors import NoKernelError
+from fastattn.environment.settings import Settings
 from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
@@ -18,6 +20,7 @@ from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
     from fastattn.dispatch.service import Asked
+    from fastattn.problems.problem import Problem
 
 
 def all_decisions(asked: Asked) -> list[Decision]:
@@ -42,6 +45,15 @@ def forced_kernel(asked: Asked, *, certain: bool = True) -> Accepted:
     reasons = reasons or [f"its candidates here are {', '.join(d.name for d in found)}"]
     others = [d for d in all_decisions(asked) if d.kernel.name != base]
     raise NoKernelError(f"kernel {name!r} cannot run {asked.problem}: {'; '.join(reasons)}", [*found, *others])
+
+
+def can_be_ordered(asked: Asked) -> bool:
+    """Whether the kernel that is ordered by name can do this."""
+    try:
+        forced_kernel(asked, certain=False)
+    except NoKernelError:
+        return False
+    return True
 
 
 def in_order(
@@ -84,15 +96,33 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
-    return [c for c in found if c.kernel.name != "default"] if is_wrong else found
+    return [c for c in found if c.kernel.name != "default"] if is_wrong or _why_not_tied(asked) else found
 
 
 def why_not_default(asked: Asked) -> str | None:
     """Why the default must not serve this call, None where it may: what it would run is asked, and no other kernel."""
+    found = _decisions_of_default(asked, asked.problem, asked.settings)
+    why = default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+    return why or _why_not_tied(asked)
+
+
+def _decisions_of_default(asked: Asked, problem: Problem, settings: Settings) -> list[Decision]:
+    """The answers of the kernels that F.sdpa chooses from."""
     named = (registry.row_for(name, asked.device.type) for name in default_choice.DISPATCHED)
     rows = [row for row in named if row is not None]
-    found = candidates.decisions(asked.problem, asked.device, asked.settings, rows, facts=asked.facts)
-    return default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+    return candidates.decisions(problem, asked.device, settings, rows, facts=asked.facts)
+
+
+def _why_not_tied(asked: Asked) -> str | None:
+    """Why the default cannot be the same kernel with gradients and without, where that is asked for."""
+    if not asked.settings.same_kernel_in_training or asked.problem.is_custom:
+        return None
+    ways = (asked.problem.as_in_training(), asked.problem.replace(needs_grad=False, mask_grad=False))
+    settings = replace(asked.settings, kernels=())  # F.sdpa knows nothing of what is excluded here
+    runs = [default_choice.default_runs(p, asked.device, _decisions_of_default(asked, p, settings)) for p in ways]
+    if runs[0] == runs[1]:
+        return None
+    return f"same_kernel_in_training: the default may run {runs[0]} in training, else {runs[1]}"
 
 
 def is_ready(kernel: Kernel) -> bool:
