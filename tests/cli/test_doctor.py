@@ -429,7 +429,8 @@ KEYS = {
     "kernels": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "libraries": ["name", "found", "version", "importable", "usable", "why_not", "fix"],
     "cache": ["path", "is_written", "exists", "files", "unreadable", "bytes", "free", "why_not"],
-    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget", "manifest", "known_faults", "log"],
+    "settings": ["mode", "kernels", "accuracy", "cache_dir", "tune_budget",
+                 "same_kernel_in_training", "manifest", "known_faults", "log"],
     "faults": ["what", "fix"],
 }  # fmt: skip
 

@@ -275,7 +275,7 @@ def test_a_bad_variable_does_not_break_the_import_but_the_first_call_says_so():
 
 BAD_OPTIONS = {
     "mode": ("fast", "auto, cached, off"), "kernels": (["turbo"], "torch_flash"), "tune_budget": (-1.0, ">= 0"),
-    "tune_budget of a word": ("much", "seconds"),
+    "tune_budget of a word": ("much", "seconds"), "same_kernel_in_training": ("yes", "True or False"),
 }  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def test_a_bad_option_lists_the_valid_values_and_changes_nothing(what):
         fastattn.options(modus="high", speed=1)
     assert str(error.value) == (
         "fastattn.options() got an unexpected keyword argument 'modus'; did you mean 'mode'?"
-        " valid: mode, kernels, accuracy, cache_dir, tune_budget"
+        " valid: mode, kernels, accuracy, cache_dir, tune_budget, same_kernel_in_training"
     )
     assert current_settings() == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastattn.dispatch.session import session
@@ -42,6 +43,15 @@ def forced_kernel(asked: Asked, *, certain: bool = True) -> Accepted:
     reasons = reasons or [f"its candidates here are {', '.join(d.name for d in found)}"]
     others = [d for d in all_decisions(asked) if d.kernel.name != base]
     raise NoKernelError(f"kernel {name!r} cannot run {asked.problem}: {'; '.join(reasons)}", [*found, *others])
+
+
+def can_be_ordered(asked: Asked) -> bool:
+    """Whether the kernel that is ordered by name can do this."""
+    try:
+        forced_kernel(asked, certain=False)
+    except NoKernelError:
+        return False
+    return True
 
 
 def in_order(
@@ -89,13 +99,27 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
-    return [c for c in found if c.kernel.name != "default"] if is_wrong else found
+    return [c for c in found if c.kernel.name != "default"] if is_wrong or _why_not_tied(asked) else found
 
 
 def why_not_default(asked: Asked) -> str | None:
     """Why the default must not serve this call, None where it may: what it would run is asked, and no other kernel."""
     found = _what_default_asks(asked)
-    return default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+    why = default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
+    return why or _why_not_tied(asked)
+
+
+def _why_not_tied(asked: Asked) -> str | None:
+    """Why the default cannot be the same kernel with gradients and without, where that is asked for."""
+    if not asked.settings.same_kernel_in_training or asked.problem.is_custom:
+        return None
+    settings = replace(asked.settings, kernels=())  # F.sdpa knows nothing of what is excluded here
+    ways = (asked.problem.as_in_training(), asked.problem.replace(needs_grad=False, mask_grad=False))
+    both = [asked._replace(problem=p, settings=settings) for p in ways]
+    runs = [default_choice.default_runs(one.problem, one.device, _what_default_asks(one)) for one in both]
+    if runs[0] == runs[1]:
+        return None
+    return f"same_kernel_in_training: the default may run {runs[0]} in training, else {runs[1]}"
 
 
 def _what_default_asks(asked: Asked) -> list[Decision]:

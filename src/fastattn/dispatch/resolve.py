@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import passed_on, service, validity
+from fastattn.dispatch import fallback, passed_on, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -145,7 +145,11 @@ def asked_of(key: CallKey, settings: Settings, circumstances: Circumstances) -> 
     """A call as decisions see it."""
     problem, facts = classify(key, settings.accuracy)
     device, options = Device.of(key.q.device), key.options
-    return Asked(problem, facts, device, settings, circumstances, options.kernel, options.dropout_p == 1)
+    asked = Asked(problem, facts, device, settings, circumstances, options.kernel, options.dropout_p == 1)
+    if settings.same_kernel_in_training:
+        in_training = asked._replace(problem=problem.as_in_training())
+        return asked if options.kernel and not fallback.can_be_ordered(in_training) else in_training
+    return asked
 
 
 # --- from the decision to the Call

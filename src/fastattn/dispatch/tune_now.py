@@ -53,6 +53,7 @@ def tune(problem: Problem, settings: Settings, on: torch.device | None = None, *
     on = on or torch.device(problem.device)
     with (
         torch.cuda.device(on) if on.type == "cuda" else contextlib.nullcontext(),  # its streams and events are meant
+        torch.inference_mode(False),  # whose tensors have no gradients, which a problem of training asks for
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
         torch.autocast(on.type, enabled=False),
         preserve_rng(on) if problem.dropout else contextlib.nullcontext(),

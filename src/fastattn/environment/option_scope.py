@@ -49,7 +49,8 @@ class options(_Scope):
 
     mode: "auto", "cached" or "off". kernels: the only kernel names to consider; "-name" excludes one, "+name" adds one that
     is considered only where it is named. accuracy: the default rung of calls that name none. cache_dir: where verdicts are
-    stored. tune_budget: seconds of tuning for the whole process. Raises ValueError on a bad value and lists the valid ones,
+    stored. tune_budget: seconds of tuning for the whole process. same_kernel_in_training: calls without gradients are served as
+    in training, with the same bits. Raises ValueError on a bad value and lists the valid ones,
     TypeError on another name.
 
     A scope holds in its own thread or task alone. `with options(...):` is the older spelling of a scope.
@@ -63,9 +64,10 @@ class options(_Scope):
         accuracy: str | float | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         tune_budget: float | None = None,
+        same_kernel_in_training: bool | None = None,
         **unknown: NoReturn,
     ) -> None:
-        super().__init__(_checked(mode, kernels, accuracy, cache_dir, tune_budget, unknown))
+        super().__init__(_checked(mode, kernels, accuracy, cache_dir, tune_budget, same_kernel_in_training, unknown))
         self._is_set = not _begins_a_with_block(sys._getframe(1))
         if self._is_set:
             change_process(self._change)
@@ -89,14 +91,21 @@ class options(_Scope):
         accuracy: str | float | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         tune_budget: float | None = None,
+        same_kernel_in_training: bool | None = None,
         **unknown: NoReturn,
     ) -> _Scope:
         """The same options for a `with` block, in this thread or task alone."""
-        return _Scope(_checked(mode, kernels, accuracy, cache_dir, tune_budget, unknown))
+        return _Scope(_checked(mode, kernels, accuracy, cache_dir, tune_budget, same_kernel_in_training, unknown))
 
 
 def _checked(
-    mode: str | None, kernels: Any, accuracy: Any, cache_dir: Any, tune_budget: float | None, unknown: dict[str, Any]
+    mode: str | None,
+    kernels: Any,
+    accuracy: Any,
+    cache_dir: Any,
+    tune_budget: float | None,
+    same_kernel_in_training: bool | None,
+    unknown: dict[str, Any],
 ) -> dict[str, Any]:
     """The options that were given. Raises ValueError or TypeError."""
     given = {
@@ -105,6 +114,7 @@ def _checked(
         "accuracy": None if accuracy is None else check_accuracy(accuracy),
         "cache_dir": None if cache_dir is None else check_cache_dir(cache_dir),
         "tune_budget": tune_budget,
+        "same_kernel_in_training": same_kernel_in_training,
     }
     for name in unknown:
         raise unexpected_argument("fastattn.options", name, given)

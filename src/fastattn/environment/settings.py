@@ -6,6 +6,8 @@ FASTATTN_KERNELS        names joined by commas: the only kernels to consider; "-
                         considered only where it is named
 FASTATTN_MANIFEST       a file made by `fastattn cache export`: a table of verdicts that is only read, the same on every rank
 FASTATTN_KNOWN_FAULTS   a file of known faults of kernels, added to those that are shipped (kernels/known_faults.py)
+FASTATTN_SAME_KERNEL_IN_TRAINING
+                        1 | 0: whether calls without gradients are served by the kernel that serves them in training
 FASTATTN_LOG            debug | info | warning | error: the level of the logger "fastattn"
 
 A variable that is empty is not set.
@@ -25,9 +27,11 @@ from fastattn.environment.log import log
 
 MODES = ("auto", "cached", "off")
 RUNGS = ("exact", "dtype")
+SWITCH = {"": False, "0": False, "1": True}
 LEVELS = ("debug", "info", "warning", "error")
 VARIABLES = (
-    "FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_MANIFEST", "FASTATTN_KNOWN_FAULTS", "FASTATTN_LOG",
+    "FASTATTN_MODE", "FASTATTN_CACHE_DIR", "FASTATTN_KERNELS", "FASTATTN_SAME_KERNEL_IN_TRAINING", "FASTATTN_MANIFEST",
+    "FASTATTN_KNOWN_FAULTS", "FASTATTN_LOG",
 )  # fmt: skip
 
 
@@ -40,6 +44,7 @@ class Settings:
     accuracy: str | float = "exact"
     cache_dir: str | None = None
     tune_budget: float = 120.0
+    same_kernel_in_training: bool = False
     manifest: str | None = None
     known_faults: str | None = None
 
@@ -48,6 +53,8 @@ class Settings:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.tune_budget, (int, float)) or self.tune_budget < 0:
             raise ValueError(f"tune_budget must be a number of seconds >= 0, got {self.tune_budget!r}")
+        if type(self.same_kernel_in_training) is not bool:
+            raise ValueError(f"same_kernel_in_training must be True or False, got {self.same_kernel_in_training!r}")
         check_accuracy(self.accuracy)
 
     def allows(self, name: str) -> bool:
@@ -121,11 +128,15 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
         kernels = check_kernels(environment.get("FASTATTN_KERNELS", ""))
     except ValueError as error:
         raise ValueError(f"FASTATTN_KERNELS: {error}") from None
+    same_kernel = environment.get("FASTATTN_SAME_KERNEL_IN_TRAINING", "")
+    if same_kernel not in SWITCH:
+        raise ValueError(f"FASTATTN_SAME_KERNEL_IN_TRAINING must be one of 0, 1, got {same_kernel!r}")
     cache_dir = environment.get("FASTATTN_CACHE_DIR")
     return Settings(
         mode=mode,
         kernels=kernels,
         cache_dir=check_cache_dir(cache_dir) if cache_dir else None,
+        same_kernel_in_training=SWITCH[same_kernel],
         manifest=environment.get("FASTATTN_MANIFEST") or None,
         known_faults=environment.get("FASTATTN_KNOWN_FAULTS") or None,
     )

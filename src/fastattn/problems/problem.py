@@ -119,6 +119,10 @@ class Problem:
         batch = length_buckets.canonical_batch(self.batch)
         return replace(self, q_len=q_len, kv_len=kv_len, batch=batch, lengths="all")
 
+    def as_in_training(self) -> Problem:
+        """The problem of the same call where its inputs ask for a gradient; a float mask may then be one that learns."""
+        return self if self.is_custom else replace(self, needs_grad=True, mask_grad=self.mask not in (None, "bool"))
+
     def replace(self, **changes: Any) -> Problem:
         """The same problem but for some fields."""
         return replace(self, **changes)

@@ -24,10 +24,10 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Judge | None:
     """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
     dtype = p.torch_dtype  # as autocast would cast
-    views = [to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype) for x, n in ((q, p.group), (k, 1), (v, 1))]
+    views = [_ordinary(to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype)) for x, n in ((q, p.group), (k, 1), (v, 1))]
     if mask is not None:
         mask = masks.as_4d(mask.detach())[:1, : p.group]
-        mask = mask if p.mask in (None, "bool") else mask.to(getattr(torch, p.mask))
+        mask = mask if p.mask in (None, "bool") else _ordinary(mask.to(getattr(torch, p.mask)))
     if not all(_is_finite(x) for x in views):
         return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
     one = p.replace(batch=1, q_heads=p.group, kv_heads=1, layout="bhsd", lengths="exact", cast_from=())
@@ -37,6 +37,11 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
         mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
         grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
     return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """The same, and no tensor of inference mode, which could not ask for a gradient."""
+    return x.clone() if x.is_inference() else x
 
 
 def errors_of_custom(
