@@ -7,6 +7,7 @@ F.sdpa on the CPU refuses a mask together with is_causal up to some torch, takes
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fakes import FAST, Clock, add, honest, made_up, turn
 import fastattn
 from fastattn import sdpa
 from fastattn.dispatch import passed_on
-from fastattn.kernels import registry
+from fastattn.kernels import Arguments, registry
 from fastattn.kernels.libraries import availability
 from fastattn.planning import binding
 
@@ -196,3 +197,27 @@ def test_fault_96_a_callers_clamp_in_front_of_attention_has_this_torchs_gradient
 
     assert torch.equal(gradient(fastattn.attention), gradient(F_sdpa))
     assert gradient(F_sdpa).any()
+
+
+# --- an entry point that is younger than the oldest torch
+
+
+@pytest.mark.parametrize("lacking", ["enable_gqa", "window_size", "return_aux", "nothing"])
+def test_fault_96_a_varlen_of_another_torch_is_refused_by_the_name_of_what_it_lacks(lacking, monkeypatch):
+    """varlen_attn of torch 2.11 takes no enable_gqa: that is a reason of that kernel, and no error of anybody's call."""
+    names = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size",
+             "enable_gqa"]  # fmt: skip
+    kinds = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names if name != lacking]
+
+    def varlen_attn(**given):
+        return given["query"]
+
+    varlen_attn.__signature__ = inspect.Signature(kinds)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    run = registry.row_for("torch_varlen", "cuda").load()
+    q, k, v = (r(1, 4, 2, 8) for _ in range(3))
+    if lacking == "nothing":
+        assert run(q, k, v, None, Arguments(1.0)).shape == q.shape
+    else:
+        with pytest.raises(ImportError, match=f"its varlen_attn takes no {lacking}"):
+            run(q, k, v, None, Arguments(1.0))

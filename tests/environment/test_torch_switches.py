@@ -107,6 +107,7 @@ DO_NOT_MATTER = {
     "torch.set_anomaly_enabled": "the backward's checks, whichever kernel made it",
     "torch.set_warn_always": NOTHING_RUN,
     "torch.set_printoptions": NOTHING_RUN,
+    "torch.set_vital": NOTHING_RUN,  # torch 2.11
     "torch.set_rng_state": "torch's generator; it is asked for by dropout as it should be",
 }
 

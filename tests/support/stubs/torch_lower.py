@@ -84,7 +84,18 @@ def efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     return out.transpose(1, 2).contiguous(), padded_lse(lse, compute_log_sumexp), None, None, q_len, kv_len
 
 
-@signed("torch", "varlen_attn", real=inspect.signature(varlen.varlen_attn))
+def _with_later_parameters(real):
+    """The signature of torch 2.13: an older torch has fewer parameters, and the adapter refuses that one."""
+    later = {"enable_gqa": False, "seqused_k": None, "block_table": None, "num_splits": None}
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in later.items()
+        if name not in real.parameters
+    ]
+    return real.replace(parameters=[*real.parameters.values(), *more])
+
+
+@signed("torch", "varlen_attn", real=_with_later_parameters(inspect.signature(varlen.varlen_attn)))
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa, seqused_k,
                 block_table, num_splits):  # fmt: skip
     """Only for equal lengths, which is all that the adapter asks for."""
