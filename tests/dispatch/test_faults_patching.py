@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,3 +328,36 @@ def test_fault_73_no_other_function_is_taken_for_it(as_it_was):
 
 def _twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
+
+
+def test_fault_68_a_handler_beside_values_that_cannot_be_compared(patched):
+    """What a handler's names stand for is looked at, and not compared: arrays in a list, and a name without a value."""
+    arrays = [numpy.zeros(3), torch.zeros(3)]
+
+    def made():
+        class Careless(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                return (func, arrays, later) and super().__torch_function__(func, types, args, kwargs or {})
+
+        yield Careless
+        later = 1
+        yield
+
+    q, k, v = qkv()
+    makes = made()
+    kind = next(makes)
+    with pytest.raises(NameError, match="later"):  # the handler's own, as stock has it
+        F.scaled_dot_product_attention(q.as_subclass(kind), k, v)
+    next(makes)
+    assert type(F.scaled_dot_product_attention(q.as_subclass(kind), k, v)) is kind
+
+
+def test_fault_87_a_foreign_patcher_puts_an_undone_patch_back():
+    """unpatch() ends it then too, and patch() gives the handle that is in place."""
+    handle = fastattn.patch()
+    ours = F.scaled_dot_product_attention
+    assert handle.undo()
+    F.scaled_dot_product_attention = ours  # as one that saved it blindly does
+    assert fastattn.patch() is handle and "in place" in repr(handle)
+    assert fastattn.unpatch() and F.scaled_dot_product_attention is STOCK

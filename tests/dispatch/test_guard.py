@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from changes import changed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -366,16 +366,6 @@ def test_inside_a_transform_nothing_hits(qkv, transform):
     TRANSFORMS[transform](f, q)
     assert seen and not any(seen)
     assert is_hit(q, k, v)
-
-
-@contextlib.contextmanager
-def changed(read, write, value):
-    before = read()
-    write(value)
-    try:
-        yield
-    finally:
-        write(before)
 
 
 def set_mkldnn(value):

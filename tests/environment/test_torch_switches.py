@@ -19,6 +19,7 @@ import types
 import pytest
 import torch
 from building import CPU, problem_of
+from changes import changed
 from fakes import FAST, Clock, add, honest, made_up, qkv, turn
 
 import fastattn
@@ -204,18 +205,8 @@ def test_fault_75_what_shows_a_switch_exists(row):
 # --- switched: the key and the guard
 
 
-@contextlib.contextmanager
-def written(read, write, value):
-    before = read()
-    write(value)
-    try:
-        yield
-    finally:
-        write(before)
-
-
 def flag(owner, name, value):
-    return lambda: written(lambda: getattr(owner, name), lambda v: setattr(owner, name, v), value)
+    return lambda: changed(lambda: getattr(owner, name), lambda v: setattr(owner, name, v), value)
 
 
 @contextlib.contextmanager
@@ -233,10 +224,10 @@ SWITCHED = {
     "mkldnn.enabled": flag(torch.backends.mkldnn, "enabled", False),
     "mkldnn.deterministic": flag(torch.backends.mkldnn, "deterministic", True),
     "mkldnn.matmul.fp32_precision": flag(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
-    "float32_matmul_precision": lambda: written(
+    "float32_matmul_precision": lambda: changed(
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
     ),
-    "fp16_bf16_reduction": lambda: written(
+    "fp16_bf16_reduction": lambda: changed(
         torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
         True,

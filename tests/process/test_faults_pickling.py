@@ -152,6 +152,14 @@ def test_fault_85_a_plan_keeps_the_options_it_was_made_under(matmul_wins):
     assert again(cast)(*qkv()).dtype is torch.bfloat16
 
 
+def test_fault_85_a_plan_keeps_that_its_kernel_is_trainings():
+    with fastattn.options.scope(same_kernel_in_training=True, mode="cached"):
+        plan = fastattn.plan(*qkv())
+    assert plan.explanation.problem.needs_grad, "as in training"
+    with fastattn.options.scope(mode="cached"):
+        assert again(plan).explanation.problem.needs_grad
+
+
 def test_fault_85_a_model_that_holds_a_plan_is_copied_without_resolving_it_again(matmul_wins):
     plan = fastattn.plan(*qkv())
     misses = fastattn.stats()["misses"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from changes import changed
 from fakes import Clock, add, honest, made_up, problem, qkv, turn
 from torch.utils import _device
 
@@ -78,14 +79,8 @@ def test_fault_80_the_lint_lets_it_pass(good):
 # --- what a tuning finds
 
 
-@contextlib.contextmanager
 def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from fastattn.verdicts.verdict import Outcome
 
 HOST = torch.device("cpu")
 MIB = 2**20
+ON_LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc tells what is free")
 LENGTHS = st.one_of(st.integers(1, 5000), st.integers(1, 2_000_000))
 
 
@@ -152,6 +153,7 @@ def test_fault_71_blocks_of_keys_give_the_whole_answer(options):
 # --- what is free
 
 
+@ON_LINUX
 def test_fault_71_limits_of_control_groups_are_seen(tmp_path, monkeypatch):
     """In a container what is free is what its group has left, and those above it."""
     monkeypatch.setattr(memory_use, "CGROUPS", tmp_path)
@@ -175,8 +177,11 @@ def test_fault_71_limits_of_control_groups_are_seen(tmp_path, monkeypatch):
     assert memory_use.free_bytes(HOST) == 5.0
 
 
+@ON_LINUX
 def test_fault_71_a_limit_on_the_address_space_is_seen(monkeypatch):
     """RLIMIT_AS ends a process that asks for more."""
+    import resource
+
     used = memory_use._kibibytes("/proc/self/status", "VmSize:")
     monkeypatch.setattr(resource, "getrlimit", lambda what: (int(used + 50 * MIB), -1))
     assert memory_use.free_bytes(HOST) <= 60 * MIB

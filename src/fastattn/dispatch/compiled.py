@@ -37,9 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: di
 def sdpa(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Tensor:
     """fastattn.sdpa, as it is traced."""
     is_plain = isinstance(q, Tensor) and not q.is_nested
-    if (
-        is_plain and as_structured(mask) is not mask
-    ):  # torch's causal biases compare the function, which is not torch's here
+    if is_plain and as_structured(mask) is not mask:
+        # torch's causal biases compare the function, which is not torch's here
         options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
         return passed_on.attend(q, k, v, mask, "bhsd", options)
     if is_plain and passed_on.why_sdpa_is_passed_on(q, k, v, mask, is_causal, enable_gqa) is None:

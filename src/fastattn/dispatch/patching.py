@@ -23,29 +23,30 @@ class Patch:
 
     def __init__(self) -> None:
         self._before = getattr(F, NAME)
-        self._function = _as_torchs()
-        setattr(self._function, OURS, self)
         self._calls = 0  # of patch(), less the `with` blocks that are over
         self._done = False
-        setattr(F, NAME, self._function)
+        function = _as_torchs()
+        setattr(function, OURS, self)
+        setattr(F, NAME, function)
 
     def undo(self) -> bool:
         """Put back what was there before; whether that was done."""
-        if self._done:
-            return False
-        if getattr(F, NAME) is not self._function:
-            log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
+        if not self._is_in_place:
+            if not self._done:
+                log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
             return False
         setattr(F, NAME, self._before)
         self._done = True
         return True
 
     def __repr__(self) -> str:
-        if self._done:
-            state = "undone"
-        else:
-            state = "in place" if getattr(F, NAME) is self._function else "patched over"
+        state = "in place" if self._is_in_place else "undone" if self._done else "patched over"
         return f"<fastattn.patch: {state}>"
+
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether torch holds its function, also where somebody put it back after it was undone."""
+        return getattr(getattr(F, NAME), OURS, None) is self
 
     def __copy__(self) -> Patch:
         return self

@@ -62,6 +62,7 @@ class MadeOf(NamedTuple):
     key: CallKey
     kernels: tuple[str, ...]
     accuracy: str | float
+    same_kernel_in_training: bool
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Plan:
@@ -71,14 +72,16 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
     """
     parsed = parse_options(options, "plan")
     resolved = resolve.attention(q, k, v, mask, layout, options)
-    settings = current_settings()
-    made_of = MadeOf(call_key(q, k, v, mask, layout, parsed), settings.kernels, settings.accuracy)
+    now = current_settings()
+    key = call_key(q, k, v, mask, layout, parsed)
+    made_of = MadeOf(key, now.kernels, now.accuracy, now.same_kernel_in_training)
     return Plan(made_of, resolved, explain(q, k, v, mask, layout, **options))
 
 
 def _plan_again(made_of: MadeOf) -> Plan:
     """The plan that was pickled, resolved in this process."""
-    with options.scope(kernels=made_of.kernels or None, accuracy=made_of.accuracy):
+    tied = made_of.same_kernel_in_training
+    with options.scope(kernels=made_of.kernels or None, accuracy=made_of.accuracy, same_kernel_in_training=tied):
         resolved, asked = resolve.without_tensors(made_of.key)
         return Plan(made_of, resolved, explain_asked(asked))
 

@@ -66,9 +66,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
 
 def _if_guarded(resolved: Resolved, mask: Any, given: dict[str, Any]) -> Resolved:
     """The same, not remembered where no guard could match such a call."""
-    is_guarded = (
-        not isinstance(mask, Tensor) or as_structured(mask) is mask
-    )  # torch's causal biases are a Tensor subclass
+    # torch's causal biases are a Tensor subclass
+    is_guarded = not isinstance(mask, Tensor) or as_structured(mask) is mask
     is_guarded = is_guarded and not any(hasattr(value, "ndim") for value in given.values())  # may be changed in place
     return resolved if is_guarded else resolved._replace(remember=False)
 

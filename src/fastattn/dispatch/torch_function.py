@@ -77,7 +77,8 @@ def _named(function: Any, kind: type) -> list[Any]:
     if not isinstance(function, types.FunctionType):
         return []
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    around = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
+    filled = {name: cell.cell_contents for name, cell in cells if cell != _EMPTY}
+    around = {**function.__globals__, **filled}
     names = {*_names(function.__code__), *function.__code__.co_freevars}
     found = [value for name in names for value in (getattr(kind, name, None), around.get(name))]
     return [getattr(value, "__func__", value) for value in found if value is not None]
@@ -88,5 +89,11 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+_EMPTY = types.CellType()  # of a name that has no value yet
+
+
 def _holds(value: Any, ours: Any) -> bool:
-    return value is ours or (isinstance(value, (dict, set, frozenset, list, tuple)) and ours in value)
+    """Whether it is our function, or a table with it; what else a list holds may not be comparable."""
+    if isinstance(value, (dict, set, frozenset)):
+        return ours in value
+    return value is ours or (isinstance(value, (list, tuple)) and any(item is ours for item in value))
