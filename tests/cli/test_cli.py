@@ -19,7 +19,7 @@ from fastattn.dispatch.render import IN_DOUBT
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.kernels import registry
-from fastattn.problems import call_key, call_options, masks, presets, shapes
+from fastattn.problems import bands, call_key, call_options, masks, presets, shapes
 from fastattn.problems.classify import classify
 from fastattn.problems.layouts import stride_class
 from fastattn.problems.spelling import command_line
@@ -101,7 +101,7 @@ def test_a_mask_means_exactly_the_problem_that_the_call_asks(word, causal):
     assert asked("2x4x37x16", f"--mask {word}", *grad, *corner) == [of_call(*qkv(grad=wanted), mask, is_causal=causal)]
 
 
-@pytest.mark.parametrize("corner", masks.CORNERS)
+@pytest.mark.parametrize("corner", bands.CORNERS)
 def test_causal_is_the_corner_named(corner):
     assert asked("2x4x5x33x16", "--causal", corner) == [of_call(*qkv(sq=5, skv=33), masks.Causal(corner))]
 

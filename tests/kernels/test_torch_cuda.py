@@ -16,7 +16,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.planning import candidates, default_choice
 from fastattn.planning.decision import Rejected
-from fastattn.problems.masks import as_bias, sees_nothing
+from fastattn.problems.dense_masks import as_bias, sees_nothing
 
 INF = float("inf")
 WITH_MASK = [

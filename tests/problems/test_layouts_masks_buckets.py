@@ -10,7 +10,7 @@ import torch
 from building import CPU, facts_of, problem_of, qkv
 
 from fastattn.kernels.limits import Forbid, OneOf, Range, RefuseWhen
-from fastattn.problems import call_key, call_options, layouts, length_buckets, masks
+from fastattn.problems import bands, call_key, call_options, dense_masks, layouts, length_buckets, masks
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.classify import classify
 from fastattn.problems.problem import Problem
@@ -82,26 +82,26 @@ def test_order_in_memory_is_f_sdpas_for_that_query(cls):
 def test_triangles(q_len, kv_len):
     like = torch.zeros(())
     for corner, shift in (("top_left", 0), ("bottom_right", kv_len - q_len)):
-        drawn = masks.visible(like, q_len, kv_len, *masks.band(corner, None, q_len, kv_len))
+        drawn = bands.visible(like, q_len, kv_len, *bands.band(corner, None, q_len, kv_len))
         assert drawn.tolist() == [[j <= i + shift for j in range(kv_len)] for i in range(q_len)]
-    assert masks.visible(like, q_len, kv_len, *masks.band("bottom_right", None, q_len, kv_len))[-1].all()
+    assert bands.visible(like, q_len, kv_len, *bands.band("bottom_right", None, q_len, kv_len))[-1].all()
 
 
 def test_additive_and_intersect():
     mask = torch.tensor([[True, False, True], [True, True, True]])
     inf = float("inf")
-    assert masks.additive(mask, torch.zeros(1)).tolist() == [[0, -inf, 0], [0, 0, 0]]
-    assert masks.additive(mask, torch.zeros(1).bfloat16()).dtype is torch.bfloat16
-    assert masks.intersect(mask, masks.visible(mask, 2, 3, None, 0)).tolist() == [
+    assert dense_masks.additive(mask, torch.zeros(1)).tolist() == [[0, -inf, 0], [0, 0, 0]]
+    assert dense_masks.additive(mask, torch.zeros(1).bfloat16()).dtype is torch.bfloat16
+    assert dense_masks.intersect(mask, bands.visible(mask, 2, 3, None, 0)).tolist() == [
         [True, False, False],
         [True, True, False],
     ]
-    assert masks.intersect(None, masks.visible(mask, 2, 3, None, 1)).tolist() == [
+    assert dense_masks.intersect(None, bands.visible(mask, 2, 3, None, 1)).tolist() == [
         [True, True, False],
         [True, True, True],
     ]
     bias = torch.tensor([[1.0, 2.0, 3.0]])
-    assert masks.intersect(bias, masks.visible(mask, 2, 3, None, 0)).tolist() == [[1, -inf, -inf], [1, 2, -inf]]
+    assert dense_masks.intersect(bias, bands.visible(mask, 2, 3, None, 0)).tolist() == [[1, -inf, -inf], [1, 2, -inf]]
 
 
 def test_causal_values_are_equal_by_value():

@@ -13,8 +13,8 @@ import torch
 from fastattn.environment.device import Device
 from fastattn.environment.settings import check_accuracy
 from fastattn.problems import presets
+from fastattn.problems.bands import CORNERS, Sides
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.problems.masks import CORNERS, Window
 from fastattn.problems.problem import Problem
 from fastattn.problems.shapes import Shape, problem_of_shape
 
@@ -59,7 +59,7 @@ def _mask(text: str | None) -> tuple[tuple[str, str] | None, bool]:
     return (ALIASES.get(parts[0], parts[0]), parts[1]), len(parts) == 3
 
 
-def _window(text: str | None) -> Window | None:
+def _window(text: str | None) -> Sides | None:
     if text is None:
         return None
     if not re.fullmatch(r"-?\d+,-?\d+", text):

@@ -28,7 +28,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: di
         if options.kernel not in (None, "flex"):
             raise NoKernelError(f"kernel {options.kernel!r} cannot do a score_mod or a BlockMask", [])
         return passed_on.attend(q, k, v, mask, layout, options)
-    name = stored(q, k, v, mask, layout, options)
+    is_told = isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal)
+    name = "" if is_told else stored(q, k, v, mask, layout, options)
     if name:
         return CALLS[name](q, k, v, mask)
     return passed_on.attend(q, k, v, mask, layout, options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.log import log
 from fastattn.planning.binding import Call
-from fastattn.problems import masks
+from fastattn.problems import bands
 from fastattn.problems.call_key import CallKey, is_block_mask
 from fastattn.problems.problem import Problem, default_scale
 from fastattn.tuning.accuracy.judge_call import errors_of_custom
@@ -29,9 +29,9 @@ def check_first_output(call: Call, candidate: str, problem: Problem, key: CallKe
         if is_block_mask(key.mask):
             seen = _for_each(key.mask.mask_mod)(first, heads, rows, keys)
             scores = scores.masked_fill(seen.logical_not(), float("-inf"))
-        lower, upper = masks.band(problem.causal, problem.window, problem.q_len, problem.kv_len)
+        lower, upper = bands.band(problem.causal, problem.window, problem.q_len, problem.kv_len)
         if problem.is_banded:
-            seen = masks.visible(scores, problem.q_len, problem.kv_len, lower, upper)[rows]
+            seen = bands.visible(scores, problem.q_len, problem.kv_len, lower, upper)[rows]
             scores = scores.masked_fill(seen.logical_not(), float("-inf"))
         return scores
 

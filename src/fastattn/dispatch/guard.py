@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastattn.environment import torch_private, torch_switches
 from fastattn.environment.settings import scoped_settings
+from fastattn.problems.layouts import TO_BHSD
 
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
@@ -133,8 +134,7 @@ def build_guard(
     seen: dict[int, str] = {}
     for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
         if not isinstance(x, Tensor):
-            conditions.append("m is None" if x is None else "m.__class__ is MASK.__class__ and m == MASK")
-            values["MASK"] = x
+            conditions.append(_mask_condition(x, k.shape[TO_BHSD.get(layout, TO_BHSD["bhsd"])[2]], values))
         elif name == "m":
             values["MASK_CLASS"] = type(x)
             conditions.append("m.__class__ is MASK_CLASS")
@@ -180,6 +180,17 @@ def build_guard(
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
     guard.hits, guard.leads_to = hits, (resolved.candidate, resolved.passed_on)  # type: ignore[attr-defined]
     return guard
+
+
+def _mask_condition(mask: Any, kv_len: int, values: dict[str, Any]) -> str:
+    """An equal mask; of those with a meaning one that a verdict takes for the same."""
+    if mask is None:
+        return "m is None"
+    values["MASK"] = mask
+    if not hasattr(mask, "like"):
+        return "m.__class__ is MASK.__class__ and m == MASK"
+    values.update(LIKE=mask.like(kv_len), KV_LEN=kv_len)
+    return "m.__class__ is MASK.__class__ and (m == MASK or m.like(KV_LEN) == LIKE)"
 
 
 def hits_of(guard: Guard) -> tuple[LeadsTo, int]:

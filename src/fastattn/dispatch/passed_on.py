@@ -11,8 +11,8 @@ from torch import Tensor
 from fastattn.dispatch.torch_function import sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
-from fastattn.problems import masks
-from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask
+from fastattn.problems import bands, dense_masks, masks
+from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask, told
 from fastattn.problems.call_options import CallOptions
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import default_scale
@@ -84,14 +84,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
         check_block_mask_alone(o)
     structured = as_structured(mask)
     corner = "top_left" if o.is_causal else None
+    if isinstance(structured, masks.Mask) and not isinstance(structured, masks.Causal):
+        o, structured, also = told(structured, o)
+        if structured is not None and not isinstance(structured, masks.Causal):
+            whole = structured if also is None else structured & also
+            whole.check(q.shape[0], q.shape[2], k.shape[2])
+            mask = whole.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
+        else:
+            mask = structured
+        corner = "top_left" if o.is_causal else None
     if isinstance(structured, masks.Causal):
         mask = None
         if structured.corner == "bottom_right" and o.is_causal:
-            mask = masks.visible(q, q.shape[2], k.shape[2], None, 0)
+            mask = bands.visible(q, q.shape[2], k.shape[2], None, 0)
         corner = structured.corner
     window = o.window
     if window is not None and mask is None and not is_custom and type(q.shape[2]) is int and q.shape[2] == 1:
-        lower, upper = masks.band(corner, window, 1, k.shape[2])  # one query in a window: on the keys that it sees
+        lower, upper = bands.band(corner, window, 1, k.shape[2])  # one query in a window: on the keys that it sees
         first, last = max(0, lower or 0), k.shape[2] if upper is None else upper + 1
         k, v, corner, window = k[:, :, first:last], v[:, :, first:last], None, None
     is_plain = corner == "top_left" and mask is None and window is None and not (is_custom or is_math)
@@ -99,9 +108,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     is_causal = is_plain and (o.scale is None or o.scale > 0)
     lower = upper = None
     if (corner is not None or window is not None) and not is_causal:
-        lower, upper = masks.band(corner, window, q.shape[2], k.shape[2])
+        lower, upper = bands.band(corner, window, q.shape[2], k.shape[2])
     if (lower is not None or upper is not None) and not is_custom:
-        mask = masks.intersect(mask, masks.visible(q, q.shape[2], k.shape[2], lower, upper))
+        mask = dense_masks.intersect(mask, bands.visible(q, q.shape[2], k.shape[2], lower, upper))
     if isinstance(q, Tensor):  # a branch, as F.sdpa takes no symbolic bool
         gqa = True if not q.is_nested and q.shape[1] != k.shape[1] else False  # noqa: SIM210
     else:

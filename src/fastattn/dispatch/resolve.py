@@ -31,6 +31,7 @@ from fastattn.problems import masks
 from fastattn.problems.call_key import CallKey, as_structured, call_key, is_block_mask, tensors_of
 from fastattn.problems.call_options import CallOptions, check_layout, parse_options
 from fastattn.problems.classify import classify
+from fastattn.verdicts.verdict import Verdict
 
 
 class Resolved(NamedTuple):
@@ -169,7 +170,7 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
     session.counts.miss(candidate.name)
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
-    call = bind(candidate, asked, key)
+    call = bind(candidate, asked, key, decision.verdict)
     if asked.problem.is_custom and asked.kernel is None and given is not None:
         _check_custom(call, candidate, asked, key, given)
     elif (
@@ -178,7 +179,9 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
         and candidate.kernel.name != "default"
         and not asked.drops_all
     ):
-        call = rescued(call, candidate, asked, decision.verdict, lambda other: bind(other, asked, key))
+        call = rescued(
+            call, candidate, asked, decision.verdict, lambda other: bind(other, asked, key, decision.verdict)
+        )
     return Resolved(
         call,
         candidate.name,
@@ -190,9 +193,14 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
     )
 
 
-def bind(candidate: Accepted, asked: Asked, key: CallKey) -> binding.Call:
+def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | None = None) -> binding.Call:
     """The Call of a candidate for a call with these options."""
     options = key.options
+    unless = None
+    looks = candidate.is_in_tiles and asked.problem.told_mask is None  # at a dense mask, which may hide little
+    if looks and asked.kernel is None and verdict is not None:
+        plain = next(other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles)
+        unless = binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))
     return binding.bind(
         candidate,
         asked.problem,
@@ -201,6 +209,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey) -> binding.Call:
         structured=isinstance(key.mask, masks.Causal),
         dropout_p=options.dropout_p,
         score_mod=options.score_mod,
+        unless=unless,
     )
 
 

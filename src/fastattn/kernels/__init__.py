@@ -25,7 +25,7 @@ from fastattn.kernels.limits import (
 )
 from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
 from fastattn.kernels.workspace import scratch
-from fastattn.problems.masks import additive, as_4d, as_bias, sees_nothing
+from fastattn.problems.dense_masks import additive, as_4d, as_bias, sees_nothing
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "Arguments", "Backward", "Device",

@@ -92,6 +92,7 @@ class Kernel:
     contiguous: bool = False  # worth trying with dense copies of q, k, v
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
     unfused: bool = False  # materialises the scores, some three times over
+    tiles: bool = False  # worth trying on the tiles of a mask
     chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
     load_backward: Callable[[], Backward] | None = (
         None  # forward runs without a graph, the backward makes the scores again

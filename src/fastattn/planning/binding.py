@@ -6,7 +6,7 @@ No Call bakes a length in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +18,23 @@ from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
 from fastattn.planning.conversions.double_backward import twice_differentiable
+from fastattn.planning.conversions.tiles import where_they_pay
 from fastattn.planning.decision import Accepted
 from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
-from fastattn.problems import masks
+from fastattn.problems import bands
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
 from fastattn.problems.problem import Problem, default_scale
 
 # call(q, k, v, mask) -> out, or (out, lse)
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
+
+
+class Unless(NamedTuple):
+    """What serves in place of tiles, where more than `share` of all pairs would lie in them."""
+
+    candidate: Accepted
+    share: float
 
 
 def bind(
@@ -38,30 +46,39 @@ def bind(
     structured: bool = False,
     dropout_p: float = 0.0,
     score_mod: Callable[..., Tensor] | None = None,
+    unless: Unless | None = None,
 ) -> Call:
     """The Call of a candidate for the caller's layout.
 
     scale: the caller's, None means head_dim ** -0.5. facts: of the call, an ordinary one if not given. structured: the mask
-    argument is no tensor.
+    argument is no tensor. unless: what serves in place of a candidate in tiles where a mask leaves too much of the scores.
     """
     is_tuning = facts is None  # outside of autocast, whatever the problem's calls are in
     facts = ordinary_facts(p) if facts is None else facts
     if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not facts.decode:
         direct = _direct_default(p, scale, structured, dropout_p)
         return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
+    step = _converted(candidate, p, facts)
+    is_right = _lies_as_default(candidate, p, facts)
+    if unless is not None:
+        step = where_they_pay(step, _converted(unless.candidate, p, facts), unless.share)
+        is_right = is_right and _lies_as_default(unless.candidate, p, facts)
+    return _outermost(step, is_right, is_tuning, p, facts, Arguments(
+        default_scale(p.head_dim) if scale is None else scale,
+        softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
+        deterministic=p.deterministic,
+    ))  # fmt: skip
+
+
+def _converted(candidate: Accepted, p: Problem, facts: CallFacts) -> Run:
+    """The kernel with its conversions around it."""
     step = availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p, facts)
-    if _lacks_double_backward(candidate.kernel, p, facts):
-        step = twice_differentiable(step)
-    return _outermost(step, candidate, p, facts, Arguments(
-        default_scale(p.head_dim) if scale is None else scale,
-        softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
-        deterministic=p.deterministic,
-    ))  # fmt: skip
+    return twice_differentiable(step) if _lacks_double_backward(candidate, p, facts) else step
 
 
 def _on_its_device(step: Run) -> Run:
@@ -100,22 +117,21 @@ def _in_layout(step: Run, kernel: Kernel) -> Run:
     return run
 
 
-def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: Arguments) -> Call:
-    """From (q, k, v, mask) in the caller's layout to the step, and back."""
+def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: CallFacts, a: Arguments) -> Call:
+    """From (q, k, v, mask) in the caller's layout to the step, and back. is_right: its output lies as F.sdpa's would."""
     order = TO_BHSD[p.layout]
     back = FROM_BHSD[p.layout]
     is_permuted = p.layout != "bhsd"
     is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
     is_banded, causal, window, decode = p.is_banded, p.causal, p.window, facts.decode
     has_mask = p.mask is not None  # a structured mask has become the corner
-    is_tensor = p.mask != "block"
+    is_tensor, is_told, also = p.mask != "block", bool(p.structure), facts.also
     wanted = output_order(p, facts)
-    is_right = candidate.kernel.name == "default" or _lies_as_default(candidate, p, facts)
     is_contiguous = wanted == CONTIGUOUS
     # a view of what a backward may read must stay one, or that it was changed would not be noticed
     may_be_view = not (is_right or is_permuted or p.needs_grad)
     if is_banded and not is_moving:
-        lower, upper = masks.band(causal, window, 0, 0)
+        lower, upper = bands.band(causal, window, 0, 0)
         a = a._replace(lower=lower, upper=upper)
 
     def as_default(out: Tensor) -> Tensor:
@@ -142,10 +158,14 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
             k, v = k[:, :, first:last], v[:, :, first:last]
         now = a
         if is_moving:
-            lower, upper = masks.band(causal, window, q.shape[2], k.shape[2])
+            lower, upper = bands.band(causal, window, q.shape[2], k.shape[2])
             now = a._replace(lower=lower, upper=upper)
         if not has_mask:
             mask = None
+        elif is_told:
+            mask = mask if also is None else mask & also
+            if not is_tuning:
+                mask.check(q.shape[0], q.shape[2], k.shape[2])  # a guard knows only what it is like
         elif is_tensor and mask is not None and mask.dim() == 2:
             mask = mask[None, None]
         found = step(q, k, v, mask, now)
@@ -157,6 +177,8 @@ def _outermost(step: Run, candidate: Accepted, p: Problem, facts: CallFacts, a: 
 def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     """Whether it is certain that the output lies in memory as F.sdpa's would, so that no call need look."""
     kernel, names, wanted = candidate.kernel, set(candidate.conversions), output_order(p, facts)
+    if kernel.name == "default" or "tiles" in names:  # tiles are written into an output that lies so
+        return True
     if wanted == CONTIGUOUS == facts.q_order:
         return bool(kernel.output_lies)
     if names & {"gqa_fold", "contiguous", "head_dim_pad", "dense"}:
@@ -166,9 +188,10 @@ def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     return kernel.output_lies == ("contiguous" if wanted == CONTIGUOUS else "as_query")
 
 
-def _lacks_double_backward(kernel: Kernel, p: Problem, facts: CallFacts) -> bool:
+def _lacks_double_backward(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     """Whether F.sdpa's gradients could be differentiated, and its output changed in place, where this kernel's cannot."""
-    is_able = kernel.twice_differentiable or kernel.name == "default"
+    kernel = candidate.kernel
+    is_able = kernel.twice_differentiable or kernel.name == "default" or "tiles" in candidate.conversions
     return p.needs_grad and not is_able and not p.dropout and not is_fused(p, facts)
 
 

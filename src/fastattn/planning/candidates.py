@@ -60,10 +60,17 @@ def decide(
     choices = [_choices(name, answer) for name, answer in answers.items() if answer != NO]
     chosen = (tuple(name for name in names if name) for names in product(*choices))
     chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
+    chosen = (names for names in chosen if not _is_twice_as_much(names, answers))
     found: list[Decision] = [Accepted(kernel, names) for names in chosen]
     version = availability.library_version(kernel.library) or ""
     faults = known_faults.faults_that_hold(kernel.name, problem, device, version, settings.known_faults, facts)
     return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
+
+
+def _is_twice_as_much(names: tuple[str, ...], answers: dict[str, str]) -> bool:
+    """Whether one conversion stands beside another that is not worth trying with it, and need not be there."""
+    needless = {other for name in names for other in BY_NAME[name].instead_of}
+    return any(answers[name] == OPTIONAL for name in needless.intersection(names))
 
 
 def _choices(name: str, answer: str) -> tuple[str, ...]:

@@ -17,6 +17,11 @@ class Accepted(NamedTuple):
     def name(self) -> str:
         return "+".join((self.kernel.name, *self.conversions))
 
+    @property
+    def is_in_tiles(self) -> bool:
+        """Whether it computes only what a mask leaves."""
+        return "tiles" in self.conversions
+
 
 class Rejected(NamedTuple):
     """A kernel that cannot, with every reason. if_not_faulty: the candidate that only a known fault rules out."""

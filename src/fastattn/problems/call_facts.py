@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastattn.problems import masks
 from fastattn.problems.layouts import order_in_memory, strides_of_class
 from fastattn.problems.problem import Problem
 from fastattn.problems.sliding_window_decode import SlidingWindowDecode
@@ -24,6 +25,7 @@ class CallFacts:
     mask_asks_grad: bool = False  # the mask does
     q_order: tuple[int, ...] = (0, 1, 2, 3)  # of q's dimensions in memory, the outermost first
     dense_last_dims: bool = True  # q, k and v step by 1 in their last dimension
+    also: masks.Mask | None = None  # what the options hide beside a Mask
     decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
 
 

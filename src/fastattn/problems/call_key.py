@@ -5,6 +5,7 @@ Mistakes that F.scaled_dot_product_attention also refuses raise the same type of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +35,13 @@ class CallKey(NamedTuple):
     q: TensorSpec
     k: TensorSpec
     v: TensorSpec
-    mask: Any  # a Spec, masks.Causal, a BlockMask or None
+    mask: Any  # a Spec, a Mask, a BlockMask or None
     layout: str
     options: CallOptions
     state: torch_state.TorchState
+    also: masks.Mask | None = (
+        None  # the options' own triangle and window, where the mask is a Mask that holds more than those
+    )
 
 
 def tensor_spec(x: Tensor, layout: str = "bhsd") -> TensorSpec:
@@ -71,6 +75,7 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
     structured = as_structured(mask)
     if structured is not mask:
         _check_bias_lengths(mask, q, k, layout)
+    options, structured, also = told(structured, options)
     key = CallKey(
         tensor_spec(q, layout),
         tensor_spec(k, layout),
@@ -79,9 +84,31 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
         layout,
         options,
         torch_state.torch_state(q.device.type),
+        also,
     )
     check_call(key)
     return key
+
+
+def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask | None]:
+    """(options, mask, what the options hide beside it). A triangle with a window becomes the options that say the same.
+
+    Raises ValueError where mask and options have different corners.
+    """
+    if not isinstance(mask, masks.Mask):
+        return options, mask, None
+    windows = [part for part in mask.parts() if isinstance(part, masks.Window)]
+    corners = [part for part in mask.parts() if isinstance(part, masks.Causal)]
+    if len(windows) + len(corners) == len(mask.parts()) and len(windows) + (options.window is not None) < 2:
+        sides = next(((window.left, window.right) for window in windows), options.window)
+        sides = None if sides == (-1, -1) else sides
+        return replace(options, window=sides), next(iter(corners), None), None
+    own = [masks.Causal()] if options.is_causal else []
+    own += [masks.Window(*options.window)] if options.window is not None else []
+    also = masks.all_of(own) if own else None
+    if also is not None:
+        masks.all_of([mask, also])  # raises where they do not go together
+    return replace(options, is_causal=False, window=None), mask, also
 
 
 def check_call(key: CallKey) -> None:
@@ -130,7 +157,10 @@ def after_autocast(dtype: torch.dtype, state: torch_state.TorchState) -> torch.d
 
 def _check_mask(key: CallKey) -> None:
     mask = key.mask
-    if mask is None or isinstance(mask, masks.Causal):
+    if mask is None:
+        return
+    if isinstance(mask, masks.Mask):
+        mask.check(key.q.shape[0], key.q.shape[2], key.k.shape[2])
         return
     if is_block_mask(mask):
         _check_block_mask(key)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.environment.settings import check_accuracy
 from fastattn.environment.text import type_name, unexpected_argument
-from fastattn.problems import masks
+from fastattn.problems import bands
 from fastattn.problems.layouts import LAYOUTS
 
 
@@ -27,7 +27,7 @@ class CallOptions:
     kernel: str | None = None
     accuracy: str | float | None = None  # None: the Config's
     dropout_p: float = 0.0
-    window: masks.Window | None = None
+    window: bands.Sides | None = None
     softcap: float = 0.0
     score_mod: Callable[..., Tensor] | None = None
     return_lse: bool = False
@@ -109,7 +109,7 @@ def _is_real(dtype: Any) -> bool:
     return dtype is not None and not str(dtype).endswith("bool") and "complex" not in str(dtype)
 
 
-def _window(given: Any) -> masks.Window | None:
+def _window(given: Any) -> bands.Sides | None:
     """(left, right) with -1 for no limit; None where neither side has one."""
     sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):

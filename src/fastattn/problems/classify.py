@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastattn.environment.device import Device
 from fastattn.environment.text import dtype_name
-from fastattn.problems import masks
+from fastattn.problems import bands, masks
 from fastattn.problems.call_facts import CallFacts, extent, has_aligned_rows
 from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
 from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
@@ -19,12 +21,17 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
     q, k, v, mask, state, options = key.q, key.k, key.v, key.mask, key.state, key.options
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    corner, window = masks.simplest_band(
+    corner, window = bands.simplest_band(
         mask.corner if isinstance(mask, masks.Causal) else None, options.is_causal, options.window, q_len, kv_len
     )
+    whole = None  # all that a Mask hides, where it is more than a triangle and a window
+    if isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal):
+        whole = mask if key.also is None else mask & key.also
     tensors = [s for s in (q, k, v, mask) if isinstance(s, TensorSpec)]
     dense = mask if isinstance(mask, TensorSpec) else None
     mask_shape, mask_strides = mask_class(dense, q, kv_len) if dense else ("", "")
+    if whole is not None:  # to a kernel it is a bool mask that all heads share
+        mask_shape, mask_strides = "b1qk" if whole.is_per_batch() and batch > 1 else "11qk", "contiguous"
     scale = options.scale
     is_cast = state.autocast is not None and any(s.dtype is not after_autocast(s.dtype, state) for s in tensors)
     asks_grad = any(s.requires_grad for s in tensors)
@@ -39,7 +46,8 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         q_len=q_len,
         kv_len=kv_len,
         strides=(stride_class(q.shape, q.stride), stride_class(k.shape, k.stride), stride_class(v.shape, v.stride)),
-        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else "block" if is_block_mask(mask) else None,
+        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else _kind(mask),
+        structure=repr(whole.like(kv_len)) if whole is not None else "",
         mask_shape=mask_shape,
         mask_strides=mask_strides,
         mask_grad=bool(dense and dense.requires_grad and state.grad),
@@ -70,8 +78,16 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         q_order=order_in_memory(q.shape, q.stride),
         dense_last_dims=all(_last_stride(s, key) == 1 for s in (q, k, v)),
         decode=decode,
+        also=key.also,
     )
     return problem, facts
+
+
+def _kind(mask: Any) -> str | None:
+    """Problem.mask of what is no tensor."""
+    if isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal):
+        return "bool"
+    return "block" if is_block_mask(mask) else None
 
 
 def _last_stride(s: TensorSpec, key: CallKey) -> int:

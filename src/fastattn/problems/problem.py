@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastattn.environment.settings import check_accuracy
-from fastattn.problems import length_buckets, masks
+from fastattn.problems import bands, length_buckets, masks
 
 
 def default_scale(head_dim: int) -> float:
@@ -42,6 +42,7 @@ class Problem:
     mask_shape: str = ""  # letters of (b, h, q, k) where it is not broadcast
     mask_strides: str = ""
     mask_grad: bool = False
+    structure: str = ""  # of a Mask that is more than a triangle and a window: the Mask that stands for those like it
     causal: str | None = None  # the corner
     scale: str = "positive"
     needs_grad: bool = False
@@ -52,7 +53,7 @@ class Problem:
     threads: int = 0
     flash_impl: str = ""
     cast_from: tuple[str, ...] = ()
-    window: masks.Window | None = None  # (left, right) keys around the corner's diagonal, -1 is no limit
+    window: bands.Sides | None = None  # (left, right) keys around the corner's diagonal, -1 is no limit
     softcap: float = 0.0
     dropout: bool = False
     lse: bool = False
@@ -93,6 +94,21 @@ class Problem:
     def memory_limit(self) -> int:
         """Bytes a kernel may use beyond its inputs and output: 3 x io_bytes, at least 128 MiB."""
         return max(3 * self.io_bytes, 128 * 2**20)
+
+    @property
+    def told_mask(self) -> masks.Mask | None:
+        """The Mask that the problem is told by: its structure, or its triangle and window."""
+        if self.structure:
+            return masks.parse(self.structure)
+        own = [masks.Causal(self.causal)] if self.causal is not None else []
+        own += [masks.Window(*self.window)] if self.window is not None else []
+        return masks.all_of(own) if own else None
+
+    @property
+    def dense_mask_bytes(self) -> int:
+        """Bytes of the structure, triangle or window as a dense mask, bool and as it is added."""
+        entries = self.batch if "b" in self.mask_shape else 1
+        return entries * self.q_len * self.kv_len * (1 + self.torch_dtype.itemsize)
 
     @property
     def scores(self) -> int:
@@ -166,6 +182,6 @@ class Problem:
 _KINDS: dict[str, Any] = {
     "str": str, "int": int, "bool": bool, "float": (int, float), "None": type(None), "str | None": (str, type(None)),
     "str | float": (str, int, float), "tuple[str, ...]": tuple, "tuple[str, str, str]": tuple,
-    "masks.Window | None": (tuple, type(None)),
+    "bands.Sides | None": (tuple, type(None)),
 }  # fmt: skip
 _JSON_FIELDS = {n: _KINDS[str(f.type)] for n, f in Problem.__dataclass_fields__.items()}

@@ -14,7 +14,7 @@ import torch
 from fastattn.environment import torch_state
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import dtype_name
-from fastattn.problems import masks
+from fastattn.problems import bands, masks
 from fastattn.problems.call_key import CallKey, TensorSpec
 from fastattn.problems.call_options import check_layout, parse_options
 from fastattn.problems.classify import classify
@@ -44,7 +44,7 @@ class Shape:
     strides: tuple[str, ...] | None = None
     layout: str = "bhsd"
     accuracy: str | float | None = None  # None: the Config's
-    window: masks.Window | None = None
+    window: bands.Sides | None = None
     softcap: float = 0.0
     dropout: bool = False
     lse: bool = False

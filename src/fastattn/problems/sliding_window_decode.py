@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from fastattn.problems import masks
+from fastattn.problems import bands, masks
 from fastattn.problems.call_key import CallKey
 
 
@@ -13,7 +13,7 @@ class SlidingWindowDecode(NamedTuple):
     """Which keys the one query sees: the corner and the window of the call."""
 
     corner: str | None
-    window: masks.Window
+    window: bands.Sides
 
     @staticmethod
     def of(key: CallKey) -> SlidingWindowDecode | None:
@@ -30,7 +30,7 @@ class SlidingWindowDecode(NamedTuple):
 
     def keys(self, kv_len: int) -> tuple[int, int]:
         """(first, last + 1) visible key."""
-        lower, upper = masks.band(self.corner, self.window, 1, kv_len)
+        lower, upper = bands.band(self.corner, self.window, 1, kv_len)
         return max(0, lower or 0), kv_len if upper is None else min(kv_len, upper + 1)
 
     def sliced(self, key: CallKey) -> CallKey:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from fastattn.problems.problem import Problem
 
 
@@ -19,7 +21,7 @@ def in_words(p: Problem) -> str:
     words = [
         f"{p.batch} x {_heads(p)} heads x {p.q_len} on {p.kv_len}{about} x d{_dims(p)}",
         p.dtype,
-        f"{p.mask} mask {p.mask_shape}".strip() if p.mask else "",
+        p.structure or (f"{p.mask} mask {p.mask_shape}".strip() if p.mask else ""),
         f"causal {p.causal}" if p.causal else "",
         f"window {p.window[0]}, {p.window[1]}" if p.window else "",
         f"softcap {p.softcap:g}" if p.softcap else "",
@@ -47,7 +49,7 @@ def briefly(p: Problem) -> str:
     words = [
         f"{p.batch} x {_heads(p)} x {length} d{_dims(p)}",
         {None: "", "top_left": "causal", "bottom_right": "causal↘"}[p.causal],
-        f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else "",
+        p.structure or (f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else ""),
         f"window {p.window[0]},{p.window[1]}" if p.window else "",
         f"softcap {p.softcap:g}" if p.softcap else "",
         "dropout" if p.dropout else "",
@@ -61,7 +63,10 @@ def command_line(p: Problem) -> str:
     """The arguments of `fastattn tune` that tune this problem."""
     words = [f"{p.batch}x{_heads(p)}x{p.q_len}x{p.kv_len}x{_dims(p)}", f"--dtype {p.dtype}"]
     words += [f"--causal {p.causal}"] if p.causal else []
-    words += [f"--mask {p.mask}:{p.mask_shape}" + (":grad" if p.mask_grad else "")] if p.mask else []
+    if p.structure:
+        words += [f"--mask {shlex.quote(p.structure)}"]
+    elif p.mask:
+        words += [f"--mask {p.mask}:{p.mask_shape}" + (":grad" if p.mask_grad else "")]
     words += [f"--layout {p.layout}"] if p.layout != "bhsd" else []
     if p.layout != "bhsd" or set(p.strides) != {"contiguous"}:
         words += ["--strides " + ",".join(p.strides)]

@@ -26,6 +26,7 @@ class CallersTensors:
         self._problem, self._given = problem, _visible_part(facts, key, given)
         self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)
         self._scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
+        self._also = facts.also
         self._judge: Judge | None = None
         self._is_made = False
 
@@ -33,7 +34,10 @@ class CallersTensors:
         """The candidate's errors on the slice."""
         if not self._is_made:
             q, k, v, mask = self._given
-            self._judge = judge_of_call(self._problem, q, k, v, mask if self._is_dense else None, self._scale)
+            if self._problem.structure and self._also is not None:
+                mask = mask & self._also
+            has_mask = self._is_dense or self._problem.structure
+            self._judge = judge_of_call(self._problem, q, k, v, mask if has_mask else None, self._scale)
             self._is_made = True
         if self._judge is None:
             return Errors(0.0)

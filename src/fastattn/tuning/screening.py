@@ -17,12 +17,15 @@ from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.decision import Accepted
+from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
+from fastattn.problems.tilings.of_dense import tiling_of_dense
+from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.full_size import FullSize
-from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
+from fastattn.tuning.accuracy.judge import Judge, judge_of_tiles, judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
 from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch
 from fastattn.tuning.trial_in_progress import TrialInProgress
@@ -56,6 +59,7 @@ class Screening:
         self.full_size = None if is_whole else FullSize(self.sample, stand_in_scale(problem))
         self._rate = dropout.RATE if problem.dropout else 0.0
         self._cache = next(iter(cache_layers(cache_dir)[0]), None)
+        self._in_tiles: Judge | None = None
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
     def screen(self, trial: TrialInProgress, incumbent: bool = False) -> None:
@@ -107,7 +111,7 @@ class Screening:
 
     def _try(self, trial: TrialInProgress, incumbent: bool) -> None:
         candidate, s = trial.candidate, self.sample
-        trial.errors = worst_errors(self.judges, self._measured_once(trial))
+        trial.errors = worst_errors(self._judges_of(candidate), self._measured_once(trial))
         if self.problem.dropout:
             trial.errors = self._with_dropout(candidate).worst(trial.errors)
         if not trial.errors.passed:
@@ -115,8 +119,10 @@ class Screening:
         if not incumbent and (most := self._may_take(trial)) > self.room:
             why = f"not tried: it may take {most:.0f} bytes, a first call {self.room:.0f}; `fastattn tune` tries it"
             return trial.out(Outcome.NOT_TRIED, why)
+        if candidate.is_in_tiles:
+            trial.share = self._share()
         run = self._whole(binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate))
-        inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+        inputs = s.tensors
         if candidate.kernel.compiles:  # for these sizes too
             start = self.clock.now()
             run()
@@ -145,6 +151,24 @@ class Screening:
             return trial.out(Outcome.TOO_SLOW, why)
         return None
 
+    def _judges_of(self, candidate: Accepted) -> list[Judge]:
+        """What a candidate's numbers are compared with; tiles on a mask with a structure as well."""
+        if not (candidate.is_in_tiles and isinstance(self.sample.mask, Tensor)):
+            return self.judges
+        if self._in_tiles is None:
+            self._in_tiles = judge_of_tiles(self.problem, self.device)
+        return [*self.judges, self._in_tiles]
+
+    def _share(self) -> float | None:
+        """Of the sample's pairs, how many lie in tiles."""
+        p, mask = self.problem, self.sample.mask
+        told = p.told_mask if mask is None else mask
+        if isinstance(told, Mask):
+            tiling = tiling_of_mask(told, p.batch, p.q_len, p.kv_len)
+        else:
+            tiling = tiling_of_dense(mask, p.batch, p.q_len, p.kv_len)  # type: ignore[arg-type]
+        return None if tiling is None else round(tiling.share, 4)
+
     def _with_dropout(self, candidate: Accepted) -> Errors:
         small = dropout.dropout_problem(self.problem)
         call, without = (binding.bind(candidate, small, self.scale, dropout_p=p) for p in (dropout.RATE, 0.0))
@@ -161,7 +185,7 @@ class Screening:
             if trial.candidate.kernel.compiles:
                 out = call(q, k, v, mask)
             else:
-                inputs = [x for x in (q, k, v, mask) if x is not None]
+                inputs = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
                 out, trial.temporary, _ = memory_use.measure_memory(lambda: call(q, k, v, mask), inputs)
             trial.first_call = self.clock.now() - start
             return out
@@ -180,7 +204,7 @@ class Screening:
         s = self.sample
         if s.grad is None:
             return lambda: call(s.q, s.k, s.v, s.mask)
-        wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
+        wanted = [x for x in s.tensors if x.requires_grad]
 
         def run() -> Any:
             found = call(s.q, s.k, s.v, s.mask)

@@ -26,6 +26,7 @@ class TrialInProgress:
     errors: Errors | None = None
     temporary: int | None = None
     saved: int | None = None
+    share: float | None = None  # in tiles: of the sample's pairs, those that lie in them
     first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
     first_run: float = 0.0  # seconds of the first timed run at the problem's own size
     timing: Timing = field(default_factory=Timing)
@@ -54,6 +55,7 @@ class TrialInProgress:
             temporary_bytes=self.temporary,
             saved_bytes=self.saved,
             first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
+            share=self.share,
             library=availability.library_tag(self.candidate.kernel),
         )
 

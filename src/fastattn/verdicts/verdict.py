@@ -9,9 +9,10 @@ from typing import Any
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 4
+SCHEMA = 5
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
+MOST_IN_TILES = 0.9  # of all pairs: with more of them there is nothing to gain, whatever the times say
 NOISY = 0.25  # so does a spread beyond this: on a machine that is quiet times spread by a few percent
 
 
@@ -55,6 +56,7 @@ class Trial:
     temporary_bytes: int | None = None
     saved_bytes: int | None = None
     first_call_us: float | None = None
+    share: float | None = None  # in tiles: of all pairs of the mask it was timed with, those that lay in tiles
     library: str = ""  # "name version" it was tried with
 
     @property
@@ -95,6 +97,16 @@ class Verdict:
         if before is None or after is None or not before.time_us or not after.time_us:
             return None
         return before.time_us / after.time_us
+
+    def share_worth_tiles(self, tiles: str, plain: str) -> float:
+        """In how large a share of all pairs tiles cost no more than another candidate, which computes all of them.
+
+        As if all that tiles cost grew with the share: what does not only makes them cheaper than that in a larger one.
+        """
+        before, after = self.trial(plain), self.trial(tiles)
+        if before is None or after is None or not (before.time_us and after.time_us and after.share):
+            return 0.0
+        return min(MOST_IN_TILES, after.share * before.time_us / after.time_us)
 
     def is_open(self, compiling: bool = False) -> bool:
         """Whether another tuning may try candidates that this one left out; compiling: also those to be compiled first."""

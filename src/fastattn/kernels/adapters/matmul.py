@@ -191,6 +191,7 @@ KERNELS = (
         fp32=True,
         output_lies="contiguous",
         twice_differentiable=True,
+        tiles=True,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
@@ -209,6 +210,7 @@ KERNELS = (
         lse=True,
         output_lies="contiguous",
         twice_differentiable=True,
+        tiles=True,
         chunks=True,
         load_backward=load_backward,
         needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten

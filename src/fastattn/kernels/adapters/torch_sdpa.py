@@ -65,6 +65,7 @@ KERNELS = (
         mask_and_causal=True,
         lse=True,
         gqa_fold=True,
+        tiles=True,
         equal_head_dims=True,
         output_lies="as_query",
         dense_last_dim=True,

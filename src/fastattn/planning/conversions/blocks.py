@@ -21,7 +21,12 @@ from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import empty_in_order
 from fastattn.problems.problem import Problem
 
-IN_BLOCKS = {"chunks", "recompute", "by_heads"}  # conversions with a loop, which a traced graph would have unrolled
+IN_BLOCKS = {
+    "chunks",
+    "recompute",
+    "by_heads",
+    "tiles",
+}  # conversions with a loop, which a traced graph would have unrolled
 
 CHUNK_BYTES = 4 * 2**20  # of float32 scores at once: they stay in a core's second-level cache
 FEW_ROWS = 64  # of queries to a kv head: with more of them the products are most of the work

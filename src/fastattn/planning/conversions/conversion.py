@@ -25,6 +25,7 @@ class Conversion:
     when: Callable[[Kernel, Problem, CallFacts], str]
     wrap: Callable[[Run, Kernel, Problem, CallFacts], Run]
     requires: str = ""  # another conversion, without which this one is worth nothing
+    instead_of: tuple[str, ...] = ()  # conversions that are not worth trying together with this one
 
 
 def map_output(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED
-from fastattn.problems import masks
+from fastattn.problems import bands, dense_masks
 from fastattn.problems.call_facts import CallFacts
+from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 
 
@@ -24,6 +26,8 @@ def _draws(kernel: Kernel, p: Problem) -> bool:
 
 
 def when_mask_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    if p.structure:
+        return REQUIRED if kernel.masks else NO  # candidates.py says that it takes no mask
     if not p.is_banded or (_draws(kernel, p) and (p.mask is None or kernel.mask_and_causal)):
         return NO
     if kernel.masks:
@@ -40,9 +44,13 @@ def when_mask_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 def mask_dense(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        seen = masks.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
-        return step(q, k, v, masks.intersect(mask, seen), a._replace(lower=None, upper=None))
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        if isinstance(mask, Mask):
+            mask = mask.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
+        if a.lower is None and a.upper is None:
+            return step(q, k, v, mask, a)
+        seen = bands.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
+        return step(q, k, v, dense_masks.intersect(mask, seen), a._replace(lower=None, upper=None))
 
     return run
 
@@ -56,4 +64,9 @@ def when_mask_additive(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 def mask_additive(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    return lambda q, k, v, mask, a: step(q, k, v, masks.additive(mask, q) if mask is not None else None, a)
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        if mask is not None and mask.dtype is torch.bool:  # a tile's may be one that is added already
+            mask = dense_masks.additive(mask, q)
+        return step(q, k, v, mask, a)
+
+    return run

@@ -77,7 +77,7 @@ def _weights(call: Call, s: Sample, seed: int) -> Tensor:
         ones[start : start + width, :width] = torch.eye(width, dtype=s.v.dtype, device=s.v.device)
         v = from_bhsd(ones.repeat(1, p.kv_heads, 1, 1), p.layout)
         with preserve_rng(s.v.device, seed), torch.no_grad():
-            found = call(s.q.detach(), s.k.detach(), v, None if s.mask is None else s.mask.detach())
+            found = call(s.q.detach(), s.k.detach(), v, s.mask.detach() if isinstance(s.mask, Tensor) else s.mask)
         out = found[0] if p.lse else found
         parts.append(to_bhsd(out, p.layout)[0, ..., :width].double())
     return torch.cat(parts, -1)

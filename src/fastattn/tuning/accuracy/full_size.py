@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.problems import masks
+from fastattn.problems import bands
 from fastattn.problems.layouts import to_bhsd
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import Errors, in_budgets, rounded_to, row_budget
@@ -47,13 +47,8 @@ class FullSize:
         rows = some_rows(p.q_len, s.q.device)
         q = to_bhsd(s.q.detach(), p.layout)[batch, h * g : (h + 1) * g].to(dtype)
         k, v = (to_bhsd(x.detach(), p.layout)[batch, h].to(dtype) for x in (s.k, s.v))
-        mask = None
-        if s.mask is not None:
-            mask = masks.as_4d(s.mask.detach())
-            mask = mask[batch if mask.shape[0] > 1 else 0]
-            mask = mask if mask.shape[0] == 1 else mask[h * g : (h + 1) * g]
-            mask = mask.to(dtype) if p.cast_from and mask.dtype is not torch.bool else mask
-        lower, upper = masks.band(p.causal, p.window, p.q_len, p.kv_len)
+        mask = s.dense_mask(batch, slice(h * g, (h + 1) * g), rows)
+        lower, upper = bands.band(p.causal, p.window, p.q_len, p.kv_len)
         exact, rounded = (
             reference.attend_in_blocks(
                 q, k, v, mask, scale=self._scale, lower=lower, upper=upper, softcap=p.softcap, rows=rows,

@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.problems import masks
+from fastattn.problems import bands, dense_masks
 from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
-from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, probe_sample, stand_in_scale
+from fastattn.tuning.accuracy.probes import (
+    Sample,
+    plain_sample,
+    probe_problem,
+    probe_sample,
+    stand_in_scale,
+    structured,
+)
 
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 ROWS = 192  # of a sample; fewer where their scores would be more than SAMPLED
@@ -56,8 +63,8 @@ class Judge:
         dtype = p.torch_dtype
         q = _bhsd(self.sample.q, p, dtype)[0, h * g : (h + 1) * g]
         k, v = _bhsd(self.sample.k, p, dtype)[0, h], _bhsd(self.sample.v, p, dtype)[0, h]
-        mask = _mask_of(self.sample, h * g, g)
-        lower, upper = masks.band(p.causal, p.window, p.q_len, p.kv_len)
+        mask = self.sample.dense_mask(0, slice(h * g, (h + 1) * g), self.rows)
+        lower, upper = bands.band(p.causal, p.window, p.q_len, p.kv_len)
         drop = None if self.drop is None else self.drop[h * g : (h + 1) * g]
         grad = None
         if self.grad is not None:
@@ -105,7 +112,7 @@ class Judge:
     def _whole_mask_grad(self) -> tuple[Tensor, float]:
         p, u = self.sample.problem, ROUNDOFF[self.sample.problem.torch_dtype]
         parts = [head.exact.gradients for head in self.heads if head.exact.gradients is not None]
-        shape = masks.as_4d(self.sample.mask).shape  # type: ignore[arg-type]
+        shape = dense_masks.as_4d(self.sample.mask).shape  # type: ignore[arg-type]
 
         def over_rows(x: Tensor) -> Tensor:
             full = x.new_zeros(1, p.q_heads, p.q_len, p.kv_len)
@@ -122,7 +129,7 @@ class Judge:
     def errors(self, call: Call) -> Errors:
         """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
         s, p = self.sample, self.sample.problem
-        inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
+        inputs = s.tensors
         before = [_digest(x) for x in inputs]
         _poison(s)
         found = call(s.q, s.k, s.v, s.mask)
@@ -155,7 +162,7 @@ class Judge:
 
     def _backward(self, out: Tensor) -> float:
         s, p, g = self.sample, self.sample.problem, self.sample.problem.group
-        wanted = [x for x in (s.q, s.k, s.v, s.mask) if x is not None and x.requires_grad]
+        wanted = [x for x in s.tensors if x.requires_grad]
         found = torch.autograd.grad(out, wanted, self.grad)
         dq, dk, dv = (to_bhsd(x, p.layout)[0] for x in found[:3])
         worst = 0.0
@@ -170,7 +177,7 @@ class Judge:
                 )
         if self._mask_grad is not None:
             want, budget = self._mask_grad
-            got = masks.as_4d(found[3]).double().masked_fill(masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
+            got = dense_masks.as_4d(found[3]).double().masked_fill(dense_masks.as_4d(s.mask) == float("-inf"), 0.0)  # type: ignore[arg-type]
             worst = max(worst, in_budgets((got - want).abs(), torch.tensor(budget, dtype=torch.float64, device="cpu")))
         return worst
 
@@ -183,6 +190,11 @@ def judges_of_problem(p: Problem, device: torch.device) -> list[Judge]:
         r = probe_problem(p)
         found.append(Judge(plain_sample(r.replace(strides=p.strides), device), scale))
     return found
+
+
+def judge_of_tiles(p: Problem, device: torch.device) -> Judge:
+    """The probes under a mask with a structure, most of which falls out of the tiles."""
+    return Judge(probe_sample(p, device, visible=structured), stand_in_scale(p))
 
 
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:
@@ -198,15 +210,6 @@ def row_sample(p: Problem, device: torch.device) -> Tensor | None:
 
 def _bhsd(x: Tensor, p: Problem, dtype: torch.dtype) -> Tensor:
     return to_bhsd(x.detach(), p.layout).to(dtype)
-
-
-def _mask_of(s: Sample, start: int, group: int) -> Tensor | None:
-    if s.mask is None:
-        return None
-    mask = masks.as_4d(s.mask.detach())[0]
-    if s.problem.cast_from and mask.dtype is not torch.bool:
-        mask = mask.to(s.problem.torch_dtype)
-    return mask if mask.shape[0] == 1 else mask[start : start + group]
 
 
 def _out_shape(p: Problem) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.problems import masks
+from fastattn.problems import dense_masks
 from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
@@ -21,12 +21,12 @@ from fastattn.tuning.accuracy.probes import Sample
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
-def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Judge | None:
+def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Judge | None:
     """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
     dtype = p.torch_dtype  # as autocast would cast
     views = [_ordinary(to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype)) for x, n in ((q, p.group), (k, 1), (v, 1))]
-    if mask is not None:
-        mask = masks.as_4d(mask.detach())[:1, : p.group]
+    if isinstance(mask, Tensor):
+        mask = dense_masks.as_4d(mask.detach())[:1, : p.group]
         mask = mask if p.mask in (None, "bool") else _ordinary(mask.to(getattr(torch, p.mask)))
     if not all(_is_finite(x) for x in views):
         return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
@@ -34,7 +34,7 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
     grad = None
     if p.needs_grad:
         views = [x.requires_grad_() for x in views]
-        mask = mask.requires_grad_() if mask is not None and p.mask_grad else mask
+        mask = mask.requires_grad_() if isinstance(mask, Tensor) and p.mask_grad else mask
         grad = views[0].new_ones(1, p.group, p.q_len, p.head_dim_v, dtype=p.torch_dtype)
     return Judge(Sample(one, views[0], views[1], views[2], mask, grad), scale)
 

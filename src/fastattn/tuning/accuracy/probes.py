@@ -7,13 +7,15 @@ Tuning uses the caller's tensors only for one last check (tuning/callers_tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fastattn.problems import dense_masks
 from fastattn.problems.layouts import from_bhsd, strides_of_class
+from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem, default_scale
 
 
@@ -25,8 +27,30 @@ class Sample:
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None
+    mask: Tensor | Mask | None
     grad: Tensor | None  # upstream gradient, (b, h, s, dv) in the caller's layout
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those a call is given."""
+        return [x for x in (self.q, self.k, self.v, self.mask) if isinstance(x, Tensor)]
+
+    def dense_mask(self, entry: int, heads: slice, rows: Tensor | None = None) -> Tensor | None:
+        """The mask of some heads of a batch entry: (heads or 1, q_len or 1, kv_len or 1), in the dtype that is computed in.
+
+        rows: of a Mask, the queries that are wanted.
+        """
+        p = self.problem
+        if isinstance(self.mask, Mask):
+            mask = self.mask.dense(p.batch, p.q_len, p.kv_len, self.q.device, rows=rows)
+        elif self.mask is not None:
+            mask = dense_masks.as_4d(self.mask.detach())
+        else:
+            return None
+        mask = mask[entry if mask.shape[0] > 1 else 0]
+        if p.cast_from and mask.dtype is not torch.bool:
+            mask = mask.to(p.torch_dtype)
+        return mask if mask.shape[0] == 1 else mask[heads]
 
 
 def stand_in_scale(p: Problem) -> float:
@@ -40,7 +64,7 @@ def plain_sample(p: Problem, device: torch.device, seed: int = 0) -> Sample:
     q = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim), p.torch_dtype)
     k = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim), p.torch_dtype)
     v = _repeated(g, (p.batch, p.kv_heads, p.kv_len, p.head_dim_v), p.torch_dtype)
-    return _sample(p, g, q, k, v, _mask(p, g, None))
+    return _sample(p, g, q, k, v, _mask(p, g, None, half_visible))
 
 
 def probe_problem(p: Problem) -> Problem:
@@ -61,7 +85,7 @@ def checked_lengths(p: Problem, count: int) -> tuple[int, int]:
     there (full_size.py).
     """
     row = count * (p.group + 2) * max(p.head_dim, p.head_dim_v) * 4  # bytes of q, k and v in float32
-    most = next((n for n in (2048, 1024) if n * row <= PROBE_BYTES), 512)
+    most = next((n for n in (2048, 1024) if n * row <= PROBE_BYTES), 512) if not p.structure else 2048
     span = 2 * sum(n for n in p.window or () if n > 0) + 2
     most = max(most, 1 << (span - 1).bit_length())
     q_len, kv_len = _shortened(p.q_len, most), _shortened(p.kv_len, most)
@@ -79,8 +103,8 @@ def _shortened(n: int, most: int) -> int:
 PROBE_BYTES = 48 * 2**20
 
 
-def probe_sample(p: Problem, device: torch.device, seed: int = 1) -> Sample:
-    """The reduced problem with each probe in a kv head of its own."""
+def probe_sample(p: Problem, device: torch.device, seed: int = 1, visible: Pattern | None = None) -> Sample:
+    """The reduced problem with each probe in a kv head of its own. visible: which pairs a mask leaves, if not random ones."""
     r = probe_problem(p)
     g = torch.Generator(device).manual_seed(seed)
     shape = (r.kv_heads, r.group, r.q_len, r.head_dim)
@@ -93,7 +117,7 @@ def probe_sample(p: Problem, device: torch.device, seed: int = 1) -> Sample:
     for head, probe in enumerate(PROBES[: r.kv_heads]):
         probe(g, q[head], k[head], v[head], unit if stand_in_scale(p) >= 0 else -unit)
     q, k, v = q.flatten(0, 1)[None], k[None], v[None]
-    return _sample(r, g, q, k, v, _mask(r, g, (q, k)))
+    return _sample(r, g, q, k, v, _mask(r, g, (q, k), visible or random_visible))
 
 
 # A probe rewrites the tensors of its kv head: q (g, s, d), k (kv_len, d), v (kv_len, dv). `unit` makes a product with a
@@ -147,20 +171,60 @@ def _hidden_large(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: flo
 PROBES = (_gaussian, _wide, _negative_rows, _one_hot, _sink, _last_tile, _hidden_large)
 
 
-def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """A mask of the problem's class: some rows see nothing where rows differ; a float one cancels part of the scores."""
+# A pattern says which pairs a mask of that shape leaves, (b|1, h|1, q|1, k|1) bool.
+Pattern = Callable[[Problem, torch.Generator, tuple[int, ...]], Tensor]
+
+
+def random_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Three quarters of the pairs; where rows differ some see nothing, and nothing sees the last keys."""
+    visible = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device) < 0.75
+    if shape[3] > 1 or "k" in p.mask_shape:
+        visible[..., 0] = True
+        if p.kv_len > 4:
+            visible[..., -(p.kv_len // 8) - 1 :] = False  # as padding does
+    if "q" in p.mask_shape and p.q_len > 1:
+        visible[..., :: max(2, p.q_len // 4), :] = False
+    return visible
+
+
+def half_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """What is timed: a triangle, or keys that are padded to twice their number in the mean. Kernels that look at no mask's
+    content take as long with any other.
+    """
+    rows, keys = (torch.arange(n, dtype=torch.int64, device=g.device) for n in shape[2:])
+    if shape[2] > 1:
+        return (keys <= rows[:, None] + shape[3] - shape[2]).expand(shape)
+    lengths = torch.linspace(0.0, 1.0, shape[0] + 2, dtype=torch.float64, device=g.device)[1:-1] * p.kv_len
+    return (keys < lengths.clamp(min=1)[:, None, None, None]).expand(shape)
+
+
+def structured(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Windows, documents, keys that all see, rows that see nothing; random holes in some of it."""
+    (q_len, kv_len), device = shape[2:], g.device
+    rows, keys = (torch.arange(n, dtype=torch.int64, device=device) for n in (q_len, kv_len))
+    if q_len == 1:
+        return ((keys >= kv_len // 3) & (keys < kv_len // 2)).expand(shape)
+    middle = rows[:, None] * kv_len // q_len
+    window = (keys - middle).abs() <= kv_len // 8
+    documents = keys // max(1, kv_len // 4) == middle // max(1, kv_len // 4)
+    seen = torch.where(rows[:, None] < q_len // 2, window | (keys < 3), documents)
+    holes = torch.rand(q_len, kv_len, generator=g, dtype=torch.float32, device=device) < 0.9
+    seen = seen & (holes | (rows[:, None] >= q_len // 4)) & (rows[:, None] < q_len - q_len // 8)
+    return seen.expand(shape)
+
+
+def _mask(
+    p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None, pattern: Pattern
+) -> Tensor | Mask | None:
+    """A mask of the problem's class that leaves the pairs of a pattern; a float one cancels part of the scores."""
+    if p.structure:
+        return p.told_mask
     if p.mask is None:
         return None
     sizes = {"b": p.batch, "h": p.q_heads, "q": p.q_len, "k": p.kv_len}
     shape = tuple(sizes[letter] if letter in p.mask_shape else 1 for letter in "bhqk")
     rows_differ = "q" in p.mask_shape and p.q_len > 1
-    visible = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device) < 0.75
-    if "k" in p.mask_shape:
-        visible[..., 0] = True
-        if p.kv_len > 4:
-            visible[..., -(p.kv_len // 8) - 1 :] = False  # as padding does
-    if rows_differ:
-        visible[..., :: max(2, p.q_len // 4), :] = False
+    visible = pattern(p, g, shape)
     if p.mask == "bool":
         return _strided(visible, p.mask_strides)
     bias = _normal(g, shape, getattr(torch, p.mask))
@@ -173,7 +237,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
     return _strided(bias.to(getattr(torch, p.mask)), p.mask_strides)
 
 
-def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Sample:
+def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None) -> Sample:
     dtypes = [getattr(torch, name) for name in p.cast_from[:3]] or [p.torch_dtype] * 3
     parts = [
         from_bhsd(_strided(x.to(dtype), cls), p.layout)
@@ -183,7 +247,7 @@ def _sample(p: Problem, g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, mas
     if p.needs_grad:
         for x in parts:
             x.requires_grad_()
-        if mask is not None and p.mask_grad:
+        if isinstance(mask, Tensor) and p.mask_grad:
             mask.requires_grad_()
         grad = _repeated(g, (p.batch, p.q_heads, p.q_len, p.head_dim_v), p.torch_dtype)
         grad = from_bhsd(_strided(grad, p.strides[0]), p.layout)

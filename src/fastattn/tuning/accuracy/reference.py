@@ -98,7 +98,8 @@ def attend(
 ) -> Result:
     """Attention of the g query heads of one kv head, computed in `dtype`.
 
-    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float. Key j is visible to query i
+    q (g, s, d), k (kv_len, d), v (kv_len, dv); mask None or (g|1, s|1, kv_len|1), bool or float, or of the
+    wanted rows alone. Key j is visible to query i
     when i + lower <= j <= i + upper; None is no limit. softcap: scores become softcap * tanh(scores / softcap). score_mod:
     changes (g, r, kv_len) scores. drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p). lse: whether the
     log-sum-exp is judged too. rows: the query rows wanted, all if None. grad (g, r, dv): upstream gradient of those rows.
@@ -117,7 +118,7 @@ def attend(
     if score_mod is not None:
         scores = score_mod(scores)
     if mask is not None:
-        mask = mask if mask.shape[1] == 1 else mask[:, index]
+        mask = mask if mask.shape[1] in (1, len(index)) else mask[:, index]
         if mask.dtype is torch.bool:
             hidden = mask.logical_not().expand_as(scores)
         else:

@@ -1,0 +1,56 @@
+"""What is done to masks that are tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A bool mask as the float mask that is added to the scores: 0 where it attends, -inf elsewhere."""
+    return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
+
+
+def intersect(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """`mask` where `seen` is True and hidden elsewhere, in the form of `mask` (bool if there is none)."""
+    if mask is None:
+        return seen
+    if mask.dtype is seen.dtype:
+        return mask & seen
+    return mask.masked_fill(seen.logical_not(), float("-inf"))
+
+
+def sees_nothing(mask: Tensor, q_len: int, kv_len: int, lower: int | None = None, upper: int | None = None) -> Tensor:
+    """(b|1, h|1, q_len) bool: the queries that a float mask within the band leaves no key."""
+    seen = as_4d(mask) != float("-inf")
+    seen = seen.expand(*seen.shape[:2], q_len, kv_len)
+    if upper is not None:
+        seen = seen.tril(upper)
+    return (seen if lower is None else seen.triu(lower)).any(-1).logical_not()
+
+
+def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A float mask as kernels read it by vectors: in the dtype of `like`, (b, h, q_len, kv_len), rows at multiples of 16 bytes.
+
+    Where they are not it becomes a slice of a padded tensor.
+    """
+    mask, kv_len = as_4d(mask).to(like.dtype), shape[3]
+    step = 16 // mask.itemsize
+    pitch = -(-kv_len // step) * step  # a row is read to the end of its last vector
+    if not (
+        mask.shape[3] == kv_len
+        and (mask.stride(3) == 1 and mask.storage_offset() % step == 0)
+        and all(st % step == 0 for st in mask.stride()[:3])
+        and (kv_len == pitch or mask.stride(2) >= pitch)
+    ):
+        padded = mask.new_zeros((*mask.shape[:3], pitch))
+        padded[..., :kv_len] = mask
+        mask = padded[..., :kv_len]
+    return mask.expand(shape)
+
+
+def as_4d(mask: Tensor) -> Tensor:
+    """(b|1, h|1, q|1, k|1) of a 2-D or 4-D mask."""
+    return mask if mask.dim() == 4 else mask[None, None]

@@ -1,0 +1,18 @@
+"""Masks with a meaning: values that say which keys a query sees, and combine with & and |.
+
+    masks.Causal() & masks.Window(256, 0)          # the last 256 keys and its own
+    masks.Causal() & masks.Document(lengths)       # packed sequences
+    masks.Window(128, 128) | masks.Global(16)      # a window, and tokens that see all and are seen by all
+
+They are small and frozen, and hold no tensor: what a tensor says is read once, when the value is made. No kernel needs them
+as a dense mask, so what they hide is neither computed nor stored.
+"""
+
+from fastattn.problems.masks.kinds import Causal, Chunked, Dilated, Global, Neighborhood, Prefix, Window
+from fastattn.problems.masks.mask import Mask, all_of, parse
+from fastattn.problems.masks.sequences import Document, Padding
+
+__all__ = [
+    "Causal", "Chunked", "Dilated", "Document", "Global", "Mask", "Neighborhood", "Padding", "Prefix", "Window", "all_of",
+    "parse",
+]  # fmt: skip

@@ -1,0 +1,246 @@
+"""The masks that say all by positions: triangles, windows, grids, prefixes, chunks, global tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from fastattn.problems.bands import CORNERS
+from fastattn.problems.masks import runs
+from fastattn.problems.masks.mask import Mask, whole_numbers
+from fastattn.problems.masks.runs import Runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Causal(Mask):
+    """A query sees the keys up to its own: j <= p.
+
+    corner: where position 0 lies. "top_left", torch's: p = i. "bottom_right": p = i + kv_len - q_len, so that the last query
+    sees every key: what decoding with a KV cache wants. Raises ValueError for another corner.
+    """
+
+    corner: str = "top_left"
+
+    def __post_init__(self) -> None:
+        if self.corner not in CORNERS:
+            raise ValueError(f"corner must be one of {', '.join(map(repr, CORNERS))}, got {self.corner!r}")
+
+    @property
+    def anchor(self) -> str:
+        return self.corner
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return j <= p
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        return runs.run(0, rows[-1] + 1, kv_len), runs.run(0, rows[0] + 1, kv_len)
+
+    def shifts(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Window(Mask):
+    """Local attention: a query sees `left` keys before its own, its own, and `right` keys behind it; -1 is no limit.
+
+    Raises TypeError or ValueError for anything else.
+    """
+
+    left: int
+    right: int
+
+    def __post_init__(self) -> None:
+        whole_numbers("left and right", (self.left, self.right), -1)
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        seen = j >= p - self.left if self.left >= 0 else j >= 0
+        return seen & (j <= p + self.right) if self.right >= 0 else seen
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        def between(low: int, high: int) -> Runs:
+            first = low - self.left if self.left >= 0 else 0
+            return runs.run(first, high + self.right + 1 if self.right >= 0 else kv_len, kv_len)
+
+        return between(rows[0], rows[-1]), between(rows[-1], rows[0])
+
+    def shifts(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Dilated(Mask):
+    """Every so manieth key, its own included: |p - j| is a multiple of `every`.
+
+    `Dilated(4) & Window(64, 64)` is a dilated window. Raises TypeError or ValueError where it is no whole number from 1 on.
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        whole_numbers("every", self.every, 1, 1)
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return (p - j) % self.every == 0
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        all_keys = runs.run(0, kv_len, kv_len)
+        return all_keys, all_keys if rows.step % self.every == 0 else ()
+
+    def step(self) -> int:
+        return self.every
+
+    def shifts(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked(Mask):
+    """Keys in the same chunk of `size` positions (Llama 4 takes it together with Causal).
+
+    Raises TypeError or ValueError where size is no whole number from 1 on.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        whole_numbers("size", self.size, 1, 1)
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return p // self.size == j // self.size
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        first, last = rows[0] // self.size, rows[-1] // self.size
+        some = runs.run(first * self.size, (last + 1) * self.size, kv_len)
+        return some, some if first == last else ()
+
+    def cuts(self, b: int, end: int) -> Iterable[int]:
+        return range(0, end, self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighborhood(Mask):
+    """Tokens of a grid, row by row: a query sees the tokens within `radius` steps along each dimension.
+
+    grid: (h, w), or the sizes of 1 or 3 dimensions; radius: one number, or one for each. Raises TypeError or ValueError for
+    sizes below 1, radii below 0, or another count of radii.
+    """
+
+    grid: tuple[int, ...]
+    radius: tuple[int, ...]
+
+    def __init__(self, grid: Any, radius: Any) -> None:
+        grid = whole_numbers("grid", grid, 1)
+        radius = whole_numbers("radius", radius, 0)
+        radius = radius * len(grid) if len(radius) == 1 else whole_numbers("radius", radius, 0, len(grid))
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "radius", radius)
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        seen, step, whole = (
+            j >= 0,
+            prod(self.grid),
+            2**62,
+        )  # the first dimension is not wrapped: tokens may go on behind it
+        for size, radius in zip(self.grid, self.radius, strict=True):
+            step //= size
+            seen = seen & ((p % whole // step - j % whole // step).abs() <= radius)
+            whole = step
+        return seen
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        step = prod(self.grid[1:])
+        first, last = rows[0] // step - self.radius[0], rows[-1] // step + self.radius[0] + 1
+        return runs.run(first * step, last * step, kv_len), ()
+
+    def cuts(self, b: int, end: int) -> Iterable[int]:
+        return range(0, end, prod(self.grid[1:]))
+
+    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+        if kv_len != prod(self.grid) or q_len > kv_len:
+            raise ValueError(f"{self!r} is for {prod(self.grid)} tokens, got q_len {q_len}, kv_len {kv_len}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix(Mask):
+    """The first keys, which all queries see: `Causal() | Prefix(n)` is a prefix language model's.
+
+    lengths: one number, or one for each batch entry. Raises TypeError or ValueError for anything but whole numbers from 0 on.
+    """
+
+    lengths: tuple[int, ...]
+
+    def __init__(self, lengths: Any) -> None:
+        object.__setattr__(self, "lengths", whole_numbers("lengths", lengths, 0))
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return j < of_entry(self.lengths, b)
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        seen = runs.run(0, self.lengths[b % len(self.lengths)], kv_len)
+        return seen, seen
+
+    def is_per_batch(self) -> bool:
+        return len(self.lengths) > 1
+
+    def like(self, kv_len: int) -> Mask:
+        return Prefix(about(sum(self.lengths) / len(self.lengths), kv_len))
+
+    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+        check_entries(self, len(self.lengths), batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Global(Mask):
+    """Tokens that see every key, and that every query sees (Longformer, arXiv 2004.05150).
+
+    tokens: how many at the start, or the positions of some. Raises TypeError or ValueError for anything but whole numbers
+    from 0 on.
+    """
+
+    tokens: int | tuple[int, ...]
+
+    def __init__(self, tokens: Any) -> None:
+        found = whole_numbers("tokens", tokens, 0)
+        is_count = isinstance(tokens, int)
+        object.__setattr__(self, "tokens", found[0] if is_count else tuple(sorted(set(found))))
+
+    def _runs(self) -> Runs:
+        if isinstance(self.tokens, int):
+            return ((0, self.tokens),) if self.tokens else ()
+        return runs.joined((token, token + 1) for token in self.tokens)
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        seen = j < 0
+        for first, last in self._runs():
+            seen = seen | ((p >= first) & (p < last)) | ((j >= first) & (j < last))
+        return seen
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        own = ((rows[0], rows[-1] + 1),)
+        tokens, all_keys = runs.intersection(self._runs(), ((0, kv_len),)), runs.run(0, kv_len, kv_len)
+        some = all_keys if runs.intersection(own, self._runs()) else tokens
+        return some, all_keys if runs.holds(self._runs(), own) else tokens
+
+    def cuts(self, b: int, end: int) -> Iterable[int]:
+        return (cut for pair in self._runs() for cut in pair)
+
+
+def of_entry(values: tuple[int, ...], b: Tensor) -> Tensor:
+    """The value of each batch entry in b, or the one that holds for all."""
+    return b.new_tensor(values)[b % len(values)]
+
+
+def about(n: float, kv_len: int) -> int:
+    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
+    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
+
+
+def check_entries(mask: Mask, entries: int, batch: int) -> None:
+    """Raises ValueError where a mask holds values for another number of batch entries."""
+    if entries not in (1, batch):
+        raise ValueError(f"{mask!r} is for {entries} batch entries, got {batch}")

@@ -1,0 +1,225 @@
+"""Mask: what all masks with a meaning are, how they combine, and how one is read back from its words.
+
+A mask speaks of positions. The position of query i is i, or i + kv_len - q_len where the mask holds a Causal("bottom_right"):
+one corner holds for all that is combined.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from fastattn.environment.text import type_name
+from fastattn.problems.masks import runs
+from fastattn.problems.masks.runs import Runs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_kinds: dict[str, type[Mask]] = {}  # by name: what parse() knows
+
+
+class Mask:
+    """Which keys each query sees: a frozen, hashable value. a & b shows what both show, a | b what either does."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        _kinds[cls.__name__] = cls
+
+    def __and__(self, other: Mask) -> Mask:
+        return _combined(Intersection, self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return _combined(Union, self, other)
+
+    # --- what a kind of mask says
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        """Whether the query at position p of batch entry b sees key j of kv_len: bool, broadcast over the three."""
+        raise NotImplementedError
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        """(keys that some query at these positions may see, keys that all of them see).
+
+        Where the positions have a step, of every so manieth key only: those that lie in step with them.
+        """
+        raise NotImplementedError
+
+    def cuts(self, b: int, end: int) -> Iterable[int]:
+        """Positions before `end` at which what queries see changes at once: tiles that end there hide less."""
+        return ()
+
+    def step(self) -> int:
+        """Every how manieth key, counted from its own position, a query sees at most."""
+        return 1
+
+    @property
+    def anchor(self) -> str:
+        """Where position 0 lies: "top_left" or "bottom_right"."""
+        return "top_left"
+
+    def is_per_batch(self) -> bool:
+        """Whether batch entries differ."""
+        return False
+
+    def shifts(self) -> bool:
+        """Whether a query's distance to a key says all."""
+        return False
+
+    def like(self, kv_len: int) -> Mask:
+        """The mask that stands for this one and those like it, by which a verdict is found."""
+        return self
+
+    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+        """Raises ValueError where the mask cannot be one of such a problem."""
+
+    # --- what can be asked of every mask
+
+    def dense(
+        self, batch: int, q_len: int, kv_len: int, device: torch.device | str = "cpu", *, rows: Tensor | None = None
+    ) -> Tensor:
+        """The same as a tensor, True where a query sees a key: bool [batch or 1, 1, q_len, kv_len].
+
+        rows: the queries that are wanted, in place of all.
+        """
+        import torch
+
+        entries = range(batch) if self.is_per_batch() else range(1)
+        b, i, j = (torch.arange(n, dtype=torch.int64, device=device) for n in (len(entries), q_len, kv_len))
+        p = (i if rows is None else rows) + self.offset(q_len, kv_len)
+        seen = self.sees(b[:, None, None, None], p[:, None], j, kv_len)
+        return seen.expand(len(entries), 1, len(p), kv_len)
+
+    def offset(self, q_len: int, kv_len: int) -> int:
+        """The position of the first query."""
+        return kv_len - q_len if self.anchor == "bottom_right" else 0
+
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks all of which must let a key be seen."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Combined(Mask):
+    of: tuple[Mask, ...]
+
+    def cuts(self, b: int, end: int) -> Iterable[int]:
+        return {cut for mask in self.of for cut in mask.cuts(b, end)}
+
+    @property
+    def anchor(self) -> str:
+        return next((mask.anchor for mask in self.of if mask.anchor != "top_left"), "top_left")
+
+    def is_per_batch(self) -> bool:
+        return any(mask.is_per_batch() for mask in self.of)
+
+    def shifts(self) -> bool:
+        return all(mask.shifts() for mask in self.of)
+
+    def like(self, kv_len: int) -> Mask:
+        return type(self)(tuple(mask.like(kv_len) for mask in self.of))
+
+    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+        for mask in self.of:
+            mask.check(batch, q_len, kv_len)
+
+
+class Intersection(_Combined):
+    """What all of some masks show: a & b."""
+
+    __slots__ = ()
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return reduce(lambda x, y: x & y, (mask.sees(b, p, j, kv_len) for mask in self.of))
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        some, every = zip(*(mask.runs(b, rows, kv_len) for mask in self.of), strict=True)
+        return reduce(runs.intersection, some), reduce(runs.intersection, every)
+
+    def step(self) -> int:
+        return lcm(*(mask.step() for mask in self.of))
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self.of
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({mask!r})" if isinstance(mask, Union) else repr(mask) for mask in self.of)
+
+
+class Union(_Combined):
+    """What any of some masks shows: a | b."""
+
+    __slots__ = ()
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return reduce(lambda x, y: x | y, (mask.sees(b, p, j, kv_len) for mask in self.of))
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        some, every = zip(*(mask.runs(b, rows, kv_len) for mask in self.of), strict=True)
+        return reduce(runs.union, some), reduce(runs.union, every)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.of))
+
+
+def _combined(kind: type[_Combined], a: Mask, b: Any) -> Mask:
+    if not isinstance(b, Mask):
+        return NotImplemented
+    of = [part for mask in (a, b) for part in (mask.of if isinstance(mask, kind) else (mask,))]
+    of = tuple(dict.fromkeys(of))
+    if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, _kinds["Causal"])}) > 1:
+        raise ValueError(f"{a!r} and {b!r} have different corners: a mask has one position for each query")
+    return of[0] if len(of) == 1 else kind(of)
+
+
+def all_of(some: Iterable[Mask]) -> Mask:
+    """What all of some masks show. Raises ValueError where they have different corners."""
+    return reduce(lambda a, b: a & b, some)
+
+
+def leaves(mask: Mask) -> list[Mask]:
+    """All that is combined in a mask."""
+    return [leaf for part in mask.of for leaf in leaves(part)] if isinstance(mask, _Combined) else [mask]
+
+
+def parse(text: str) -> Mask:
+    """The mask that is written so: the inverse of repr. Raises ValueError on anything else."""
+    try:
+        return _of_node(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{text!r} is no mask: write one as in 'Causal() & Document(512)' ({error})") from None
+
+
+def _of_node(node: ast.expr) -> Mask:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+        left, right = _of_node(node.left), _of_node(node.right)
+        return left & right if isinstance(node.op, ast.BitAnd) else left | right
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.func.id.startswith("_"):
+        raise ValueError(f"a mask is a name with arguments, one of {', '.join(known_kinds())}")
+    if node.func.id not in known_kinds():
+        raise ValueError(f"there is no mask {node.func.id!r}, only {', '.join(known_kinds())}")
+    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
+    return _kinds[node.func.id](*(ast.literal_eval(value) for value in node.args), **named)
+
+
+def known_kinds() -> list[str]:
+    """Names of the masks that can be written down."""
+    return sorted(name for name, kind in _kinds.items() if not issubclass(kind, _Combined))
+
+
+def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -> tuple[int, ...]:
+    """Whole numbers from one, a sequence, an array or a tensor. Raises TypeError or ValueError that names them."""
+    given: Any = value.tolist() if hasattr(value, "tolist") else value
+    found: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in found):
+        raise TypeError(f"{name} must be whole numbers, got {type_name(value)} {value!r}")
+    if not found or min(found) < least or (count is not None and len(found) != count):
+        wanted = f"{count} of them" if count is not None else "one or more"
+        raise ValueError(f"{name} must be whole numbers >= {least}, {wanted}, got {value!r}")
+    return found

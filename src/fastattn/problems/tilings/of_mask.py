@@ -1,0 +1,64 @@
+"""The tiling of a mask with a meaning, from what it says of positions: no tensor of queries by keys is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from fastattn.problems.masks import runs
+from fastattn.problems.masks.mask import Mask, all_of
+from fastattn.problems.tilings.tile import GAP, Tile, Tiling, rows_of_a_tile, tiling_of
+
+FEWEST = 16  # rows of a tile that ends where the mask changes: what sees little is not worth a call of its own
+
+
+@lru_cache(256)  # masks are small and frozen: a model asks for the same one in each layer
+def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
+    """The tiling of a mask."""
+    tiles: list[Tile] = []
+    for b in range(batch if mask.is_per_batch() else 1):
+        entries = slice(b, b + 1) if mask.is_per_batch() else slice(0, batch)
+        for residue in range(mask.step()):
+            tiles += _tiles(mask, b, entries, range(residue, q_len, mask.step()), q_len, kv_len)
+    return tiling_of(tiles, batch, q_len, kv_len)
+
+
+def hiding(mask: Mask, tile: Tile, q_len: int, kv_len: int) -> Mask:
+    """The part of a mask that hides something in a tile."""
+    offset = mask.offset(q_len, kv_len)
+    at, entries = tile.positions(offset), range(tile.batch.start, tile.batch.stop)
+
+    def hides(part: Mask) -> bool:
+        every = part.runs(entries[0], at, kv_len)[1]
+        return (part.is_per_batch() and len(entries) > 1) or not all(runs.holds(every, (pair,)) for pair in tile.keys)
+
+    return all_of([part for part in mask.parts() if hides(part)] or [mask])
+
+
+def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: int) -> Iterator[Tile]:
+    """Those of every so manieth row of a batch entry."""
+    offset = mask.offset(q_len, kv_len)
+    for block in _blocks(mask, b, rows, offset):
+        at = range(block[0] + offset, block[-1] + offset + 1, rows.step)  # positions
+        some, every = mask.runs(b, at, kv_len)
+        keys = tuple(
+            (first + (at[0] - first) % rows.step, last)  # the first one that lies in step with them
+            for first, last in runs.joined(some, GAP)
+        )
+        keys = tuple(pair for pair in keys if pair[0] < pair[1])
+        if keys:
+            is_masked = not all(runs.holds(every, (pair,)) for pair in keys)
+            yield Tile(entries, slice(block[0], block[-1] + 1, rows.step), keys, is_masked)
+
+
+def _blocks(mask: Mask, b: int, rows: range, offset: int) -> Iterator[range]:
+    """The rows of each tile: no more than usual, and ending where the mask changes."""
+    size, count = rows_of_a_tile(len(rows)), len(rows)
+    cuts = {*range(size, count, size), count} - {0}
+    if rows.step == 1:
+        cuts |= {cut - offset for cut in mask.cuts(b, count + offset) if 0 < cut - offset < count}
+    first = 0
+    for cut in sorted(cuts):
+        if cut - first >= FEWEST or cut == count:
+            yield rows[first:cut]
+            first = cut

@@ -1,0 +1,102 @@
+"""A tile is a dense rectangle of the score matrix, a tiling the tiles in which every visible pair lies once.
+
+The keys of a tile may lie in several runs: they are gathered, so that each row has all its keys in one tile and nothing
+is to be merged. Rows in no tile see nothing: their output is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Run = tuple[int, int]  # (first, last + 1) of neighbouring keys
+
+GAP = 256  # hidden keys that are worth a second run: gathering keys is a copy
+
+
+class Tile(NamedTuple):
+    """Where a tile lies: batch entries, query rows, the runs of its keys; is_masked: whether some pair in it is hidden.
+
+    Where the rows have a step, its keys lie in the same step.
+    """
+
+    batch: slice
+    rows: slice
+    keys: tuple[Run, ...]
+    is_masked: bool
+
+    @property
+    def key_count(self) -> int:
+        return sum(len(self._range(pair)) for pair in self.keys)
+
+    @property
+    def row_count(self) -> int:
+        return len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
+
+    def positions(self, offset: int) -> range:
+        """Where its rows lie; offset: the position of the first row of all."""
+        return range(self.rows.start + offset, self.rows.stop + offset, self.rows.step or 1)
+
+    def _range(self, pair: Run) -> range:
+        return range(*pair, self.rows.step or 1)
+
+    def key_numbers(self) -> list[int]:
+        """The keys, in the order in which they are gathered."""
+        return [key for pair in self.keys for key in self._range(pair)]
+
+    @property
+    def query(self) -> tuple[slice, slice, slice]:
+        """Its place in q and in the output, (b, h, s, d)."""
+        return self.batch, slice(None), self.rows
+
+    def of_keys(self, x: Tensor, dim: int = 2) -> Tensor:
+        """Its part of k or v, along the dimension of the keys: a view where they lie in one run."""
+        x = x if x.shape[0] == 1 else x[self.batch]
+        parts = [x[self._at(pair, dim)] for pair in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def add_to_keys(self, x: Tensor, part: Tensor | None) -> None:
+        """Add what belongs to this tile's keys to the whole of k or v, in place; the inverse of of_keys."""
+        if part is None:
+            return
+        x = x[self.batch]
+        sizes = [len(self._range(pair)) for pair in self.keys]
+        for pair, piece in zip(self.keys, part.split(sizes, 2), strict=True):
+            x[self._at(pair, 2)].add_(piece)
+
+    def _at(self, pair: Run, dim: int) -> tuple[slice, ...]:
+        return (*[slice(None)] * dim, slice(*pair, self.rows.step or 1))
+
+
+class Tiling(NamedTuple):
+    """The tiles of a problem. share: of all pairs, those that lie in tiles; has_every_row: each row lies in one."""
+
+    tiles: tuple[Tile, ...]
+    share: float
+    has_every_row: bool
+
+
+def tiling_of(tiles: Iterable[Tile], batch: int, q_len: int, kv_len: int) -> Tiling:
+    """A tiling; neighbours that see the same keys, all of them, are one tile."""
+    joined: list[Tile] = []
+    for tile in tiles:
+        before = joined[-1] if joined else None
+        if (
+            before is not None
+            and not (before.is_masked or tile.is_masked)
+            and (before.batch, before.keys, before.rows.stop) == (tile.batch, tile.keys, tile.rows.start)
+        ):
+            joined[-1] = tile._replace(rows=slice(before.rows.start, tile.rows.stop))
+        else:
+            joined.append(tile)
+    rows = [(t.batch.stop - t.batch.start) * t.row_count for t in joined]
+    pairs = sum(count * t.key_count for count, t in zip(rows, joined, strict=True))
+    return Tiling(tuple(joined), pairs / max(1, batch * q_len * kv_len), sum(rows) == batch * q_len)
+
+
+def rows_of_a_tile(q_len: int) -> int:
+    """Query rows of a tile: few enough to follow a triangle closely, enough that the calls cost little beside the work."""
+    return 256 if q_len >= 2048 else 128

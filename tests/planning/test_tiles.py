@@ -1,0 +1,136 @@
+"""The conversion `tiles`: attention over what a mask leaves, forward and backward, against float64."""
+
+import pytest
+import torch
+from building import accepted, expect, hold, qkv
+
+import fastattn
+from fastattn.planning.conversions import tiles
+
+N, M = 300, 420
+ROW, KEY = torch.arange(N)[:, None], torch.arange(M)
+MASKS = {
+    "causal": KEY <= ROW + M - N,
+    "window": (ROW - KEY).abs() <= 30,
+    "documents": ROW // 100 == KEY // 140,
+    "window and globals": ((ROW - KEY).abs() <= 9) | (KEY < 3),
+    "rows that see nothing": (KEY < 200) & (ROW > 130) & (ROW % 7 > 0),
+    "padding": (torch.arange(M) < torch.tensor([M, 100])[:, None, None, None]),
+    "a window in each entry": (ROW - KEY).abs() <= torch.tensor([12, 60])[:, None, None, None],
+}
+KERNELS = ["torch_flash+tiles+mask_additive", "matmul+tiles+recompute"]
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(tiles, "PAIRS", 1)
+
+
+def mask_of(name, kind):
+    seen = MASKS[name]
+    if kind == "bool":
+        return seen
+    bias = torch.randn(seen.shape, generator=torch.Generator().manual_seed(3))
+    return bias.masked_fill_(~seen, -float("inf") if kind == "-inf" else LOWEST)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["bool", "-inf", "finfo.min"])
+@pytest.mark.parametrize("name", MASKS)
+def test_agrees_with_float64(name, kind, kernel):
+    mask = mask_of(name, kind)
+    kernel = kernel if kind == "bool" else kernel.removesuffix("+mask_additive")
+    q, k, v = qkv(2, 4, 2, N, M, 16, grad=True)
+    want = expect(q, k, v, mask)
+    hold(want, lambda *given: fastattn.attention(*given, kernel=kernel), q, k, v, mask)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "sbhd"])
+def test_agrees_in_every_layout(layout):
+    mask = MASKS["window"]
+    q, k, v = qkv(2, 4, 2, N, M, 16, layout=layout, grad=True)
+    want = expect(q, k, v, mask, layout=layout)
+    hold(want, lambda *given: fastattn.attention(*given, layout, kernel=KERNELS[0]), q, k, v, mask)
+
+
+def test_the_log_sum_exp_comes_with_it():
+    mask = MASKS["rows that see nothing"]
+    q, k, v = qkv(1, 2, 2, N, M, 16)
+    out, lse = fastattn.attention(q, k, v, mask, return_lse=True, kernel=KERNELS[0])
+    scores = (q.double() @ k.double().mT / 4).masked_fill(~mask, -float("inf"))
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-5)
+    assert (out[:, :, ~mask.any(-1)] == 0).all()
+
+
+def test_only_what_asks_for_a_gradient_gets_one():
+    q, k, v = qkv(1, 2, 2, N, M, 16)
+    k.requires_grad_()
+    out = fastattn.attention(q, k, v, MASKS["window"], kernel=KERNELS[0])
+    out.sum().backward()
+    assert q.grad is v.grad is None
+    exact = [x.detach().double() for x in (q, k, v)]
+    exact[1].requires_grad_()
+    torch.nn.functional.scaled_dot_product_attention(*exact, MASKS["window"]).sum().backward()
+    assert torch.allclose(k.grad.double(), exact[1].grad, atol=1e-4)
+
+
+def test_a_backward_can_be_repeated_and_differentiated():
+    q, k, v = qkv(1, 2, 2, N, M, 8, grad=True)
+    out = fastattn.attention(q, k, v, MASKS["window"], kernel=KERNELS[0])
+    first = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
+    again = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(first, again, strict=True))
+    (second,) = torch.autograd.grad(again[0].sum(), k)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = (exact[0] @ exact[1].mT * 8**-0.5).masked_fill(~MASKS["window"], -float("inf"))
+    seen = MASKS["window"].any(-1)
+    out = torch.zeros_like(out, dtype=torch.float64)
+    out[:, :, seen] = torch.softmax(scores[:, :, seen], -1) @ exact[2]
+    (g,) = torch.autograd.grad(out.square().sum(), exact[0], create_graph=True)
+    (want,) = torch.autograd.grad(g.sum(), exact[1])
+    assert torch.allclose(second.double(), want, atol=1e-3)
+
+
+def test_an_input_that_is_changed_before_the_backward_is_noticed():
+    q, k, v = qkv(1, 2, 2, N, M, 8, grad=True)
+    leaf, k = k, k * 1
+    out = fastattn.attention(q, k, v, MASKS["window"], kernel=KERNELS[0])
+    with torch.no_grad():
+        k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    assert leaf.grad is None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_written_into_a_mask_is_seen_in_the_next_call(grad):
+    q, k, v = qkv(1, 2, 2, N, M, 16, grad=grad)
+    mask = MASKS["window"].clone()
+    writers = (
+        lambda: mask.fill_(True),
+        lambda: mask.data.copy_(MASKS["causal"]),
+        lambda: mask.numpy().__setitem__(slice(None), MASKS["documents"].numpy()),
+    )
+    for write in writers:
+        fastattn.attention(q, k, v, mask, kernel=KERNELS[0])
+        write()
+        hold(expect(q, k, v, mask), lambda *given: fastattn.attention(*given, kernel=KERNELS[0]), q, k, v, mask)
+
+
+def test_tiles_are_offered_where_a_mask_may_have_a_structure(monkeypatch):
+    monkeypatch.undo()
+
+    def offers(letters="11qk", q_len=512, kv_len=512, **options):
+        sizes = {"1": 1, "h": 2, "q": q_len, "k": kv_len}
+        q, k, v = qkv(1, 2, 2, q_len, kv_len, 8)
+        mask = torch.ones([sizes[n] for n in letters], dtype=torch.bool)
+        return any("tiles" in name for name in accepted(q, k, v, mask, **options))
+
+    assert offers()
+    assert offers("111k")
+    assert not offers("11q1")
+    assert not offers("1hqk"), "each head has a mask of its own"
+    assert not offers(q_len=64, kv_len=8192), "few rows"
+    assert not offers(q_len=256, kv_len=256), "few pairs"
+    assert not offers(dropout_p=0.1)

@@ -1,0 +1,203 @@
+"""Masks with a meaning: what they show, how they combine, are written, compared and cut into tiles."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastattn import masks
+from fastattn.problems.tilings.of_mask import tiling_of_mask
+
+B = 3
+
+
+def by_definition(mask, q_len, kv_len):
+    """[B, q_len, kv_len] from what each mask is said to be, pair by pair."""
+    at = kv_len - q_len if "bottom_right" in repr(mask) else 0
+    shows = [
+        [[_shows(mask, b, i + at, j, kv_len) for j in range(kv_len)] for i in range(q_len)] for b in range(B)
+    ]  # fmt: skip
+    return torch.tensor(shows, dtype=torch.bool).view(B, q_len, kv_len)
+
+
+def _shows(mask, b, p, j, kv_len):
+    match mask:
+        case masks.Causal():
+            return j <= p
+        case masks.Window(left, right):
+            return (left < 0 or p - j <= left) and (right < 0 or j - p <= right)
+        case masks.Dilated(every):
+            return abs(p - j) % every == 0
+        case masks.Chunked(size):
+            return p // size == j // size
+        case masks.Neighborhood(grid, radius):
+
+            def place(x):
+                found = []
+                for n in reversed(grid[1:]):
+                    found.insert(0, x % n)
+                    x //= n
+                return [x, *found]
+
+            return all(abs(x - y) <= r for x, y, r in zip(place(p), place(j), radius, strict=True))
+        case masks.Prefix(lengths):
+            return j < lengths[b % len(lengths)]
+        case masks.Global(tokens):
+            tokens = range(tokens) if isinstance(tokens, int) else tokens
+            return p in tokens or j in tokens
+        case masks.Document(lengths):
+            if not isinstance(lengths, int):
+                lengths = lengths if isinstance(lengths[0], int) else lengths[b]
+                numbers = [n for n, length in enumerate(lengths) for _ in range(length)]
+                return (numbers[p] if p < len(numbers) else -1) == (numbers[j] if j < len(numbers) else -1)
+            return p // lengths == j // lengths
+        case masks.Padding(lengths, side):
+            n = lengths[b % len(lengths)]
+            if not isinstance(n, int):
+                return any(first <= j < last for first, last in n)
+            return j < n if side == "right" else j >= kv_len - n
+    parts = [_shows(part, b, p, j, kv_len) for part in mask.of]
+    return all(parts) if " | " not in repr(mask) or mask.parts() != (mask,) else any(parts)
+
+
+N = st.integers(1, 60)
+one_of = st.one_of(
+    st.builds(masks.Causal, st.sampled_from(["top_left", "bottom_right"])),
+    st.builds(masks.Window, st.integers(-1, 40), st.integers(-1, 40)),
+    st.builds(masks.Dilated, st.integers(1, 7)),
+    st.builds(masks.Chunked, N),
+    st.builds(masks.Neighborhood, st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 4)),
+    st.builds(masks.Neighborhood, st.tuples(*[st.integers(1, 5)] * 3), st.tuples(*[st.integers(0, 3)] * 3)),
+    st.builds(masks.Prefix, st.lists(st.integers(0, 70), min_size=B, max_size=B)),
+    st.builds(masks.Prefix, st.integers(0, 70)),
+    st.builds(masks.Global, st.integers(0, 9)),
+    st.builds(masks.Global, st.lists(st.integers(0, 70), min_size=1, max_size=5)),
+    st.builds(masks.Document, N),
+    st.builds(masks.Padding, st.lists(st.integers(0, 70), min_size=B, max_size=B), st.sampled_from(["left", "right"])),
+    st.builds(lambda rows: masks.Padding(torch.tensor(rows)), st.lists(st.lists(st.booleans(), min_size=60, max_size=60), min_size=B, max_size=B)),
+)  # fmt: skip
+
+
+def combine(found, ways):
+    mask = found[0]
+    for other, way in zip(found[1:], ways, strict=False):
+        try:
+            mask = mask & other if way else mask | other
+        except ValueError:  # two corners
+            continue
+    return mask
+
+
+some = st.builds(combine, st.lists(one_of, min_size=1, max_size=4), st.lists(st.booleans(), min_size=3, max_size=3))
+
+
+@settings(max_examples=120, deadline=None)
+@given(some, st.integers(1, 60), st.integers(1, 60))
+def test_dense_is_what_the_mask_is_said_to_be(mask, q_len, kv_len):
+    found = mask.dense(B, q_len, kv_len)
+    assert found.shape == (B if mask.is_per_batch() else 1, 1, q_len, kv_len)
+    assert torch.equal(found.expand(B, 1, -1, -1)[:, 0], by_definition(mask, q_len, kv_len)), mask
+
+
+@settings(max_examples=300, deadline=None)
+@given(some, st.integers(1, 700), st.integers(1, 700))
+def test_each_visible_pair_lies_in_one_tile(mask, q_len, kv_len):
+    tiling = tiling_of_mask(mask, B, q_len, kv_len)
+    dense = mask.dense(B, q_len, kv_len).expand(B, 1, -1, -1)[:, 0]
+    count = torch.zeros(B, q_len, kv_len, dtype=torch.int8)
+    bare = count.clone()
+    for tile in tiling.tiles:
+        for first, last in tile.keys:
+            count[tile.batch, tile.rows, first : last : tile.rows.step] += 1
+            bare[tile.batch, tile.rows, first : last : tile.rows.step] += not tile.is_masked
+    assert count.max() <= 1
+    assert (count[dense] == 1).all()
+    assert not bare[~dense].any(), "a hidden pair lies in a tile without a mask"
+    assert tiling.share == pytest.approx(float(count.double().mean()))
+    assert tiling.has_every_row == bool((count > 0).any(-1).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(some)
+def test_a_mask_is_a_value(mask):
+    assert masks.parse(repr(mask)) == mask
+    assert hash(masks.parse(repr(mask))) == hash(mask)
+    assert pickle.loads(pickle.dumps(mask)) == mask
+    assert masks.parse(repr(mask.like(60))).like(60).is_per_batch() == mask.like(60).is_per_batch()
+
+
+def test_tiles_leave_out_what_a_mask_hides():
+    def share(mask, n=4096, batch=1):
+        return tiling_of_mask(mask, batch, n, n).share
+
+    assert share(masks.Window(256, 256)) < 0.19
+    assert share(masks.Causal()) < 0.54
+    assert share(masks.Document(512)) == 1 / 8
+    assert share(masks.Document((500, 1000, 96, 2500))) == pytest.approx((500**2 + 1000**2 + 96**2 + 2500**2) / 4096**2)
+    assert share(masks.Dilated(4)) == 1 / 4
+    assert share(masks.Dilated(4) & masks.Window(256, 256)) < 0.06
+    assert share(masks.Chunked(1024) & masks.Causal()) < 0.16
+    assert share(masks.Window(128, 128) | masks.Global(16)) < 0.14
+    assert share(masks.Neighborhood((56, 56), 4), 3136) < 0.25
+    assert share(masks.Padding([512, 256], "left") & masks.Causal(), 512, 2) < 0.42
+    assert share(masks.Causal() | masks.Prefix(1024)) < 0.61
+
+
+def test_documents_are_bare_tiles():
+    tiling = tiling_of_mask(masks.Document((500, 1000, 96, 2500)), 1, 4096, 4096)
+    assert [(t.rows.start, t.rows.stop, t.keys, t.is_masked) for t in tiling.tiles] == [
+        (0, 500, ((0, 500),), False), (500, 1500, ((500, 1500),), False),
+        (1500, 1596, ((1500, 1596),), False), (1596, 4096, ((1596, 4096),), False),
+    ]  # fmt: skip
+
+
+def test_what_is_alike_shares_a_verdict():
+    like = lambda mask: mask.like(4096)  # noqa: E731
+    assert like(masks.Document((1000, 1100, 900, 1096))) == like(masks.Document((1024,) * 4)) == masks.Document(1024)
+    assert like(masks.Document((1000, 1100, 900, 1096))) != like(masks.Document((128,) * 32))
+    assert like(masks.Padding([4000, 100])) == like(masks.Padding([2000, 2050]))
+    assert like(masks.Window(3, 4)) == masks.Window(3, 4)
+    assert like(masks.Causal() & masks.Prefix(1000)) == masks.Causal() & masks.Prefix(1024)
+
+
+def test_values_are_read_when_a_mask_is_made():
+    ids = torch.tensor([[0, 0, 1, 1, 1], [7, 7, 7, 7, 3]])
+    mask = masks.Document(ids=ids)
+    ids.zero_()
+    assert mask == masks.Document(((2, 3), (4, 1)))
+    real = torch.tensor([[True, True, False], [False, True, True]])
+    mask = masks.Padding(real)
+    real.fill_(True)
+    assert torch.equal(mask.dense(2, 1, 3)[:, 0, 0], torch.tensor([[True, True, False], [False, True, True]]))
+
+
+BAD = [
+    (lambda: masks.Causal("left"), ValueError, "corner must be one of 'top_left', 'bottom_right', got 'left'"),
+    (lambda: masks.Window(-2, 0), ValueError, "left and right must be whole numbers >= -1"),
+    (lambda: masks.Window(1.5, 0), TypeError, "left and right must be whole numbers, got"),
+    (lambda: masks.Dilated(0), ValueError, "every must be whole numbers >= 1"),
+    (lambda: masks.Chunked(True), TypeError, "size must be whole numbers"),
+    (lambda: masks.Neighborhood((4, 4), (1, 2, 3)), ValueError, "radius must be whole numbers >= 0, 2 of them"),
+    (lambda: masks.Document(), TypeError, "Document takes either lengths or ids"),
+    (lambda: masks.Document([3, 0]), ValueError, "lengths must be whole numbers >= 1"),
+    (lambda: masks.Padding([3], side="top"), ValueError, "side must be 'left' or 'right', got 'top'"),
+    (lambda: masks.Padding(torch.ones(2, 3, 4, dtype=torch.bool)), ValueError, "a bool padding mask is [batch, kv_len]"),
+    (lambda: masks.Causal() & masks.Causal("bottom_right"), ValueError, "have different corners"),
+    (lambda: masks.parse("Causal() & open('x')"), ValueError, "there is no mask 'open'"),
+    (lambda: masks.parse("Causal("), ValueError, "is no mask: write one as in"),
+    (lambda: masks.parse("Mask()"), ValueError, "there is no mask 'Mask'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), BAD, ids=[text[:40] for _, _, text in BAD])
+def test_what_is_no_mask_is_refused_in_words(make, kind, text):
+    with pytest.raises(kind) as raised:
+        make()
+    assert text in str(raised.value)
+
+
+def test_a_mask_with_a_tensor_is_refused_by_type():
+    with pytest.raises(TypeError):
+        masks.Causal() & torch.ones(3, 3, dtype=torch.bool)

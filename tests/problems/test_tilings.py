@@ -1,0 +1,116 @@
+"""Tilings of dense masks: every visible pair lies in one tile, and what a mask leaves out is left out."""
+
+import pytest
+import torch
+
+from fastattn.problems.tilings.of_dense import tiling_of_dense
+
+LOWEST = torch.finfo(torch.float32).min
+ROWS, KEYS = torch.arange(700)[:, None], torch.arange(900)
+
+
+def covered(tiling, batch, q_len, kv_len):
+    """(b, q, k): in how many tiles each pair lies, and in how many that use the mask."""
+    count = torch.zeros(batch, q_len, kv_len, dtype=torch.int64)
+    masked = count.clone()
+    for tile in tiling.tiles:
+        for first, last in tile.keys:
+            count[tile.batch, tile.rows, first:last] += 1
+            masked[tile.batch, tile.rows, first:last] += tile.is_masked
+    return count, masked
+
+
+def as_float(mask, low):
+    return torch.zeros(mask.shape).masked_fill_(~mask, low)
+
+
+MASKS = {
+    "causal": ROWS >= KEYS,
+    "window": (ROWS - KEYS).abs() <= 40,
+    "documents": ROWS // 130 == KEYS // 130,
+    "prefix": (ROWS >= KEYS) | (KEYS < 100),
+    "global tokens": ((ROWS - KEYS).abs() <= 20) | (KEYS < 4) | (ROWS < 4),
+    "two runs": (KEYS < 10) | (KEYS > 600) & (ROWS > 300),
+    "rows that see nothing": (ROWS > 256) & (KEYS < 300) & (KEYS > 17),
+    "nothing at all": (ROWS < 0) & (KEYS < 0),
+    "everything": (ROWS >= 0) & (KEYS >= 0),
+    "one pair": (ROWS == 699) & (KEYS == 899),
+    "odd columns": (ROWS >= 0) & (KEYS % 2 == 1),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kind", ["bool", "-inf", "finfo.min"])
+def test_each_visible_pair_lies_in_one_tile(name, kind):
+    seen = MASKS[name]
+    mask = seen if kind == "bool" else as_float(seen, -float("inf") if kind == "-inf" else LOWEST)
+    tiling = tiling_of_dense(mask, 3, 700, 900)
+    count, masked = covered(tiling, 3, 700, 900)
+    assert count.max() <= 1
+    assert (count[:, seen] == 1).all()
+    assert not ((count == 1) & (masked == 0))[:, ~seen].any(), "a hidden pair lies in a tile without a mask"
+    assert tiling.share == pytest.approx(float((count == 1).double().mean()))
+    rows = (count == 1).any(-1).all()
+    assert tiling.has_every_row == bool(rows)
+    if kind == "finfo.min":  # such a row has even weights over all keys, and they must all be there
+        assert (count[:, ~seen.any(-1)] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["bool", "-inf"])
+def test_each_batch_entry_has_tiles_of_its_own_where_masks_differ(kind):
+    lengths = torch.tensor([900, 450, 1, 0])
+    seen = lengths[:, None, None, None] > KEYS
+    mask = seen if kind == "bool" else as_float(seen, -float("inf"))
+    tiling = tiling_of_dense(mask, 4, 700, 900)
+    assert [(t.batch.start, t.rows, t.keys, t.is_masked) for t in tiling.tiles] == [
+        (0, slice(0, 700), ((0, 900),), False), (1, slice(0, 700), ((0, 450),), False), (2, slice(0, 700), ((0, 1),), False)
+    ]  # fmt: skip
+
+
+def test_structure_is_found_closely():
+    n = 4096
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    assert tiling_of_dense(i >= j, 1, n, n).share == pytest.approx(0.53, abs=0.01)
+    documents = tiling_of_dense(i // 512 == j // 512, 1, n, n)
+    assert documents.share == 1 / 8
+    assert len(documents.tiles) == 8, "neighbours that see the same keys are one tile"
+    assert not any(tile.is_masked for tile in documents.tiles)
+    window = tiling_of_dense((i - j).abs() <= 128, 1, n, n)
+    assert window.share < 0.13
+    with_globals = tiling_of_dense(((i - j).abs() <= 128) | (j < 16), 1, n, n)
+    assert with_globals.share < 0.14, "keys in the middle that nothing sees are left out"
+
+
+def test_a_mask_without_structure_is_not_read_to_its_end():
+    n = 1024
+    seen = torch.rand(n, n, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert tiling_of_dense(seen, 1, n, n, 0.9) is None
+    assert tiling_of_dense(seen, 1, n, n).share == 1.0
+    assert tiling_of_dense(torch.ones(n, n, dtype=torch.bool), 1, n, n, 0.9) is None
+
+
+def test_heads_with_masks_of_their_own_have_no_tiling_and_repeated_ones_do():
+    n = 512
+    seen = (torch.arange(n)[:, None] >= torch.arange(n)).expand(2, 4, n, n)
+    assert tiling_of_dense(seen.contiguous(), 2, n, n) is None
+    assert tiling_of_dense(seen, 2, n, n).share < 0.7
+
+
+@pytest.mark.parametrize("change", ["transposed", "sliced", "offset"])
+def test_memory_order_does_not_matter(change):
+    seen = MASKS["window"]
+    views = {
+        "transposed": seen.mT.contiguous().mT,
+        "sliced": torch.zeros(700, 1801, dtype=torch.bool).index_copy_(1, 2 * KEYS, seen)[:, :1800:2],
+        "offset": torch.zeros(701, 901, dtype=torch.bool)[1:, 1:].copy_(seen),
+    }
+    assert torch.equal(views[change], seen)
+    assert tiling_of_dense(views[change], 1, 700, 900) == tiling_of_dense(seen, 1, 700, 900)
+
+
+def test_a_nan_in_a_mask_is_seen():
+    mask = torch.full((512, 512), -float("inf"))
+    mask[300, 17] = float("nan")
+    (tile,) = tiling_of_dense(mask, 1, 512, 512).tiles
+    assert tile.rows.start <= 300 < tile.rows.stop
+    assert tile.keys == ((17, 18),)
