@@ -74,13 +74,14 @@ def errors_of(trial: Trial | None) -> str:
 
 
 def _measured(trial: Trial, incumbent: Trial | None, doubt: str) -> str:
-    """A candidate's time, speed against the default, error in budgets, and memory."""
+    """A candidate's time, speed against the default, what is worth knowing of it, error in budgets, and memory."""
     gain = ""
     if incumbent is not None and incumbent.time_us and trial.time_us:
         gain = f"{incumbent.time_us / trial.time_us:6.2f}x{doubt}"
+    new = f", {trial.reason}" if trial.reason else ""
     kept = f", keeps {format_bytes(trial.saved_bytes)}" if trial.saved_bytes else ""
     memory = f"{format_bytes(trial.temporary_bytes or 0)} temporary{kept}"
-    return f"{format_duration(trial.time_us):>7}{gain}  error {errors_of(trial)} of budget, {memory}"
+    return f"{format_duration(trial.time_us):>7}{gain}{new}  error {errors_of(trial)} of budget, {memory}"
 
 
 def _why_out(trial: Trial) -> str:
@@ -110,7 +111,7 @@ def why_served(verdict: Verdict, served: str, why_not_default: str | None = None
         failed = verdict.trial(served)
         if verdict.is_provisional:
             return f"{verdict.why_not_lasting}; it serves until a process on a quiet machine has timed the others"
-        if failed is not None and failed.reason:
+        if failed is not None and failed.reason and not failed.is_timed:
             return f"nothing passed; the default itself: {failed.reason}"
         return why_kept(verdict)
     gain, best = verdict.speedup(), next(iter(verdict.timed()), None)

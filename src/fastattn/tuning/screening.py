@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,23 +12,24 @@ from torch import Tensor
 
 from fastattn.environment.blame import Cause, cause_of
 from fastattn.environment.cache_files import cache_layers
+from fastattn.environment.device import Device
 from fastattn.environment.log import log
+from fastattn.environment.settings import Settings
 from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability, crash_notes
-from fastattn.planning import binding
+from fastattn.planning import binding, candidates
 from fastattn.planning.conversions.blocks import IN_BLOCKS
+from fastattn.planning.conversions.tiles import share_in_tiles
 from fastattn.planning.decision import Accepted
-from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
-from fastattn.problems.tilings.of_dense import tiling_of_dense
-from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import Judge, judge_of_tiles, judges_of_problem, worst_errors
-from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch
+from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, stand_in_scale
+from fastattn.tuning.new_lengths import new_length_s
+from fastattn.tuning.stopwatch import KEEP_WITHIN, SAMPLE_S, ClockError, Stopwatch
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
@@ -45,11 +47,11 @@ class Screening:
         device: torch.device,
         clock: Stopwatch,
         default_runs: str,
-        cache_dir: str | None,
+        settings: Settings,
         room: float = float("inf"),
     ) -> None:
         """room: bytes that a candidate may take beside the sample."""
-        self.room = room
+        self.room, self._settings = room, settings
         self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
         self.reduced = probe_problem(problem)
         self.scale = None if problem.scale == "positive" else stand_in_scale(problem)
@@ -58,7 +60,7 @@ class Screening:
         is_whole = (self.reduced.q_len, self.reduced.kv_len) == (problem.q_len, problem.kv_len)
         self.full_size = None if is_whole else FullSize(self.sample, stand_in_scale(problem))
         self._rate = dropout.RATE if problem.dropout else 0.0
-        self._cache = next(iter(cache_layers(cache_dir)[0]), None)
+        self._cache = next(iter(cache_layers(settings.cache_dir)[0]), None)
         self._in_tiles: Judge | None = None
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
 
@@ -120,8 +122,9 @@ class Screening:
             why = f"not tried: it may take {most:.0f} bytes, a first call {self.room:.0f}; `fastattn tune` tries it"
             return trial.out(Outcome.NOT_TRIED, why)
         if candidate.is_in_tiles:
-            trial.share = self._share()
-        run = self._whole(binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate))
+            trial.share = share_in_tiles(self.problem, s.mask)
+        call = binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate)
+        run = self._whole(call, s)
         inputs = s.tensors
         if candidate.kernel.compiles:  # for these sizes too
             start = self.clock.now()
@@ -142,13 +145,20 @@ class Screening:
             why = f"memory: {used} bytes beyond its inputs and output > {limit}"
             return trial.out(Outcome.TOO_MUCH_MEMORY, why)
         trial.run = run
-        if trial.first_run < ONE_RUN_S:
+        most, fastest = (TOO_SLOW * self._fastest[0], self._fastest[1]) if self._fastest else (float("inf"), "")
+        is_churning = self.problem.lengths != "exact"  # then a plan in that run must not pass for its usual time
+        if trial.first_run < ONE_RUN_S or (is_churning and trial.first_run <= most):
             trial.first_run = self.clock.time(run, 1)
-        if self._fastest is None or trial.first_run < self._fastest[0]:
-            self._fastest = (trial.first_run, candidate.name)
-        elif trial.first_run > TOO_SLOW * self._fastest[0]:
-            why = f"more than {TOO_SLOW:g} x slower than {self._fastest[1]} at the first run"
-            return trial.out(Outcome.TOO_SLOW, why)
+        if TOO_SLOW * trial.first_run <= KEEP_WITHIN * most:  # else it cannot win
+            trial.new_length = new_length_s(
+                s, lambda short: self._whole(call, short), partial(self._can_do, candidate), self.clock
+            )
+        took = trial.first_run + trial.new_length
+        if took > most:
+            why = f"more than {TOO_SLOW:g} x slower than {fastest} at the first run"
+            return trial.out(Outcome.TOO_SLOW, "; ".join(filter(None, (why, trial.what_is_new))))
+        if TOO_SLOW * took < most:
+            self._fastest = (took, candidate.name)
         return None
 
     def _judges_of(self, candidate: Accepted) -> list[Judge]:
@@ -159,15 +169,9 @@ class Screening:
             self._in_tiles = judge_of_tiles(self.problem, self.device)
         return [*self.judges, self._in_tiles]
 
-    def _share(self) -> float | None:
-        """Of the sample's pairs, how many lie in tiles."""
-        p, mask = self.problem, self.sample.mask
-        told = p.told_mask if mask is None else mask
-        if isinstance(told, Mask):
-            tiling = tiling_of_mask(told, p.batch, p.q_len, p.kv_len)
-        else:
-            tiling = tiling_of_dense(mask, p.batch, p.q_len, p.kv_len)  # type: ignore[arg-type]
-        return None if tiling is None else round(tiling.share, 4)
+    def _can_do(self, candidate: Accepted, problem: Problem) -> bool:
+        found = candidates.decide(candidate.kernel, problem, Device.of(self.device), self._settings)
+        return any(d.name == candidate.name for d in found if isinstance(d, Accepted))
 
     def _with_dropout(self, candidate: Accepted) -> Errors:
         small = dropout.dropout_problem(self.problem)
@@ -200,8 +204,8 @@ class Screening:
             return 0.0
         return trial.temporary * self.problem.io_bytes / max(1, self.reduced.io_bytes)
 
-    def _whole(self, call: binding.Call) -> Callable[[], Any]:
-        s = self.sample
+    @staticmethod
+    def _whole(call: binding.Call, s: Sample) -> Callable[[], Any]:
         if s.grad is None:
             return lambda: call(s.q, s.k, s.v, s.mask)
         wanted = [x for x in s.tensors if x.requires_grad]

@@ -17,6 +17,7 @@ from fastattn.environment import clock
 
 SAMPLE_S = 200e-6  # a sample repeats a short call until it is about this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
+KEEP_WITHIN = 1.5  # times the fastest so far: what is slower leaves the rounds
 SHORTEST_S = 1e-8  # no attention takes so little: a clock that says so stands
 PAUSE_S = 1.0  # a sample this long, in which hardly any CPU time was used, was none
 JUMP = 1000.0  # times what the call took before: no noise goes so far
@@ -127,16 +128,18 @@ class Timing:
     """Samples of one call, in seconds a run."""
 
     samples: list[float] = field(default_factory=list)
+    charge: float = 0.0  # seconds that a run costs beyond what is timed here
 
     @property
     def median(self) -> float:
-        return median(self.samples)
+        """What a run costs: that of the samples, and the charge."""
+        return median(self.samples) + self.charge
 
     @property
     def noise(self) -> float:
         """Median absolute deviation over the median."""
-        middle = self.median
-        return median(abs(s - middle) for s in self.samples) / middle if middle else 0.0
+        middle = median(self.samples)
+        return median(abs(s - middle) for s in self.samples) / self.median if self.median else 0.0
 
     @property
     def spread(self) -> float:
@@ -158,14 +161,20 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], clock: Stopwatch, seconds: float, keep_within: float = 1.5
+    calls: Mapping[str, Callable[[], object]],
+    clock: Stopwatch,
+    seconds: float,
+    charges: Mapping[str, float] | None = None,
+    keep_within: float = KEEP_WITHIN,
 ) -> dict[str, Timing]:
     """Time all calls in interleaved rounds for about `seconds`; hopeless ones leave after the first rounds.
+
+    charges: seconds that a run of a call costs beyond what is timed here.
 
     Every round runs each call once, in alternating order, so that a slow moment of the machine hits all of them.
     """
     start = clock.now()
-    found: dict[str, Timing] = {name: Timing() for name in calls}
+    found: dict[str, Timing] = {name: Timing(charge=(charges or {}).get(name, 0.0)) for name in calls}
     repeats = dict.fromkeys(calls, 1)
     alive = list(calls)
     for index in range(MAX_ROUNDS):
@@ -176,8 +185,8 @@ def time_interleaved(
                 took = clock.time(calls[name], repeats[name]) / repeats[name]
             found[name].samples.append(took)
         if index >= 1:
-            best = min(min(found[name].samples) for name in alive)
-            alive = [n for n in alive if min(found[n].samples) <= keep_within * best]
+            least = {name: min(found[name].samples) + found[name].charge for name in alive}
+            alive = [name for name in alive if least[name] <= keep_within * min(least.values())]
         elapsed = clock.now() - start
         if index + 1 >= MIN_ROUNDS and elapsed + elapsed / (index + 1) > seconds:
             break

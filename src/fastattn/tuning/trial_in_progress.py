@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastattn.environment.text import format_duration
 from fastattn.kernels.libraries import availability
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
@@ -29,12 +30,20 @@ class TrialInProgress:
     share: float | None = None  # in tiles: of the sample's pairs, those that lie in them
     first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
     first_run: float = 0.0  # seconds of the first timed run at the problem's own size
+    new_length: float = 0.0  # seconds that a run costs more where its length is new, as most are where lengths churn
     timing: Timing = field(default_factory=Timing)
 
     @property
     def is_alive(self) -> bool:
         """Whether nothing has ruled it out yet."""
         return self.outcome is None
+
+    @property
+    def what_is_new(self) -> str | None:
+        """What of its time a length that is new takes, for people."""
+        if not self.new_length:
+            return None
+        return f"{format_duration(self.new_length * 1e6)} of it for a length that it has not run before"
 
     def out(self, outcome: Outcome, reason: str) -> None:
         """Rule it out."""
@@ -46,7 +55,7 @@ class TrialInProgress:
         return Trial(
             self.candidate.name,
             self.outcome or Outcome.TIMED,
-            self.reason,
+            self.reason or self.what_is_new,
             time_us=round(self.timing.median * 1e6, 2) if timed else None,
             noise=round(self.timing.spread, 4) if timed and len(self.timing.samples) >= MIN_ROUNDS else None,
             drift=round(self.timing.drift, 4) if timed else None,

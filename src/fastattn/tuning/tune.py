@@ -63,7 +63,7 @@ def tune_problem(
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind, found)
     room = float("inf") if thorough else problem.io_bytes + ROOM
-    screening = Screening(problem, on, clock, native, settings.cache_dir, room)
+    screening = Screening(problem, on, clock, native, settings, room)
     first = default_choice.fallbacks(problem, device_kind, settings, found)[0]
     kept = settled(known, found) - {first.name}  # what always can run is tried anew
     trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]
@@ -168,7 +168,8 @@ def _time(
     missing = 0.0
     for _ in range(tries if alive else 0):
         contention = since_start.anew()
-        timed = time_interleaved({t.candidate.name: t.run for t in alive}, clock, seconds)
+        charges = {t.candidate.name: t.new_length for t in alive}
+        timed = time_interleaved({t.candidate.name: t.run for t in alive}, clock, seconds, charges)
         missing = round(contention.cores_missing(), 2)
         for trial in alive:
             trial.timing = timed[trial.candidate.name]

@@ -43,11 +43,14 @@ OPEN = (
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate in a tuning. time_us is the median of one run, backward included where gradients are wanted."""
+    """One candidate in a tuning. time_us is the median of one run, backward included where gradients are wanted.
+
+    Where lengths churn it is that of a run at a length that is new to the kernel.
+    """
 
     candidate: str
     outcome: Outcome = Outcome.TIMED
-    reason: str | None = None  # why it has no time, or what it raised; for people
+    reason: str | None = None  # why it has no time, what it raised, or what is in its time; for people
     time_us: float | None = None
     noise: float | None = None  # how far its times lie apart, over the median; None of fewer than three
     drift: float | None = None  # how far its later times lie apart from its earlier ones

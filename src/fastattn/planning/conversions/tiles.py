@@ -55,6 +55,15 @@ def when_tiles(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return OPTIONAL if kernel.tiles and is_large else NO
 
 
+def share_in_tiles(p: Problem, mask: Tensor | Mask | None) -> float | None:
+    """Of all pairs of a problem with this mask, the share that lies in tiles."""
+    told = p.told_mask if mask is None else mask
+    if isinstance(told, Mask):
+        return round(tiling_of_mask(told, p.batch, p.q_len, p.kv_len).share, 4)
+    tiling = tiling_of_dense(told, p.batch, p.q_len, p.kv_len) if told is not None else None
+    return None if tiling is None else round(tiling.share, 4)
+
+
 def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     order = output_order(p, facts)
     band = None if p.structure else p.told_mask

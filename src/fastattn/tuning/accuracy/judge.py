@@ -14,13 +14,13 @@ from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
+from fastattn.tuning.accuracy.patterns import structured
 from fastattn.tuning.accuracy.probes import (
     Sample,
     plain_sample,
     probe_problem,
     probe_sample,
     stand_in_scale,
-    structured,
 )
 
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows

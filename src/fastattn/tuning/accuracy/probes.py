@@ -7,7 +7,7 @@ Tuning uses the caller's tensors only for one last check (tuning/callers_tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from fastattn.problems import dense_masks
 from fastattn.problems.layouts import from_bhsd, strides_of_class
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem, default_scale
+from fastattn.tuning.accuracy.patterns import Pattern, half_visible, random_visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,48 +170,6 @@ def _hidden_large(g: torch.Generator, q: Tensor, k: Tensor, v: Tensor, unit: flo
 
 
 PROBES = (_gaussian, _wide, _negative_rows, _one_hot, _sink, _last_tile, _hidden_large)
-
-
-# A pattern says which pairs a mask of that shape leaves, (b|1, h|1, q|1, k|1) bool.
-Pattern = Callable[[Problem, torch.Generator, tuple[int, ...]], Tensor]
-
-
-def random_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Three quarters of the pairs; where rows differ some see nothing, and nothing sees the last keys."""
-    visible = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device) < 0.75
-    if shape[3] > 1 or "k" in p.mask_shape:
-        visible[..., 0] = True
-        if p.kv_len > 4:
-            visible[..., -(p.kv_len // 8) - 1 :] = False  # as padding does
-    if "q" in p.mask_shape and p.q_len > 1:
-        visible[..., :: max(2, p.q_len // 4), :] = False
-    return visible
-
-
-def half_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """What is timed: a triangle, or keys that are padded to twice their number in the mean. Kernels that look at no mask's
-    content take as long with any other.
-    """
-    rows, keys = (torch.arange(n, dtype=torch.int64, device=g.device) for n in shape[2:])
-    if shape[2] > 1:
-        return (keys <= rows[:, None] + shape[3] - shape[2]).expand(shape)
-    lengths = torch.linspace(0.0, 1.0, shape[0] + 2, dtype=torch.float64, device=g.device)[1:-1] * p.kv_len
-    return (keys < lengths.clamp(min=1)[:, None, None, None]).expand(shape)
-
-
-def structured(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """Windows, documents, keys that all see, rows that see nothing; random holes in some of it."""
-    (q_len, kv_len), device = shape[2:], g.device
-    rows, keys = (torch.arange(n, dtype=torch.int64, device=device) for n in (q_len, kv_len))
-    if q_len == 1:
-        return ((keys >= kv_len // 3) & (keys < kv_len // 2)).expand(shape)
-    middle = rows[:, None] * kv_len // q_len
-    window = (keys - middle).abs() <= kv_len // 8
-    documents = keys // max(1, kv_len // 4) == middle // max(1, kv_len // 4)
-    seen = torch.where(rows[:, None] < q_len // 2, window | (keys < 3), documents)
-    holes = torch.rand(q_len, kv_len, generator=g, dtype=torch.float32, device=device) < 0.9
-    seen = seen & (holes | (rows[:, None] >= q_len // 4)) & (rows[:, None] < q_len - q_len // 8)
-    return seen.expand(shape)
 
 
 def _mask(
