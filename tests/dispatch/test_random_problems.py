@@ -130,7 +130,10 @@ def test_many_pinned_candidates_hold(start):
 
 
 def test_the_draw_reaches_every_kernel_and_conversion():
-    """200 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all."""
+    """200 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
+
+    But tiles, which are for larger problems than these: planning/test_tiles.py and test_told_masks.py look at them.
+    """
     pinned = set()
     for seed in range(200):
         p, r = drawn(seed)
@@ -151,4 +154,4 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         "flex",
         "sdpa_math",
     }
-    assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand", "dense"}
+    assert pinned >= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand", "dense", "tiles"}

@@ -4,13 +4,12 @@ import pickle
 
 import pytest
 import torch
+from drawn_masks import B, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn import masks
 from fastattn.problems.tilings.of_mask import tiling_of_mask
-
-B = 3
 
 
 def by_definition(mask, q_len, kv_len):
@@ -60,37 +59,6 @@ def _shows(mask, b, p, j, kv_len):
             return j < n if side == "right" else j >= kv_len - n
     parts = [_shows(part, b, p, j, kv_len) for part in mask.of]
     return all(parts) if " | " not in repr(mask) or mask.parts() != (mask,) else any(parts)
-
-
-N = st.integers(1, 60)
-one_of = st.one_of(
-    st.builds(masks.Causal, st.sampled_from(["top_left", "bottom_right"])),
-    st.builds(masks.Window, st.integers(-1, 40), st.integers(-1, 40)),
-    st.builds(masks.Dilated, st.integers(1, 7)),
-    st.builds(masks.Chunked, N),
-    st.builds(masks.Neighborhood, st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(0, 4)),
-    st.builds(masks.Neighborhood, st.tuples(*[st.integers(1, 5)] * 3), st.tuples(*[st.integers(0, 3)] * 3)),
-    st.builds(masks.Prefix, st.lists(st.integers(0, 70), min_size=B, max_size=B)),
-    st.builds(masks.Prefix, st.integers(0, 70)),
-    st.builds(masks.Global, st.integers(0, 9)),
-    st.builds(masks.Global, st.lists(st.integers(0, 70), min_size=1, max_size=5)),
-    st.builds(masks.Document, N),
-    st.builds(masks.Padding, st.lists(st.integers(0, 70), min_size=B, max_size=B), st.sampled_from(["left", "right"])),
-    st.builds(lambda rows: masks.Padding(torch.tensor(rows)), st.lists(st.lists(st.booleans(), min_size=60, max_size=60), min_size=B, max_size=B)),
-)  # fmt: skip
-
-
-def combine(found, ways):
-    mask = found[0]
-    for other, way in zip(found[1:], ways, strict=False):
-        try:
-            mask = mask & other if way else mask | other
-        except ValueError:  # two corners
-            continue
-    return mask
-
-
-some = st.builds(combine, st.lists(one_of, min_size=1, max_size=4), st.lists(st.booleans(), min_size=3, max_size=3))
 
 
 @settings(max_examples=120, deadline=None)

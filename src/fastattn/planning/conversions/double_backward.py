@@ -15,6 +15,7 @@ from fastattn.environment.torch_private import functorch_level, is_batched
 from fastattn.kernels.kernel import Arguments, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.conversion import map_output
+from fastattn.problems.masks import Mask
 
 
 def must_be_followed(grad: Tensor) -> bool:
@@ -23,9 +24,11 @@ def must_be_followed(grad: Tensor) -> bool:
 
 
 def followed_gradients(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None, a: Arguments, grad: Tensor, wanted: Sequence[bool]
 ) -> Iterator[Tensor | None]:
     """The gradients by operations that autograd follows, for what is wanted of q, k, v and the mask."""
+    if isinstance(mask, Mask):
+        mask = mask.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
     inputs = (q, k, v, mask)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
@@ -52,10 +55,10 @@ class _Followed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, a: Arguments, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        ctx: Any, a: Arguments, out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.a = a
+        ctx.save_for_backward(q, k, v, mask if isinstance(mask, Tensor) else None)
+        ctx.a, ctx.told = a, mask if isinstance(mask, Mask) else None
         return out.clone()
 
     @staticmethod
@@ -63,4 +66,4 @@ class _Followed(torch.autograd.Function):
         if not must_be_followed(grad):
             return None, grad, None, None, None, None
         q, k, v, mask = ctx.saved_tensors
-        return None, None, *followed_gradients(q, k, v, mask, ctx.a, grad, ctx.needs_input_grad[2:])
+        return None, None, *followed_gradients(q, k, v, ctx.told or mask, ctx.a, grad, ctx.needs_input_grad[2:])

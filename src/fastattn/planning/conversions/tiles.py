@@ -178,7 +178,9 @@ class _InTiles(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         wanted = ctx.needs_input_grad[4:]
         if must_be_followed(grad):
-            mask = _whole_mask(ctx, q, k)
+            mask = ctx.tiled.mask
+            if isinstance(mask, Tensor) and mask._version != ctx.version:
+                raise RuntimeError("the mask was changed in place between this attention and its backward")
             found = followed_gradients(q, k, v, mask, ctx.a, grad, (*wanted, False))
             return None, None, None, None, *list(found)[:3]
         # several tiles add to the same keys: their sum is rounded once
@@ -196,13 +198,3 @@ class _InTiles(torch.autograd.Function):
                 tile.add_to_keys(dv, of_v)
         given = (dq, dk.to(k.dtype), dv.to(v.dtype))
         return None, None, None, None, *(x if is_wanted else None for x, is_wanted in zip(given, wanted, strict=True))
-
-
-def _whole_mask(ctx: Any, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask of a forward, dense. Raises RuntimeError where it was written into since."""
-    mask = ctx.tiled.mask
-    if isinstance(mask, Mask):
-        return mask.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
-    if mask is not None and mask._version != ctx.version:
-        raise RuntimeError("the mask was changed in place between this attention and its backward")
-    return mask

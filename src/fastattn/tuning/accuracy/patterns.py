@@ -26,14 +26,15 @@ def random_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Te
 
 
 def half_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """What is timed: a triangle, or keys that are padded to twice their number in the mean. Kernels that look at no mask's
-    content take as long with any other.
+    """What is timed: a triangle, or keys that are padded to twice their number in the mean.
+
+    Kernels that look at no mask's content take as long with any other. The last key is seen: a tail that is lost shows.
     """
     rows, keys = (torch.arange(n, dtype=torch.int64, device=g.device) for n in shape[2:])
     if shape[2] > 1:
         return (keys <= rows[:, None] + shape[3] - shape[2]).expand(shape)
     lengths = torch.linspace(0.0, 1.0, shape[0] + 2, dtype=torch.float64, device=g.device)[1:-1] * p.kv_len
-    return (keys < lengths.clamp(min=1)[:, None, None, None]).expand(shape)
+    return (keys >= p.kv_len - lengths.clamp(min=1)[:, None, None, None]).expand(shape)
 
 
 def structured(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,183 @@
+"""attention() with masks that have a meaning: the same as with the dense mask, in every way a call can be made."""
+
+import pytest
+import torch
+from building import accepted, expect, hold, problem_of, qkv, rung_of
+from drawn_masks import B, some
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn import attention, masks
+from fastattn.planning.conversions import tiles
+
+DOCUMENTS = masks.Document([[40, 1, 59], [100], [7, 93]])
+# What models do.
+MODELS = {
+    "Mistral": masks.Causal() & masks.Window(64, 0),
+    "Gemma 2 decoding": masks.Causal("bottom_right") & masks.Window(64, 0),
+    "ModernBERT": masks.Window(32, 32) & masks.Padding([100, 60, 1]),
+    "Longformer": masks.Window(16, 16) | masks.Global((0, 50)),
+    "Longformer dilated": (masks.Dilated(3) & masks.Window(30, 30)) | masks.Global(2),
+    "packed": DOCUMENTS & masks.Causal(),
+    "packed in a window": DOCUMENTS & masks.Causal() & masks.Window(20, 0),
+    "prefix-LM": masks.Causal() | masks.Prefix([30, 0, 100]),
+    "Llama 4": masks.Causal() & masks.Chunked(32),
+    "ViT": masks.Neighborhood((10, 10), 2),
+    "video": masks.Neighborhood((4, 5, 5), (1, 2, 2)),
+    "left padding": masks.Causal() & masks.Padding([100, 60, 1], "left"),
+    "dilated": masks.Dilated(4),
+}
+KERNELS = ["torch_flash+tiles+mask_dense+mask_additive", "default+mask_dense"]
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(tiles, "PAIRS", 1)
+    monkeypatch.setattr(tiles, "ROWS", 1)
+
+
+def dense_of(mask, q_len, kv_len):
+    return mask.dense(B, q_len, kv_len)
+
+
+@pytest.mark.usefixtures("small_ones_too")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_models_do_agrees_with_float64(name, grad, kernel):
+    mask = MODELS[name]
+    q, k, v = qkv(B, 4, 2, 100, 100, 16, 24, grad=grad)
+    if "Causal" in repr(mask) and "Window" in repr(mask) and len(mask.parts()) == 2:
+        kernel = kernel if "tiles" in kernel else "default"
+    want = expect(q, k, v, dense_of(mask, 100, 100))
+    names = accepted(q, k, v, mask)
+    kernel = next(found for found in names if found.startswith(kernel))
+    hold(want, lambda q, k, v, _: attention(q, k, v, mask, kernel=kernel), q, k, v)
+
+
+@pytest.mark.usefixtures("small_ones_too")
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_mask_in_any_call_agrees_with_float64(data):
+    draw = data.draw
+    mask = draw(some)
+    q_len, kv_len = draw(st.integers(1, 200)), draw(st.integers(1, 200))
+    try:
+        mask.check(B, q_len, kv_len)
+    except ValueError:
+        mask = masks.Window(5, 9)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    layout = draw(st.sampled_from(["bhsd", "bshd", "sbhd"]))
+    q, k, v = qkv(
+        B, 4, draw(st.sampled_from([1, 2, 4])), q_len, kv_len, 8, draw(st.sampled_from([8, 12])),
+        dtype=dtype, layout=layout, grad=draw(st.booleans()),
+    )  # fmt: skip
+    candidates = [
+        name for name in accepted(q, k, v, mask, layout) if "sdpa_math" not in name and "torch_math" not in name
+    ]
+    kernel = draw(st.sampled_from(candidates))
+    want = expect(q, k, v, dense_of(mask, q_len, kv_len), layout=layout)
+    rung = rung_of(kernel, dtype)
+    hold(want, lambda q, k, v, _: attention(q, k, v, mask, layout, kernel=kernel), q, k, v, rung=rung)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": (9, 3)}, {"is_causal": True, "window": (9, -1)}])
+@pytest.mark.parametrize("mask", [DOCUMENTS, masks.Padding([100, 60, 1])])
+def test_options_hide_beside_a_mask(mask, options):
+    q, k, v = qkv(B, 2, 2, 100, 100, 16)
+    dense = dense_of(mask, 100, 100)
+    dense = dense & masks.Causal().dense(1, 100, 100) if "is_causal" in options else dense
+    dense = dense & masks.Window(*options["window"]).dense(1, 100, 100) if "window" in options else dense
+    hold(expect(q, k, v, dense), lambda q, k, v, _: attention(q, k, v, mask, **options), q, k, v)
+
+
+def test_a_triangle_and_a_window_are_the_options_that_say_the_same():
+    q, k, v = qkv(1, 2, 2, 40, 60, 8)
+    same = [
+        (masks.Window(5, 2), {"window": (5, 2)}),
+        (masks.Causal() & masks.Window(5, 0), {"is_causal": True, "window": (5, 0)}),
+        (masks.Causal(), {"is_causal": True}),
+        (masks.Window(-1, -1), {}),
+    ]
+    for mask, options in same:
+        assert problem_of(q, k, v, mask) == problem_of(q, k, v, **options)
+    corner = masks.Causal("bottom_right")
+    assert problem_of(q, k, v, corner & masks.Window(5, 0)) == problem_of(q, k, v, corner, window=(5, 0))
+
+
+@pytest.mark.parametrize("mode", ["off", "cached"])
+def test_where_nothing_is_learnt_the_answer_is_the_same(mode):
+    mask = MODELS["packed in a window"]
+    q, k, v = qkv(B, 2, 2, 100, 100, 16)
+    with fastattn.options.scope(mode=mode):
+        hold(expect(q, k, v, dense_of(mask, 100, 100)), lambda q, k, v, _: attention(q, k, v, mask), q, k, v)
+        hold(
+            expect(q, k, v, dense_of(mask & masks.Causal(), 100, 100)),
+            lambda q, k, v, _: attention(q, k, v, DOCUMENTS & masks.Window(20, 0), is_causal=True), q, k, v,
+        )  # fmt: skip
+
+
+def test_what_is_alike_is_a_hit_and_is_not_answered_from_another_mask():
+    q, k, v = qkv(1, 2, 2, 96, 96, 16)
+    found = [masks.Document([32, 32, 32]), masks.Document([30, 34, 32]), masks.Document([16, 48, 32])]
+    attention(q, k, v, found[0])
+    before = fastattn.stats()
+    for mask in found:
+        hold(expect(q, k, v, mask.dense(1, 96, 96)), lambda q, k, v, _, mask=mask: attention(q, k, v, mask), q, k, v)
+    after = fastattn.stats()
+    assert (after["hits"] - before["hits"], after["misses"] - before["misses"]) == (3, 0)
+    with pytest.raises(ValueError, match="Document has 95 tokens in batch entry 0, got q_len 96, kv_len 96"):
+        attention(q, k, v, masks.Document([32, 31, 32]))
+
+
+def test_a_mask_for_other_tensors_is_refused_in_words():
+    q, k, v = qkv(2, 2, 2, 96, 96, 16)
+    for mask, text in (
+        (masks.Document([[96]] * 3), "is for 3 batch entries, got 2"),
+        (masks.Neighborhood((9, 9), 1), "is for 81 tokens, got q_len 96, kv_len 96"),
+        (masks.Padding([97, 1]), "speaks of 97 keys, got kv_len 96"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            attention(q, k, v, mask)
+        assert text in str(raised.value)
+    with pytest.raises(ValueError, match="different corners"):
+        attention(q, k, v, DOCUMENTS & masks.Causal("bottom_right"), is_causal=True)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_tensor_of_queries_by_keys_is_made(grad):
+    n = 8192
+    q, k, v = qkv(1, 1, 1, n, n, 8, grad=grad)
+    for mask in (
+        masks.Window(64, 64), masks.Document(512) & masks.Causal(), masks.Chunked(512) & masks.Causal(),
+        masks.Dilated(64), masks.Neighborhood((128, 64), 3), masks.Padding([500]) & masks.Window(64, 64),
+    ):  # fmt: skip
+        assert all("tiles" in name for name in accepted(q, k, v, mask) if "mask_dense" in name), mask
+        from fastattn.tuning.memory_use import measure_memory
+
+        def run(mask=mask):
+            out = attention(q, k, v, mask, kernel="torch_flash")
+            return out if not grad else torch.autograd.grad(out.sum(), (q, k, v))
+
+        _, temporary, _ = measure_memory(run, [q, k, v])
+        assert temporary < n * n / 4, f"{mask}: {temporary} bytes"
+
+
+def test_it_is_compiled_into_the_dense_form():
+    mask = MODELS["packed"]
+    q, k, v = qkv(B, 2, 2, 100, 100, 16)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask), backend="eager", fullgraph=True)
+    hold(expect(q, k, v, dense_of(mask, 100, 100)), lambda q, k, v, _: compiled(q, k, v), q, k, v)
+
+
+def test_a_stored_verdict_is_found_by_what_a_mask_is_like(monkeypatch):
+    import fakes
+
+    fakes.turn(monkeypatch, fakes.Clock({"default": 4e-3, "torch_flash+tiles": 1e-3}))
+    q, k, v = fakes.qkv(512)
+    found = fastattn.explain(q, k, v, masks.Document([500, 12]), tune=True)
+    assert found.problem.structure == "Document(lengths=256)"
+    again = fastattn.explain(q, k, v, masks.Document([250, 262]))
+    assert again.verdict == found.verdict
+    assert "tiles" in repr(found)
