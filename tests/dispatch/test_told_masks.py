@@ -48,7 +48,7 @@ def dense_of(mask, q_len, kv_len):
 def test_what_models_do_agrees_with_float64(name, grad, kernel):
     mask = MODELS[name]
     q, k, v = qkv(B, 4, 2, 100, 100, 16, 24, grad=grad)
-    if "Causal" in repr(mask) and "Window" in repr(mask) and len(mask.parts()) == 2:
+    if name in ("Mistral", "Gemma 2 decoding"):
         kernel = kernel if "tiles" in kernel else "default"
     want = expect(q, k, v, dense_of(mask, 100, 100))
     names = accepted(q, k, v, mask)
@@ -177,7 +177,7 @@ def test_a_stored_verdict_is_found_by_what_a_mask_is_like(monkeypatch):
     fakes.turn(monkeypatch, fakes.Clock({"default": 4e-3, "torch_flash+tiles": 1e-3}))
     q, k, v = fakes.qkv(512)
     found = fastattn.explain(q, k, v, masks.Document([500, 12]), tune=True)
-    assert found.problem.structure == "Document(lengths=256)"
+    assert found.problem.structure == "Document(256)"
     again = fastattn.explain(q, k, v, masks.Document([250, 262]))
     assert again.verdict == found.verdict
     assert "tiles" in repr(found)

@@ -42,7 +42,7 @@ def _shows(mask, b, p, j, kv_len):
 
             return all(abs(x - y) <= r for x, y, r in zip(place(p), place(j), radius, strict=True))
         case masks.Prefix(lengths):
-            return j < lengths[b % len(lengths)]
+            return j < (lengths if isinstance(lengths, int) else lengths[b])
         case masks.Global(tokens):
             tokens = range(tokens) if isinstance(tokens, int) else tokens
             return p in tokens or j in tokens
@@ -53,7 +53,7 @@ def _shows(mask, b, p, j, kv_len):
                 return (numbers[p] if p < len(numbers) else -1) == (numbers[j] if j < len(numbers) else -1)
             return p // lengths == j // lengths
         case masks.Padding(lengths, side):
-            n = lengths[b % len(lengths)]
+            n = lengths if isinstance(lengths, int) else lengths[b]
             if not isinstance(n, int):
                 return any(first <= j < last for first, last in n)
             return j < n if side == "right" else j >= kv_len - n

@@ -12,7 +12,7 @@ import torch
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import check_accuracy
-from fastattn.problems import presets
+from fastattn.problems import masks, presets
 from fastattn.problems.bands import CORNERS, Sides
 from fastattn.problems.layouts import TO_BHSD
 from fastattn.problems.problem import Problem
@@ -46,15 +46,20 @@ def _pair(text: str) -> tuple[int, int]:
     return int(first), int(second or first)
 
 
-def _mask(text: str | None) -> tuple[tuple[str, str] | None, bool]:
-    """((dtype, pattern), whether it wants a gradient) of `DTYPE:PATTERN[:grad]`."""
+def _mask(text: str | None) -> tuple[tuple[str, str] | masks.Mask | None, bool]:
+    """((dtype, pattern), whether it wants a gradient) of `DTYPE:PATTERN[:grad]`; or a Mask, as it is written in Python."""
     if text is None:
         return None, False
+    if "(" in text:
+        try:
+            return masks.parse(text), False
+        except ValueError as error:
+            raise click.UsageError(f"--mask {error}") from None
     parts = text.split(":")
     if len(parts) not in (2, 3) or parts[2:] not in ([], ["grad"]):
         raise click.UsageError(
             f"--mask {text!r} must be DTYPE:PATTERN, as in bool:b11k (padding) or same:1hqk (a bias in q's dtype);"
-            " :grad behind it gives it a gradient"
+            " :grad behind it gives it a gradient; or a mask of fastattn.masks, as in 'Causal() & Document(512)'"
         )
     return (ALIASES.get(parts[0], parts[0]), parts[1]), len(parts) == 3
 
@@ -174,7 +179,8 @@ def asking(command: F) -> F:
         click.option("--grad", is_flag=True, help="Forward and backward."),
         click.option("--causal", is_flag=False, flag_value="top_left", type=click.Choice(CORNERS),
                      help="The triangle's corner; top_left where none is named."),
-        click.option("--mask", metavar="DTYPE:PATTERN", help="bool:b11k (padding), same:1hqk (a bias in q's dtype), ..."),
+        click.option("--mask", metavar="MASK",
+                     help="bool:b11k (padding), same:1hqk (a bias in q's dtype), ...; or 'Causal() & Document(512)'."),
         click.option("--window", metavar="LEFT,RIGHT", help="Keys beside a query's own; -1 is no limit."),
         click.option("--softcap", type=float, default=0.0, metavar="CAP", help="Scores are capped: CAP * tanh(score / CAP)."),
         click.option("--dropout", is_flag=True, help="With dropout, at any rate."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastattn.problems.masks import Causal, Document, Padding, Window
 from fastattn.problems.shapes import SAME, Shape, shape
 
 # What transformers, timm and diffusers pass to F.sdpa. A linear layer's output split into heads is "transposed", a slice of one
@@ -24,5 +25,11 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "llama-3-8b-prefill": (
         replace(shape(1, (32, 8), 512, 128, causal=True), strides=("transposed", "contiguous", "contiguous")),
     ),
+    "sliding-window": (
+        shape(1, 8, 4096, 64, mask=Window(256, 256)),
+        shape(1, 8, 4096, 64, mask=Causal() & Window(511, 0)),
+    ),
+    "packed-documents": (shape(1, 8, 4096, 64, mask=Causal() & Document(512)),),
+    "padded-batch": (shape(16, 12, 512, 64, mask=Padding([64 + 25 * i for i in range(16)])),),
     "llama-3-8b-decode": (shape(1, (32, 8), (1, 1024), 128, None), shape(8, (32, 8), (1, 1024), 128, None)),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from fastattn.environment import torch_state
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import dtype_name
 from fastattn.problems import bands, masks
-from fastattn.problems.call_key import CallKey, TensorSpec
+from fastattn.problems.call_key import CallKey, TensorSpec, told
 from fastattn.problems.call_options import check_layout, parse_options
 from fastattn.problems.classify import classify
 from fastattn.problems.layouts import DENSE_CLASS, strides_of_class
@@ -26,7 +27,8 @@ SAME = "same"  # a mask of q's dtype
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A call without dtype and gradient. mask: (dtype, "bool" or SAME; pattern), as "b11k": letters where it is not broadcast.
+    """A call without dtype and gradient. mask: a Mask, or (dtype, "bool" or SAME; pattern), as "b11k": letters where it is not
+    broadcast.
 
     strides: the class of q, k and v (fastattn.problems.layouts), one for all or one each; None: dense in `layout`.
     """
@@ -39,7 +41,7 @@ class Shape:
     head_dim: int
     head_dim_v: int
     causal: str | None = None
-    mask: tuple[str, str] | None = None
+    mask: tuple[str, str] | masks.Mask | None = None
     mask_grad: bool = False  # where gradients are wanted at all
     strides: tuple[str, ...] | None = None
     layout: str = "bhsd"
@@ -59,7 +61,7 @@ def shape(
     strides: str | None = "transposed",
     *,
     causal: bool = False,
-    mask: tuple[str, str] | None = None,
+    mask: tuple[str, str] | masks.Mask | None = None,
     mask_grad: bool = False,
 ) -> Shape:
     """A Shape in the words of a model: heads or (q_heads, kv_heads), length or (q_len, kv_len)."""
@@ -90,18 +92,21 @@ def problem_of_shape(shape: Shape, dtype: torch.dtype, *, grad: bool = False, on
         TensorSpec(size, strides_of_class(size, cls), dtype, where, grad)
         for size, cls in zip(sizes, _classes(s), strict=True)
     )
-    mask = _mask(s, dtype, where, grad) if s.mask else None
+    mask: Any = _mask(s, dtype, where, grad) if isinstance(s.mask, tuple) else s.mask
     is_causal = s.causal is not None and masks.Causal(s.causal).corner == "top_left"
     if s.causal is not None and not is_causal:
-        if mask is not None:
+        if isinstance(s.mask, tuple):
             raise ValueError("causal bottom_right cannot be combined with a mask: attention() takes one or the other")
-        mask = masks.Causal(s.causal)
+        mask = masks.Causal(s.causal) if mask is None else mask & masks.Causal(s.causal)
     options = parse_options({
         "is_causal": is_causal, "accuracy": s.accuracy, "window": s.window, "softcap": s.softcap,
         "dropout_p": 0.5 if s.dropout else 0.0, "return_lse": s.lse,
     })  # fmt: skip
     state = torch_state.torch_state(where.type)._replace(grad=grad, autocast=None)
-    found, _ = classify(CallKey(q, k, v, mask, s.layout, options, state), current_settings().accuracy)
+    options, mask, also = told(mask, options)
+    if isinstance(mask, masks.Mask):
+        mask.check(s.batch, s.q_len, s.kv_len)
+    found, _ = classify(CallKey(q, k, v, mask, s.layout, options, state, also), current_settings().accuracy)
     unknown = set(s.cast_from) - {"float32", "float16", "bfloat16", "float64", "bool"}
     if unknown:
         raise ValueError(f"cast_from must be dtypes such as float32, got {', '.join(sorted(unknown))}")
@@ -116,7 +121,8 @@ def _classes(s: Shape) -> Sequence[str]:
 
 
 def _mask(s: Shape, dtype: torch.dtype, where: torch.device, grad: bool) -> TensorSpec:
-    kind, pattern = s.mask or ("", "")
+    assert isinstance(s.mask, tuple)
+    kind, pattern = s.mask
     if len(pattern) != 4 or any(got not in (name, "1") for got, name in zip(pattern, "bhqk", strict=True)):
         raise ValueError(
             f"a mask's pattern is 'bhqk' with 1 where it is broadcast, as in 'b11k' or '11qk', got {pattern!r}"

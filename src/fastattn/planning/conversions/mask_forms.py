@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,13 +47,29 @@ def when_mask_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 def mask_dense(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         if isinstance(mask, Mask):
-            mask = mask.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
+            mask = _dense(mask, q.shape[0], q.shape[2], k.shape[2], q.device)
         if a.lower is None and a.upper is None:
             return step(q, k, v, mask, a)
         seen = bands.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
         return step(q, k, v, dense_masks.intersect(mask, seen), a._replace(lower=None, upper=None))
 
     return run
+
+
+def _dense(mask: Mask, *problem: Any) -> Tensor:
+    """The mask as a tensor, which is read only: small ones are kept for the next layer."""
+    batch, q_len, kv_len, _ = problem
+    entries = batch if mask.is_per_batch() else 1
+    return _kept(mask, *problem) if entries * q_len * kv_len <= KEPT_BYTES else mask.dense(*problem)
+
+
+KEPT_BYTES = 16 * 2**20  # of one dense mask that is kept
+
+
+@lru_cache(2)
+def _kept(mask: Mask, *problem: Any) -> Tensor:
+    with torch.inference_mode(False):
+        return mask.dense(*problem).contiguous()
 
 
 def _is_bool_mask(kernel: Kernel, p: Problem, facts: CallFacts) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Causal(Mask):
     """A query sees the keys up to its own: j <= p.
 
@@ -44,7 +44,7 @@ class Causal(Mask):
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Window(Mask):
     """Local attention: a query sees `left` keys before its own, its own, and `right` keys behind it; -1 is no limit.
 
@@ -72,7 +72,7 @@ class Window(Mask):
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Dilated(Mask):
     """Every so manieth key, its own included: |p - j| is a multiple of `every`.
 
@@ -98,7 +98,7 @@ class Dilated(Mask):
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Chunked(Mask):
     """Keys in the same chunk of `size` positions (Llama 4 takes it together with Causal).
 
@@ -122,7 +122,7 @@ class Chunked(Mask):
         return range(0, end, self.size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Neighborhood(Mask):
     """Tokens of a grid, row by row: a query sees the tokens within `radius` steps along each dimension.
 
@@ -165,36 +165,39 @@ class Neighborhood(Mask):
             raise ValueError(f"{self!r} is for {prod(self.grid)} tokens, got q_len {q_len}, kv_len {kv_len}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prefix(Mask):
     """The first keys, which all queries see: `Causal() | Prefix(n)` is a prefix language model's.
 
     lengths: one number, or one for each batch entry. Raises TypeError or ValueError for anything but whole numbers from 0 on.
     """
 
-    lengths: tuple[int, ...]
+    lengths: int | tuple[int, ...]
 
     def __init__(self, lengths: Any) -> None:
-        object.__setattr__(self, "lengths", whole_numbers("lengths", lengths, 0))
+        object.__setattr__(self, "lengths", one_or_each("lengths", lengths))
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        return j < of_entry(self.lengths, b)
+        lengths = each(self.lengths)
+        return j < b.new_tensor(lengths)[b % len(lengths)]
 
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
-        seen = runs.run(0, self.lengths[b % len(self.lengths)], kv_len)
+        seen = runs.run(0, each(self.lengths)[b % len(each(self.lengths))], kv_len)
         return seen, seen
 
     def is_per_batch(self) -> bool:
-        return len(self.lengths) > 1
+        return not isinstance(self.lengths, int)
 
     def like(self, kv_len: int) -> Mask:
-        return Prefix(about(sum(self.lengths) / len(self.lengths), kv_len))
+        lengths = each(self.lengths)
+        mean = about(sum(lengths) / len(lengths), kv_len)
+        return Prefix((mean, mean) if self.is_per_batch() else mean)
 
     def check(self, batch: int, q_len: int, kv_len: int) -> None:
-        check_entries(self, len(self.lengths), batch)
+        check_entries(self, len(each(self.lengths)), batch)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Global(Mask):
     """Tokens that see every key, and that every query sees (Longformer, arXiv 2004.05150).
 
@@ -230,9 +233,15 @@ class Global(Mask):
         return (cut for pair in self._runs() for cut in pair)
 
 
-def of_entry(values: tuple[int, ...], b: Tensor) -> Tensor:
-    """The value of each batch entry in b, or the one that holds for all."""
-    return b.new_tensor(values)[b % len(values)]
+def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
+    """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
+    found = whole_numbers(name, given, 0)
+    return found[0] if isinstance(given, int) else found
+
+
+def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each batch entry, or the one that holds for all."""
+    return (values,) if isinstance(values, int) else values
 
 
 def about(n: float, kv_len: int) -> int:

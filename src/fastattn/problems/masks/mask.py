@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,11 @@ class Mask:
     def offset(self, q_len: int, kv_len: int) -> int:
         """The position of the first query."""
         return kv_len - q_len if self.anchor == "bottom_right" else 0
+
+    def __repr__(self) -> str:
+        """As it is written: what is as usual is not said."""
+        values = [(getattr(self, field.name), field.default) for field in fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(repr(value) for value, usual in values if value != usual)})"
 
     def parts(self) -> tuple[Mask, ...]:
         """The masks all of which must let a key be seen."""

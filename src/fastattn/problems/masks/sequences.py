@@ -9,7 +9,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
-from fastattn.problems.masks.kinds import about, check_entries
+from fastattn.problems.masks.kinds import about, check_entries, one_or_each
 from fastattn.problems.masks.mask import Mask, whole_numbers
 from fastattn.problems.masks.runs import Runs
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Document(Mask):
     """Packed sequences: keys of the query's own document.
 
@@ -97,7 +97,7 @@ class Document(Mask):
                 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Padding(Mask):
     """The keys that are no padding.
 
@@ -105,7 +105,7 @@ class Padding(Mask):
     bool tensor [batch, kv_len], True where a key is none. Raises TypeError or ValueError for anything else.
     """
 
-    lengths: tuple[int, ...] | tuple[Runs, ...]
+    lengths: int | tuple[int, ...] | tuple[Runs, ...]
     side: str = "right"
 
     def __init__(self, lengths: Any, side: str = "right") -> None:
@@ -116,18 +116,21 @@ class Padding(Mask):
                 raise ValueError(f"a bool padding mask is [batch, kv_len], got shape {tuple(lengths.shape)}")
             lengths = tuple(_true_runs(row) for row in lengths.tolist())
         elif not _are_runs(lengths):
-            lengths = whole_numbers("lengths", lengths, 0)
+            lengths = one_or_each("lengths", lengths)
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "side", side)
 
+    def _entries(self) -> int:
+        return 1 if isinstance(self.lengths, int) else len(self.lengths)
+
     def _keys(self, b: int, kv_len: int) -> Runs:
-        found = self.lengths[b % len(self.lengths)]
+        found = self.lengths if isinstance(self.lengths, int) else self.lengths[b % len(self.lengths)]
         if not isinstance(found, int):
             return runs.intersection(found, ((0, kv_len),))
         return runs.run(0, found, kv_len) if self.side == "right" else runs.run(kv_len - found, kv_len, kv_len)
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        keys = [self._keys(entry, kv_len) or ((0, 0),) for entry in range(len(self.lengths))]
+        keys = [self._keys(entry, kv_len) or ((0, 0),) for entry in range(self._entries())]
         first, last = (b.new_tensor(_filled([[pair[i] for pair in entry] for entry in keys])) for i in (0, 1))
         first, last = (x[b % x.shape[0]] for x in (first, last))  # (..., runs)
         return ((j[..., None] >= first) & (j[..., None] < last)).any(-1)
@@ -137,18 +140,18 @@ class Padding(Mask):
         return keys, keys
 
     def is_per_batch(self) -> bool:
-        return len(self.lengths) > 1
+        return not isinstance(self.lengths, int)
 
     def like(self, kv_len: int) -> Mask:
-        counts = [sum(last - first for first, last in self._keys(b, kv_len)) for b in range(len(self.lengths))]
+        counts = [sum(last - first for first, last in self._keys(b, kv_len)) for b in range(self._entries())]
         mean = about(sum(counts) / len(counts), kv_len)
         return Padding((mean - mean // 2, min(kv_len, mean + mean // 2)) if self.is_per_batch() else mean, self.side)
 
     def check(self, batch: int, q_len: int, kv_len: int) -> None:
-        check_entries(self, len(self.lengths), batch)
-        if (
-            most := max(n if isinstance(n, int) else max((last for _, last in n), default=0) for n in self.lengths)
-        ) > kv_len:
+        check_entries(self, self._entries(), batch)
+        lengths = (self.lengths,) if isinstance(self.lengths, int) else self.lengths
+        most = max(n if isinstance(n, int) else max((last for _, last in n), default=0) for n in lengths)
+        if most > kv_len:
             raise ValueError(f"Padding speaks of {most} keys, got kv_len {kv_len}")
 
 
