@@ -31,6 +31,11 @@ def test_the_page_of_kernels_says_what_the_rows_say():
     assert (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8") == maker["page"](), "python docs/make_kernels.py"
 
 
+def test_the_page_of_masks_shows_what_the_masks_are():
+    maker = runpy.run_path(str(ROOT / "docs" / "make_masks.py"))
+    assert (ROOT / "docs" / "masks.md").read_text(encoding="utf-8") == maker["page"](), "python docs/make_masks.py"
+
+
 def test_the_page_of_faults_says_what_the_tests_say():
     maker = runpy.run_path(str(ROOT / "docs" / "make_reliability.py"))
     assert (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8") == maker["page"](), (

@@ -37,8 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     in layout "bhsd"; float64, float32, float16 or bfloat16, all alike. Any strides. q_heads is a multiple of kv_heads (GQA,
     MQA). Under autocast they are cast as F.scaled_dot_product_attention casts them.
     mask: None; a bool tensor (True attends) or a float tensor (added), 2-D or 4-D, broadcast to [batch, q_heads, q_len,
-    kv_len]; `masks.Causal(corner)`; a causal bias of torch.nn.attention.bias; or flex_attention's BlockMask. A row that may
-    attend to nothing gives zeros, and zero gradients.
+    kv_len]; a value of `fastattn.masks`, as `masks.Causal() & masks.Document(lengths)`; a causal bias of
+    torch.nn.attention.bias; or flex_attention's BlockMask. A row that may attend to nothing gives zeros, and zero gradients.
     layout: of q, k, v and the output: "bhsd", "bshd" or "sbhd".
 
     is_causal: torch's top-left triangle, together with any mask. scale: None means head_dim ** -0.5.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fastattn.problems.masks.picture import Picture
+
 _kinds: dict[str, type[Mask]] = {}  # by name: what parse() knows
 
 
@@ -95,6 +97,12 @@ class Mask:
         p = (i if rows is None else rows) + self.offset(q_len, kv_len)
         seen = self.sees(b[:, None, None, None], p[:, None], j, kv_len)
         return seen.expand(len(entries), 1, len(p), kv_len)
+
+    def show(self, q_len: int, kv_len: int | None = None, entry: int = 0) -> Picture:
+        """A picture of it for these lengths: print it, save() it as PNG, or let a notebook show it. entry: of the batch."""
+        from fastattn.problems.masks.picture import Picture
+
+        return Picture(self, q_len, q_len if kv_len is None else kv_len, entry)
 
     def offset(self, q_len: int, kv_len: int) -> int:
         """The position of the first query."""
