@@ -1,4 +1,4 @@
-"""The masks that say all by positions: triangles, windows, grids, prefixes, chunks, global tokens."""
+"""The masks that say all by positions: triangles, windows, dilation, chunks, grids, global tokens."""
 
 from __future__ import annotations
 
@@ -166,38 +166,6 @@ class Neighborhood(Mask):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Prefix(Mask):
-    """The first keys, which all queries see: `Causal() | Prefix(n)` is a prefix language model's.
-
-    lengths: one number, or one for each batch entry. Raises TypeError or ValueError for anything but whole numbers from 0 on.
-    """
-
-    lengths: int | tuple[int, ...]
-
-    def __init__(self, lengths: Any) -> None:
-        object.__setattr__(self, "lengths", one_or_each("lengths", lengths))
-
-    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        lengths = each(self.lengths)
-        return j < b.new_tensor(lengths)[b % len(lengths)]
-
-    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
-        seen = runs.run(0, each(self.lengths)[b % len(each(self.lengths))], kv_len)
-        return seen, seen
-
-    def is_per_batch(self) -> bool:
-        return not isinstance(self.lengths, int)
-
-    def like(self, kv_len: int) -> Mask:
-        lengths = each(self.lengths)
-        mean = about(sum(lengths) / len(lengths), kv_len)
-        return Prefix((mean, mean) if self.is_per_batch() else mean)
-
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
-        check_entries(self, len(each(self.lengths)), batch)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
 class Global(Mask):
     """Tokens that see every key, and that every query sees (Longformer, arXiv 2004.05150).
 
@@ -231,25 +199,3 @@ class Global(Mask):
 
     def cuts(self, b: int, end: int) -> Iterable[int]:
         return (cut for pair in self._runs() for cut in pair)
-
-
-def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
-    """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
-    found = whole_numbers(name, given, 0)
-    return found[0] if isinstance(given, int) else found
-
-
-def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
-    """A number for each batch entry, or the one that holds for all."""
-    return (values,) if isinstance(values, int) else values
-
-
-def about(n: float, kv_len: int) -> int:
-    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
-    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
-
-
-def check_entries(mask: Mask, entries: int, batch: int) -> None:
-    """Raises ValueError where a mask holds values for another number of batch entries."""
-    if entries not in (1, batch):
-        raise ValueError(f"{mask!r} is for {entries} batch entries, got {batch}")

@@ -1,4 +1,4 @@
-"""The masks that know where sequences begin and end: packed documents, and padding."""
+"""The masks that know where sequences begin and end: packed documents, padding, prefixes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
-from fastattn.problems.masks.kinds import about, check_entries, one_or_each
 from fastattn.problems.masks.mask import Mask, whole_numbers
 from fastattn.problems.masks.runs import Runs
 
@@ -153,6 +152,60 @@ class Padding(Mask):
         most = max(n if isinstance(n, int) else max((last for _, last in n), default=0) for n in lengths)
         if most > kv_len:
             raise ValueError(f"Padding speaks of {most} keys, got kv_len {kv_len}")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Prefix(Mask):
+    """The first keys, which all queries see: `Causal() | Prefix(n)` is a prefix language model's.
+
+    lengths: one number, or one for each batch entry. Raises TypeError or ValueError for anything but whole numbers from 0 on.
+    """
+
+    lengths: int | tuple[int, ...]
+
+    def __init__(self, lengths: Any) -> None:
+        object.__setattr__(self, "lengths", one_or_each("lengths", lengths))
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        lengths = each(self.lengths)
+        return j < b.new_tensor(lengths)[b % len(lengths)]
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        seen = runs.run(0, each(self.lengths)[b % len(each(self.lengths))], kv_len)
+        return seen, seen
+
+    def is_per_batch(self) -> bool:
+        return not isinstance(self.lengths, int)
+
+    def like(self, kv_len: int) -> Mask:
+        lengths = each(self.lengths)
+        mean = about(sum(lengths) / len(lengths), kv_len)
+        return Prefix((mean, mean) if self.is_per_batch() else mean)
+
+    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+        check_entries(self, len(each(self.lengths)), batch)
+
+
+def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
+    """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
+    found = whole_numbers(name, given, 0)
+    return found[0] if isinstance(given, int) else found
+
+
+def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each batch entry, or the one that holds for all."""
+    return (values,) if isinstance(values, int) else values
+
+
+def about(n: float, kv_len: int) -> int:
+    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
+    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
+
+
+def check_entries(mask: Mask, entries: int, batch: int) -> None:
+    """Raises ValueError where a mask holds values for another number of batch entries."""
+    if entries not in (1, batch):
+        raise ValueError(f"{mask!r} is for {entries} batch entries, got {batch}")
 
 
 def _for_each(given: Any, read: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
