@@ -1,4 +1,4 @@
-"""Write docs/masks.md, its pictures made by the masks themselves: python docs/make_masks.py. A test compares the page with it."""
+"""Write docs/masks.md, with pictures that the masks make: python docs/make_masks.py. A test compares the page with it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fastattn.problems.masks.mask import known_kinds
 PAGE = Path(__file__).with_name("masks.md")
 HEAD = """# Masks with a meaning
 
-Made by `python docs/make_masks.py`. `fastattn.masks` has values that say which keys a query sees. What they hide is not computed, and no
-tensor of queries by keys is made: the scores are cut into the rectangles that are left, forward and backward.
+Made by `python docs/make_masks.py`. `fastattn.masks` has values that say which keys a query sees. What they hide is not
+computed, and no tensor of queries by keys is made: the scores are cut into the rectangles that are left, forward and
+backward.
 
 ```python
 import torch
@@ -26,14 +27,15 @@ ids = torch.arange(600)[None] // 200  # or the document of each token, [batch, t
 assert masks.Document(ids=ids) == masks.Document([[200, 200, 200]])
 ```
 
-They are small and frozen, compare by value, and hold no tensor: what a tensor says is read once, when the value is made. `a & b` shows
-what both show, `a | b` what either does. `is_causal` and `window` say Causal and Window briefly, and hold beside any of them. A dense mask
-is looked at in every call, and what it hides is left out as well ([how](from-a-dense-mask.md)): say what you mean where
-you can, as a value is cheaper than a look and needs no memory.
+They are small and frozen, compare by value, and hold no tensor: what a tensor says is read once, when the value is
+made. `a & b` shows what both show, `a | b` what either does. `is_causal` and `window` say Causal and Window briefly,
+and hold beside any of them. A dense mask is looked at in every call, and what it hides is left out as well
+([how](from-a-dense-mask.md)): say what you mean where you can, as a value is cheaper than a look and needs no memory.
 
-A mask speaks of positions. The position p of query i is i, or i + kv_len - q_len where the mask holds a `Causal("bottom_right")`.
-`mask.show(q_len, kv_len)` is a picture: print it, `.save("mask.png")` it, or let a notebook show it; `mask.dense(batch, q_len, kv_len)` is the
-same as a bool tensor, and `masks.parse(repr(mask)) == mask`. `fastattn tune 1x8x4096x64 --mask "Causal() & Document(512)"` tunes ahead.
+A mask speaks of positions. The position p of query i is i, or i + kv_len - q_len where the mask holds a
+`Causal("bottom_right")`. `mask.show(q_len, kv_len)` is a picture: print it, `.save("mask.png")` it, or let a notebook
+show it; `mask.dense(batch, q_len, kv_len)` is the same as a bool tensor, and `masks.parse(repr(mask)) == mask`.
+`fastattn tune 1x8x4096x64 --mask "Causal() & Document(512)"` tunes ahead.
 
 Each picture has a row for each of 32 queries and a column for each of 32 keys."""
 N = 32
@@ -46,6 +48,7 @@ EXAMPLES = {
     "Padding": masks.Padding([24]),
     "Prefix": masks.Prefix(8),
     "Global": masks.Global((0, 17)),
+    "ALiBi": masks.ALiBi([0.15]),
     "Neighborhood": masks.Neighborhood((4, 8), 1),
 }
 MODELS = {
@@ -62,10 +65,10 @@ MODELS = {
 FOOT = """## What they cost
 
 `python benchmarks/masks.py` measures what each is worth over F.sdpa with the dense mask on your machine
-([results](results/README.md)). Tuning decides as always: every candidate is checked against float64, with tiles and with the dense mask,
-and timed. Masks that are alike (documents of about one length, batches padded to about one share) share a verdict; which keys are
-seen is read from the value of each call. Under torch.compile and where nothing may be learnt the dense form serves.
-"""
+([results](results/README.md)). Tuning decides as always: every candidate is checked against float64, with tiles and
+with the dense mask, and timed. Masks that are alike (documents of about one length, batches padded to about one share)
+share a verdict; which keys are seen is read from the value of each call. Under torch.compile and where nothing may be
+learnt the dense form serves."""
 
 
 def page() -> str:
@@ -77,7 +80,7 @@ def page() -> str:
     parts.append("## As models combine them")
     for what, mask in MODELS.items():
         parts += [f"**{what}**: `{mask!r}`", shown(mask)]
-    return "\n\n".join([*parts, FOOT])
+    return "\n\n".join([*parts, FOOT]).rstrip() + "\n"
 
 
 def said(kind: type[masks.Mask]) -> str:

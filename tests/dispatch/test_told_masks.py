@@ -27,6 +27,8 @@ MODELS = {
     "video": masks.Neighborhood((4, 5, 5), (1, 2, 2)),
     "left padding": masks.Causal() & masks.Padding([100, 60, 1], "left"),
     "dilated": masks.Dilated(4),
+    "ALiBi": masks.ALiBi(4) & masks.Causal(),
+    "ALiBi in a padded batch": masks.ALiBi([0.5, 0.25, 0.1, 0.0]) & masks.Padding([100, 60, 1]),
 }
 KERNELS = ["torch_flash+tiles+mask_dense+mask_additive", "default+mask_dense"]
 
@@ -52,6 +54,8 @@ def test_what_models_do_agrees_with_float64(name, grad, kernel):
         kernel = kernel if "tiles" in kernel else "default"
     want = expect(q, k, v, dense_of(mask, 100, 100))
     names = accepted(q, k, v, mask)
+    if masks.ALiBi.__name__ in repr(mask):
+        kernel = kernel.removesuffix("+mask_additive")
     kernel = next(found for found in names if found.startswith(kernel))
     hold(want, lambda q, k, v, _: attention(q, k, v, mask, kernel=kernel), q, k, v)
 
@@ -64,7 +68,7 @@ def test_any_mask_in_any_call_agrees_with_float64(data):
     mask = draw(some)
     q_len, kv_len = draw(st.integers(1, 200)), draw(st.integers(1, 200))
     try:
-        mask.check(B, q_len, kv_len)
+        mask.check(B, 4, q_len, kv_len)
     except ValueError:
         mask = masks.Window(5, 9)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
@@ -136,11 +140,14 @@ def test_a_mask_for_other_tensors_is_refused_in_words():
     for mask, text in (
         (masks.Document([[96]] * 3), "is for 3 batch entries, got 2"),
         (masks.Neighborhood((9, 9), 1), "is for 81 tokens, got q_len 96, kv_len 96"),
+        (masks.ALiBi(3), "is for 3 query heads, got 2"),
         (masks.Padding([97, 1]), "speaks of 97 keys, got kv_len 96"),
     ):
         with pytest.raises(ValueError) as raised:
             attention(q, k, v, mask)
         assert text in str(raised.value)
+    with pytest.raises(ValueError, match="goes with &"):
+        masks.ALiBi(2) | masks.Causal()
     with pytest.raises(ValueError, match="different corners"):
         attention(q, k, v, DOCUMENTS & masks.Causal("bottom_right"), is_causal=True)
 

@@ -166,6 +166,24 @@ def test_what_is_no_mask_is_refused_in_words(make, kind, text):
     assert text in str(raised.value)
 
 
+def test_a_bias_is_added_to_what_is_seen():
+    mask = masks.ALiBi([1.0, 0.5]) & masks.Causal()
+    found = mask.dense(2, 2, 3)
+    hidden = -float("inf")
+    assert found.tolist() == [[[[0, hidden, hidden], [-1, 0, hidden]], [[0, hidden, hidden], [-0.5, 0, hidden]]]]
+    assert masks.ALiBi(8).dense(1, 1, 2)[0, :, 0, 1].tolist() == [2.0**-n for n in range(1, 9)]
+    assert masks.ALiBi([0.5, 0.1]).for_heads(3) == masks.ALiBi([0.5, 0.1, 0.5])
+    assert masks.ALiBi([0.5, 0.1]).like(9) == masks.ALiBi(2)
+
+
+def test_a_picture_shows_a_row_for_each_query():
+    assert str(masks.Causal().show(4)) == "█▄\n███▄"
+    assert str(masks.Window(0, 0).show(2, 4)) == "▀▄"
+    png = masks.Causal().show(300).png()
+    assert png.startswith(b"\x89PNG")
+    assert masks.Padding([1, 2]).show(2, entry=1).shades(2) == [[1.0, 1.0]] * 2
+
+
 def test_a_mask_with_a_tensor_is_refused_by_type():
     with pytest.raises(TypeError):
         masks.Causal() & torch.ones(3, 3, dtype=torch.bool)

@@ -85,13 +85,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     structured = as_structured(mask)
     corner = "top_left" if o.is_causal else None
     if isinstance(structured, masks.Mask) and not isinstance(structured, masks.Causal):
-        o, structured, also = told(structured, o)
-        if structured is not None and not isinstance(structured, masks.Causal):
-            whole = structured if also is None else structured & also
-            whole.check(q.shape[0], q.shape[2], k.shape[2])
-            mask = whole.dense(q.shape[0], q.shape[2], k.shape[2], q.device)
-        else:
-            mask = structured
+        o, structured, mask = _dense_of(structured, o, q, k)
         corner = "top_left" if o.is_causal else None
     if isinstance(structured, masks.Causal):
         mask = None
@@ -130,6 +124,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     else:
         found = sdpa_math(q, k, v, mask, a)
     return (from_bhsd(found[0], layout), found[1]) if o.return_lse else from_bhsd(found, layout)
+
+
+def _dense_of(mask: masks.Mask, o: CallOptions, q: Tensor, k: Tensor) -> tuple[CallOptions, Any, Any]:
+    """(options, a triangle, a tensor) that hide what a Mask and the options do."""
+    o, rest, also = told(mask, o)
+    if rest is None or isinstance(rest, masks.Causal):
+        return o, rest, None
+    whole = rest if also is None else rest & also
+    batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    whole.check(batch, heads, q_len, kv_len)
+    dense = whole.dense(batch, q_len, kv_len, q.device)
+    return o, None, dense if dense.dtype is torch.bool else dense.to(q.dtype)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

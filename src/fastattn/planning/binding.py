@@ -165,7 +165,7 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
         elif is_told:
             mask = mask if also is None else mask & also
             if not is_tuning:
-                mask.check(q.shape[0], q.shape[2], k.shape[2])  # a guard knows only what it is like
+                mask.check(*q.shape[:3], k.shape[2])  # a guard knows only what it is like
         elif is_tensor and mask is not None and mask.dim() == 2:
             mask = mask[None, None]
         found = step(q, k, v, mask, now)

@@ -160,7 +160,8 @@ def _check_mask(key: CallKey) -> None:
     if mask is None:
         return
     if isinstance(mask, masks.Mask):
-        mask.check(key.q.shape[0], key.q.shape[2], key.k.shape[2])
+        batch, heads, q_len = key.q.shape[:3]
+        mask.check(batch, heads, q_len, key.k.shape[2])
         return
     if is_block_mask(mask):
         _check_block_mask(key)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fastattn.environment.device import Device
 from fastattn.environment.text import dtype_name
 from fastattn.problems import bands, masks
@@ -31,7 +33,8 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
     dense = mask if isinstance(mask, TensorSpec) else None
     mask_shape, mask_strides = mask_class(dense, q, kv_len) if dense else ("", "")
     if whole is not None:  # to a kernel it is a bool mask that all heads share
-        mask_shape, mask_strides = "b1qk" if whole.is_per_batch() and batch > 1 else "11qk", "contiguous"
+        entries, heads = whole.is_per_batch() and batch > 1, whole.heads() > 1
+        mask_shape, mask_strides = f"{'b' if entries else '1'}{'h' if heads else '1'}qk", "contiguous"
     scale = options.scale
     is_cast = state.autocast is not None and any(s.dtype is not after_autocast(s.dtype, state) for s in tensors)
     asks_grad = any(s.requires_grad for s in tensors)
@@ -46,7 +49,7 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         q_len=q_len,
         kv_len=kv_len,
         strides=(stride_class(q.shape, q.stride), stride_class(k.shape, k.stride), stride_class(v.shape, v.stride)),
-        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else _kind(mask),
+        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else _kind(mask, after_autocast(q.dtype, state)),
         structure=repr(whole.like(kv_len)) if whole is not None else "",
         mask_shape=mask_shape,
         mask_strides=mask_strides,
@@ -83,10 +86,10 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
     return problem, facts
 
 
-def _kind(mask: Any) -> str | None:
-    """Problem.mask of what is no tensor."""
+def _kind(mask: Any, dtype: torch.dtype) -> str | None:
+    """Problem.mask of what is no tensor. A bias is not rounded to half precision: it grows with the distance."""
     if isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal):
-        return "bool"
+        return dtype_name(torch.promote_types(dtype, torch.float32)) if mask.heads() else "bool"
     return "block" if is_block_mask(mask) else None
 
 

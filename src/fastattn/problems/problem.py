@@ -99,7 +99,7 @@ class Problem:
     def told_mask(self) -> masks.Mask | None:
         """The Mask that the problem is told by: its structure, or its triangle and window."""
         if self.structure:
-            return masks.parse(self.structure)
+            return masks.parse(self.structure).for_heads(self.q_heads)
         own = [masks.Causal(self.causal)] if self.causal is not None else []
         own += [masks.Window(*self.window)] if self.window is not None else []
         return masks.all_of(own) if own else None
@@ -107,8 +107,8 @@ class Problem:
     @property
     def dense_mask_bytes(self) -> int:
         """Bytes of the structure, triangle or window as a dense mask, bool and as it is added."""
-        entries = self.batch if "b" in self.mask_shape else 1
-        return entries * self.q_len * self.kv_len * (1 + self.torch_dtype.itemsize)
+        copies = (self.batch if "b" in self.mask_shape else 1) * (self.q_heads if "h" in self.mask_shape else 1)
+        return copies * self.q_len * self.kv_len * (1 + self.torch_dtype.itemsize)
 
     @property
     def scores(self) -> int:

@@ -48,6 +48,7 @@ def mask_dense(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         if isinstance(mask, Mask):
             mask = _dense(mask, q.shape[0], q.shape[2], k.shape[2], q.device)
+            mask = mask if mask.dtype is torch.bool else mask.to(getattr(torch, p.mask or ""))
         if a.lower is None and a.upper is None:
             return step(q, k, v, mask, a)
         seen = bands.visible(q, q.shape[2], k.shape[2], a.lower, a.upper)
@@ -59,8 +60,8 @@ def mask_dense(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 def _dense(mask: Mask, *problem: Any) -> Tensor:
     """The mask as a tensor, which is read only: small ones are kept for the next layer."""
     batch, q_len, kv_len, _ = problem
-    entries = batch if mask.is_per_batch() else 1
-    return _kept(mask, *problem) if entries * q_len * kv_len <= KEPT_BYTES else mask.dense(*problem)
+    size = (batch if mask.is_per_batch() else 1) * max(1, 8 * mask.heads()) * q_len * kv_len
+    return _kept(mask, *problem) if size <= KEPT_BYTES else mask.dense(*problem)
 
 
 KEPT_BYTES = 16 * 2**20  # of one dense mask that is kept

@@ -86,6 +86,7 @@ def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 def _told(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
     (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
     offset, made = mask.offset(q_len, kv_len), {}
+    bias_dtype = torch.promote_types(q.dtype, torch.float32)
 
     def of(tile: Tile) -> Tensor | None:
         if not tile.is_masked:
@@ -96,13 +97,12 @@ def _told(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
         where = (rest, tile.row_count, tile.rows.step, tile.batch.start if rest.is_per_batch() else 0,
                  tile.rows.start + offset - start, *(key - start for pair in tile.keys for key in pair))  # fmt: skip
         if where not in made:
-            entries = range(batch)[tile.batch] if rest.is_per_batch() else range(1)
-            b, p, j = (
+            p, j = (
                 torch.tensor(numbers, dtype=torch.int64, device=q.device)
-                for numbers in (entries, tile.positions(offset), tile.key_numbers())
+                for numbers in (tile.positions(offset), tile.key_numbers())
             )
-            seen = rest.sees(b[:, None, None, None], p[:, None], j, kv_len)
-            made[where] = additive(seen.expand(len(entries), 1, len(p), len(j)), q)
+            part = rest.part(range(batch)[tile.batch], p, j, kv_len)
+            made[where] = additive(part, q) if part.dtype is torch.bool else part.to(bias_dtype)
         return made[where]
 
     return Tiled(tiling_of_mask(mask, batch, q_len, kv_len), of, mask)

@@ -13,7 +13,6 @@ from functools import reduce
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from fastattn.environment.text import type_name
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.runs import Runs
 
@@ -53,6 +52,10 @@ class Mask:
         """
         raise NotImplementedError
 
+    def bias(self, p: Tensor, j: Tensor) -> Tensor | None:
+        """What is added to the scores, [heads, queries, keys] in float64, or [1, ...] where heads agree; None: nothing."""
+        return None
+
     def cuts(self, b: int, end: int) -> Iterable[int]:
         """Positions before `end` at which what queries see changes at once: tiles that end there hide less."""
         return ()
@@ -70,15 +73,23 @@ class Mask:
         """Whether batch entries differ."""
         return False
 
+    def heads(self) -> int:
+        """For how many heads it has a bias each; 0: it has none."""
+        return 0
+
     def shifts(self) -> bool:
         """Whether a query's distance to a key says all."""
         return False
+
+    def for_heads(self, count: int) -> Mask:
+        """The same for the first heads, or for more, whose biases begin anew."""
+        return self
 
     def like(self, kv_len: int) -> Mask:
         """The mask that stands for this one and those like it, by which a verdict is found."""
         return self
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raises ValueError where the mask cannot be one of such a problem."""
 
     # --- what can be asked of every mask
@@ -86,17 +97,26 @@ class Mask:
     def dense(
         self, batch: int, q_len: int, kv_len: int, device: torch.device | str = "cpu", *, rows: Tensor | None = None
     ) -> Tensor:
-        """The same as a tensor, True where a query sees a key: bool [batch or 1, 1, q_len, kv_len].
+        """The same as a tensor: bool [batch or 1, 1, q_len, kv_len], True where a query sees a key.
 
-        rows: the queries that are wanted, in place of all.
+        With a bias it is what is added: float64 [batch or 1, heads, q_len, kv_len], -inf where a key is hidden. rows: the
+        queries that are wanted, in place of all.
         """
         import torch
 
-        entries = range(batch) if self.is_per_batch() else range(1)
-        b, i, j = (torch.arange(n, dtype=torch.int64, device=device) for n in (len(entries), q_len, kv_len))
-        p = (i if rows is None else rows) + self.offset(q_len, kv_len)
-        seen = self.sees(b[:, None, None, None], p[:, None], j, kv_len)
-        return seen.expand(len(entries), 1, len(p), kv_len)
+        i = torch.arange(q_len, dtype=torch.int64, device=device) if rows is None else rows
+        j = torch.arange(kv_len, dtype=torch.int64, device=device)
+        return self.part(range(batch), i + self.offset(q_len, kv_len), j, kv_len)
+
+    def part(self, entries: range, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        """dense() of some batch entries, the queries at positions p and the keys j."""
+        import torch
+
+        entries = entries if self.is_per_batch() else range(1)
+        b = torch.tensor(entries, dtype=torch.int64, device=p.device)
+        seen = self.sees(b[:, None, None, None], p[:, None], j, kv_len).expand(len(entries), 1, len(p), len(j))
+        bias = self.bias(p, j)
+        return seen if bias is None else bias.masked_fill(seen.logical_not(), float("-inf"))
 
     def show(self, q_len: int, kv_len: int | None = None, entry: int = 0) -> Picture:
         """A picture of it for these lengths: print it, save() it as PNG, or let a notebook show it. entry: of the batch."""
@@ -132,15 +152,21 @@ class _Combined(Mask):
     def is_per_batch(self) -> bool:
         return any(mask.is_per_batch() for mask in self.of)
 
+    def heads(self) -> int:
+        return max(mask.heads() for mask in self.of)
+
     def shifts(self) -> bool:
         return all(mask.shifts() for mask in self.of)
+
+    def for_heads(self, count: int) -> Mask:
+        return type(self)(tuple(mask.for_heads(count) for mask in self.of))
 
     def like(self, kv_len: int) -> Mask:
         return type(self)(tuple(mask.like(kv_len) for mask in self.of))
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         for mask in self.of:
-            mask.check(batch, q_len, kv_len)
+            mask.check(batch, heads, q_len, kv_len)
 
 
 class Intersection(_Combined):
@@ -154,6 +180,14 @@ class Intersection(_Combined):
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
         some, every = zip(*(mask.runs(b, rows, kv_len) for mask in self.of), strict=True)
         return reduce(runs.intersection, some), reduce(runs.intersection, every)
+
+    def bias(self, p: Tensor, j: Tensor) -> Tensor | None:
+        found = None
+        for mask in self.of:
+            bias = mask.bias(p, j)
+            if bias is not None:
+                found = bias if found is None else found + bias
+        return found
 
     def step(self) -> int:
         return lcm(*(mask.step() for mask in self.of))
@@ -186,6 +220,8 @@ def _combined(kind: type[_Combined], a: Mask, b: Any) -> Mask:
         return NotImplemented
     of = [part for mask in (a, b) for part in (mask.of if isinstance(mask, kind) else (mask,))]
     of = tuple(dict.fromkeys(of))
+    if kind is Union and any(mask.heads() for mask in of):
+        raise ValueError(f"{a!r} | {b!r}: a bias is added to what is seen, and goes with &")
     if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, _kinds["Causal"])}) > 1:
         raise ValueError(f"{a!r} and {b!r} have different corners: a mask has one position for each query")
     return of[0] if len(of) == 1 else kind(of)
@@ -224,15 +260,3 @@ def _of_node(node: ast.expr) -> Mask:
 def known_kinds() -> list[str]:
     """Names of the masks that can be written down."""
     return sorted(name for name, kind in _kinds.items() if not issubclass(kind, _Combined))
-
-
-def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -> tuple[int, ...]:
-    """Whole numbers from one, a sequence, an array or a tensor. Raises TypeError or ValueError that names them."""
-    given: Any = value.tolist() if hasattr(value, "tolist") else value
-    found: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in found):
-        raise TypeError(f"{name} must be whole numbers, got {type_name(value)} {value!r}")
-    if not found or min(found) < least or (count is not None and len(found) != count):
-        wanted = f"{count} of them" if count is not None else "one or more"
-        raise ValueError(f"{name} must be whole numbers >= {least}, {wanted}, got {value!r}")
-    return found

@@ -35,7 +35,8 @@ class Picture:
         for row in range(rows):
             first, last = -(-row * self.q_len // rows), -(-(row + 1) * self.q_len // rows)
             queries = torch.arange(first, last, dtype=torch.int64)
-            seen = self.mask.dense(self.entry + 1, self.q_len, self.kv_len, rows=queries)[-1, 0].double().mean(0)
+            seen = self.mask.dense(self.entry + 1, self.q_len, self.kv_len, rows=queries)[-1, 0]
+            seen = (seen if seen.dtype is torch.bool else seen.exp()).double().mean(0)  # a bias as the weight it gives
             counts[row].index_add_(0, column, seen)
         return (counts / column.bincount(minlength=columns)).tolist()
 

@@ -9,8 +9,9 @@ from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
-from fastattn.problems.masks.mask import Mask, whole_numbers
+from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.runs import Runs
+from fastattn.problems.masks.values import about, check_entries, each, one_or_each, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ class Document(Mask):
         count = sum(len(self._ends(b)) for b in range(self._entries())) / self._entries()
         return Document(1 << max(0, round(kv_len / count) - 1).bit_length())  # the next power of two
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         if isinstance(self.lengths, int):
             return
         check_entries(self, self._entries(), batch)
@@ -146,7 +147,7 @@ class Padding(Mask):
         mean = about(sum(counts) / len(counts), kv_len)
         return Padding((mean - mean // 2, min(kv_len, mean + mean // 2)) if self.is_per_batch() else mean, self.side)
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         check_entries(self, self._entries(), batch)
         lengths = (self.lengths,) if isinstance(self.lengths, int) else self.lengths
         most = max(n if isinstance(n, int) else max((last for _, last in n), default=0) for n in lengths)
@@ -182,30 +183,8 @@ class Prefix(Mask):
         mean = about(sum(lengths) / len(lengths), kv_len)
         return Prefix((mean, mean) if self.is_per_batch() else mean)
 
-    def check(self, batch: int, q_len: int, kv_len: int) -> None:
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         check_entries(self, len(each(self.lengths)), batch)
-
-
-def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
-    """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
-    found = whole_numbers(name, given, 0)
-    return found[0] if isinstance(given, int) else found
-
-
-def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
-    """A number for each batch entry, or the one that holds for all."""
-    return (values,) if isinstance(values, int) else values
-
-
-def about(n: float, kv_len: int) -> int:
-    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
-    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
-
-
-def check_entries(mask: Mask, entries: int, batch: int) -> None:
-    """Raises ValueError where a mask holds values for another number of batch entries."""
-    if entries not in (1, batch):
-        raise ValueError(f"{mask!r} is for {entries} batch entries, got {batch}")
 
 
 def _for_each(given: Any, read: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:

@@ -29,6 +29,8 @@ def hiding(mask: Mask, tile: Tile, q_len: int, kv_len: int) -> Mask:
     at, entries = tile.positions(offset), range(tile.batch.start, tile.batch.stop)
 
     def hides(part: Mask) -> bool:
+        if part.heads():
+            return True
         every = part.runs(entries[0], at, kv_len)[1]
         return (part.is_per_batch() and len(entries) > 1) or not all(runs.holds(every, (pair,)) for pair in tile.keys)
 
@@ -47,7 +49,7 @@ def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: 
         )
         keys = tuple(pair for pair in keys if pair[0] < pair[1])
         if keys:
-            is_masked = not all(runs.holds(every, (pair,)) for pair in keys)
+            is_masked = mask.heads() > 0 or not all(runs.holds(every, (pair,)) for pair in keys)
             yield Tile(entries, slice(block[0], block[-1] + 1, rows.step), keys, is_masked)
 
 

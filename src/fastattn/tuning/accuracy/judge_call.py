@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.problems import dense_masks
 from fastattn.problems.layouts import to_bhsd
+from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import Errors, in_budgets, rounded_to, row_budget
@@ -28,6 +29,8 @@ def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale:
     if isinstance(mask, Tensor):
         mask = dense_masks.as_4d(mask.detach())[:1, : p.group]
         mask = mask if p.mask in (None, "bool") else _ordinary(mask.to(getattr(torch, p.mask)))
+    elif isinstance(mask, Mask):
+        mask = mask.for_heads(p.group)
     if not all(_is_finite(x) for x in views):
         return None  # garbage in a cache's tail or a warm-up tells nothing about a kernel
     one = p.replace(batch=1, q_heads=p.group, kv_heads=1, layout="bhsd", lengths="exact", cast_from=())

@@ -49,6 +49,8 @@ class Sample:
         else:
             return None
         mask = mask[entry if mask.shape[0] > 1 else 0]
+        if isinstance(self.mask, Mask) and mask.dtype is not torch.bool:
+            mask = mask.to(getattr(torch, p.mask or ""))
         if p.cast_from and mask.dtype is not torch.bool:
             mask = mask.to(p.torch_dtype)
         return mask if mask.shape[0] == 1 else mask[heads]

@@ -1,0 +1,41 @@
+"""The values that masks are made of, checked and rounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastattn.environment.text import type_name
+
+
+def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -> tuple[int, ...]:
+    """Whole numbers from one, a sequence, an array or a tensor. Raises TypeError or ValueError that names them."""
+    given: Any = value.tolist() if hasattr(value, "tolist") else value
+    found: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in found):
+        raise TypeError(f"{name} must be whole numbers, got {type_name(value)} {value!r}")
+    if not found or min(found) < least or (count is not None and len(found) != count):
+        wanted = f"{count} of them" if count is not None else "one or more"
+        raise ValueError(f"{name} must be whole numbers >= {least}, {wanted}, got {value!r}")
+    return found
+
+
+def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
+    """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
+    found = whole_numbers(name, given, 0)
+    return found[0] if isinstance(given, int) else found
+
+
+def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each batch entry, or the one that holds for all."""
+    return (values,) if isinstance(values, int) else values
+
+
+def about(n: float, kv_len: int) -> int:
+    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
+    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
+
+
+def check_entries(mask: Any, entries: int, batch: int) -> None:
+    """Raises ValueError where a mask holds values for another number of batch entries."""
+    if entries not in (1, batch):
+        raise ValueError(f"{mask!r} is for {entries} batch entries, got {batch}")
