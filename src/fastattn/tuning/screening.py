@@ -24,11 +24,12 @@ from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
-from fastattn.tuning.stopwatch import SAMPLE_S, ClockError, Stopwatch
+from fastattn.tuning.stopwatch import MIN_ROUNDS, SAMPLE_S, ClockError, Stopwatch
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
+TOO_SLOW_FOR_ROUNDS = 2.0  # the same where there is no time for rounds of all
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 
@@ -141,9 +142,20 @@ class Screening:
         if self._fastest is None or trial.first_run < self._fastest[0]:
             self._fastest = (trial.first_run, candidate.name)
         elif trial.first_run > TOO_SLOW * self._fastest[0]:
-            why = f"more than {TOO_SLOW:g} x slower than {self._fastest[1]} at the first run"
-            return trial.out(Outcome.TOO_SLOW, why)
+            self._out_as_slow(trial, TOO_SLOW, self._fastest[1])
         return None
+
+    def leave_slow(self, challengers: list[TrialInProgress], seconds: float) -> None:
+        """Rule out the slower ones where the fewest rounds of all would take longer than `seconds`."""
+        if self._fastest is None or MIN_ROUNDS * self.round_s(challengers) <= seconds:
+            return
+        for trial in challengers:
+            if trial.first_run > TOO_SLOW_FOR_ROUNDS * self._fastest[0]:
+                self._out_as_slow(trial, TOO_SLOW_FOR_ROUNDS, self._fastest[1])
+
+    @staticmethod
+    def _out_as_slow(trial: TrialInProgress, times: float, fastest: str) -> None:
+        trial.out(Outcome.TOO_SLOW, f"more than {times:g} x slower than {fastest} at the first run")
 
     def _with_dropout(self, candidate: Accepted) -> Errors:
         small = dropout.dropout_problem(self.problem)

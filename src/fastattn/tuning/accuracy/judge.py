@@ -19,6 +19,7 @@ from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem,
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 ROWS = 192  # of a sample; fewer where their scores would be more than SAMPLED
 SAMPLED = 2**22
+DIGESTED = 2**20  # elements
 POISONED = 2**24  # elements: more would take memory that the caller may not have
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
@@ -64,20 +65,20 @@ class Judge:
             grad = to_bhsd(self.grad, p.layout)[0, h * g : (h + 1) * g]
             grad = grad if self.rows is None else grad[:, self.rows]
 
-        def run(in_dtype: torch.dtype) -> reference.Result:
+        def run(in_dtype: torch.dtype, sized: bool) -> reference.Result:
             if grad is None and drop is None:
                 return reference.attend_in_blocks(
                     q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, lse=p.lse, rows=self.rows,
-                    dtype=in_dtype,
+                    dtype=in_dtype, sized=sized,
                 )  # fmt: skip
             return reference.attend(
                 q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse,
-                rows=self.rows, grad=grad, dtype=in_dtype,
+                rows=self.rows, grad=grad, dtype=in_dtype, sized=sized,
             )  # fmt: skip
 
-        exact = run(torch.float64)
+        exact = run(torch.float64, sized=True)
         accuracy = p.accuracy
-        rounded = run(dtype if accuracy == "dtype" else torch.float32)
+        rounded = run(dtype if accuracy == "dtype" else torch.float32, sized=False)
         u = ROUNDOFF[dtype]
         shrink = 2.0**-29 if dtype is torch.float64 else 1.0  # float64 math errs like float32 math, 2^29 times less
 
@@ -226,10 +227,19 @@ def _poison(s: Sample) -> None:
 
 
 def _digest(x: Tensor) -> int:
-    """A sum over its bits, each row's weighed by its place: a copy to compare with would take as much memory again."""
-    bits = x.detach().view(_SAME_SIZE[x.element_size()])
-    rows = bits.sum(-1, dtype=torch.int64).flatten()
-    return int((rows * torch.arange(1, rows.numel() + 1, dtype=torch.int64, device=rows.device)).sum())
+    """A sum over its bits, each row's weighed by its place: a copy to compare with would take as much memory again.
+
+    Some at a time: torch copies what is not of 64 bits to sum it up. Odd weights, which lose no bit where the sum overflows.
+    """
+    try:
+        bits = x.detach().view(torch.int64)
+    except RuntimeError:  # its rows are no whole number of them
+        bits = x.detach().view(_SAME_SIZE[x.element_size()])
+    longest = max(range(x.ndim - 1), key=lambda dim: x.shape[dim])
+    step = max(1, DIGESTED * x.shape[longest] // max(1, bits.numel()))
+    rows = torch.cat([part.sum(-1, dtype=torch.int64).flatten() for part in bits.split(step, longest)])
+    odd = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device) * 2 + 1
+    return int((rows * odd).sum())
 
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -154,7 +154,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
     sizes = {"b": p.batch, "h": p.q_heads, "q": p.q_len, "k": p.kv_len}
     shape = tuple(sizes[letter] if letter in p.mask_shape else 1 for letter in "bhqk")
     rows_differ = "q" in p.mask_shape and p.q_len > 1
-    visible = torch.rand(shape, generator=g, dtype=torch.float32, device=g.device) < 0.75
+    visible = _tiled(torch.rand(_drawn(shape), generator=g, dtype=torch.float32, device=g.device) < 0.75, shape)
     if "k" in p.mask_shape:
         visible[..., 0] = True
         if p.kv_len > 4:
@@ -163,7 +163,7 @@ def _mask(p: Problem, g: torch.Generator, cancel: tuple[Tensor, Tensor] | None) 
         visible[..., :: max(2, p.q_len // 4), :] = False
     if p.mask == "bool":
         return _strided(visible, p.mask_strides)
-    bias = _normal(g, shape, getattr(torch, p.mask))
+    bias = _tiled(_normal(g, _drawn(shape), getattr(torch, p.mask)), shape)
     if cancel is not None and rows_differ and "k" in p.mask_shape:
         q, k = cancel
         heads = slice(None) if shape[1] > 1 else slice(p.group, p.group + 1)  # the wide probe
@@ -197,10 +197,20 @@ def _normal(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Ten
     return torch.randn(shape, generator=g, dtype=wide, device=g.device)
 
 
+DRAWN = 2**20 - 3  # numbers: a prime, so that no two rows or heads are the same
+
+
 def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Gaussian numbers over and over: drawing each of a large cache's would take longer than timing with it."""
+    return _tiled(_normal(g, _drawn(shape), dtype).to(dtype), shape)
+
+
+def _drawn(shape: Sequence[int]) -> tuple[int]:
+    return (min(math.prod(shape), DRAWN),)
+
+
+def _tiled(drawn: Tensor, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
-    drawn = _normal(g, (min(size, 2**20),), dtype).to(dtype)
     return drawn.repeat(-(-size // max(1, drawn.numel())))[:size].view(*shape)
 
 
