@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastattn.environment.settings import current_settings
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import reference
-from fastattn.tuning.accuracy.judge import _digest
+from fastattn.tuning.accuracy.digest import digest
 from fastattn.tuning.accuracy.judge_call import judge_of_call
 from fastattn.tuning.accuracy.probes import PROBE_BYTES, PROBES, checked_lengths, plain_sample, probe_problem
 from fastattn.tuning.tune import tune_problem
@@ -80,7 +80,7 @@ def test_fault_71_looking_for_changed_inputs_copies_none():
     for inputs in (x, x.view(1, 1, -1, 96)):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
         before = memory_use._kibibytes("/proc/self/status", "VmRSS:")
-        _digest(inputs)
+        digest(inputs)
         assert memory_use._kibibytes("/proc/self/status", "VmHWM:") - before < x.nbytes / 4
 
 
@@ -91,9 +91,9 @@ def test_fault_71_a_changed_input_shows(shape, dtype):
     last, first = x.clone(), x.clone()
     last[-1:, -1:, -1:, -1:] = last[-1:, -1:, -1:, -1:].logical_not().to(dtype)
     first[:1, :1, 0] = first[:1, :1, 0].logical_not().to(dtype)
-    assert (_digest(last) == _digest(x)) is (_digest(first) == _digest(x)) is (not x.numel())
-    assert _digest(x.clone()) == _digest(x)
-    assert isinstance(_digest(x.transpose(1, 2)), int), "a view"
+    assert (digest(last) == digest(x)) is (digest(first) == digest(x)) is (not x.numel())
+    assert digest(x.clone()) == digest(x)
+    assert isinstance(digest(x.transpose(1, 2)), int), "a view"
 
 
 def test_fault_71_a_mask_of_numbers_that_repeat_has_no_equal_rows_or_heads():

@@ -14,12 +14,12 @@ from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
+from fastattn.tuning.accuracy.digest import digest
 from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, probe_sample, stand_in_scale
 
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 ROWS = 192  # of a sample; fewer where their scores would be more than SAMPLED
 SAMPLED = 2**22
-DIGESTED = 2**20  # elements
 POISONED = 2**24  # elements: more would take memory that the caller may not have
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
@@ -124,11 +124,11 @@ class Judge:
         """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
         s, p = self.sample, self.sample.problem
         inputs = [x for x in (s.q, s.k, s.v, s.mask) if x is not None]
-        before = [_digest(x) for x in inputs]
+        before = [digest(x) for x in inputs]
         _poison(s)
         found = call(s.q, s.k, s.v, s.mask)
         out, lse = found if p.lse else (found, None)
-        if [_digest(x) for x in inputs] != before:
+        if [digest(x) for x in inputs] != before:
             raise ValueError("it changes its inputs")
         got = to_bhsd(out, p.layout).detach()[0]
         if out.shape != (want := _out_shape(p)) or out.dtype is not p.torch_dtype:
@@ -224,25 +224,6 @@ def _poison(s: Sample) -> None:
         if x.numel() <= POISONED // 3
     ]
     del blocks  # together: each was a place of its own
-
-
-def _digest(x: Tensor) -> int:
-    """A sum over its bits, each row's weighed by its place: a copy to compare with would take as much memory again.
-
-    Some at a time: torch copies what is not of 64 bits to sum it up. Odd weights, which lose no bit where the sum overflows.
-    """
-    try:
-        bits = x.detach().view(torch.int64)
-    except RuntimeError:  # its rows are no whole number of them
-        bits = x.detach().view(_SAME_SIZE[x.element_size()])
-    longest = max(range(x.ndim - 1), key=lambda dim: x.shape[dim])
-    step = max(1, DIGESTED * x.shape[longest] // max(1, bits.numel()))
-    rows = torch.cat([part.sum(-1, dtype=torch.int64).flatten() for part in bits.split(step, longest)])
-    odd = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device) * 2 + 1
-    return int((rows * odd).sum())
-
-
-_SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def worst_errors(judged: Sequence[Judge], call: Call) -> Errors:
