@@ -76,12 +76,13 @@ def test_fault_71_the_memory_of_a_first_call(name, monkeypatch):
 @ON_LINUX
 def test_fault_71_looking_for_changed_inputs_copies_none():
     """Whether a candidate changed its inputs is found out without a copy of them."""
-    x = torch.ones(1, 1, 2**19, 63, dtype=torch.float32)  # 63: rows that are no whole number of 64 bits
-    for inputs in (x, x.view(1, 1, -1, 96)):
+    x = torch.ones(1, 1, 2**19, 127, dtype=torch.float32)  # 127: rows that are no whole number of 64 bits
+    for inputs in (x, x.view(1, 1, -1, 128)):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
         before = memory_use._kibibytes("/proc/self/status", "VmRSS:")
         digest(inputs)
-        assert memory_use._kibibytes("/proc/self/status", "VmHWM:") - before < x.nbytes / 4
+        took = memory_use._kibibytes("/proc/self/status", "VmHWM:") - before
+        assert took < x.nbytes, f"{took / MIB:.0f} MiB"  # torch's own copy would be twice its size
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 9, 4), (3, 1, 5, 7), (1, 1, 2**18, 6), (1, 70_000, 4, 8), (2, 0, 3, 4)])

@@ -14,12 +14,16 @@ def digest(x: Tensor) -> int:
 
     Some at a time: torch copies what is not of 64 bits to sum it up. Odd weights, which lose no bit where the sum overflows.
     """
-    try:
-        bits = x.detach().view(torch.int64)
-    except RuntimeError:  # its rows are no whole number of them
-        bits = x.detach().view(_SAME_SIZE[x.element_size()])
+    per_word = 8 // x.element_size()
+    is_whole = x.stride(-1) == 1 and not any(n % per_word for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+    bits = x.detach().view(torch.int64 if is_whole else _SAME_SIZE[x.element_size()])
     longest = max(range(x.ndim - 1), key=lambda dim: x.shape[dim])
     step = max(1, _AT_ONCE * x.shape[longest] // max(1, bits.numel()))
-    rows = torch.cat([part.sum(-1, dtype=torch.int64).flatten() for part in bits.split(step, longest)])
-    odd = torch.arange(rows.numel(), dtype=torch.int64, device=rows.device) * 2 + 1
-    return int((rows * odd).sum())
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for part in bits.split(
+        step, longest
+    ):  # nothing is kept of one: a small piece in the middle of freed memory splits it
+        rows = part.sum(-1, dtype=torch.int64).flatten()
+        odd = torch.arange(rows.numel(), dtype=torch.int64, device=x.device) * 2 + 1
+        total = 31 * total + (rows * odd).sum()
+    return int(total)
