@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import first_call_child
+import starts
 from rich.table import Table
 
 MIB = 2**20
@@ -56,13 +57,18 @@ class FirstCall:
         return self.first_s <= self.most_s and self.peak <= self.most_bytes
 
 
+def chosen(words: list[str] | None) -> list[str]:
+    """The extremes with one of the words in their name; without words all."""
+    return [name for name in EXTREMES if not words or any(word in name for word in words)]
+
+
 def first_calls(names: list[str]) -> list[FirstCall]:
     """Each in a process of its own; what it is doing goes to stderr."""
     found = []
     for name in names:
         print(f"first call: {name} ...", file=sys.stderr)
         command = [sys.executable, first_call_child.__file__, json.dumps(EXTREMES[name])]
-        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=starts.as_installed())
         found.append(FirstCall(name, **json.loads(run.stdout)))
     return found
 

@@ -3,6 +3,7 @@
     python benchmarks/overhead.py [--smoke] [--json FILE] [--results docs/results]
     python benchmarks/overhead.py --against DIR        # a hit here and in another checkout, by processes that alternate
     python benchmarks/overhead.py --first-calls        # first calls on extreme problems: time and memory
+    python benchmarks/overhead.py --first-calls --only mask "1 query"    # those whose name has one of these in it
 
 Every row is one interleaved measurement: the base, the base again (the A/A spread), and fastattn's way to the same work.
 Exit code 1 when an aim of the design is missed (with --smoke: only when absurd). docs/benchmarks.md says how to read it.
@@ -53,6 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds a row (default 41), or processes of a checkout (default 7)")
     parser.add_argument("--against", metavar="DIR", type=Path, help="only compare a hit with that checkout's")
     parser.add_argument("--first-calls", action="store_true", help="only first calls, on problems of extreme shapes")
+    parser.add_argument(
+        "--only", metavar="WORDS", nargs="+", help="of the first calls, those with such words in their name"
+    )
     add_results(parser, "overhead.txt and .json (against.txt, first-calls.txt and so on)")
     return parser.parse_args()
 
@@ -62,7 +66,7 @@ def main() -> int:
     torch.set_num_threads(1)
     console, facts, missed = open_console(), environment(), False
     if args.first_calls:
-        calls = first_calls.first_calls(list(first_calls.EXTREMES)[: 1 if args.smoke else None])
+        calls = first_calls.first_calls(first_calls.chosen(args.only)[: 1 if args.smoke else None])
         console.print(first_calls.table(calls))
         missed = not args.smoke and not all(call.is_met for call in calls)
         data = {"first_calls": [asdict(call) | {"is_met": call.is_met} for call in calls]}

@@ -41,11 +41,15 @@ def store_verdicts() -> None:
         session.keep(verdict, settings, device)
 
 
-def child(directory: str) -> dict[str, Any]:
-    """One process with nothing set but the store; modules are compiled once, as those of an installed package are."""
+def as_installed() -> dict[str, str]:
+    """The environment with nothing set of fastattn; modules are compiled once, as those of an installed package are."""
     not_kept = ("FASTATTN_", "PYTHONDONTWRITEBYTECODE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(not_kept)}
-    environment["FASTATTN_CACHE_DIR"] = directory
+    return {name: value for name, value in os.environ.items() if not name.startswith(not_kept)}
+
+
+def child(directory: str) -> dict[str, Any]:
+    """One process with nothing set but the store."""
+    environment = as_installed() | {"FASTATTN_CACHE_DIR": directory}
     command = [sys.executable, start_child.__file__, str(PROBLEMS)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found = json.loads(run.stdout)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastattn import masks
-from fastattn.problems.masks.mask import known_kinds
+from fastattn.problems.masks.written import known_kinds
 
 PAGE = Path(__file__).with_name("masks.md")
 HEAD = """# Masks with a meaning

@@ -162,7 +162,7 @@ def winning(verdict, name):
     from dataclasses import replace
 
     won = {"outcome": Outcome.TIMED, "reason": None, "time_us": 0.001}
-    trials = tuple(replace(t, **won) if t.candidate == name else t for t in verdict.trials)
+    trials = tuple(t._replace(**won) if t.candidate == name else t for t in verdict.trials)
     return replace(verdict, winner=name, trials=trials)
 
 

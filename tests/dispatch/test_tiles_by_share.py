@@ -63,7 +63,7 @@ def test_the_share_up_to_which_tiles_pay_is_measured(seen):
     assert verdict.trial("tiler+tiles").share == 5 / 8
     assert verdict.share_worth_tiles("tiler+tiles", "default") == pytest.approx(4 / 3 * 5 / 8)
     assert verdict.share_worth_tiles("tiler+tiles", "no such kernel") == 0
-    faster = replace(verdict.trial("tiler+tiles"), time_us=1.0)
+    faster = verdict.trial("tiler+tiles")._replace(time_us=1.0)
     others = tuple(t for t in verdict.trials if t.candidate != "tiler+tiles")
     assert replace(verdict, trials=(*others, faster)).share_worth_tiles("tiler+tiles", "default") == MOST_IN_TILES
 

@@ -24,9 +24,11 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(FILE, encoding="utf-8")
     monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(tmp_path)])
     registry._shipped.cache_clear()
+    registry._shipped_as.cache_clear()
     yield
     monkeypatch.undo()
     registry._shipped.cache_clear()
+    registry._shipped_as.cache_clear()
     sys.modules.pop("fastattn.kernels.adapters.toy", None)
     if hasattr(adapters, "toy"):
         del adapters.toy

@@ -21,6 +21,12 @@ from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted, Rejected
 
 
+def test_the_fixed_order_names_the_adapters_of_each_kernel():
+    """Else a stored verdict would not find its winner."""
+    for name in registry.ORDER:
+        assert registry._shipped_as(name) == tuple(row for row in registry._shipped() if row.name == name) != ()
+
+
 def test_every_kernel_has_a_row_and_every_row_a_kernel():
     check_table()
 

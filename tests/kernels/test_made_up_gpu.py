@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import stubs
 import torch
-from fakes import DEFAULT, FAST, Clock, turn
+from fakes import DEFAULT, FAST, Clock, ship, turn
 from library_grid import installed
 from stubs import flash_attn_2, flashinfer_single, sage_1
 
@@ -199,7 +199,7 @@ def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypa
         assert first(capturing=True) != WINNER
         assert first() == WINNER
         rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in registry._shipped())
-        monkeypatch.setattr(registry, "_shipped", lambda: rows)
+        ship(monkeypatch, rows)
         assert first() == WINNER
         assert first(capturing=True) != WINNER
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,7 @@ def capture(monkeypatch):
 
     def start():
         drop_all()
-        monkeypatch.setattr(resolve, "read_circumstances", lambda *given: replace(real(*given), capturing=True))
+        monkeypatch.setattr(resolve, "read_circumstances", lambda *given: real(*given)._replace(capturing=True))
         forbid(monkeypatch, *DISTURBING)
 
     return start
@@ -100,7 +99,7 @@ def test_fault_47_after_the_capture_it_is_tuned(quick, monkeypatch):
     q, k, v = qkv(48)
     real = read_circumstances
     with monkeypatch.context() as patch:
-        patch.setattr(resolve, "read_circumstances", lambda *given: replace(real(*given), capturing=True))
+        patch.setattr(resolve, "read_circumstances", lambda *given: real(*given)._replace(capturing=True))
         fastattn.attention(q, k, v)
     fastattn.attention(q, k, v)
     assert fastattn.explain(q, k, v).served_by == "quick"

@@ -92,10 +92,16 @@ def add(monkeypatch: Any, *rows: Kernel) -> None:
     monkeypatch.setattr(registry, "_registered", [*registry._registered, *rows])
 
 
+def ship(monkeypatch: Any, rows: tuple[Kernel, ...]) -> None:
+    """These are the kernels that fastattn brings until the test ends."""
+    monkeypatch.setattr(registry, "_shipped", lambda: rows)
+    monkeypatch.setattr(registry, "_shipped_as", lambda name: tuple(row for row in rows if row.name == name))
+
+
 def replace_default(monkeypatch: Any, run: Run) -> None:
     """The default computes `run` until the test ends."""
     rows = tuple(replace(r, load=lambda: run) if r.name == "default" else r for r in registry._shipped())
-    monkeypatch.setattr(registry, "_shipped", lambda: rows)
+    ship(monkeypatch, rows)
 
     def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask

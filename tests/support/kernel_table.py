@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -212,7 +212,7 @@ def decide(name, device, changes):
     """(whether it is accepted, its reasons)."""
     silicon = MADE_UP[device]
     [kernel] = [k for k in registry.rows_for(silicon.type) if k.name == name]
-    of_call = {f.name for f in fields(CallFacts)}
+    of_call = set(CallFacts._fields)
     facts = CallFacts(**{name: value for name, value in changes.items() if name in of_call})
     p = problem(**{"device": silicon.type, **{name: value for name, value in changes.items() if name not in of_call}})
     found = candidates.decide(kernel, p, silicon, Settings(), facts=facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from fastattn.environment.settings import current_settings
 from fastattn.tuning import memory_use
 from fastattn.tuning.accuracy import reference
+from fastattn.tuning.accuracy.digest import digest
 from fastattn.tuning.accuracy.judge_call import judge_of_call
-from fastattn.tuning.accuracy.probes import PROBE_BYTES, PROBES, checked_lengths, probe_problem
+from fastattn.tuning.accuracy.probes import PROBE_BYTES, PROBES, checked_lengths, plain_sample, probe_problem
 from fastattn.tuning.tune import tune_problem
 from fastattn.verdicts.verdict import Outcome
 
@@ -69,6 +71,39 @@ def test_fault_71_the_memory_of_a_first_call(name, monkeypatch):
     with memory_use._Meter([]) as meter:
         tune_problem(p, current_settings(), clock=clock)
     assert meter.peak <= 2 * p.io_bytes + 256 * MIB, f"{meter.peak / MIB:.0f} MiB, its own {p.io_bytes / MIB:.0f} MiB"
+
+
+@ON_LINUX
+def test_fault_71_looking_for_changed_inputs_copies_none():
+    """Whether a candidate changed its inputs is found out without a copy of them."""
+    x = torch.ones(1, 1, 2**19, 127, dtype=torch.float32)  # 127: rows that are no whole number of 64 bits
+    for inputs in (x, x.view(1, 1, -1, 128)):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM starts again
+        before = memory_use._kibibytes("/proc/self/status", "VmRSS:")
+        digest(inputs)
+        took = memory_use._kibibytes("/proc/self/status", "VmHWM:") - before
+        assert took < x.nbytes, f"{took / MIB:.0f} MiB"  # torch's own copy would be twice its size
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9, 4), (3, 1, 5, 7), (1, 1, 2**18, 6), (1, 70_000, 4, 8), (2, 0, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_fault_71_a_changed_input_shows(shape, dtype):
+    x = (torch.randn(shape, dtype=torch.float32) - 1).clamp(min=0).to(dtype)
+    last, first = x.clone(), x.clone()
+    last[-1:, -1:, -1:, -1:] = last[-1:, -1:, -1:, -1:].logical_not().to(dtype)
+    first[:1, :1, 0] = first[:1, :1, 0].logical_not().to(dtype)
+    assert (digest(last) == digest(x)) is (digest(first) == digest(x)) is (not x.numel())
+    assert digest(x.clone()) == digest(x)
+    assert isinstance(digest(x.transpose(1, 2)), int), "a view"
+
+
+def test_fault_71_a_mask_of_numbers_that_repeat_has_no_equal_rows_or_heads():
+    p = problem(q_len=1024, kv_len=1024, q_heads=3, kv_heads=3, mask="float32", mask_shape="hqk")
+    mask = plain_sample(p, HOST).mask
+    assert mask.shape == (1, 3, 1024, 1024)
+    rows = mask.flatten(0, 2).nan_to_num(neginf=-1e9)
+    seen = rows[(rows > -1e9).any(-1)]
+    assert len(seen.unique(dim=0)) == len(seen) > 2000
 
 
 @pytest.mark.parametrize("name", ["one query on 400,000 keys", "200,000 queries on 16", "batch 20,000"])

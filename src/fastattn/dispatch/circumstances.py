@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ STORED = "stored"  # serve what is stored where it is exact and safe, else the d
 PASS = "pass"  # F.sdpa, nothing learnt and nothing remembered
 
 
-@dataclass(frozen=True, slots=True)
-class Circumstances:
+class Circumstances(NamedTuple):
     """The circumstances of one call; all False is an ordinary eager call."""
 
     off: bool = False
@@ -146,4 +144,4 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-assert {name for name, _, _ in RULES} == {f.name for f in fields(Circumstances)}
+assert {name for name, _, _ in RULES} == set(Circumstances._fields)

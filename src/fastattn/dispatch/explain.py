@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Explanation:
             "why": self.why,
             "speedup": self.verdict.speedup() if self.verdict else None,
             "cores_missing": self.verdict.cores_missing if self.verdict else None,
-            "candidates": [asdict(row) for row in self.rows],
+            "candidates": [row._asdict() for row in self.rows],
         }
 
     def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:

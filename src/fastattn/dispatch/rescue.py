@@ -6,7 +6,6 @@ Whose an exception is, environment/blame.py says: what only passed through a ker
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def _answer(
 ) -> tuple[Any, Call, Accepted]:
     """What answers in place of a candidate that raised: (the answer, the Call it came from, its candidate)."""
     capturing = is_capturing(given[0])
-    asked = asked._replace(circumstances=replace(asked.circumstances, capturing=capturing))
+    asked = asked._replace(circumstances=asked.circumstances._replace(capturing=capturing))
     answers = _answer_of_default(error, asked, verdict, bind, given)
     latest = session.latest(verdict, asked.settings, Device.of(given[0].device)) if verdict is not None else None
     for candidate in fallback.in_order(asked, latest):

@@ -8,8 +8,7 @@ A field is an attribute of Problem, "capability" of the Device, or one of OF_CAL
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fastattn.problems.call_facts import CallFacts
 
@@ -38,8 +37,7 @@ def _value(field: str, problem: Problem, device: Device, facts: CallFacts) -> An
     return getattr(facts if field in OF_CALL else device if field == "capability" else problem, field)
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """A number between `min` and `max`, and a multiple of `multiple_of`."""
 
     field: str
@@ -78,8 +76,7 @@ class Range:
         return f"{low}{self.field}{high}{step}"
 
 
-@dataclass(frozen=True, slots=True)
-class OneOf:
+class OneOf(NamedTuple):
     """One of a few values."""
 
     field: str
@@ -95,8 +92,7 @@ class OneOf:
         return f"{self.field} in {', '.join(map(str, self.values))}"
 
 
-@dataclass(frozen=True, slots=True)
-class Forbid:
+class Forbid(NamedTuple):
     """Something this kernel does not do at all: the field must be falsy."""
 
     field: str
@@ -112,8 +108,7 @@ class Forbid:
         return f"no {self.what}"
 
 
-@dataclass(frozen=True, slots=True)
-class RefuseWhen:
+class RefuseWhen(NamedTuple):
     """Any other limit: `text` may use {p.field} and {device.field}, and should name both sides."""
 
     text: str

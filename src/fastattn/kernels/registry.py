@@ -6,7 +6,7 @@ its metadata alone, and imported only where the caller names it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -20,25 +20,42 @@ from fastattn.kernels.kernel import Kernel
 
 # Always there, whatever FASTATTN_KERNELS says: what the user would have had, and what accepts every problem.
 FALLBACKS = ("default", "sdpa_math")
-# The fixed order: torch's own before what was installed, what is most often best before what seldom is.
-ORDER = (
-    "default", "torch_flash", "torch_cudnn", "torch_efficient", "aten_flash", "aten_efficient", "torch_varlen",
-    "matmul_mixed", "matmul_shifted", "matmul", "torch_math", "flex", "sdpa_math",
-    "flash_attn_3", "fa3_fwd", "flash_attn_4", "flash_attn_2", "cudnn_frontend", "te_fused", "te_flash",
-    "xformers_flash3", "xformers_flash", "xformers_cutlass", "xformers_splitk",
-    "mslk_blackwell", "mslk_flash3", "mslk_flash", "mslk_cutlass", "mslk_splitk",
-    "flashinfer_single_fa3", "flashinfer_ragged_fa3", "flashinfer_single_fa2", "flashinfer_ragged_fa2",
-)  # fmt: skip
+# The fixed order, and the adapters of each name: torch's own before what was installed, what is most often best before what
+# seldom is.
+ORDER = {
+    "default": "torch_sdpa", "torch_flash": "torch_cuda torch_sdpa", "torch_cudnn": "torch_cuda",
+    "torch_efficient": "torch_cuda", "aten_flash": "torch_lower", "aten_efficient": "torch_lower",
+    "torch_varlen": "torch_lower", "matmul_mixed": "matmul", "matmul_shifted": "matmul", "matmul": "matmul",
+    "torch_math": "torch_sdpa", "flex": "flex", "sdpa_math": "sdpa_math",
+    "flash_attn_3": "flash_attn_3", "fa3_fwd": "flash_attn_3", "flash_attn_4": "flash_attn_4",
+    "flash_attn_2": "flash_attn_2", "cudnn_frontend": "cudnn_frontend",
+    "te_fused": "transformer_engine", "te_flash": "transformer_engine",
+    "xformers_flash3": "xformers", "xformers_flash": "xformers", "xformers_cutlass": "xformers",
+    "xformers_splitk": "xformers", "mslk_blackwell": "mslk", "mslk_flash3": "mslk", "mslk_flash": "mslk",
+    "mslk_cutlass": "mslk", "mslk_splitk": "mslk",
+    "flashinfer_single_fa3": "flashinfer", "flashinfer_ragged_fa3": "flashinfer",
+    "flashinfer_single_fa2": "flashinfer", "flashinfer_ragged_fa2": "flashinfer",
+}  # fmt: skip
 GROUP = "fastattn.kernels"
 _registered: list[Kernel] = []
 
 
 @cache
 def _shipped() -> tuple[Kernel, ...]:
-    rows: list[Kernel] = []
-    for module in sorted(m.name for m in iter_modules(adapters.__path__)):
-        rows += import_module(f"{adapters.__name__}.{module}").KERNELS
-    return tuple(sorted(rows, key=lambda k: (ORDER.index(k.name) if k.name in ORDER else len(ORDER), k.name)))
+    rows = _rows_of(sorted(m.name for m in iter_modules(adapters.__path__)))
+    places = {name: place for place, name in enumerate(ORDER)}
+    return tuple(sorted(rows, key=lambda k: (places.get(k.name, len(places)), k.name)))
+
+
+@cache
+def _shipped_as(name: str) -> tuple[Kernel, ...]:
+    """Those of that name, for which a stored verdict has only its own adapters imported."""
+    rows = _rows_of(ORDER[name].split()) if name in ORDER else _shipped()
+    return tuple(row for row in rows if row.name == name)
+
+
+def _rows_of(modules: Iterable[str]) -> list[Kernel]:
+    return [row for module in modules for row in import_module(f"{adapters.__name__}.{module}").KERNELS]
 
 
 def register(kernel: Kernel) -> None:
@@ -76,7 +93,7 @@ def rows_for(device_type: str, named: Collection[str] = (), *, with_plugins: boo
 
 def row_for(name: str, device_type: str, named: Collection[str] = ()) -> Kernel | None:
     """The row of that name to ask on a device."""
-    own = [kernel for kernel in (*_shipped(), *_registered) if kernel.name == name]
+    own = [*_shipped_as(name), *(kernel for kernel in _registered if kernel.name == name)]
     if own:  # the last one that says it is for the device, as in rows_for
         return next((kernel for kernel in reversed(own) if device_type in kernel.devices), own[0])
     return next((kernel for kernel in rows_for(device_type, named) if kernel.name == name), None)

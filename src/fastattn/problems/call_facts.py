@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastattn.problems import masks
 from fastattn.problems.layouts import order_in_memory, strides_of_class
@@ -12,8 +12,7 @@ from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 INT32 = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class CallFacts:
+class CallFacts(NamedTuple):
     """The facts of one call; the defaults are those of an ordinary one."""
 
     extent: int = 0  # largest element offset into one of its tensors

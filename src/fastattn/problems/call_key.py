@@ -5,7 +5,6 @@ Mistakes that F.scaled_dot_product_attention also refuses raise the same type of
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +101,13 @@ def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask 
     if len(windows) + len(corners) == len(mask.parts()) and len(windows) + (options.window is not None) < 2:
         sides = next(((window.left, window.right) for window in windows), options.window)
         sides = None if sides == (-1, -1) else sides
-        return replace(options, window=sides), next(iter(corners), None), None
+        return options._replace(window=sides), next(iter(corners), None), None
     own = [masks.Causal()] if options.is_causal else []
     own += [masks.Window(*options.window)] if options.window is not None else []
     also = masks.all_of(own) if own else None
     if also is not None:
         masks.all_of([mask, also])  # raises where they do not go together
-    return replace(options, is_causal=False, window=None), mask, also
+    return options._replace(is_causal=False, window=None), mask, also
 
 
 def check_call(key: CallKey) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +17,7 @@ from fastattn.problems import bands
 from fastattn.problems.layouts import LAYOUTS
 
 
-@dataclass(frozen=True, slots=True)
-class CallOptions:
+class CallOptions(NamedTuple):
     """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
 
     is_causal: bool = False
@@ -40,8 +38,8 @@ class CallOptions:
     page_table: Any = None
 
 
-OPTION_NAMES = tuple(f.name for f in fields(CallOptions))
-OPTION_DEFAULTS = {f.name: f.default for f in fields(CallOptions)}
+OPTION_NAMES = CallOptions._fields
+OPTION_DEFAULTS = CallOptions._field_defaults
 _LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
 _VALID = ("mask", "layout", *(name for name in OPTION_NAMES if name not in _LATER))
 # What other attention functions call it.
@@ -85,8 +83,8 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
     if options.score_mod is not None and options.softcap:
         raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
     if options.accuracy is not None:
-        options = replace(options, accuracy=check_accuracy(options.accuracy))
-    return options if options.window is None else replace(options, window=_window(options.window))
+        options = options._replace(accuracy=check_accuracy(options.accuracy))
+    return options if options.window is None else options._replace(window=_window(options.window))
 
 
 def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
@@ -102,7 +100,7 @@ def _with_number(options: CallOptions, name: str, wanted: str) -> CallOptions:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number and not (getattr(value, "ndim", None) == 0 and _is_real(getattr(value, "dtype", None))):
         raise TypeError(f"attention(): {name} must be {wanted}, got {type_name(value)}")
-    return replace(options, **{name: float(value)})
+    return options._replace(**{name: float(value)})
 
 
 def _is_real(dtype: Any) -> bool:

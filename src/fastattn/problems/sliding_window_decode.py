@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from fastattn.problems import bands, masks
@@ -43,5 +42,5 @@ class SlidingWindowDecode(NamedTuple):
             )
             for s in (key.k, key.v)
         )
-        options = replace(key.options, window=None, is_causal=False)
+        options = key.options._replace(window=None, is_causal=False)
         return key._replace(k=k, v=v, mask=None, options=options)

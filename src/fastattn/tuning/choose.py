@@ -9,7 +9,7 @@ from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability
 from fastattn.planning.decision import Accepted
 from fastattn.tuning.accuracy.budgets import Errors
-from fastattn.tuning.screening import inaccurate
+from fastattn.tuning.reasons import inaccurate
 from fastattn.tuning.stopwatch import MIN_ROUNDS
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome

@@ -15,7 +15,6 @@ from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.settings import Settings
-from fastattn.environment.text import first_line
 from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding, candidates
 from fastattn.planning.conversions.blocks import IN_BLOCKS
@@ -29,11 +28,13 @@ from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import Judge, judge_of_tiles, judges_of_problem, worst_errors
 from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, stand_in_scale
 from fastattn.tuning.new_lengths import new_length_s
-from fastattn.tuning.stopwatch import KEEP_WITHIN, SAMPLE_S, ClockError, Stopwatch
+from fastattn.tuning.reasons import failure, inaccurate, out_as_slow
+from fastattn.tuning.stopwatch import KEEP_WITHIN, MIN_ROUNDS, SAMPLE_S, ClockError, Stopwatch
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
+TOO_SLOW_FOR_ROUNDS = 2.0  # the same where there is no time for rounds of all
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 
@@ -88,7 +89,7 @@ class Screening:
                 log.error("kernel %s broke the CUDA context on %s", candidate.name, self.problem)
             if cause in (Cause.DEVICE, Cause.CALLER):
                 raise
-            trial.out(*_failure(error, cause))
+            trial.out(*failure(error, cause))
             is_memory = cause is Cause.MEMORY
         else:
             return None
@@ -155,11 +156,18 @@ class Screening:
             )
         took = trial.first_run + trial.new_length
         if took > most:
-            why = f"more than {TOO_SLOW:g} x slower than {fastest} at the first run"
-            return trial.out(Outcome.TOO_SLOW, "; ".join(filter(None, (why, trial.what_is_new))))
+            return out_as_slow(trial, TOO_SLOW, fastest)
         if TOO_SLOW * took < most:
             self._fastest = (took, candidate.name)
         return None
+
+    def leave_slow(self, challengers: list[TrialInProgress], seconds: float) -> None:
+        """Rule out the slower ones where the fewest rounds of all would take longer than `seconds`."""
+        if self._fastest is None or MIN_ROUNDS * self.round_s(challengers) <= seconds:
+            return
+        for trial in challengers:
+            if trial.first_run + trial.new_length > TOO_SLOW_FOR_ROUNDS * self._fastest[0]:
+                out_as_slow(trial, TOO_SLOW_FOR_ROUNDS, self._fastest[1])
 
     def _judges_of(self, candidate: Accepted) -> list[Judge]:
         """What a candidate's numbers are compared with; tiles on a mask with a structure as well."""
@@ -224,18 +232,3 @@ class Screening:
 
     def close(self) -> None:
         self.judges.clear()
-
-
-def _failure(error: Exception, cause: Cause) -> tuple[Outcome, str]:
-    """What a candidate that raised comes to."""
-    what = f"{'out of memory' if cause is Cause.MEMORY else type(error).__name__}: {first_line(error)}"
-    if cause is Cause.CIRCUMSTANCE:
-        return Outcome.NOT_TRIED, f"not tried: {cause.value} did not allow it: {what}"
-    return Outcome.FAILED, what
-
-
-def inaccurate(errors: Errors) -> str:
-    parts = [f"forward error {errors.forward:.3g} budgets > 1"] if not errors.forward <= 1 else []
-    if errors.backward is not None and not errors.backward <= 1:
-        parts.append(f"backward error {errors.backward:.3g} budgets > 1")
-    return "inaccurate: " + ", ".join(parts)

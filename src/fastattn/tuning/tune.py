@@ -26,7 +26,7 @@ from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = (0.5, 5.0)
-BUDGET_FACTOR = 40  # of the incumbent's own time
+BUDGET_FACTOR = 25  # of the incumbent's own time: what comes before and after makes a first call of at most 60
 THOROUGH_ROUNDS = 10
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 ROOM = 192 * 2**20  # bytes beyond the problem's own that a candidate may take in a first call: 256 MiB less the probes
@@ -85,8 +85,9 @@ def tune_problem(
             else:
                 screening.screen(trial)
                 tried += 1
-        alive = [t for t in trials if t.is_alive]
         left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
+        screening.leave_slow([t for t in trials if t.is_alive and t is not incumbent], left)
+        alive = [t for t in trials if t.is_alive]
         left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
         cores_missing = _time(alive, clock, left, contention, STEADY_TRIES if thorough else 1)
         took = clock.now() - began

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastattn.problems.problem import Problem
 
@@ -41,8 +41,7 @@ OPEN = (
 )  # left out for lack of time, memory or a clock: another tuning may try them
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
+class Trial(NamedTuple):
     """One candidate in a tuning. time_us is the median of one run, backward included where gradients are wanted.
 
     Where lengths churn it is that of a run at a length that is new to the kernel.
@@ -158,7 +157,7 @@ class Verdict:
     def demoted(self, candidate: str, cause: str) -> Verdict:
         """The same without a candidate that raised: the next one wins."""
         out = {"outcome": Outcome.DEMOTED, "reason": cause}
-        trials = tuple(replace(t, **out) if t.candidate == candidate else t for t in self.trials)
+        trials = tuple(t._replace(**out) if t.candidate == candidate else t for t in self.trials)
         left = replace(self, trials=trials).ranked()
         return replace(self, trials=trials, winner=left[0] if left else self.incumbent)
 
@@ -168,7 +167,7 @@ class Verdict:
             name: getattr(self, name)
             for name in ("winner", "incumbent", "created", "cores_missing", "made_by", "kernels", "libraries")
         }
-        trials = [{name: value for name, value in asdict(t).items() if value not in (None, "")} for t in self.trials]
+        trials = [{name: value for name, value in t._asdict().items() if value not in (None, "")} for t in self.trials]
         return {"schema": SCHEMA, "problem": self.problem.to_json(), **data, "trials": trials}
 
     @staticmethod

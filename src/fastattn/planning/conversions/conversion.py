@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +15,7 @@ from fastattn.problems.problem import Problem
 NO, OPTIONAL, REQUIRED = "no", "optional", "required"
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(NamedTuple):
     """`when(kernel, problem, facts)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap` makes the step that converts."""
 
     name: str

@@ -8,9 +8,11 @@ They are small and frozen, and hold no tensor: what a tensor says is read once, 
 as a dense mask, so what they hide is neither computed nor stored.
 """
 
-from fastattn.problems.masks.kinds import ALiBi, Causal, Chunked, Dilated, Global, Neighborhood, Window
-from fastattn.problems.masks.mask import Mask, all_of, parse
+from fastattn.problems.masks.alibi import ALiBi
+from fastattn.problems.masks.kinds import Causal, Chunked, Dilated, Global, Neighborhood, Window
+from fastattn.problems.masks.mask import Mask, all_of
 from fastattn.problems.masks.sequences import Document, Padding, Prefix
+from fastattn.problems.masks.written import parse
 
 __all__ = [
     "ALiBi", "Causal", "Chunked", "Dilated", "Document", "Global", "Mask", "Neighborhood", "Padding", "Prefix", "Window",

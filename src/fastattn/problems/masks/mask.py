@@ -1,4 +1,4 @@
-"""Mask: what all masks with a meaning are, how they combine, and how one is read back from its words.
+"""Mask: what all masks with a meaning are, and how they combine.
 
 A mask speaks of positions. The position of query i is i, or i + kv_len - q_len where the mask holds a Causal("bottom_right"):
 one corner holds for all that is combined.
@@ -6,7 +6,6 @@ one corner holds for all that is combined.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from fastattn.problems.masks.picture import Picture
 
-_kinds: dict[str, type[Mask]] = {}  # by name: what parse() knows
+KINDS: dict[str, type[Mask]] = {}  # by name: what can be read back from its words
 
 
 class Mask:
@@ -31,7 +30,7 @@ class Mask:
     __slots__ = ()
 
     def __init_subclass__(cls) -> None:
-        _kinds[cls.__name__] = cls
+        KINDS[cls.__name__] = cls
 
     def __and__(self, other: Mask) -> Mask:
         return _combined(Intersection, self, other)
@@ -222,7 +221,7 @@ def _combined(kind: type[_Combined], a: Mask, b: Any) -> Mask:
     of = tuple(dict.fromkeys(of))
     if kind is Union and any(mask.heads() for mask in of):
         raise ValueError(f"{a!r} | {b!r}: a bias is added to what is seen, and goes with &")
-    if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, _kinds["Causal"])}) > 1:
+    if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, KINDS["Causal"])}) > 1:
         raise ValueError(f"{a!r} and {b!r} have different corners: a mask has one position for each query")
     return of[0] if len(of) == 1 else kind(of)
 
@@ -235,28 +234,3 @@ def all_of(some: Iterable[Mask]) -> Mask:
 def leaves(mask: Mask) -> list[Mask]:
     """All that is combined in a mask."""
     return [leaf for part in mask.of for leaf in leaves(part)] if isinstance(mask, _Combined) else [mask]
-
-
-def parse(text: str) -> Mask:
-    """The mask that is written so: the inverse of repr. Raises ValueError on anything else."""
-    try:
-        return _of_node(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{text!r} is no mask: write one as in 'Causal() & Document(512)' ({error})") from None
-
-
-def _of_node(node: ast.expr) -> Mask:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
-        left, right = _of_node(node.left), _of_node(node.right)
-        return left & right if isinstance(node.op, ast.BitAnd) else left | right
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.func.id.startswith("_"):
-        raise ValueError(f"a mask is a name with arguments, one of {', '.join(known_kinds())}")
-    if node.func.id not in known_kinds():
-        raise ValueError(f"there is no mask {node.func.id!r}, only {', '.join(known_kinds())}")
-    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
-    return _kinds[node.func.id](*(ast.literal_eval(value) for value in node.args), **named)
-
-
-def known_kinds() -> list[str]:
-    """Names of the masks that can be written down."""
-    return sorted(name for name, kind in _kinds.items() if not issubclass(kind, _Combined))

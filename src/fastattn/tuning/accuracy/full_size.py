@@ -52,7 +52,7 @@ class FullSize:
         exact, rounded = (
             reference.attend_in_blocks(
                 q, k, v, mask, scale=self._scale, lower=lower, upper=upper, softcap=p.softcap, rows=rows,
-                dtype=wide,
+                dtype=wide, sized=wide is torch.float64,
             )
             for wide in (torch.float64, dtype if p.accuracy == "dtype" else torch.float32)
         )  # fmt: skip

@@ -14,6 +14,7 @@ from fastattn.problems.layouts import to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
+from fastattn.tuning.accuracy.digest import digest
 from fastattn.tuning.accuracy.patterns import structured
 from fastattn.tuning.accuracy.probes import (
     Sample,
@@ -71,20 +72,20 @@ class Judge:
             grad = to_bhsd(self.grad, p.layout)[0, h * g : (h + 1) * g]
             grad = grad if self.rows is None else grad[:, self.rows]
 
-        def run(in_dtype: torch.dtype) -> reference.Result:
+        def run(in_dtype: torch.dtype, sized: bool) -> reference.Result:
             if grad is None and drop is None:
                 return reference.attend_in_blocks(
                     q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, lse=p.lse, rows=self.rows,
-                    dtype=in_dtype,
+                    dtype=in_dtype, sized=sized,
                 )  # fmt: skip
             return reference.attend(
                 q, k, v, mask, scale=scale, lower=lower, upper=upper, softcap=p.softcap, drop=drop, lse=p.lse,
-                rows=self.rows, grad=grad, dtype=in_dtype,
+                rows=self.rows, grad=grad, dtype=in_dtype, sized=sized,
             )  # fmt: skip
 
-        exact = run(torch.float64)
+        exact = run(torch.float64, sized=True)
         accuracy = p.accuracy
-        rounded = run(dtype if accuracy == "dtype" else torch.float32)
+        rounded = run(dtype if accuracy == "dtype" else torch.float32, sized=False)
         u = ROUNDOFF[dtype]
         shrink = 2.0**-29 if dtype is torch.float64 else 1.0  # float64 math errs like float32 math, 2^29 times less
 
@@ -130,11 +131,11 @@ class Judge:
         """Run the candidate on the sample; raises what it raises, and ValueError if it changes its inputs."""
         s, p = self.sample, self.sample.problem
         inputs = s.tensors
-        before = [_digest(x) for x in inputs]
+        before = [digest(x) for x in inputs]
         _poison(s)
         found = call(s.q, s.k, s.v, s.mask)
         out, lse = found if p.lse else (found, None)
-        if [_digest(x) for x in inputs] != before:
+        if [digest(x) for x in inputs] != before:
             raise ValueError("it changes its inputs")
         got = to_bhsd(out, p.layout).detach()[0]
         if out.shape != (want := _out_shape(p)) or out.dtype is not p.torch_dtype:
@@ -226,16 +227,6 @@ def _poison(s: Sample) -> None:
         if x.numel() <= POISONED // 3
     ]
     del blocks  # together: each was a place of its own
-
-
-def _digest(x: Tensor) -> int:
-    """A sum over its bits, each row's weighed by its place: a copy to compare with would take as much memory again."""
-    bits = x.detach().view(_SAME_SIZE[x.element_size()])
-    rows = bits.sum(-1, dtype=torch.int64).flatten()
-    return int((rows * torch.arange(1, rows.numel() + 1, dtype=torch.int64, device=rows.device)).sum())
-
-
-_SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def worst_errors(judged: Sequence[Judge], call: Call) -> Errors:

@@ -188,7 +188,7 @@ def _mask(
     visible = pattern(p, g, shape)
     if p.mask == "bool":
         return _strided(visible, p.mask_strides)
-    bias = _normal(g, shape, getattr(torch, p.mask))
+    bias = _tiled(_normal(g, _drawn(shape), getattr(torch, p.mask)), shape)
     if cancel is not None and rows_differ and "k" in p.mask_shape:
         q, k = cancel
         heads = slice(None) if shape[1] > 1 else slice(p.group, p.group + 1)  # the wide probe
@@ -222,10 +222,20 @@ def _normal(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Ten
     return torch.randn(shape, generator=g, dtype=wide, device=g.device)
 
 
+DRAWN = 2**20 - 3  # numbers: a prime, so that no two rows or heads are the same
+
+
 def _repeated(g: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Gaussian numbers over and over: drawing each of a large cache's would take longer than timing with it."""
+    return _tiled(_normal(g, _drawn(shape), dtype).to(dtype), shape)
+
+
+def _drawn(shape: Sequence[int]) -> tuple[int]:
+    return (min(math.prod(shape), DRAWN),)
+
+
+def _tiled(drawn: Tensor, shape: Sequence[int]) -> Tensor:
     size = math.prod(shape)
-    drawn = _normal(g, (min(size, 2**20),), dtype).to(dtype)
     return drawn.repeat(-(-size // max(1, drawn.numel())))[:size].view(*shape)
 
 

@@ -95,6 +95,7 @@ def attend(
     rows: Tensor | None = None,
     grad: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    sized: bool = True,
 ) -> Result:
     """Attention of the g query heads of one kv head, computed in `dtype`.
 
@@ -103,13 +104,14 @@ def attend(
     when i + lower <= j <= i + upper; None is no limit. softcap: scores become softcap * tanh(scores / softcap). score_mod:
     changes (g, r, kv_len) scores. drop (g, s, kv_len): factors of the weights, 0 or 1 / (1 - dropout_p). lse: whether the
     log-sum-exp is judged too. rows: the query rows wanted, all if None. grad (g, r, dv): upstream gradient of those rows.
+    sized: whether the sizes that budgets are made of are wanted; they are half of the work.
     """
     index = torch.arange(q.shape[1], dtype=torch.int64, device=q.device) if rows is None else rows
     dtype_in = q.dtype
     q, k, v = q[:, index].to(dtype), k.to(dtype), v.to(dtype)
     scores = q @ k.mT * scale
-    is_wide = dtype_in.itemsize >= 4  # for half inputs float32 scores are as good as exact
-    sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide or lse else None
+    is_wide = sized and dtype_in.itemsize >= 4  # for half inputs float32 scores are as good as exact
+    sizes = (q.abs() @ k.abs().mT).mul_(abs(scale)) if is_wide or (sized and lse) else None
     hidden: Tensor | None = None
     slope: Tensor | None = None
     if softcap:
@@ -140,7 +142,7 @@ def attend(
     factors = None if drop is None else drop[:, index].to(dtype)
     kept = weights if factors is None else weights * factors
     out = kept @ v
-    spreads = kept @ v.abs()
+    spreads = kept @ v.abs() if sized else torch.zeros_like(out)
     noise = torch.zeros_like(sums) if sizes is None else sizes.mul_(weights).nan_to_num_(nan=0.0).sum(-1)
     if grad is None:
         return Result(out, sums, spreads, noise)
@@ -167,7 +169,7 @@ def attend(
     return Result(out, sums, spreads, noise, gradients)
 
 
-KEYS = 2**12  # of a block
+BLOCK = 2**18  # numbers in the largest matrix of a block: in float64 2 MiB, which malloc hands out again and again
 
 
 def attend_in_blocks(
@@ -176,15 +178,17 @@ def attend_in_blocks(
     v: Tensor,
     mask: Tensor | None,
     *,
-    block: int = KEYS,
+    block: int | None = None,
     lower: int | None,
     upper: int | None,
     **options: Any,
 ) -> Result:
     """attend() forward, `block` keys at a time, merged by log-sum-exp: its memory does not grow with the keys.
 
-    options: scale, softcap, lse, rows and dtype, as for attend().
+    options: scale, softcap, lse, rows, dtype and sized, as for attend().
     """
+    rows = q.shape[1] if options.get("rows") is None else options["rows"].numel()
+    block = block or max(64, BLOCK // max(k.shape[1], v.shape[1], q.shape[0] * rows))
     parts: list[Result] = []
     for start in range(0, k.shape[0], block):
         keys = slice(start, start + block)
