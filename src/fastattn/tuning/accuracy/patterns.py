@@ -33,8 +33,8 @@ def half_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tens
     rows, keys = (torch.arange(n, dtype=torch.int64, device=g.device) for n in shape[2:])
     if shape[2] > 1:
         return (keys <= rows[:, None] + shape[3] - shape[2]).expand(shape)
-    lengths = torch.linspace(0.0, 1.0, shape[0] + 2, dtype=torch.float64, device=g.device)[1:-1] * p.kv_len
-    return (keys >= p.kv_len - lengths.clamp(min=1)[:, None, None, None]).expand(shape)
+    lengths = [max(1, p.kv_len * (b + 1) // (shape[0] + 1)) for b in range(shape[0])]
+    return (keys >= p.kv_len - keys.new_tensor(lengths)[:, None, None, None]).expand(shape)
 
 
 def structured(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
