@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 
 import building
@@ -51,7 +52,7 @@ def run(*words, code=0):
 
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
-    with tune_command.tune.make_context("tune", " ".join(words).split()) as context:
+    with tune_command.tune.make_context("tune", shlex.split(" ".join(words))) as context:
         own = ("as_json", "force", "compiling")
         return list(shape_words.problems(**{k: v for k, v in context.params.items() if k not in own}))
 

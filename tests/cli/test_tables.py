@@ -98,7 +98,7 @@ def test_in_a_terminal_a_verdict_is_one_line_that_fits(width):
 
 
 @pytest.mark.parametrize(("width", "columns"), [
-    (80, ["speed"]), (110, ["speed", "default"]), (120, ["speed", "default", "winner"]),
+    (80, ["speed"]), (115, ["speed", "default"]), (125, ["speed", "default", "winner"]),
     (140, ["speed", "default", "winner", "error"]),
 ])  # fmt: skip
 def test_a_narrow_terminal_drops_columns(width, columns):

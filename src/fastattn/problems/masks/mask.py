@@ -85,7 +85,9 @@ class Mask:
         return self
 
     def like(self, kv_len: int) -> Mask:
-        """The mask that stands for this one and those like it, by which a verdict is found."""
+        """The mask that stands for this one and those like it, by which a verdict is found; if it differs by batch entry, for
+        batches of any size.
+        """
         return self
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
