@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import attention
+from fastattn import attention, masks
 from fastattn.verdicts.verdict import MOST_IN_TILES
 
 N = 512
@@ -85,3 +85,18 @@ def test_gradients_take_the_tiles_of_their_forward(seen):
     found = torch.autograd.grad(out.square().sum(), (q, k, v))
     want = torch.autograd.grad(attention(q, k, v, WINDOW).square().sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_explain_says_what_was_found_in_the_mask(seen):
+    q, k, v = fakes.qkv(N)
+    fastattn.explain(q, k, v, CAUSAL, tune=True)
+    found = fastattn.explain(q, k, v, CAUSAL)
+    assert found.mask == (
+        "62% of the scores lie in 4 tiles, 4 of them masked: 320 of 512 keys a query in the mean; tiles serve up to 83%"
+    )
+    assert f"mask     {found.mask}" in str(found)
+    assert fastattn.explain(q, k, v, RANDOM).mask.endswith("tiles serve up to 83%, so default serves this one")
+    told = fastattn.explain(q, k, v, masks.Document(128)).mask
+    assert told == "25% of the scores lie in 4 tiles, 0 of them masked: 128 of 512 keys a query in the mean"
+    assert fastattn.explain(q, k, v, window=(16, 16)).mask.startswith("30% of the scores lie in 4 tiles")
+    assert fastattn.explain(q, k, v).mask == ""

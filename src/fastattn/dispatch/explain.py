@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn.dispatch import entries, fallback, render, resolve, tune_now
 from fastattn.dispatch.circumstances import Circumstances, read_circumstances
 from fastattn.dispatch.fallback import why_not_default
+from fastattn.dispatch.mask_in_words import mask_in_words
 from fastattn.dispatch.service import Action, Asked, Service, decide_service
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
@@ -40,6 +41,7 @@ class Explanation:
     why: str
     rows: tuple[Trial, ...]
     verdict: Verdict | None = None
+    mask: str = ""  # what the mask of the call leaves
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -49,6 +51,7 @@ class Explanation:
             "action": self.action,
             "served_by": self.served_by,
             "why": self.why,
+            "mask": self.mask,
             "speedup": self.verdict.speedup() if self.verdict else None,
             "cores_missing": self.verdict.cores_missing if self.verdict else None,
             "candidates": [row._asdict() for row in self.rows],
@@ -89,7 +92,8 @@ def explain(
         problem = session.lengths_to_tune(asked.problem)
         tune_now.tune(problem, settings, key.q.device, thorough=True, compiling=compiling)
         entries.drop_all()
-    return explain_asked(asked)
+    found = explain_asked(asked)
+    return replace(found, mask=mask_in_words(asked, key, mask, found.served_by, found.verdict))
 
 
 def explain_problem(problem: Problem, circumstances: Circumstances | None = None) -> Explanation:

@@ -23,7 +23,8 @@ def lines(e: Explanation, width: int | None = None) -> Iterator[tuple[str, str]]
 
     width: what is longer goes on in the next line, below where its text begins.
     """
-    for text in (f"problem  {e.problem}", f"device   {e.device}", f"served by {e.served_by}: {e.why}", ""):
+    of_mask = [f"mask     {e.mask}"] if e.mask else []
+    for text in (f"problem  {e.problem}", *of_mask, f"device   {e.device}", f"served by {e.served_by}: {e.why}", ""):
         yield from (("head", line) for line in _folded(text, width, 9))
     alike = _alike(e.rows)
     rows = [t for t in e.rows if all(t not in together for together in alike.values())]

@@ -1,0 +1,53 @@
+"""What a mask of a call comes to, for explain(): how much of the scores it leaves, and whether tiles are worth it there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.dispatch import fallback
+from fastattn.dispatch.service import Asked
+from fastattn.planning.conversions.tiles import may_be_tiled
+from fastattn.problems.call_key import CallKey
+from fastattn.problems.masks import Mask
+from fastattn.problems.tilings.of_dense import tiling_of_dense
+from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.tile import Tiling
+from fastattn.verdicts.verdict import Verdict
+
+
+def mask_in_words(asked: Asked, key: CallKey, mask: Any, served: str, verdict: Verdict | None) -> str:
+    """ "" where a call has no mask that tiles could use, or it is not to be read unasked."""
+    p = asked.problem
+    sizes = (key.q.shape[0], key.q.shape[2], key.k.shape[2])
+    if p.structure and isinstance(mask, Mask):
+        return _in_words(tiling_of_mask(mask if key.also is None else mask & key.also, *sizes), *sizes)
+    if p.is_banded and p.mask is None and p.told_mask is not None and p.q_len > 1:
+        return _in_words(tiling_of_mask(p.told_mask, *sizes), *sizes)
+    if not (isinstance(mask, Tensor) and may_be_tiled(p)):
+        return ""
+    tiling = tiling_of_dense(mask, *sizes)
+    if tiling is None:
+        return "heads have masks of their own: tiles are not looked for"
+    return _in_words(tiling, *sizes) + _worth(asked, tiling, served, verdict)
+
+
+def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
+    masked = sum(tile.is_masked for tile in tiling.tiles)
+    keys = round(tiling.share * kv_len)
+    return (
+        f"{tiling.share:.0%} of the scores lie in {len(tiling.tiles):,} tiles, {masked:,} of them masked:"
+        f" {keys:,} of {kv_len:,} keys a query in the mean"
+    )
+
+
+def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
+    """Up to which share tiles serve, where they won."""
+    if verdict is None or "+tiles" not in served:
+        return ""
+    plain = next(other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles)
+    most = verdict.share_worth_tiles(served, plain.name)
+    if tiling.share <= most:
+        return f"; tiles serve up to {most:.0%}"
+    return f"; tiles serve up to {most:.0%}, so {plain.name} serves this one"
