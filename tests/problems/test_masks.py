@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from drawn_masks import B, some
@@ -127,7 +128,21 @@ def test_what_is_alike_shares_a_verdict():
     assert like(masks.Document((1000, 1100, 900, 1096))) != like(masks.Document((128,) * 32))
     assert like(masks.Padding([4000, 100])) == like(masks.Padding([2000, 2050]))
     assert like(masks.Window(3, 4)) == masks.Window(3, 4)
-    assert like(masks.Causal() & masks.Prefix(1000)) == masks.Causal() & masks.Prefix(1024)
+    assert like(masks.Causal() & masks.Prefix(1000)) == like(masks.Causal() & masks.Prefix(1100))
+    grown = [masks.Padding([n, n - 30], "left").like(n) for n in range(370, 500)]
+    assert len(set(grown)) < 5, "a decode grows by a token a call: lengths of one bucket are alike"
+
+
+def test_the_order_does_not_matter():
+    assert masks.Causal() & masks.Document(9) == masks.Document(9) & masks.Causal()
+    assert masks.Window(3, 3) | masks.Global(2) == masks.Global(2) | masks.Window(3, 3)
+
+
+def test_a_number_is_a_number_whatever_its_type():
+    for sixteen in (16, np.int64(16), torch.tensor(16)):
+        assert masks.Global(sixteen) == masks.Global(16)
+        assert masks.Document(sixteen) == masks.Document(16)
+        assert masks.Padding(sixteen) == masks.Padding(16)
 
 
 def test_values_are_read_when_a_mask_is_made():

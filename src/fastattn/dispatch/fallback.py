@@ -128,7 +128,7 @@ def _what_default_asks(asked: Asked) -> list[Decision]:
     for name in default_choice.dispatch_order(asked.device):
         found += _decide(asked, name)
         could = [d.if_not_faulty if isinstance(d, Rejected) else d for d in found]
-        if any(d is not None and default_choice.runs_natively(d, name) for d in could):
+        if any(d is not None and default_choice.runs_natively(d, name, in_tiles=d.is_in_tiles) for d in could):
             break
     return found
 

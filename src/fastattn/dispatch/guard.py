@@ -134,7 +134,7 @@ def build_guard(
     seen: dict[int, str] = {}
     for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
         if not isinstance(x, Tensor):
-            conditions.append(_mask_condition(x, k, layout, values))
+            conditions.append(_mask_condition(x, k, layout, kv_lens is not None, values))
         elif name == "m":
             values["MASK_CLASS"] = type(x)
             conditions.append("m.__class__ is MASK_CLASS")
@@ -182,16 +182,17 @@ def build_guard(
     return guard
 
 
-def _mask_condition(mask: Any, k: Tensor, layout: str, values: dict[str, Any]) -> str:
-    """An equal mask; of those with a meaning one that a verdict takes for the same."""
+def _mask_condition(mask: Any, k: Tensor, layout: str, grows: bool, values: dict[str, Any]) -> str:
+    """An equal mask; of those with a meaning one that a verdict takes for the same, at the length that k has. grows: any."""
     if mask is None:
         return "m is None"
     values["MASK"] = mask
     if not hasattr(mask, "like"):
         return "m.__class__ is MASK.__class__ and m == MASK"
-    kv_len = k.shape[TO_BHSD[layout][2]]
-    values.update(LIKE=mask.like(kv_len), KV_LEN=kv_len)
-    return "m.__class__ is MASK.__class__ and (m == MASK or m.like(KV_LEN) == LIKE)"
+    dim = TO_BHSD[layout][2]
+    values["LIKE"] = mask.like(k.shape[dim])
+    same = f"m.like(k.shape[{dim}]) == LIKE"
+    return f"m.__class__ is MASK.__class__ and {same if grows else f'(m == MASK or {same})'}"
 
 
 def hits_of(guard: Guard) -> tuple[LeadsTo, int]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.dispatch import fallback
+from fastattn.dispatch.resolve import unless_in_tiles
 from fastattn.dispatch.service import Asked
 from fastattn.planning.conversions.tiles import may_be_tiled
 from fastattn.problems.call_key import CallKey
@@ -22,12 +23,13 @@ def mask_in_words(asked: Asked, key: CallKey, mask: Any, served: str, verdict: V
     p = asked.problem
     sizes = (key.q.shape[0], key.q.shape[2], key.k.shape[2])
     if p.structure and isinstance(mask, Mask):
-        return _in_words(tiling_of_mask(mask if key.also is None else mask & key.also, *sizes), *sizes)
-    if p.is_banded and p.mask is None and p.told_mask is not None and p.q_len > 1:
+        tiling = tiling_of_mask(mask if key.also is None else mask & key.also, *sizes)
+    elif p.is_banded and p.mask is None and p.told_mask is not None and p.q_len > 1:
         return _in_words(tiling_of_mask(p.told_mask, *sizes), *sizes)
-    if not (isinstance(mask, Tensor) and may_be_tiled(p)):
+    elif isinstance(mask, Tensor) and may_be_tiled(p):
+        tiling = tiling_of_dense(mask, *sizes)
+    else:
         return ""
-    tiling = tiling_of_dense(mask, *sizes)
     if tiling is None:
         return "heads have masks of their own: tiles are not looked for"
     return _in_words(tiling, *sizes) + _worth(asked, tiling, served, verdict)
@@ -44,10 +46,9 @@ def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
 
 def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
     """Up to which share tiles serve, where they won."""
-    if verdict is None or "+tiles" not in served:
+    winner = next((c for c in fallback.in_order(asked, verdict) if c.name == served), None)
+    unless = unless_in_tiles(winner, asked, verdict) if winner is not None else None
+    if unless is None:
         return ""
-    plain = next(other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles)
-    most = verdict.share_worth_tiles(served, plain.name)
-    if tiling.share <= most:
-        return f"; tiles serve up to {most:.0%}"
-    return f"; tiles serve up to {most:.0%}, so {plain.name} serves this one"
+    text = f"; tiles serve up to {unless.share:.0%}"
+    return text if tiling.share <= unless.share else f"{text}, so {unless.candidate.name} serves this one"

@@ -133,7 +133,8 @@ def _dense_of(mask: masks.Mask, o: CallOptions, q: Tensor, k: Tensor) -> tuple[C
         return o, rest, None
     whole = rest if also is None else rest & also
     batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    whole.check(batch, heads, q_len, kv_len)
+    if not torch.compiler.is_compiling():  # its errors would be traced
+        whole.check(batch, heads, q_len, kv_len)
     dense = whole.dense(batch, q_len, kv_len, q.device)
     return o, None, dense if dense.dtype is torch.bool else dense.to(q.dtype)
 

@@ -187,20 +187,22 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
         candidate.name,
         "tuned now" if decision.action is Action.TUNE else decision.why,
         decision.remember and decision.action is Action.SERVE and may_remember(asked.circumstances),
-        validity.state_read_by(candidate, asked),
+        _state_read_by(candidate, asked, decision.verdict),
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
         decision.verdict is not None,
     )
 
 
+def _state_read_by(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> tuple[str, ...]:
+    unless = unless_in_tiles(candidate, asked, verdict)
+    others = validity.state_read_by(unless.candidate, asked) if unless is not None else ()
+    return tuple(dict.fromkeys((*validity.state_read_by(candidate, asked), *others)))
+
+
 def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | None = None) -> binding.Call:
     """The Call of a candidate for a call with these options."""
     options = key.options
-    unless = None
-    looks = candidate.is_in_tiles and asked.problem.told_mask is None  # at a dense mask, which may hide little
-    if looks and asked.kernel is None and verdict is not None:
-        plain = next(other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles)
-        unless = binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))
+    unless = unless_in_tiles(candidate, asked, verdict)
     return binding.bind(
         candidate,
         asked.problem,
@@ -211,6 +213,17 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | Non
         score_mod=options.score_mod,
         unless=unless,
     )
+
+
+def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:
+    """What serves in place of a verdict's candidate in tiles where a call's own mask hides too little; None: nothing does."""
+    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None:
+        return None
+    plain = next((other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles), None)
+    trial = None if plain is None else verdict.trial(plain.name)
+    if plain is None or trial is None or not trial.is_timed:
+        return None
+    return binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))
 
 
 def _check_custom(call: binding.Call, candidate: Accepted, asked: Asked, key: CallKey, given: tuple[Any, ...]) -> None:

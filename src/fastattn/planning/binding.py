@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.environment.text import type_name
 from fastattn.environment.torch_private import is_view, sdpa
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.libraries import availability
@@ -24,6 +25,7 @@ from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
 from fastattn.problems import bands
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
+from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem, default_scale
 
 # call(q, k, v, mask) -> out, or (out, lse)
@@ -163,6 +165,8 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
         if not has_mask:
             mask = None
         elif is_told:
+            if not isinstance(mask, Mask):
+                raise TypeError(f"this call was bound for a mask like {p.structure}, got {type_name(mask)}")
             mask = mask if also is None else mask & also
             if not is_tuning:
                 mask.check(*q.shape[:3], k.shape[2])  # a guard knows only what it is like

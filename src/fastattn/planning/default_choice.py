@@ -26,7 +26,7 @@ def default_runs(p: Problem, device: Device, found: Sequence[Decision]) -> str:
     could = [
         d if isinstance(d, Accepted) else d.if_not_faulty for d in found
     ]  # torch knows nothing of our known faults
-    plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name)}
+    plain = {d.kernel.name for d in could if d is not None and runs_natively(d, d.kernel.name, in_tiles=d.is_in_tiles)}
     return next((name for name in dispatch_order(device) if name in plain), "torch_math")
 
 
@@ -35,9 +35,13 @@ def dispatch_order(device: Device) -> tuple[str, ...]:
     return DISPATCHED if device.type == "cuda" and device.prefers_cudnn else DISPATCHED[1:]
 
 
-def runs_natively(candidate: Accepted, kernel: str) -> bool:
-    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing."""
-    return candidate.kernel.name == kernel and set(candidate.conversions) <= {"mask_additive", "mask_dense"}
+def runs_natively(candidate: Accepted, kernel: str, *, in_tiles: bool = False) -> bool:
+    """Whether this is the kernel as the dispatcher would take it: it converts mask forms itself, and pads nothing.
+
+    in_tiles: whether the default is called for each tile.
+    """
+    own = {"mask_additive", "mask_dense"} | ({"tiles"} if in_tiles else set())
+    return candidate.kernel.name == kernel and candidate.is_in_tiles == in_tiles and set(candidate.conversions) <= own
 
 
 def fallbacks(
@@ -71,6 +75,7 @@ def why_not_default(
         return f"the default would run {runs}: {'; '.join(reason for some in faults for reason in some)}"
     if device.type == "cuda" and facts.extent > INT32:
         return f"the default would run {runs}, whose offsets are 32-bit, on an extent of {facts.extent} > {INT32}"
-    if runs == "torch_math" and p.unfused_bytes > p.memory_limit:
+    are_whole = not any(d.is_in_tiles for d in found if isinstance(d, Accepted) and d.kernel.name == runs)
+    if runs == "torch_math" and are_whole and p.unfused_bytes > p.memory_limit:
         return f"the default would run torch_math with {p.unfused_bytes} temporary bytes > {p.memory_limit}"
     return None

@@ -98,9 +98,10 @@ def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask 
         return options, mask, None
     windows = [part for part in mask.parts() if isinstance(part, masks.Window)]
     corners = [part for part in mask.parts() if isinstance(part, masks.Causal)]
-    if len(windows) + len(corners) == len(mask.parts()) and len(windows) + (options.window is not None) < 2:
-        sides = next(((window.left, window.right) for window in windows), options.window)
-        sides = None if sides == (-1, -1) else sides
+    sides = next(((window.left, window.right) for window in windows), options.window)
+    sides = None if sides == (-1, -1) else sides
+    is_one_band = len(windows) + len(corners) == len(mask.parts()) and len(windows) + bool(options.window) < 2
+    if is_one_band and (corners or sides):  # a mask that hides nothing stays one: F.sdpa does not take it
         return options._replace(window=sides), next(iter(corners), None), None
     own = [masks.Causal()] if options.is_causal else []
     own += [masks.Window(*options.window)] if options.window is not None else []

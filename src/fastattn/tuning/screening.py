@@ -103,7 +103,9 @@ class Screening:
         is_unfused = kernel.unfused or (
             kernel.chunks and not {"chunks", "recompute"} & set(trial.candidate.conversions)
         )
-        if not (is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")):
+        if trial.candidate.is_in_tiles or not (
+            is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")
+        ):
             return False
         if p.unfused_bytes > p.memory_limit and not incumbent:
             trial.out(Outcome.TOO_MUCH_MEMORY, f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}")

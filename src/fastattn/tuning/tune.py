@@ -139,7 +139,7 @@ def _left_out(
     """Why a candidate need not be tried."""
     kernel = trial.candidate.kernel
     is_default = incumbent.candidate.kernel.name == "default" and incumbent.is_alive
-    if is_default and default_choice.runs_natively(trial.candidate, native):
+    if is_default and default_choice.runs_natively(trial.candidate, native, in_tiles=incumbent.candidate.is_in_tiles):
         return Outcome.RUN_BY_DEFAULT, "the default runs this kernel"
     if kernel.compiles and not compiling:
         return Outcome.NOT_COMPILED, MUST_COMPILE

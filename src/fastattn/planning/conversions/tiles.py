@@ -6,8 +6,8 @@ The backward is our own: slicing under autograd would allocate a whole gradient 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +16,17 @@ from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.conversions.double_backward import followed_gradients, must_be_followed
 from fastattn.planning.conversions.mask_forms import when_mask_dense
+from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_look, tiled_by_mask, undivided
 from fastattn.planning.default_output import output_order
 from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.dense_masks import additive
 from fastattn.problems.layouts import empty_in_order
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.problems.tilings.of_dense import tiling_of_dense
-from fastattn.problems.tilings.of_mask import hiding, tiling_of_mask
-from fastattn.problems.tilings.tile import Tile, Tiling
+from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 ROWS = 256  # of queries at least: with fewer there is little to leave out
 PAIRS = 2**18  # of a query and a key at least: below, finding tiles costs what they save
-
-
-class Tiled(NamedTuple):
-    """A mask and the tiling that was found for it. of: the mask of a tile, (b|1, h|1, rows, keys)."""
-
-    tiling: Tiling
-    of: Callable[[Tile], Tensor | None]
-    mask: Tensor | Mask | None
 
 
 def may_be_tiled(p: Problem) -> bool:
@@ -69,12 +60,14 @@ def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     band = None if p.structure else p.told_mask
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
-        told = band if mask is None else mask
-        if isinstance(told, Mask):
-            tiled, a = _told(told, q, k), a._replace(lower=None, upper=None)
+        if isinstance(mask, Tiled):
+            tiled = mask
+        elif isinstance(mask, Mask) or band is not None:
+            tiled = tiled_by_mask(mask if isinstance(mask, Mask) else band, q, k)  # type: ignore[arg-type]
         else:
-            tiled = told if isinstance(told, Tiled) else _look(told, q, k)
-            assert tiled is not None, "without a limit there always is a tiling, unless heads have masks of their own"
+            tiled = tiled_by_look(mask, q, k) or undivided(mask, q, k)
+        if isinstance(tiled.mask, Mask):
+            a = a._replace(lower=None, upper=None)  # it is the band
         if not a.needs_grad:
             return _forward(step, order, tiled, q, k, v, a)
         found = _InTiles.apply(step, order, tiled, a, q, k, v)
@@ -83,53 +76,18 @@ def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     return run
 
 
-def _told(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
-    (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
-    offset, made = mask.offset(q_len, kv_len), {}
-    bias_dtype = torch.promote_types(q.dtype, torch.float32)
-
-    def of(tile: Tile) -> Tensor | None:
-        if not tile.is_masked:
-            return None
-        rest = hiding(mask, tile, q_len, kv_len)
-        # tiles that lie alike to the diagonal have one mask, where a distance says all
-        start = tile.rows.start + offset if rest.shifts() else 0
-        where = (rest, tile.row_count, tile.rows.step, tile.batch.start if rest.is_per_batch() else 0,
-                 tile.rows.start + offset - start, *(key - start for pair in tile.keys for key in pair))  # fmt: skip
-        if where not in made:
-            p, j = (
-                torch.tensor(numbers, dtype=torch.int64, device=q.device)
-                for numbers in (tile.positions(offset), tile.key_numbers())
-            )
-            part = rest.part(range(batch)[tile.batch], p, j, kv_len)
-            made[where] = additive(part, q) if part.dtype is torch.bool else part.to(bias_dtype)
-        return made[where]
-
-    return Tiled(tiling_of_mask(mask, batch, q_len, kv_len), of, mask)
-
-
 def where_they_pay(tiled_step: Run, plain: Run, most: float) -> Run:
     """Tiles where they leave out enough of this very mask: a share of `most` of all pairs lies in them at most."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        tiled = _look(mask, q, k, most)
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        if isinstance(mask, Mask):
+            tiled = tiled_by_mask(mask, q, k)
+            tiled = tiled if tiled.tiling.share <= most else None
+        else:
+            tiled = tiled_by_look(mask, q, k, most)
         return plain(q, k, v, mask, a) if tiled is None else tiled_step(q, k, v, tiled, a)  # type: ignore[arg-type]
 
     return run
-
-
-def _look(mask: Any, q: Tensor, k: Tensor, most: float = 1.0) -> Tiled | None:
-    tiling = tiling_of_dense(mask, q.shape[0], q.shape[2], k.shape[2], most)
-    if tiling is None or tiling.share > most:
-        return None
-
-    def of(tile: Tile) -> Tensor | None:
-        if not tile.is_masked:
-            return None
-        rows = mask if mask.shape[2] == 1 else mask[:, :, tile.rows]
-        return tile.of_keys(rows, 3)
-
-    return Tiled(tiling, of, mask)
 
 
 def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> Any:
@@ -141,7 +99,7 @@ def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tenso
         if lse is not None:
             lse.fill_(float("-inf"))
     for tile in tiled.tiling.tiles:
-        found = step(q[tile.query], tile.of_keys(k), tile.of_keys(v), tiled.of(tile), a)
+        found = step(q[tile.query], tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile), a)
         if lse is not None:
             found, lse[tile.query] = found
         out[tile.query] = found
@@ -149,26 +107,25 @@ def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tenso
 
 
 class _InTiles(torch.autograd.Function):
-    """Keeps the graph of each tile; the gradients of keys and values are added up in place."""
+    """Keeps the graph of each tile, or makes it again; the gradients of keys and values are added up in place."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, step: Run, order: Any, tiled: Tiled, a: Arguments, q: Tensor, k: Tensor, v: Tensor
     ) -> Any:
-        wanted = ctx.needs_input_grad[4:]
-        ctx.parts = []
         ctx.save_for_backward(q, k, v)
+        ctx.step, ctx.tiled, ctx.a = step, tiled, a._replace(lse=False)
+        ctx.version = _version(tiled.mask)
+        wanted, graphs = ctx.needs_input_grad[4:], []
+        keeps = tiled.own_bytes <= 2 * (q.nbytes + k.nbytes)  # a graph holds the mask of its tile
 
         def followed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-            q, k, v = (x.detach().requires_grad_(is_wanted) for x, is_wanted in zip((q, k, v), wanted, strict=True))
-            with torch.enable_grad():
-                found = step(q, k, v, mask, a)
-            ctx.parts.append(((q, k, v), found[0] if a.lse else found))
-            return (found[0].detach(), found[1]) if a.lse else found.detach()
+            graph, lse = _followed(step, q, k, v, mask, a, wanted)
+            graphs.append(graph)
+            return (graph[1].detach(), lse) if a.lse else graph[1].detach()
 
-        found = _forward(followed, order, tiled, q, k, v, a)
-        ctx.tiled, ctx.a = tiled, a._replace(lse=False)
-        ctx.version = tiled.mask._version if isinstance(tiled.mask, Tensor) else None
+        found = _forward(followed if keeps else step, order, tiled, q, k, v, a)
+        ctx.graphs = graphs if keeps else None
         out, lse = found if a.lse else (found, q.new_empty(0))
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -176,25 +133,53 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        tiled, wanted = ctx.tiled, ctx.needs_input_grad[4:]
+        graphs, ctx.graphs = ctx.graphs, None  # a second backward makes them again
+        if graphs is None and ctx.version != _version(tiled.mask):
+            raise RuntimeError("the mask was changed in place between this attention and its backward")
         if must_be_followed(grad):
-            mask = ctx.tiled.mask
-            if isinstance(mask, Tensor) and mask._version != ctx.version:
-                raise RuntimeError("the mask was changed in place between this attention and its backward")
-            found = followed_gradients(q, k, v, mask, ctx.a, grad, (*wanted, False))
+            found = followed_gradients(q, k, v, tiled.mask, ctx.a, grad, (*wanted, False))
             return None, None, None, None, *list(found)[:3]
         # several tiles add to the same keys: their sum is rounded once
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.zeros_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
-            for tile, (inputs, out) in zip(ctx.tiled.tiling.tiles, ctx.parts, strict=True):
+            for i, tile in enumerate(tiled.tiling.tiles):
+                if graphs is not None:
+                    inputs, out = graphs[i]
+                    graphs[i] = None
+                else:
+                    part = (q[tile.query], tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile))
+                    inputs, out = _followed(ctx.step, *part, ctx.a, wanted)[0]
                 asked = [x for x in inputs if x.requires_grad]
-                found = iter(torch.autograd.grad(out, asked, grad[tile.query], retain_graph=True))
+                found = iter(torch.autograd.grad(out, asked, grad[tile.query]))
                 of_q, of_k, of_v = (next(found) if x.requires_grad else None for x in inputs)
                 if of_q is not None:
                     dq[tile.query] = of_q
                 tile.add_to_keys(dk, of_k)
                 tile.add_to_keys(dv, of_v)
-        given = (dq, dk.to(k.dtype), dv.to(v.dtype))
-        return None, None, None, None, *(x if is_wanted else None for x, is_wanted in zip(given, wanted, strict=True))
+        gradients = (dq, dk.to(k.dtype), dv.to(v.dtype))
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)),
+        )
+
+
+def _followed(
+    step: Run, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments, wanted: Sequence[bool]
+) -> tuple[tuple[tuple[Tensor, ...], Tensor], Tensor | None]:
+    """((inputs, output) of a tile with a graph of its own between them, log-sum-exp)."""
+    q, k, v = (x.detach().requires_grad_(is_wanted) for x, is_wanted in zip((q, k, v), wanted, strict=True))
+    with torch.enable_grad():
+        found = step(q, k, v, mask, a)
+    out, lse = found if a.lse else (found, None)
+    return ((q, k, v), out), lse
+
+
+def _version(mask: Tensor | Mask) -> int | None:
+    """How often a mask was written into; None where nobody counts."""
+    return None if isinstance(mask, Mask) or mask.is_inference() else mask._version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from fastattn.problems.bands import CORNERS
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.runs import Runs
-from fastattn.problems.masks.values import whole_numbers
+from fastattn.problems.masks.values import one_or_each, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ class Window(Mask):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dilated(Mask):
-    """Every so manieth key, its own included: |p - j| is a multiple of `every`.
+    """Every n-th key, the query's own included: |p - j| is a multiple of `every`.
 
     `Dilated(4) & Window(64, 64)` is a dilated window. Raises TypeError or ValueError where it is no whole number from 1 on.
     """
@@ -177,20 +178,17 @@ class Global(Mask):
     tokens: int | tuple[int, ...]
 
     def __init__(self, tokens: Any) -> None:
-        found = whole_numbers("tokens", tokens, 0)
-        is_count = isinstance(tokens, int)
-        object.__setattr__(self, "tokens", found[0] if is_count else tuple(sorted(set(found))))
+        found = one_or_each("tokens", tokens)
+        object.__setattr__(self, "tokens", found if isinstance(found, int) else tuple(sorted(set(found))))
 
     def _runs(self) -> Runs:
-        if isinstance(self.tokens, int):
-            return ((0, self.tokens),) if self.tokens else ()
-        return runs.joined((token, token + 1) for token in self.tokens)
+        return _runs_of(self.tokens)
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        seen = j < 0
+        own, other = p < 0, j < 0
         for first, last in self._runs():
-            seen = seen | ((p >= first) & (p < last)) | ((j >= first) & (j < last))
-        return seen
+            own, other = own | ((p >= first) & (p < last)), other | ((j >= first) & (j < last))
+        return own | other
 
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
         own = ((rows[0], rows[-1] + 1),)
@@ -200,3 +198,10 @@ class Global(Mask):
 
     def cuts(self, b: int, end: int) -> Iterable[int]:
         return (cut for pair in self._runs() for cut in pair)
+
+
+@lru_cache(64)
+def _runs_of(tokens: int | tuple[int, ...]) -> Runs:
+    if isinstance(tokens, int):
+        return ((0, tokens),) if tokens else ()
+    return runs.joined((token, token + 1) for token in tokens)

@@ -47,7 +47,7 @@ class Mask:
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
         """(keys that some query at these positions may see, keys that all of them see).
 
-        Where the positions have a step, of every so manieth key only: those that lie in step with them.
+        Where the positions have a step, of those keys only that lie in step with them.
         """
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Mask:
         return ()
 
     def step(self) -> int:
-        """Every how manieth key, counted from its own position, a query sees at most."""
+        """n where a query sees no more than every n-th key, counted from its own position."""
         return 1
 
     @property
@@ -85,9 +85,7 @@ class Mask:
         return self
 
     def like(self, kv_len: int) -> Mask:
-        """The mask that stands for this one and those like it, by which a verdict is found; if it differs by batch entry, for
-        batches of any size.
-        """
+        """The mask that stands for all that are about the same, in batches of any size: they share a verdict."""
         return self
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
@@ -220,7 +218,7 @@ def _combined(kind: type[_Combined], a: Mask, b: Any) -> Mask:
     if not isinstance(b, Mask):
         return NotImplemented
     of = [part for mask in (a, b) for part in (mask.of if isinstance(mask, kind) else (mask,))]
-    of = tuple(dict.fromkeys(of))
+    of = tuple(sorted(dict.fromkeys(of), key=lambda part: type(part).__name__))  # a & b is b & a
     if kind is Union and any(mask.heads() for mask in of):
         raise ValueError(f"{a!r} | {b!r}: a bias is added to what is seen, and goes with &")
     if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, KINDS["Causal"])}) > 1:

@@ -30,11 +30,11 @@ class Picture:
         import torch
 
         rows, columns = min(most, self.q_len), min(most, self.kv_len)
-        column = torch.arange(self.kv_len, dtype=torch.int64) * columns // self.kv_len
-        counts = torch.zeros(rows, columns, dtype=torch.float64)
+        column = torch.arange(self.kv_len, dtype=torch.int64, device="cpu") * columns // self.kv_len
+        counts = torch.zeros(rows, columns, dtype=torch.float64, device="cpu")
         for row in range(rows):
             first, last = -(-row * self.q_len // rows), -(-(row + 1) * self.q_len // rows)
-            queries = torch.arange(first, last, dtype=torch.int64)
+            queries = torch.arange(first, last, dtype=torch.int64, device="cpu")
             seen = self.mask.dense(self.entry + 1, self.q_len, self.kv_len, rows=queries)[-1, 0]
             seen = (seen if seen.dtype is torch.bool else seen.exp()).double().mean(0)  # a bias as the weight it gives
             counts[row].index_add_(0, column, seen)

@@ -31,8 +31,17 @@ def joined(parts: Iterable[tuple[int, int]], gap: int = 0) -> Runs:
 
 def intersection(a: Runs, b: Runs) -> Runs:
     """Keys in both."""
-    both = ((max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b)
-    return tuple(sorted((first, last) for first, last in both if first < last))
+    found: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        first, last = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if first < last:
+            found.append((first, last))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(found)
 
 
 def holds(a: Runs, b: Runs) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.runs import Runs
-from fastattn.problems.masks.values import about, check_entries, each, one_or_each, whole_numbers
+from fastattn.problems.masks.values import about, check_entries, each, is_one_number, one_or_each, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,18 +34,18 @@ class Document(Mask):
             raise TypeError("Document takes either lengths or ids")
         if ids is not None:
             lengths = _for_each(ids, lambda row: _run_lengths(whole_numbers("ids", row, -(2**62))))
-        elif not isinstance(lengths, int) or isinstance(lengths, bool):
-            lengths = _for_each(lengths, lambda row: whole_numbers("lengths", row, 1))
+        elif is_one_number(lengths):
+            lengths = whole_numbers("lengths", lengths, 1)[0]
         else:
-            whole_numbers("lengths", lengths, 1)
+            lengths = _for_each(lengths, lambda row: whole_numbers("lengths", row, 1))
         object.__setattr__(self, "lengths", lengths)
 
     def _ends(self, b: int) -> tuple[int, ...]:
         """Where the documents of an entry end; a length that holds for all gives none."""
         if isinstance(self.lengths, int):
             return ()
-        of_entry = self.lengths if isinstance(self.lengths[0], int) else self.lengths[b]
-        return tuple(accumulate(of_entry))  # type: ignore[arg-type]
+        of_entry = self.lengths if isinstance(self.lengths[0], int) else self.lengths[b % len(self.lengths)]
+        return _ends_of(of_entry)  # type: ignore[arg-type]
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         if isinstance(self.lengths, int):
@@ -117,6 +118,8 @@ class Padding(Mask):
             lengths = tuple(_true_runs(row) for row in lengths.tolist())
         elif not _are_runs(lengths):
             lengths = one_or_each("lengths", lengths)
+        if lengths == ():
+            raise ValueError("a padding mask has one batch entry or more, got none")
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "side", side)
 
@@ -145,7 +148,9 @@ class Padding(Mask):
     def like(self, kv_len: int) -> Mask:
         counts = [sum(last - first for first, last in self._keys(b, kv_len)) for b in range(self._entries())]
         mean = about(sum(counts) / len(counts), kv_len)
-        return Padding((mean - mean // 2, min(kv_len, mean + mean // 2)) if self.is_per_batch() else mean, self.side)
+        return Padding(
+            (mean - mean // 2, min(about(kv_len, kv_len), mean + mean // 2)) if self.is_per_batch() else mean, self.side
+        )
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         check_entries(self, self._entries(), batch)
@@ -187,6 +192,11 @@ class Prefix(Mask):
         check_entries(self, len(each(self.lengths)), batch)
 
 
+@lru_cache(256)
+def _ends_of(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(accumulate(lengths))
+
+
 def _for_each(given: Any, read: Callable[[Any], tuple[int, ...]]) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
     """One tuple, or one for each batch entry where the values are nested."""
     given = given.tolist() if hasattr(given, "tolist") else given
@@ -206,9 +216,11 @@ def _true_runs(row: Sequence[bool]) -> Runs:
 
 
 def _are_runs(given: Any) -> bool:
-    """Whether these are runs for each entry, as repr writes them."""
-    return isinstance(given, tuple) and all(
-        isinstance(entry, tuple) and all(len(pair) == 2 for pair in entry) for entry in given
+    """Whether these are the runs of each entry, as repr writes them."""
+    if not isinstance(given, tuple) or not all(isinstance(entry, tuple) for entry in given):
+        return False
+    return all(len(pair) == 2 and pair[0] < pair[1] for entry in given for pair in entry) and all(
+        entry == runs.joined(entry) for entry in given
     )
 
 

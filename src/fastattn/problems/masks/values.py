@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.environment.text import type_name
+from fastattn.problems.length_buckets import canonical_length
 
 
 def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -> tuple[int, ...]:
@@ -22,7 +23,12 @@ def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -
 def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:
     """A number that holds for all batch entries, or one for each. Raises TypeError or ValueError for anything else."""
     found = whole_numbers(name, given, 0)
-    return found[0] if isinstance(given, int) else found
+    return found[0] if is_one_number(given) else found
+
+
+def is_one_number(given: Any) -> bool:
+    """Whether it is no sequence: a number, or an array or tensor of one without dimensions."""
+    return isinstance(given, int) or getattr(given, "ndim", None) == 0
 
 
 def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -31,8 +37,8 @@ def each(values: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def about(n: float, kv_len: int) -> int:
-    """A length as a multiple of an eighth of the keys: those that are about as long share a verdict."""
-    return max(1, round(8 * n / kv_len)) * kv_len // 8 if kv_len else 0
+    """A length in eighths of the keys, of a bucket's canonical length: those that are about as long share a verdict."""
+    return max(1, round(8 * n / kv_len)) * canonical_length(kv_len) // 8 if kv_len else 0
 
 
 def check_entries(mask: Any, entries: int, batch: int) -> None:

@@ -23,22 +23,8 @@ def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
     return tiling_of(tiles, batch, q_len, kv_len)
 
 
-def hiding(mask: Mask, tile: Tile, q_len: int, kv_len: int) -> Mask:
-    """The part of a mask that hides something in a tile."""
-    offset = mask.offset(q_len, kv_len)
-    at, entries = tile.positions(offset), range(tile.batch.start, tile.batch.stop)
-
-    def hides(part: Mask) -> bool:
-        if part.heads():
-            return True
-        every = part.runs(entries[0], at, kv_len)[1]
-        return (part.is_per_batch() and len(entries) > 1) or not all(runs.holds(every, (pair,)) for pair in tile.keys)
-
-    return all_of([part for part in mask.parts() if hides(part)] or [mask])
-
-
 def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: int) -> Iterator[Tile]:
-    """Those of every so manieth row of a batch entry."""
+    """Those of some rows of a batch entry, which may have a step."""
     offset = mask.offset(q_len, kv_len)
     for block in _blocks(mask, b, rows, offset):
         at = range(block[0] + offset, block[-1] + offset + 1, rows.step)  # positions
@@ -49,8 +35,18 @@ def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: 
         )
         keys = tuple(pair for pair in keys if pair[0] < pair[1])
         if keys:
-            is_masked = mask.heads() > 0 or not all(runs.holds(every, (pair,)) for pair in keys)
-            yield Tile(entries, slice(block[0], block[-1] + 1, rows.step), keys, is_masked)
+            is_masked = mask.heads() > 0 or not runs.holds(every, keys)
+            hiding = _hiding(mask, b, at, keys, kv_len) if is_masked else None
+            yield Tile(entries, slice(block[0], block[-1] + 1, rows.step), keys, is_masked, hiding)
+
+
+def _hiding(mask: Mask, b: int, at: range, keys: runs.Runs, kv_len: int) -> Mask:
+    """The parts of a mask that hide something in a tile, or add to it."""
+
+    def hides(part: Mask) -> bool:
+        return part.heads() > 0 or not runs.holds(part.runs(b, at, kv_len)[1], keys)
+
+    return all_of([part for part in mask.parts() if hides(part)] or [mask])
 
 
 def _blocks(mask: Mask, b: int, rows: range, offset: int) -> Iterator[range]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.problems.masks import Mask
+
 Run = tuple[int, int]  # (first, last + 1) of neighbouring keys
 
 GAP = 256  # hidden keys that are worth a second run: gathering keys is a copy
@@ -20,13 +22,14 @@ GAP = 256  # hidden keys that are worth a second run: gathering keys is a copy
 class Tile(NamedTuple):
     """Where a tile lies: batch entries, query rows, the runs of its keys; is_masked: whether some pair in it is hidden.
 
-    Where the rows have a step, its keys lie in the same step.
+    Where the rows have a step, its keys lie in the same step. masked_by: the part of a Mask that hides them, if it is one.
     """
 
     batch: slice
     rows: slice
     keys: tuple[Run, ...]
     is_masked: bool
+    masked_by: Mask | None = None
 
     @property
     def key_count(self) -> int:
@@ -42,10 +45,6 @@ class Tile(NamedTuple):
 
     def _range(self, pair: Run) -> range:
         return range(*pair, self.rows.step or 1)
-
-    def key_numbers(self) -> list[int]:
-        """The keys, in the order in which they are gathered."""
-        return [key for pair in self.keys for key in self._range(pair)]
 
     @property
     def query(self) -> tuple[slice, slice, slice]:

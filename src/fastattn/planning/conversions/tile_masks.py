@@ -1,0 +1,102 @@
+"""A tiling together with the masks of its tiles: of a Mask, of a dense mask that is looked at, or one tile of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.problems.dense_masks import as_4d
+from fastattn.problems.masks import Mask
+from fastattn.problems.masks.runs import Runs
+from fastattn.problems.tilings.of_dense import tiling_of_dense
+from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
+
+KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
+FAR = 2**40  # where a tile is taken to lie if only distances count
+
+
+class Tiled(NamedTuple):
+    """mask_of: the mask of a tile, (b|1, h|1, rows, keys). mask: the whole. own_bytes: of masks that no other tile shares."""
+
+    tiling: Tiling
+    mask_of: Callable[[Tile], Tensor | None]
+    mask: Tensor | Mask
+    own_bytes: int
+
+
+def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
+    """Tiles with masks that are made when they are needed, in the form that is added to the scores."""
+    (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
+    offset = mask.offset(q_len, kv_len)
+    dtype = torch.promote_types(q.dtype, torch.float32) if mask.heads() else q.dtype
+
+    def mask_of(tile: Tile) -> Tensor | None:
+        if tile.masked_by is None:
+            return None
+        at, keys, entries = tile.positions(offset), tile.keys, range(batch)[tile.batch]
+        if tile.masked_by.shifts():
+            shift = FAR - at.start
+            at, keys = (
+                range(FAR, at.stop + shift, at.step),
+                tuple((first + shift, last + shift) for first, last in keys),
+            )
+        if not tile.masked_by.is_per_batch():
+            entries = range(1)
+        make = _kept if _bytes(tile, dtype) <= KEPT_BYTES else _made
+        return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
+
+    tiling = tiling_of_mask(mask, batch, q_len, kv_len)
+    own = [tile for tile in tiling.tiles if tile.masked_by is not None and not tile.masked_by.shifts()]
+    return Tiled(tiling, mask_of, mask, sum(_bytes(tile, dtype) for tile in own))
+
+
+def _made(
+    mask: Mask, entries: range, at: range, keys: Runs, kv_len: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The mask of a tile whose queries lie at these positions, as it is added."""
+    with torch.inference_mode(False):
+        p = torch.arange(at.start, at.stop, at.step, dtype=torch.int64, device=device)
+        parts = [torch.arange(*pair, at.step, dtype=torch.int64, device=device) for pair in keys]
+        seen = mask.part(entries, p, parts[0] if len(parts) == 1 else torch.cat(parts), kv_len)
+        if seen.dtype is not torch.bool:
+            return seen.to(dtype)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(seen.logical_not(), float("-inf"))
+
+
+_kept = lru_cache(32)(_made)
+
+
+def _bytes(tile: Tile, dtype: torch.dtype) -> int:
+    heads = 1 if tile.masked_by is None else max(1, tile.masked_by.heads())
+    return heads * tile.row_count * tile.key_count * dtype.itemsize
+
+
+def tiled_by_look(mask: Tensor, q: Tensor, k: Tensor, most: float = 1.0) -> Tiled | None:
+    """The tiles of a dense mask; None where more than a share of `most` of all pairs would lie in them."""
+    tiling = tiling_of_dense(mask, q.shape[0], q.shape[2], k.shape[2], most)
+    return None if tiling is None or tiling.share > most else _sliced(mask, tiling, q)
+
+
+def undivided(mask: Tensor, q: Tensor, k: Tensor) -> Tiled:
+    """One tile of all."""
+    (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
+    whole = Tile(slice(0, batch), slice(0, q_len), ((0, kv_len),), True)
+    return _sliced(mask, tiling_of([whole], batch, q_len, kv_len), q)
+
+
+def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
+    whole = as_4d(mask)
+
+    def mask_of(tile: Tile) -> Tensor | None:
+        if not tile.is_masked:
+            return None
+        rows = whole if whole.shape[2] == 1 else whole[:, :, tile.rows]
+        return tile.of_keys(rows, 3)
+
+    own = sum(_bytes(tile, q.dtype) for tile in tiling.tiles if tile.is_masked)
+    return Tiled(tiling, mask_of, mask, own)
