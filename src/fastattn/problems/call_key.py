@@ -106,8 +106,7 @@ def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask 
     own = [masks.Causal()] if options.is_causal else []
     own += [masks.Window(*options.window)] if options.window is not None else []
     also = masks.all_of(own) if own else None
-    if also is not None:
-        masks.all_of([mask, also])  # raises where they do not go together
+    masks.all_of([mask, *own])  # raises where they do not go together
     return options._replace(is_causal=False, window=None), mask, also
 
 

@@ -185,7 +185,9 @@ class Global(Mask):
         return _runs_of(self.tokens)
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        own, other = p < 0, j < 0
+        import torch
+
+        own, other = (x.new_zeros(x.shape, dtype=torch.bool) for x in (p, j))
         for first, last in self._runs():
             own, other = own | ((p >= first) & (p < last)), other | ((j >= first) & (j < last))
         return own | other
