@@ -15,7 +15,7 @@ ROW, KEY = torch.arange(N)[:, None], torch.arange(N)
 CAUSAL, WINDOW = ROW >= KEY, (ROW - KEY).abs() <= 16
 RANDOM = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.5
 # seconds: tiles win by a third on the triangle that is timed, of which 5/8 lie in tiles of 128 rows
-COSTS = {"default": 4e-3, "tiler": 4e-3, "tiler+tiles": 3e-3}
+COSTS = {"default": 4e-3, "tiler": 4e-3, "tiler+tiles": 3e-3, "tiler+tiles+mask_dense": 3e-3}
 
 
 @pytest.fixture
@@ -72,6 +72,15 @@ def test_a_kernel_that_is_ordered_in_tiles_runs_in_tiles(seen):
     q, k, v = fakes.qkv(N)
     call = lambda: attention(q, k, v, RANDOM, kernel="tiler+tiles")  # noqa: E731
     assert runs_of(seen, call) == [(128, 512)] * 4
+
+
+@pytest.mark.parametrize("told", [{"window": (16, 16)}, {"mask": masks.Window(16, 16)}], ids=str)
+def test_a_window_that_is_told_by_options_is_tiled_without_a_look(seen, told):
+    q, k, v = fakes.qkv(N)
+    assert fastattn.explain(q, k, v, **told, tune=True).served_by == "tiler+tiles+mask_dense"
+    runs = runs_of(seen, lambda: attention(q, k, v, **told))
+    assert runs == [(128, 144), (128, 160), (128, 160), (128, 144)]
+    fakes.check(q, k, v, **told)
 
 
 def test_gradients_take_the_tiles_of_their_forward(seen):

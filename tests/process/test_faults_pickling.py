@@ -127,13 +127,13 @@ def test_fault_85_a_plan_resolves_anew_what_it_was_made_from(call, matmul_wins):
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_fault_85_a_plan_follows_what_the_loading_process_has_found(matmul_wins):
+def test_fault_85_a_plan_follows_what_the_loading_process_has_found(matmul_wins, tmp_path):
     sent = pickle.dumps(fastattn.plan(*qkv()))
     assert pickle.loads(sent).candidate == "matmul"
     with fastattn.options.scope(mode="off"):
         assert pickle.loads(sent).candidate == "default"
     matmul_wins.costs["matmul"] = 9e-3
-    with fastattn.options.scope(cache_dir="another"):  # nothing is stored there: it tunes, as plan() would
+    with fastattn.options.scope(cache_dir=str(tmp_path)):  # nothing is stored there: it tunes, as plan() would
         assert pickle.loads(sent).candidate == "default"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,8 +92,7 @@ def explain(
         problem = session.lengths_to_tune(asked.problem)
         tune_now.tune(problem, settings, key.q.device, thorough=True, compiling=compiling)
         entries.drop_all()
-    found = explain_asked(asked)
-    return replace(found, mask=mask_in_words(asked, key, mask, found.served_by, found.verdict))
+    return explain_asked(asked, mask)
 
 
 def explain_problem(problem: Problem, circumstances: Circumstances | None = None) -> Explanation:
@@ -103,8 +102,8 @@ def explain_problem(problem: Problem, circumstances: Circumstances | None = None
     return explain_asked(Asked(problem, facts, device, current_settings(), circumstances or Circumstances()))
 
 
-def explain_asked(asked: Asked) -> Explanation:
-    """The explanation of a call, by the decision that the call itself asks for."""
+def explain_asked(asked: Asked, mask: Any = None) -> Explanation:
+    """The explanation of a call, by the decision that the call itself asks for. mask: what is to be said of this very one."""
     rows = registry.rows_for(asked.device.type, asked.settings.named, with_plugins=True)
     found = candidates.decisions(asked.problem, asked.device, asked.settings, rows, facts=asked.facts)
     try:
@@ -118,7 +117,8 @@ def explain_asked(asked: Asked) -> Explanation:
     trials.sort(key=lambda t: (t.time_us is None, t.time_us or 0.0))
     served, why = _answer(asked, decision, verdict)
     action = decision.action.value if decision is not None else "raise"
-    return Explanation(asked.problem, asked.device.name, action, served, why, tuple(trials), verdict)
+    words = mask_in_words(asked, mask, served, verdict)
+    return Explanation(asked.problem, asked.device.name, action, served, why, tuple(trials), verdict, words)
 
 
 def _row(name: str, reasons: tuple[str, ...] | None, verdict: Verdict | None) -> Trial:

@@ -9,8 +9,7 @@ from torch import Tensor
 from fastattn.dispatch import fallback
 from fastattn.dispatch.resolve import unless_in_tiles
 from fastattn.dispatch.service import Asked
-from fastattn.planning.conversions.tiles import may_be_tiled
-from fastattn.problems.call_key import CallKey
+from fastattn.planning.conversions.tiles import is_large, may_be_tiled
 from fastattn.problems.masks import Mask
 from fastattn.problems.tilings.of_dense import tiling_of_dense
 from fastattn.problems.tilings.of_mask import tiling_of_mask
@@ -18,13 +17,15 @@ from fastattn.problems.tilings.tile import Tiling
 from fastattn.verdicts.verdict import Verdict
 
 
-def mask_in_words(asked: Asked, key: CallKey, mask: Any, served: str, verdict: Verdict | None) -> str:
+def mask_in_words(asked: Asked, mask: Any, served: str, verdict: Verdict | None) -> str:
     """ "" where a call has no mask that tiles could use, or it is not to be read unasked."""
     p = asked.problem
-    sizes = (key.q.shape[0], key.q.shape[2], key.k.shape[2])
+    sizes = (p.batch, p.q_len, p.kv_len)
+    if not is_large(p):
+        return ""
     if p.structure and isinstance(mask, Mask):
-        tiling = tiling_of_mask(mask if key.also is None else mask & key.also, *sizes)
-    elif p.is_banded and p.mask is None and p.told_mask is not None and p.q_len > 1:
+        tiling = tiling_of_mask(mask if asked.facts.also is None else mask & asked.facts.also, *sizes)
+    elif p.mask is None and p.told_mask is not None:
         return _in_words(tiling_of_mask(p.told_mask, *sizes), *sizes)
     elif isinstance(mask, Tensor) and may_be_tiled(p):
         tiling = tiling_of_dense(mask, *sizes)

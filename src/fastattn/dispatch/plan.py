@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastattn.environment.option_scope import options
 from fastattn.environment.settings import current_settings
 from fastattn.problems.call_key import CallKey, call_key
 from fastattn.problems.call_options import parse_options
+from fastattn.problems.masks import Mask
 
 
 class Plan:
@@ -75,7 +77,10 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
     now = current_settings()
     key = call_key(q, k, v, mask, layout, parsed)
     made_of = MadeOf(key, now.kernels, now.accuracy, now.same_kernel_in_training)
-    return Plan(made_of, resolved, explain(q, k, v, mask, layout, **options))
+    found = explain(q, k, v, mask, layout, **options)
+    if isinstance(mask, Tensor) and not isinstance(key.mask, Mask):
+        found = replace(found, mask="")  # a plan takes any other mask as well
+    return Plan(made_of, resolved, found)
 
 
 def _plan_again(made_of: MadeOf) -> Plan:
@@ -83,7 +88,7 @@ def _plan_again(made_of: MadeOf) -> Plan:
     tied = made_of.same_kernel_in_training
     with options.scope(kernels=made_of.kernels or None, accuracy=made_of.accuracy, same_kernel_in_training=tied):
         resolved, asked = resolve.without_tensors(made_of.key)
-        return Plan(made_of, resolved, explain_asked(asked))
+        return Plan(made_of, resolved, explain_asked(asked, made_of.key.mask))
 
 
 def _has_a_name(function: Any) -> bool:

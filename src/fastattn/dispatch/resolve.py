@@ -217,8 +217,8 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | Non
 
 def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:
     """What serves in place of a verdict's candidate in tiles where a call's own mask hides too little; None: nothing does."""
-    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None:
-        return None
+    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None or asked.problem.mask is None:
+        return None  # with a triangle or a window alone, calls of a problem hide all alike
     plain = next((other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles), None)
     trial = None if plain is None else verdict.trial(plain.name)
     if plain is None or trial is None or not trial.is_timed:

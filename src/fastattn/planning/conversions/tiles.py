@@ -36,14 +36,18 @@ def may_be_tiled(p: Problem) -> bool:
     return p.device == "cpu" and has_keys and one_for_all_heads
 
 
+def is_large(p: Problem) -> bool:
+    """Whether leaving out may be worth the search for what to leave out."""
+    return p.q_len >= ROWS and p.q_len * p.kv_len >= PAIRS
+
+
 def when_tiles(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     is_told = bool(p.structure) or (p.is_banded and p.mask is None and when_mask_dense(kernel, p, facts) == REQUIRED)
     if p.dropout or p.mask_grad or not (is_told or may_be_tiled(p)):
         return NO
     if is_told and "additive" in kernel.masks and p.dense_mask_bytes > p.memory_limit:
         return REQUIRED
-    is_large = p.q_len >= ROWS and p.q_len * p.kv_len >= PAIRS
-    return OPTIONAL if kernel.tiles and is_large else NO
+    return OPTIONAL if kernel.tiles and is_large(p) else NO
 
 
 def share_in_tiles(p: Problem, mask: Tensor | Mask | None) -> float | None:

@@ -26,15 +26,17 @@ def random_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Te
 
 
 def half_visible(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
-    """What is timed: a triangle, or keys that are padded to twice their number in the mean.
+    """What is timed: a triangle, keys that are padded to twice their number in the mean, or both where batch entries differ.
 
     Kernels that look at no mask's content take as long with any other. The last key is seen: a tail that is lost shows.
     """
     rows, keys = (torch.arange(n, dtype=torch.int64, device=g.device) for n in shape[2:])
-    if shape[2] > 1:
-        return (keys <= rows[:, None] + shape[3] - shape[2]).expand(shape)
+    triangle = keys <= rows[:, None] + shape[3] - shape[2]
+    if shape[2] > 1 and shape[0] == 1:
+        return triangle.expand(shape)
     lengths = [max(1, p.kv_len * (b + 1) // (shape[0] + 1)) for b in range(shape[0])]
-    return (keys >= p.kv_len - keys.new_tensor(lengths)[:, None, None, None]).expand(shape)
+    padded = (keys >= p.kv_len - keys.new_tensor(lengths)[:, None, None, None]).expand(shape)
+    return padded & triangle if shape[2] > 1 else padded
 
 
 def structured(p: Problem, g: torch.Generator, shape: tuple[int, ...]) -> Tensor:
