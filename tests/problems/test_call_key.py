@@ -122,27 +122,14 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(name):
         attention(Q, Q, Q, **{name: True})
     assert str(error.value) == (
         f"attention() got an unexpected keyword argument {name!r};{hint} valid: mask, layout, is_causal, scale, kernel,"
-        " accuracy, dropout_p, window, softcap, score_mod, return_lse"
+        " accuracy, dropout_p, window, softcap, score_mod, return_lse,"
+        " cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table"
     )
 
 
-NOT_READY = {
-    "cu_seqlens_q": torch.arange(3), "cu_seqlens_kv": torch.arange(3), "max_q_len": 5, "max_kv_len": 5,
-    "kv_lens": torch.ones(2), "page_table": torch.ones(2, 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NOT_READY)
-def test_an_option_that_is_not_ready_says_so_by_name(name):
-    with pytest.raises(NotImplementedError, match=name):
-        attention(Q, Q, Q, **{name: NOT_READY[name]})
-
-
-def test_options_not_ready_may_be_given_their_defaults():
-    defaults = {name: call_options.OPTION_DEFAULTS[name] for name in NOT_READY}
+def test_options_of_packed_calls_may_be_given_their_defaults():
+    defaults = dict.fromkeys((*call_options.OF_SEQUENCES, *call_options.OF_CACHES))
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
-    ready = {"is_causal", "scale", "kernel", "accuracy", "dropout_p", "window", "softcap", "score_mod", "return_lse"}
-    assert set(NOT_READY) | ready == set(call_options.OPTION_NAMES)
     attention(Q, Q, Q, dropout_p=0, softcap=0)
 
 
@@ -150,11 +137,6 @@ def test_options_not_ready_may_be_given_their_defaults():
 def test_a_bad_layout_lists_the_good_ones(layout):
     with pytest.raises(ValueError, match="'bhsd', 'bshd', 'sbhd'"):
         attention(Q, Q, Q, layout=layout)
-
-
-def test_packed_layout_is_not_ready():
-    with pytest.raises(NotImplementedError, match="thd"):
-        attention(Q, Q, Q, layout="thd")
 
 
 def test_a_mask_of_three_dimensions_is_refused_with_both_readings():

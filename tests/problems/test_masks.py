@@ -15,7 +15,7 @@ from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 def by_definition(mask, q_len, kv_len):
     """[B, q_len, kv_len] from what each mask is said to be, pair by pair."""
-    at = kv_len - q_len if "bottom_right" in repr(mask) else 0
+    at = kv_len - q_len if "Causal('bottom_right')" in repr(mask) else 0
     shows = [
         [[_shows(mask, b, i + at, j, kv_len) for j in range(kv_len)] for i in range(q_len)] for b in range(B)
     ]  # fmt: skip
@@ -58,8 +58,35 @@ def _shows(mask, b, p, j, kv_len):
             if not isinstance(n, int):
                 return any(first <= j < last for first, last in n)
             return j < n if side == "right" else j >= kv_len - n
+        case masks.Packed(queries, keys, corner, (left, right)):
+            of_query, of_key = _in_sequence(queries, p), _in_sequence(keys, j)
+            if of_query is None or of_key is None or of_query[0] != of_key[0]:
+                return False
+            (n, i), (_, j) = of_query, of_key
+            sizes = [x if isinstance(x, int) else x[n] for x in (queries, keys)]
+            i += sizes[1] - sizes[0] if corner == "bottom_right" else 0
+            return (
+                (not corner or j <= i) and (left < 0 or i - j <= left) and (bool(corner) or right < 0 or j - i <= right)
+            )
+        case masks.Filled(keys, queries, left):
+            filled = keys if isinstance(keys, int) else keys[b]
+            at = filled - queries + p
+            return j < filled and (not queries or (j <= at and (left < 0 or at - j <= left)))
     parts = [_shows(part, b, p, j, kv_len) for part in mask.of]
     return all(parts) if " | " not in repr(mask) or mask.parts() != (mask,) else any(parts)
+
+
+def _in_sequence(lengths, x):
+    """(number of the sequence, place in it) of token x, None before the first and behind the last."""
+    if x < 0:
+        return None
+    if isinstance(lengths, int):
+        return divmod(x, lengths)
+    for n, length in enumerate(lengths):
+        if x < length:
+            return n, x
+        x -= length
+    return None
 
 
 @settings(max_examples=120, deadline=None)

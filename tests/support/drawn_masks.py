@@ -8,8 +8,11 @@ from fastattn import masks
 B = 3  # batch entries, where they differ
 
 N = st.integers(1, 60)
+SIZES = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1, max_size=5)
+SIDES = st.tuples(st.integers(-1, 12), st.integers(-1, 12))
+CORNERS = st.sampled_from(["top_left", "bottom_right"])
 one_of = st.one_of(
-    st.builds(masks.Causal, st.sampled_from(["top_left", "bottom_right"])),
+    st.builds(masks.Causal, CORNERS),
     st.builds(masks.Window, st.integers(-1, 40), st.integers(-1, 40)),
     st.builds(masks.Dilated, st.integers(1, 7)),
     st.builds(masks.Chunked, N),
@@ -21,6 +24,14 @@ one_of = st.one_of(
     st.builds(masks.Global, st.lists(st.integers(0, 70), min_size=1, max_size=5)),
     st.builds(masks.Document, N),
     st.builds(masks.Padding, st.lists(st.integers(0, 70), min_size=B, max_size=B), st.sampled_from(["left", "right"])),
+    st.builds(
+        lambda sizes, corner, window: masks.Packed(*zip(*sizes, strict=True), corner, window),
+        SIZES, st.one_of(st.just(""), CORNERS), SIDES,
+    ),
+    st.builds(masks.Packed, N, N, CORNERS, SIDES),
+    st.builds(
+        masks.Filled, st.lists(st.integers(0, 70), min_size=B, max_size=B), st.integers(0, 30), st.integers(-1, 30)
+    ),
     st.builds(
         lambda rows: masks.Padding(torch.tensor(rows)),
         st.lists(st.lists(st.booleans(), min_size=60, max_size=60), min_size=B, max_size=B),

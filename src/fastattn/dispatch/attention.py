@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     mask: None; a bool tensor (True attends) or a float tensor (added), 2-D or 4-D, broadcast to [batch, q_heads, q_len,
     kv_len]; a value of `fastattn.masks`, as `masks.Causal() & masks.Document(lengths)`; a causal bias of
     torch.nn.attention.bias; or flex_attention's BlockMask. A row that may attend to nothing gives zeros, and zero gradients.
-    layout: of q, k, v and the output: "bhsd", "bshd" or "sbhd".
+    layout: of q, k, v and the output: "bhsd", "bshd" or "sbhd"; or "thd", packed sequences [tokens, heads, head_dim].
 
     is_causal: torch's top-left triangle, together with any mask. scale: None means head_dim ** -0.5.
     window: (left, right), keys that a query sees beside its own; -1 or None is no limit. Around the diagonal of the causal
@@ -52,7 +52,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     kernel: an order: that kernel ("torch_flash", or one candidate, "torch_flash+fp32") runs or NoKernelError says why not.
     accuracy: "exact" (what a fused kernel with float32 accumulation achieves), "dtype" (plain matmul in the input's
     dtype), or the largest row error over max_d sum_j p_ij |v_jd| that is accepted. Default: `options(accuracy=)`, "exact".
-    cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens and page_table are not implemented yet.
+    cu_seqlens_q, cu_seqlens_kv: for "thd", where each sequence begins and the end of the last, int [sequences + 1]; keys as
+    queries where the second is None. is_causal, masks.Causal(...) and window hold within each sequence. max_q_len,
+    max_kv_len: the longest sequence, where it is known. lse is then [q_heads, tokens].
+    kv_lens: how much of each batch entry's k and v is filled, int [batch]; the rest is neither read nor seen.
+    masks.Causal("bottom_right") then means that the queries are the last of the filled keys.
+    page_table: int [batch, pages], k and v being pages [pages, kv_heads, page size, head_dim], or in "bshd" [pages,
+    page size, kv_heads, head_dim]; the pages of an entry are its cache, filled to kv_lens.
+    A jagged NestedTensor is packed sequences as well: [batch, ragged, heads, head_dim] in "bshd", its transpose(1, 2) in
+    "bhsd"; so is the output.
 
     Returns [batch, q_heads, q_len, head_dim_v] in `layout`. Raises RuntimeError, TypeError or IndexError where
     F.scaled_dot_product_attention does; ValueError for a bad layout, accuracy, window or softcap or an ambiguous mask;

@@ -12,7 +12,7 @@ from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
-from fastattn.planning import candidates, default_choice
+from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.decision import Accepted, Decision, Rejected
 from fastattn.verdicts.verdict import Verdict
@@ -147,3 +147,14 @@ def is_ready(kernel: Kernel) -> bool:
 
 def _is_traceable(kernel: Kernel, name: str) -> bool:
     return kernel.library == "torch" and not IN_BLOCKS & set(name.split("+")[1:])
+
+
+def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:
+    """What serves in place of a verdict's candidate in tiles where a call's own mask hides too little; None: nothing does."""
+    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None or asked.problem.mask is None:
+        return None  # with a triangle or a window alone, calls of a problem hide all alike
+    plain = next((other for other in in_order(asked, verdict) if not other.is_in_tiles), None)
+    trial = None if plain is None else verdict.trial(plain.name)
+    if plain is None or trial is None or not trial.is_timed:
+        return None
+    return binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.dispatch import fallback
-from fastattn.dispatch.resolve import unless_in_tiles
 from fastattn.dispatch.service import Asked
 from fastattn.planning.conversions.tiles import is_large, may_be_tiled
 from fastattn.problems.masks import Mask
@@ -48,7 +47,7 @@ def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
 def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
     """Up to which share tiles serve, where they won."""
     winner = next((c for c in fallback.in_order(asked, verdict) if c.name == served), None)
-    unless = unless_in_tiles(winner, asked, verdict) if winner is not None else None
+    unless = fallback.unless_in_tiles(winner, asked, verdict) if winner is not None else None
     if unless is None:
         return ""
     text = f"; tiles serve up to {unless.share:.0%}"

@@ -14,7 +14,7 @@ from fastattn.dispatch.resolve import Resolved
 from fastattn.environment.option_scope import options
 from fastattn.environment.settings import current_settings
 from fastattn.problems.call_key import CallKey, call_key
-from fastattn.problems.call_options import parse_options
+from fastattn.problems.call_options import is_ordinary, parse_options
 from fastattn.problems.masks import Mask
 
 
@@ -72,6 +72,10 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
 
     Arguments and errors are those of `fastattn.attention`.
     """
+    if not is_ordinary(q, layout, options):
+        raise NotImplementedError(
+            "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor): call attention()"
+        )
     parsed = parse_options(options, "plan")
     resolved = resolve.attention(q, k, v, mask, layout, options)
     now = current_settings()

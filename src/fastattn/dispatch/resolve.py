@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,12 @@ from fastattn.planning import binding, default_choice
 from fastattn.planning.decision import Accepted
 from fastattn.problems import masks
 from fastattn.problems.call_key import CallKey, as_structured, call_key, is_block_mask, tensors_of
-from fastattn.problems.call_options import CallOptions, check_layout, parse_options
+from fastattn.problems.call_options import CallOptions, check_layout, is_ordinary, parse_options
 from fastattn.problems.classify import classify
 from fastattn.verdicts.verdict import Verdict
+
+if TYPE_CHECKING:
+    from fastattn.problems.packing import SaidAnew
 
 
 class Resolved(NamedTuple):
@@ -53,6 +56,12 @@ class Resolved(NamedTuple):
 
 def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any]) -> Resolved:
     """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
+    if not is_ordinary(q, layout, given):
+        from fastattn.problems.packing import said_anew
+
+        anew = said_anew(q, k, v, mask, layout, given)
+        if anew is not None:
+            return _said_anew(anew)
     options = parse_options(given)
     settings = current_settings()
     check_layout(layout)
@@ -63,6 +72,16 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
             return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
     return _if_guarded(_resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask)), mask, given)
+
+
+def _said_anew(anew: SaidAnew) -> Resolved:
+    """The same call as an ordinary one, which has an entry of its own. Its lengths are new in each call."""
+    from fastattn.dispatch.attention import attention
+
+    def call(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return anew.back(attention(anew.q, anew.k, anew.v, anew.mask, anew.layout, **anew.options))
+
+    return Resolved(call, "", "", remember=False)
 
 
 def _if_guarded(resolved: Resolved, mask: Any, given: dict[str, Any]) -> Resolved:
@@ -194,7 +213,7 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
 
 
 def _state_read_by(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> tuple[str, ...]:
-    unless = unless_in_tiles(candidate, asked, verdict)
+    unless = fallback.unless_in_tiles(candidate, asked, verdict)
     others = validity.state_read_by(unless.candidate, asked) if unless is not None else ()
     return tuple(dict.fromkeys((*validity.state_read_by(candidate, asked), *others)))
 
@@ -202,7 +221,7 @@ def _state_read_by(candidate: Accepted, asked: Asked, verdict: Verdict | None) -
 def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | None = None) -> binding.Call:
     """The Call of a candidate for a call with these options."""
     options = key.options
-    unless = unless_in_tiles(candidate, asked, verdict)
+    unless = fallback.unless_in_tiles(candidate, asked, verdict)
     return binding.bind(
         candidate,
         asked.problem,
@@ -213,17 +232,6 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | Non
         score_mod=options.score_mod,
         unless=unless,
     )
-
-
-def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:
-    """What serves in place of a verdict's candidate in tiles where a call's own mask hides too little; None: nothing does."""
-    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None or asked.problem.mask is None:
-        return None  # with a triangle or a window alone, calls of a problem hide all alike
-    plain = next((other for other in fallback.in_order(asked, verdict) if not other.is_in_tiles), None)
-    trial = None if plain is None else verdict.trial(plain.name)
-    if plain is None or trial is None or not trial.is_timed:
-        return None
-    return binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))
 
 
 def _check_custom(call: binding.Call, candidate: Accepted, asked: Asked, key: CallKey, given: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from fastattn.problems.layouts import LAYOUTS
 
 
 class CallOptions(NamedTuple):
-    """Everything attention() takes by keyword. Docs: `fastattn.attention`."""
+    """What an ordinary call takes by keyword. Docs: `fastattn.attention`."""
 
     is_causal: bool = False
     scale: float | None = None
@@ -29,19 +29,13 @@ class CallOptions(NamedTuple):
     softcap: float = 0.0
     score_mod: Callable[..., Tensor] | None = None
     return_lse: bool = False
-    # For options whose issue is not done, any value but the default raises NotImplementedError.
-    cu_seqlens_q: Any = None
-    cu_seqlens_kv: Any = None
-    max_q_len: Any = None
-    max_kv_len: Any = None
-    kv_lens: Any = None
-    page_table: Any = None
 
 
 OPTION_NAMES = CallOptions._fields
 OPTION_DEFAULTS = CallOptions._field_defaults
-_LATER = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len", "kv_lens", "page_table")
-_VALID = ("mask", "layout", *(name for name in OPTION_NAMES if name not in _LATER))
+# Options that make a call another one before these are looked at: problems/packing.
+OF_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len")
+OF_CACHES = ("kv_lens", "page_table")
 # What other attention functions call it.
 _ELSEWHERE = {
     **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
@@ -55,17 +49,25 @@ _HINTS = {
 }
 
 
+def is_ordinary(q: Any, layout: Any, given: dict[str, Any]) -> bool:
+    """Whether a call needs not be said anew (problems/packing)."""
+    if layout == "thd" or (isinstance(q, Tensor) and q.is_nested):
+        return False
+    return not given or all(given.get(name) is None for name in (*OF_SEQUENCES, *OF_CACHES))
+
+
 def parse_options(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> CallOptions:
     """Options from keyword arguments. Raises TypeError, ValueError, RuntimeError or NotImplementedError, naming the option.
 
     function: whose arguments they are; more: what it takes beside attention's.
     """
     for name, value in given.items():
+        if name in (*OF_SEQUENCES, *OF_CACHES) and value is None:
+            continue
         if name not in OPTION_DEFAULTS:
-            raise unexpected_argument(function, name, (*_VALID, *more), _HINTS.get(name, ""))
-        if name in _LATER and value is not None:
-            raise NotImplementedError(f"attention(): {name}={value!r} is not implemented yet")
-    options = CallOptions(**given)
+            valid = ("mask", "layout", *OPTION_NAMES, *OF_SEQUENCES, *OF_CACHES, *more)
+            raise unexpected_argument(function, name, valid, _HINTS.get(name, ""))
+    options = CallOptions(**{name: value for name, value in given.items() if name in OPTION_DEFAULTS})
     _check_type("is_causal", options.is_causal, bool, "bool")
     _check_type("return_lse", options.return_lse, bool, "bool")
     if options.scale is not None:
@@ -84,7 +86,7 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
         raise ValueError("attention(): softcap together with score_mod is ambiguous; put the cap into score_mod")
     if options.accuracy is not None:
         options = options._replace(accuracy=check_accuracy(options.accuracy))
-    return options if options.window is None else options._replace(window=_window(options.window))
+    return options._replace(window=window_sides(options.window))
 
 
 def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
@@ -107,8 +109,10 @@ def _is_real(dtype: Any) -> bool:
     return dtype is not None and not str(dtype).endswith("bool") and "complex" not in str(dtype)
 
 
-def _window(given: Any) -> bands.Sides | None:
-    """(left, right) with -1 for no limit; None where neither side has one."""
+def window_sides(given: Any) -> bands.Sides | None:
+    """(left, right) with -1 for no limit; None where neither side has one. Raises ValueError for anything else."""
+    if given is None:
+        return None
     sides = tuple(-1 if n is None else n for n in given) if isinstance(given, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(n) is int and n >= -1 for n in sides):
         raise ValueError(
@@ -122,4 +126,4 @@ def check_layout(layout: Any) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     if layout == "thd":
-        raise NotImplementedError("attention(): layout='thd' is not implemented yet")
+        raise NotImplementedError("layout 'thd' is of one call, whose lengths it needs: attention() takes it")

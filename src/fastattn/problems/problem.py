@@ -105,6 +105,11 @@ class Problem:
         return masks.all_of(own) if own else None
 
     @property
+    def has_unread_keys(self) -> bool:
+        """Whether some hidden keys may hold anything, NaN too: a kernel must not read them."""
+        return "Filled(" in self.structure
+
+    @property
     def dense_mask_bytes(self) -> int:
         """Bytes of the structure, triangle or window as a dense mask, bool and as it is added."""
         copies = (self.batch if "b" in self.mask_shape else 1) * (self.q_heads if "h" in self.mask_shape else 1)

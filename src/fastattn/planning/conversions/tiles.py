@@ -20,6 +20,7 @@ from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_look, tiled
 from fastattn.planning.default_output import output_order
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import empty_in_order
+from fastattn.problems.length_buckets import DECODE_Q_LEN
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.problems.tilings.of_dense import tiling_of_dense
@@ -27,6 +28,8 @@ from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 ROWS = 256  # of queries at least: with fewer there is little to leave out
 PAIRS = 2**18  # of a query and a key at least: below, finding tiles costs what they save
+# of products of numbers, in each batch entry, where tiles are whole entries: a call each is then worth it
+WORK = 2**21
 
 
 def may_be_tiled(p: Problem) -> bool:
@@ -38,6 +41,8 @@ def may_be_tiled(p: Problem) -> bool:
 
 def is_large(p: Problem) -> bool:
     """Whether leaving out may be worth the search for what to leave out."""
+    if "b" in p.mask_shape and ("q" not in p.mask_shape or p.q_len <= DECODE_Q_LEN):
+        return p.q_heads * p.q_len * p.kv_len * p.head_dim >= WORK
     return p.q_len >= ROWS and p.q_len * p.kv_len >= PAIRS
 
 
@@ -45,7 +50,7 @@ def when_tiles(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     is_told = bool(p.structure) or (p.is_banded and p.mask is None and when_mask_dense(kernel, p, facts) == REQUIRED)
     if p.dropout or p.mask_grad or not (is_told or may_be_tiled(p)):
         return NO
-    if is_told and "additive" in kernel.masks and p.dense_mask_bytes > p.memory_limit:
+    if p.has_unread_keys or (is_told and "additive" in kernel.masks and p.dense_mask_bytes > p.memory_limit):
         return REQUIRED
     return OPTIONAL if kernel.tiles and is_large(p) else NO
 

@@ -143,15 +143,11 @@ class Neighborhood(Mask):
         object.__setattr__(self, "radius", radius)
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        seen, step, whole = (
-            j >= 0,
-            prod(self.grid),
-            2**62,
-        )  # the first dimension is not wrapped: tokens may go on behind it
-        for size, radius in zip(self.grid, self.radius, strict=True):
-            step //= size
+        step = prod(self.grid[1:])
+        seen = (p // step - j // step).abs() <= self.radius[0]  # not wrapped: tokens may go on behind it
+        for size, radius in zip(self.grid[1:], self.radius[1:], strict=True):
+            whole, step = step, step // size
             seen = seen & ((p % whole // step - j % whole // step).abs() <= radius)
-            whole = step
         return seen
 
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:

@@ -128,9 +128,13 @@ class Mask:
         return kv_len - q_len if self.anchor == "bottom_right" else 0
 
     def __repr__(self) -> str:
-        """As it is written: what is as usual is not said."""
-        values = [(getattr(self, field.name), field.default) for field in fields(self)]  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(repr(value) for value, usual in values if value != usual)})"
+        """As it is written: what is as usual is not said, and what comes after it is named."""
+        said: list[str] = []
+        known = fields(self)  # type: ignore[arg-type]
+        for at, field in enumerate(known):
+            if (value := getattr(self, field.name)) != field.default:
+                said.append(repr(value) if len(said) == at else f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def parts(self) -> tuple[Mask, ...]:
         """The masks all of which must let a key be seen."""

@@ -15,16 +15,24 @@ FEWEST = 16  # rows of a tile that ends where the mask changes: what sees little
 @lru_cache(256)  # masks are small and frozen: a model asks for the same one in each layer
 def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
     """The tiling of a mask."""
-    tiles: list[Tile] = []
-    for b in range(batch if mask.is_per_batch() else 1):
-        entries = slice(b, b + 1) if mask.is_per_batch() else slice(0, batch)
-        for residue in range(mask.step()):
-            tiles += _tiles(mask, b, entries, range(residue, q_len, mask.step()), q_len, kv_len)
-    return tiling_of(tiles, batch, q_len, kv_len)
+    ends = range(1, batch + 1) if mask.is_per_batch() else [batch]
+    alike: list[tuple[slice, list[Tile]]] = []  # neighbouring entries with the same tiles
+    for b, end in enumerate(ends):
+        entries = slice(b, end)
+        tiles = [
+            tile
+            for residue in range(mask.step())
+            for tile in _tiles(mask, b, range(residue, q_len, mask.step()), q_len, kv_len)
+        ]
+        if alike and alike[-1][1] == tiles:
+            entries = slice(alike.pop()[0].start, end)
+        alike.append((entries, tiles))
+    placed = (tile._replace(batch=entries) for entries, tiles in alike for tile in tiles)
+    return tiling_of(placed, batch, q_len, kv_len)
 
 
-def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: int) -> Iterator[Tile]:
-    """Those of some rows of a batch entry, which may have a step."""
+def _tiles(mask: Mask, b: int, rows: range, q_len: int, kv_len: int) -> Iterator[Tile]:
+    """Those of some rows of a batch entry, which may have a step; for which entries they hold is said later."""
     offset = mask.offset(q_len, kv_len)
     for block in _blocks(mask, b, rows, offset):
         at = range(block[0] + offset, block[-1] + offset + 1, rows.step)  # positions
@@ -37,7 +45,7 @@ def _tiles(mask: Mask, b: int, entries: slice, rows: range, q_len: int, kv_len: 
         if keys:
             is_masked = mask.heads() > 0 or not runs.holds(every, keys)
             hiding = _hiding(mask, b, at, keys, kv_len) if is_masked else None
-            yield Tile(entries, slice(block[0], block[-1] + 1, rows.step), keys, is_masked, hiding)
+            yield Tile(slice(0), slice(block[0], block[-1] + 1, rows.step), keys, is_masked, hiding)
 
 
 def _hiding(mask: Mask, b: int, at: range, keys: runs.Runs, kv_len: int) -> Mask:
