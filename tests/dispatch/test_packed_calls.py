@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastattn
@@ -14,8 +14,7 @@ SIZES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, 
 SIDES = st.one_of(st.none(), st.tuples(st.integers(-1, 12), st.integers(-1, 12)))
 CORNERS = st.sampled_from([None, masks.Causal(), masks.Causal("bottom_right")])
 SAME = {"atol": 1e-12, "rtol": 1e-10}
-settings.register_profile("packed", deadline=None, max_examples=40)
-settings.load_profile("packed")
+drawn = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +63,7 @@ def one_by_one(q, k, v, queries, keys, mask=None, window=None):
     return torch.cat(outs), torch.cat(lses, 1)
 
 
+@drawn
 @given(SIZES, CORNERS, SIDES, st.integers(0, 3), st.booleans())
 def test_packed_sequences_are_as_one_call_each(sizes, mask, window, spare, in_tiles):
     queries, keys = zip(*sizes, strict=True)
@@ -76,6 +76,7 @@ def test_packed_sequences_are_as_one_call_each(sizes, mask, window, spare, in_ti
     torch.testing.assert_close(lse, want_lse.float(), atol=1e-5, rtol=1e-5)
 
 
+@drawn
 @given(SIZES, st.booleans(), SIDES, st.booleans())
 def test_gradients_of_packed_sequences_are_those_of_one_call_each(sizes, is_causal, window, in_tiles):
     lengths = [n for n, _ in sizes]
@@ -127,6 +128,7 @@ def test_a_jagged_tensor_in_is_a_jagged_tensor_out(layout, is_causal):
     assert (out * 2 + nested[0].new_zeros(())).values().shape == want.shape, "it goes on as one of torch's own"
 
 
+@drawn
 @given(
     st.lists(st.integers(0, 30), min_size=3, max_size=3), st.sampled_from([1, 4]), st.booleans(), SIDES,
     st.sampled_from(["bhsd", "bshd", "sbhd"]), st.booleans(),
