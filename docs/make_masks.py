@@ -46,6 +46,8 @@ EXAMPLES = {
     "Chunked": masks.Chunked(8),
     "Document": masks.Document([14, 6, 12]),
     "Padding": masks.Padding([24]),
+    "Packed": masks.Packed((14, 6, 12), (10, 10, 12), "bottom_right"),
+    "Filled": masks.Filled(26, 32),
     "Prefix": masks.Prefix(8),
     "Global": masks.Global((0, 17)),
     "ALiBi": masks.ALiBi([0.15]),
@@ -67,8 +69,11 @@ FOOT = """## What they cost
 `python benchmarks/masks.py` measures what each is worth over F.sdpa with the dense mask on your machine
 ([results](results/README.md)). Tuning decides as always: every candidate is checked against float64, with tiles and
 with the dense mask, and timed. Masks that are alike (documents of about one length, batches padded to about one share)
-share a verdict; which keys are seen is read from the value of each call. Under torch.compile and where nothing may be
-learnt the dense form serves."""
+share a verdict; which keys are seen is read from the value of each call.
+
+The dense form serves with dropout, under torch.compile, where nothing may be learnt, and below 256 queries or 2^18 pairs
+of a query and a key, where tiles cost what they save. Packed and Filled are what
+[layout "thd" and kv_lens](packing.md) come to."""
 
 
 def page() -> str:

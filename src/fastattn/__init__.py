@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from fastattn.dispatch.stats import Stats, stats
     from fastattn.environment.errors import FastattnError, NoKernelError
     from fastattn.environment.option_scope import options
+    from fastattn.kernels.merging import merge
     from fastattn.problems import masks
     from fastattn.problems.problem import Problem
     from fastattn.verdicts.verdict import Verdict
 
 __all__ = [
     "Explanation", "FastattnError", "NoKernelError", "Patch", "Plan", "Problem", "Stats", "Verdict", "attention", "clear",
-    "explain", "masks", "options", "patch", "plan", "sdpa", "stats", "sync", "tune", "unpatch",
+    "explain", "masks", "merge", "options", "patch", "plan", "sdpa", "stats", "sync", "tune", "unpatch",
 ]  # fmt: skip
 
 # Imported when first asked for: a program that only calls attention() pays for what a hit needs.
 _LATER = {
     "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
     "Patch": "dispatch.patching", "patch": "dispatch.patching", "unpatch": "dispatch.patching",
-    "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
+    "merge": "kernels.merging", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
     "Stats": "dispatch.stats", "stats": "dispatch.stats", "clear": "dispatch.session", "tune": "dispatch.ahead",
     "FastattnError": "environment.errors", "NoKernelError": "environment.errors", "options": "environment.option_scope",
     "Problem": "problems.problem", "Verdict": "verdicts.verdict",

@@ -48,7 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     dropout_p: share of the weights that are dropped, the others scaled by 1 / (1 - dropout_p); drawn from torch's generator.
     score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score, as flex_attention takes it; only that kernel can.
     return_lse: return (out, lse), the natural log-sum-exp of each row's scores, float32 [batch, q_heads, q_len] in every
-    layout, -inf where a row sees nothing; no gradient flows through it.
+    layout, -inf where a row sees nothing. It has a gradient; `fastattn.merge` puts parts of the keys together by it.
     kernel: an order: that kernel ("torch_flash", or one candidate, "torch_flash+fp32") runs or NoKernelError says why not.
     accuracy: "exact" (what a fused kernel with float32 accumulation achieves), "dtype" (plain matmul in the input's
     dtype), or the largest row error over max_d sum_j p_ij |v_jd| that is accepted. Default: `options(accuracy=)`, "exact".

@@ -41,8 +41,24 @@ def outside(scores: Tensor, a: Arguments) -> Iterator[Tensor]:
 
 def sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
     """Attention of (b, h, s, d) tensors as the contract of a kernel asks; a row that sees nothing becomes zeros."""
+    scores = visible_scores(q, k, mask, a)
+    nothing = (scores.detach() == NEVER).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    if a.dropout_p:
+        weights = torch.dropout(weights, a.dropout_p, True)
+    q3, _, v3 = fold(q, k, v)
+    out = torch.bmm(weights.view(*q3.shape[:2], k.shape[2]), v3.to(scores.dtype))
+    out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
+    if not a.lse:
+        return out
+    lse = torch.logsumexp(scores.masked_fill(nothing, 0.0), -1)
+    return out, lse.masked_fill(nothing[..., 0], NEVER).float()
+
+
+def visible_scores(q: Tensor, k: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:
+    """(b, h, q_len, kv_len) scores in float32 or float64: capped, biased, NEVER where a key is hidden."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q3, k3, v3 = (x.to(dtype) for x in fold(q, k, v))
+    q3, k3 = (x.to(dtype) for x in fold(q, k, k)[:2])
     scores = (torch.bmm(q3, k3.mT) * a.scale).view(*q.shape[:3], k.shape[2])
     if a.softcap:
         scores = torch.tanh(scores / a.softcap) * a.softcap
@@ -51,12 +67,4 @@ def sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments
     hidden = mask.logical_not() if mask is not None and mask.dtype is torch.bool else None
     for beyond in outside(scores, a):
         hidden = beyond if hidden is None else hidden | beyond
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, NEVER)
-    nothing = (scores.detach() == NEVER).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    if a.dropout_p:
-        weights = torch.dropout(weights, a.dropout_p, True)
-    out = torch.bmm(weights.view(*q3.shape[:2], k.shape[2]), v3)
-    out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
-    return (out, torch.logsumexp(scores.detach(), -1).float()) if a.lse else out
+    return scores if hidden is None else scores.masked_fill(hidden, NEVER)

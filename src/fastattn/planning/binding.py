@@ -19,6 +19,7 @@ from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
 from fastattn.planning.conversions.double_backward import twice_differentiable
+from fastattn.planning.conversions.lse_gradient import with_lse_gradient
 from fastattn.planning.conversions.tiles import where_they_pay
 from fastattn.planning.decision import Accepted
 from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
@@ -65,6 +66,8 @@ def bind(
     if unless is not None:
         step = where_they_pay(step, _converted(unless.candidate, p, facts), unless.share)
         is_right = is_right and _lies_as_default(unless.candidate, p, facts)
+    if p.lse and p.needs_grad:
+        step = with_lse_gradient(step)
     return _outermost(step, is_right, is_tuning, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
