@@ -93,6 +93,7 @@ class Kernel:
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
     unfused: bool = False  # materialises the scores, some three times over
     tiles: bool = False  # worth trying on the tiles of a mask
+    split_kv: bool = False  # worth trying on parts of the keys, where heads are fewer than threads
     chunks: bool = False  # unfused, and worth cutting into blocks that fit a cache
     load_backward: Callable[[], Backward] | None = (
         None  # forward runs without a graph, the backward makes the scores again

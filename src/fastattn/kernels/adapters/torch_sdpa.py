@@ -66,6 +66,7 @@ KERNELS = (
         lse=True,
         gqa_fold=True,
         tiles=True,
+        split_kv=True,
         equal_head_dims=True,
         output_lies="as_query",
         dense_last_dim=True,

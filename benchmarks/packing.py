@@ -1,0 +1,269 @@
+"""What lengths are worth: padded batches, packed training and decoding, against what a user of F.sdpa does today.
+
+    python benchmarks/packing.py [--only REGEX] [--dtype bfloat16] [--seconds 5] [--smoke] [--results docs/results]
+
+F.sdpa with the dense mask that says the lengths, F.sdpa again (A/A), and attention() told the lengths, alternate within each
+round; times are medians. Every problem starts from an empty store. Then a decode loop: a token a step through 32 layers, stock,
+with each kernel that can pinned by plan(), and by attention(). Exit code 1 where an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import add_results, environment, in_one_line, open_console, results_folder
+from rich.table import Table
+from rounds import interleave, spread
+
+import fastattn
+from fastattn import attention, masks
+from fastattn.verdicts.verdict import Outcome
+
+SDPA, AGAIN = "F.sdpa", "F.sdpa again"
+Calls = dict[str, Callable[[], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians in ms. error: the largest difference of an answer from F.sdpa's in the same dtype."""
+
+    name: str
+    dtype: str
+    ms: dict[str, float]
+    spread: float
+    error: float
+    note: str = ""
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def ends_of(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+# --- the cases: each gives a name, the calls, and the input whose gradients are wanted
+
+
+def padded_batch(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+    """16 sequences of 64 to 448 tokens, padded to 512: with the bool mask, as thd, as a jagged tensor."""
+    b, h, s, d = 16, 12, 512, 64
+    lengths = [64 + 24 * i for i in range(b)]
+    seen = torch.arange(s) < torch.tensor(lengths)[:, None]
+    q, k, v = (draw(b, s, h, d, dtype=dtype, seed=i) for i in range(3))
+    packed, ends = [x[seen] for x in (q, k, v)], ends_of(lengths)
+    nested = [torch.nested.nested_tensor_from_jagged(x, ends).transpose(1, 2) for x in packed]
+    bhsd, mask = [x.transpose(1, 2) for x in (q, k, v)], seen[:, None, None]
+    return {
+        SDPA: lambda: F.scaled_dot_product_attention(*bhsd, mask).transpose(1, 2)[seen],
+        "dense mask": lambda: attention(*bhsd, mask).transpose(1, 2)[seen],
+        "thd": lambda: attention(*packed, layout="thd", cu_seqlens_q=ends),
+        "jagged": lambda: attention(*nested).transpose(1, 2).values(),
+    }, []
+
+
+def packed_training(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+    """8,192 tokens of documents of 300 tokens in the mean, causal, forward and backward."""
+    g = torch.Generator().manual_seed(1)
+    lengths: list[int] = []
+    while sum(lengths) < 8192:
+        lengths.append(min(int(torch.randint(60, 540, (1,), generator=g)), 8192 - sum(lengths)))
+    q, k, v = (draw(8192, 4, 64, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+    ends = ends_of(lengths)
+    ids = torch.bucketize(torch.arange(8192), ends[1:], right=True)
+    mask = ((ids[:, None] == ids) & torch.ones(8192, 8192, dtype=torch.bool).tril())[None, None]
+    bhsd = lambda: (x.transpose(0, 1)[None] for x in (q, k, v))  # noqa: E731
+    return {
+        SDPA: lambda: F.scaled_dot_product_attention(*bhsd(), mask)[0].transpose(0, 1),
+        "dense mask": lambda: attention(*bhsd(), mask)[0].transpose(0, 1),
+        "thd": lambda: attention(q, k, v, layout="thd", cu_seqlens_q=ends, is_causal=True),
+    }, [q, k, v]
+
+
+def cache(filled: list[int], heads: tuple[int, int] = (32, 8), q_len: int = 1, kv_len: int = 4096) -> Any:
+    """Decoding over a cache of 4,096 that is filled to some lengths."""
+
+    def calls(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+        b = len(filled)
+        q = draw(b, heads[0], q_len, 128, dtype=dtype)
+        k, v = (draw(b, heads[1], kv_len, 128, dtype=dtype, seed=i) for i in (1, 2))
+        kv_lens, gqa = torch.tensor(filled), heads[0] != heads[1]
+        at = kv_lens[:, None, None, None] - q_len + torch.arange(q_len)[:, None]
+        mask = torch.arange(kv_len) <= at
+        corner = masks.Causal("bottom_right")
+        return {
+            SDPA: lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa),
+            "dense mask": lambda: attention(q, k, v, mask),
+            "kv_lens": lambda: attention(q, k, v, corner, kv_lens=kv_lens),
+        }, []
+
+    return calls
+
+
+CASES = {
+    "padded to half, 16 x 12 x 512": padded_batch,
+    "packed training, 8,192 tokens in documents of 300, fwd+bwd": packed_training,
+    "decode 1 x 32/1, cache of 16,384, full": cache([16_384], (32, 1), kv_len=16_384),
+    "decode 8 x 32/8, cache of 4,096, all full": cache([4096] * 8),
+    "decode 8 x 32/8, cache of 4,096, half full": cache([2048] * 8),
+    "decode 8 x 32/8, cache of 4,096, one full, seven at 512": cache([4096] + [512] * 7),
+    "decode 8 x 8, cache of 4,096, 1,000 to 4,000": cache([500 * i for i in range(1, 9)], (8, 8)),
+    "4 drafted tokens, 8 x 32/8, cache of 4,096, 1,000 to 4,000": cache([500 * i for i in range(1, 9)], q_len=4),
+}
+SMOKE = {"decode 2 x 4/2, cache of 256": cache([256, 64], (4, 2), kv_len=256)}
+
+
+def measure(name: str, case: Any, dtype: torch.dtype, seconds: float) -> Result:
+    calls, inputs = case(dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        fastattn.options(cache_dir=directory, tune_budget=1e6)
+        fastattn.clear()
+        answers = {name: call() for name, call in calls.items()}  # tunes
+        error = max(float((out - answers[SDPA]).detach().abs().max()) for out in answers.values())
+        up = torch.ones_like(answers[SDPA])
+        runs: dict[str, Callable[[], object]] = {
+            name: (lambda call=call: torch.autograd.grad(call(), inputs, up)) if inputs else call
+            for name, call in {**calls, AGAIN: calls[SDPA]}.items()
+        }
+        found = interleave(runs, rounds=15, seconds=seconds)
+    ms = {name: 1e3 * median(samples) for name, samples in found.items()}
+    return Result(name, str(dtype)[6:], ms, spread(found, SDPA, AGAIN), error)
+
+
+# --- a decode loop
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A batch decodes `steps` tokens through `layers` layers, its caches filled to `first` tokens before."""
+
+    name: str
+    batch: int
+    heads: tuple[int, int]
+    first: int
+    steps: int = 48
+    layers: int = 32
+    head_dim: int = 128
+    layout: str = "bhsd"
+
+
+LOOPS = (
+    Loop("1 x 32/8, from 512", 1, (32, 8), 512),
+    Loop("1 x 32/8, from 4,096", 1, (32, 8), 4096, layers=8),
+    Loop("1 x 32, from 1,024", 1, (32, 32), 1024, layers=8),
+    Loop("4 x 32/8 in bshd, from 1,024", 4, (32, 8), 1024, layers=8, layout="bshd"),
+)
+
+
+def loop(case: Loop, dtype: torch.dtype, repeats: int) -> Result:
+    """Milliseconds of all layers a token."""
+    most = case.first + case.steps
+    tokens_first = case.layout == "bshd"
+
+    def cache(seed: int) -> torch.Tensor:
+        x = draw(case.batch, case.heads[1], most, case.head_dim, dtype=dtype, seed=seed)
+        return x.transpose(1, 2).contiguous() if tokens_first else x
+
+    caches = [(cache(2 * i), cache(2 * i + 1)) for i in range(case.layers)]
+    q = draw(case.batch, case.heads[0], 1, case.head_dim, dtype=dtype)
+    q = q.transpose(1, 2).contiguous() if tokens_first else q
+    gqa, bhsd = case.heads[0] != case.heads[1], lambda x: x.transpose(1, 2) if tokens_first else x
+
+    def steps(attend: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
+        for n in range(case.first + 1, most + 1):
+            for k, v in caches:
+                k, v = (x[:, :n] if tokens_first else x[:, :, :n] for x in (k, v))
+                yield attend(q, k, v)
+
+    def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return bhsd(F.scaled_dot_product_attention(bhsd(q), bhsd(k), bhsd(v), enable_gqa=gqa))
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, None, case.layout)
+
+    with tempfile.TemporaryDirectory() as directory:
+        fastattn.options(cache_dir=directory, tune_budget=1e6)
+        fastattn.clear()
+        fastattn.stats.reset()
+        error = max(float((a - b).abs().max()) for a, b in zip(steps(ours), steps(stock), strict=True))
+        tunings = fastattn.stats()["tunings"]
+        k, v = (x[:, : case.first] if tokens_first else x[:, :, : case.first] for x in caches[0])
+        explained = fastattn.explain(q, k, v, None, case.layout)
+        attends = {SDPA: stock, "attention": ours, AGAIN: stock}
+        for row in explained.rows:
+            if row.outcome is Outcome.TIMED and row.candidate != "default":
+                attends[f"pinned {row.candidate}"] = lambda q, k, v, name=row.candidate: attention(
+                    q, k, v, None, case.layout, kernel=name
+                )
+        runs = {name: (lambda attend=attend: [0 for _ in steps(attend)]) for name, attend in attends.items()}
+        found = interleave(runs, rounds=repeats, seconds=60, stay=(SDPA, AGAIN, "attention"), leave_beyond=1.5)
+    ms = {name: 1e3 * median(samples) / case.steps for name, samples in found.items()}
+    best = min((name for name in ms if name.startswith("pinned")), key=lambda name: ms[name], default=SDPA)
+    note = f"{tunings} tunings; best pinned {best.removeprefix('pinned ')} {ms[best]:.2f}"
+    kept = {name: ms[name] for name in (SDPA, "attention", AGAIN)}
+    return Result(f"{case.name}, {case.layers} layers", str(dtype)[6:], kept, spread(found, SDPA, AGAIN), error, note)
+
+
+def table(title: str, results: list[Result]) -> Table:
+    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    names = [n for n in dict.fromkeys(n for r in results for n in r.ms) if n not in (SDPA, AGAIN)]
+    for heading in ("", "dtype", SDPA, *(f"{name}{part}" for name in names for part in (" ms", "")), "A/A", ""):
+        shown.add_column(heading, justify="left" if not heading else "right", overflow="fold")
+    for r in results:
+        cells = [r.name, r.dtype, f"{r.ms[SDPA]:.2f} ms"]
+        for name in names:
+            cells += [f"{r.ms[name]:.2f}", f"{r.ms[SDPA] / r.ms[name]:.2f}x"] if name in r.ms else ["", ""]
+        shown.add_row(*cells, f"{100 * r.spread:.0f}%", r.note)
+    return shown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases and loops whose name it finds")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each problem's rounds")
+    parser.add_argument("--smoke", action="store_true", help="one small case and a short loop")
+    add_results(parser, "packing.txt and packing.json")
+    args = parser.parse_args()
+    console, facts = open_console(150), environment()
+    console.print(in_one_line(facts))
+    cases = SMOKE if args.smoke else {name: case for name, case in CASES.items() if re.search(args.only, name)}
+    loops = [Loop("1 x 4/2, from 32", 1, (4, 2), 32, 4, 2, 32)] if args.smoke else LOOPS
+    loops = [case for case in loops if re.search(args.only, case.name)]
+    results, looped = [], []
+    for dtype in [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]:
+        for name, case in cases.items():
+            print(f"{name}, {dtype} ...", file=sys.stderr)
+            results.append(measure(name, case, dtype, 0.3 if args.smoke else args.seconds))
+        for case in loops:
+            print(f"decode loop, {case.name}, {dtype} ...", file=sys.stderr)
+            looped.append(loop(case, dtype, 3 if args.smoke else 5))
+    if results:
+        console.print(table("times over F.sdpa with the mask that says the lengths", results))
+    if looped:
+        console.print(table("a decode loop: ms a token, all layers", looped))
+    folder = results_folder(args, facts)
+    if folder is not None:
+        (folder / "packing.txt").write_text(console.export_text(), encoding="utf-8")
+        rows = [asdict(result) for result in (*results, *looped)]
+        text = json.dumps({"facts": facts, "results": rows}, indent=1) + "\n"
+        (folder / "packing.json").write_text(text, encoding="utf-8")
+    wrong = [r for r in (*results, *looped) if r.error > (1e-4 if r.dtype == "float32" else 3e-2)]
+    for r in wrong:
+        console.print(f"wrong: {r.name}, {r.dtype}: a difference of {r.error:.2g}", style="red")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
