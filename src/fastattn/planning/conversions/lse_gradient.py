@@ -42,14 +42,14 @@ class _Lse(torch.autograd.Function):
         q, k, mask = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
         asked = [x for x, is_wanted in zip((q, k, mask), wanted, strict=True) if is_wanted]
-        sums: list[Tensor | None] = [None] * len(asked)
+        sums: list[Any] = [None] * len(asked)
         rows = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
         follows = torch.is_grad_enabled()
         with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
             for first in range(0, q.shape[2], rows):
                 part = slice(first, min(first + rows, q.shape[2]))
                 lse = _lse_of(q, k, ctx.told if ctx.told is not None else mask, ctx.a, part)
-                found = torch.autograd.grad(lse, asked, grad[:, :, part], create_graph=follows, allow_unused=True)
+                found: Any = torch.autograd.grad(lse, asked, grad[:, :, part], create_graph=follows, allow_unused=True)
                 sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
         each = iter(sums)
         return None, None, None, *(next(each) if is_wanted else None for is_wanted in wanted)
