@@ -1,0 +1,167 @@
+"""xFormers' and SageAttention's functions by their definition, and the names of missing packages answered by ours."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.compat import install, uninstall, xformers
+from fastattn.compat.sageattention import sageattn, sageattn_varlen
+
+SAME = {"atol": 1e-10, "rtol": 1e-8}
+
+
+@pytest.fixture(autouse=True)
+def untuned_calls():
+    with fastattn.options.scope(mode="cached"):
+        yield
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def reference(q, k, v, seen=None, bias=None, scale=None):
+    """xFormers' own: (b, m, h, k) tensors."""
+    scores = torch.einsum("bmhk,bnhk->bhmn", q, k) * (scale or q.shape[3] ** -0.5)
+    scores = scores if bias is None else scores + bias
+    scores = scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+    return torch.einsum("bhmn,bnhk->bmhk", torch.softmax(scores, -1), v)
+
+
+ROW, KEY = torch.arange(5)[:, None], torch.arange(7)
+BIASES = {
+    "LowerTriangularMask": (xformers.LowerTriangularMask(), ROW >= KEY),
+    "LowerTriangularFromBottomRightMask": (xformers.LowerTriangularFromBottomRightMask(), ROW + 2 >= KEY),
+    "LocalAttentionFromBottomRightMask": (
+        xformers.LocalAttentionFromBottomRightMask(2, 1), (KEY >= ROW) & (KEY <= ROW + 3)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases(name):
+    bias, seen = BIASES[name]
+    q, k, v = draw(2, 5, 3, 8), draw(2, 7, 3, 8, seed=1), draw(2, 7, 3, 8, seed=2)
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, bias), reference(q, k, v, seen), **SAME)
+    if name == "LocalAttentionFromBottomRightMask":
+        seen = (torch.arange(7)[:, None] - KEY).abs() <= torch.where(torch.arange(7)[:, None] >= KEY, 2, 1)
+        found = xformers.memory_efficient_attention(k, k, v, bias)
+        torch.testing.assert_close(found, reference(k, k, v, seen), **SAME)
+
+
+@pytest.mark.parametrize("corner", ["", "top_left", "bottom_right"])
+def test_block_diagonal_masks(corner):
+    queries, keys = [2, 3], [4, 3]
+    bias = xformers.BlockDiagonalMask.from_seqlens(queries, keys)
+    bias = {"": bias, "top_left": bias.make_causal(), "bottom_right": bias.make_causal_from_bottomright()}[corner]
+    q, k, v = draw(1, 5, 3, 8), draw(1, 7, 3, 8, seed=1), draw(1, 7, 3, 8, seed=2)
+    parts, i, j = [], 0, 0
+    for n, m in zip(queries, keys, strict=True):
+        rows, cols = torch.arange(n)[:, None] + (m - n if corner == "bottom_right" else 0), torch.arange(m)
+        seen = rows >= cols if corner else None
+        parts.append(reference(q[:, i : i + n], k[:, j : j + m], v[:, j : j + m], seen))
+        i, j = i + n, j + m
+    found = xformers.memory_efficient_attention(q, k, v, bias)
+    torch.testing.assert_close(found, torch.cat(parts, 1), **SAME)
+    assert [part.shape[1] for part in bias.split(found)] == queries
+    bias, packed = xformers.BlockDiagonalMask.from_tensor_list([draw(2, 3, 4), draw(1, 5, 4)])
+    assert bias.q_seqlen == (3, 3, 5) and packed.shape == (1, 11, 4)
+    causal = xformers.BlockDiagonalCausalMask.from_seqlens([2, 3])
+    assert causal.corner == "top_left" and causal.make_causal_from_bottomright().corner == "bottom_right"
+
+
+def test_tensors_of_three_and_five_dimensions_and_a_bias_that_is_added():
+    q, k, v = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 7, 8, seed=2)
+    bias = draw(2, 5, 7, seed=3)
+    found = xformers.memory_efficient_attention(q, k, v, bias, scale=0.3)
+    want = reference(q[:, :, None], k[:, :, None], v[:, :, None], bias=bias[:, None], scale=0.3)[:, :, 0]
+    torch.testing.assert_close(found, want, **SAME)
+    q, k, v = draw(2, 5, 2, 3, 8), *(draw(2, 7, 2, 1, 8, seed=i).expand(-1, -1, -1, 3, -1) for i in (1, 2))
+    found = xformers.memory_efficient_attention(q, k, v, output_dtype=torch.float32)
+    want = reference(*(x.flatten(2, 3) for x in (q, k, v))).unflatten(2, (2, 3))
+    torch.testing.assert_close(found, want.float())
+
+
+def test_what_xformers_has_and_we_have_not_is_refused():
+    q = draw(1, 4, 2, 8)
+    with pytest.raises(NotImplementedError, match="op is not chosen here"):
+        xformers.memory_efficient_attention(q, q, q, op="cutlass")
+    with pytest.raises(TypeError, match="attn_bias str"):
+        xformers.memory_efficient_attention(q, q, q, "causal")
+
+
+def test_sageattn_is_exact():
+    q, k, v = draw(2, 3, 5, 8), draw(2, 3, 5, 8, seed=1), draw(2, 3, 5, 8, seed=2)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(sageattn(q, k, v, is_causal=True), want, **SAME)
+    found, lse = sageattn(*(x.transpose(1, 2) for x in (q, k, v)), "NHD", True, return_lse=True, smooth_k=False)
+    torch.testing.assert_close(found.transpose(1, 2), want, **SAME)
+    assert lse.shape == (2, 3, 5)
+    ends = torch.tensor([0, 2, 5])
+    found = sageattn_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), ends, ends, 3, 3, is_causal=True)
+    two = torch.nn.functional.scaled_dot_product_attention(q[:1, :, :2], k[:1, :, :2], v[:1, :, :2], is_causal=True)
+    torch.testing.assert_close(found[:2], two[0].transpose(0, 1), **SAME)
+    for bad, kind in (({"tensor_layout": "BHSD"}, ValueError), ({"is_casual": True}, TypeError)):
+        with pytest.raises(kind, match=next(iter(bad))):
+            sageattn(q, k, v, **bad)
+
+
+USES = {
+    "flash_attn": """
+from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn.bert_padding import pad_input, unpad_input
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+qkv = torch.randn(2, 6, 3, 4, 8)
+out = flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=True)
+assert torch.equal(out, flash_attn_func(*qkv.unbind(2), causal=True))
+mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+tokens, indices, ends, longest, _ = unpad_input(qkv, mask)
+packed = flash_attn_varlen_func(*tokens.unbind(1), ends, ends, longest, longest, causal=True)
+assert torch.allclose(pad_input(packed, indices, 2, 6), out * mask[..., None, None], atol=1e-6)
+""",
+    "xformers": """
+import xformers.ops as xops
+from xformers.ops import fmha
+from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+q = torch.randn(1, 6, 4, 8)
+y = xops.memory_efficient_attention(q, q, q, attn_bias=xops.LowerTriangularMask())
+bias = fmha.BlockDiagonalMask.from_seqlens([2, 4])
+assert isinstance(bias, BlockDiagonalMask)
+assert xops.memory_efficient_attention(q, q, q, bias.make_causal()).shape == y.shape
+""",
+    "sageattention": """
+from sageattention import sageattn
+q = torch.randn(1, 4, 6, 8)
+attn_output = sageattn(q, q, q, tensor_layout="HND", is_causal=False)
+""",
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_code_that_was_written_for_a_missing_package_runs(name):
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    install(name)
+    install(name)
+    try:
+        exec(USES[name], {"torch": torch})  # as its README has it
+        assert importlib.util.find_spec(name) is not None
+        assert "fastattn" in sys.modules[name].__version__
+    finally:
+        uninstall(name)
+    assert name not in sys.modules and importlib.util.find_spec(name) is None
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(name)
+
+
+def test_a_package_that_is_there_is_not_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sageattention", sys)
+    with pytest.raises(ImportError, match="sageattention is installed"):
+        install("sageattention")
+    uninstall("sageattention")
+    assert sys.modules["sageattention"] is sys
+    with pytest.raises(ValueError, match="stands in for 'flash_attn', 'xformers', 'sageattention', got 'jax'"):
+        install("jax")
