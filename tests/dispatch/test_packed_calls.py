@@ -187,7 +187,7 @@ def test_pages_are_a_cache(layout):
 @pytest.mark.parametrize("window", [None, (3, 2)])
 def test_without_a_look_at_the_lengths_it_is_the_same(mask, window, monkeypatch):
     """On CUDA, and in a graph, the mask is made of lengths that nobody reads."""
-    from fastattn.problems.packing import caches, sequences
+    from fastattn.problems.rewriting import caches, sequences
 
     queries, keys = [3, 0, 5, 2], [4, 2, 5, 0]
     q, k, v = packed_qkv(queries, keys, spare=2)

@@ -123,12 +123,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(name):
     assert str(error.value) == (
         f"attention() got an unexpected keyword argument {name!r};{hint} valid: mask, layout, is_causal, scale, kernel,"
         " accuracy, dropout_p, window, softcap, score_mod, return_lse,"
-        " cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table"
+        " cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table, sinks"
     )
 
 
 def test_options_of_packed_calls_may_be_given_their_defaults():
-    defaults = dict.fromkeys((*call_options.OF_SEQUENCES, *call_options.OF_CACHES))
+    defaults = dict.fromkeys(call_options.REWRITTEN)
     assert torch.equal(attention(Q, Q, Q, **defaults), attention(Q, Q, Q))
     attention(Q, Q, Q, dropout_p=0, softcap=0)
 

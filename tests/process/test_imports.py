@@ -110,7 +110,16 @@ def imports_of(path):
                 yield node.module
 
 
-LAW = ("cli", "integrations | compat", "dispatch", "tuning", "planning | verdicts", "kernels", "problems", "environment")
+LAW = (
+    "cli",
+    "integrations | compat",
+    "dispatch",
+    "tuning",
+    "planning | verdicts",
+    "kernels",
+    "problems",
+    "environment",
+)
 DEPTH = {folder: depth for depth, row in enumerate(LAW) for folder in row.split(" | ")}
 
 

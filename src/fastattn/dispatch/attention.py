@@ -49,6 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "
     score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score, as flex_attention takes it; only that kernel can.
     return_lse: return (out, lse), the natural log-sum-exp of each row's scores, float32 [batch, q_heads, q_len] in every
     layout, -inf where a row sees nothing. It has a gradient; `fastattn.merge` puts parts of the keys together by it.
+    sinks: float [q_heads], a logit of each head that takes part in the softmax and has no value (gpt-oss); with a gradient.
     kernel: an order: that kernel ("torch_flash", or one candidate, "torch_flash+fp32") runs or NoKernelError says why not.
     accuracy: "exact" (what a fused kernel with float32 accumulation achieves), "dtype" (plain matmul in the input's
     dtype), or the largest row error over max_d sum_j p_ij |v_jd| that is accepted. Default: `options(accuracy=)`, "exact".
@@ -94,6 +95,7 @@ def _traced(
     max_kv_len: Any = None,
     kv_lens: Any = None,
     page_table: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     kernel: str | None = None,
     accuracy: str | float | None = None,
@@ -112,6 +114,7 @@ def _traced(
         "max_kv_len": max_kv_len,
         "kv_lens": kv_lens,
         "page_table": page_table,
+        "sinks": sinks,
         "return_lse": return_lse,
         "is_causal": is_causal,
         "scale": scale,

@@ -18,15 +18,15 @@ from fastattn.environment.torch_private import sdpa as torch_sdpa
 from fastattn.problems import masks
 from fastattn.problems.call_key import as_structured, is_block_mask
 from fastattn.problems.call_options import CallOptions, check_layout, is_ordinary, parse_options
-from fastattn.problems.packing import said_anew
+from fastattn.problems.rewriting import rewrite
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: dict[str, Any]) -> Any:
     """fastattn.attention, as it is traced."""
     if not is_ordinary(q, layout, given):
-        anew = said_anew(q, k, v, mask, layout, given)
-        if anew is not None:
-            return anew.back(attention(*anew[:5], anew.options))
+        ordinary = rewrite(q, k, v, mask, layout, given)
+        if ordinary is not None:
+            return ordinary.back(attention(*ordinary[:5], ordinary.options))
     options = parse_options(given)
     check_layout(layout)
     if options.score_mod is not None or is_block_mask(mask):

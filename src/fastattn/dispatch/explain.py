@@ -23,8 +23,8 @@ from fastattn.planning.decision import Rejected
 from fastattn.problems.call_facts import ordinary_facts
 from fastattn.problems.call_key import call_key, tensors_of
 from fastattn.problems.call_options import is_ordinary, parse_options
-from fastattn.problems.packing import said_anew
 from fastattn.problems.problem import Problem
+from fastattn.problems.rewriting import rewrite
 from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
 
@@ -86,10 +86,8 @@ def explain(
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
     settings = current_settings()
-    if not is_ordinary(q, layout, options):
-        anew = said_anew(q, k, v, mask, layout, options)
-        if anew is not None:
-            q, k, v, mask, layout, options = anew[:6]
+    while not is_ordinary(q, layout, options) and (ordinary := rewrite(q, k, v, mask, layout, options)) is not None:
+        q, k, v, mask, layout, options = ordinary[:6]
     key = call_key(q, k, v, mask, layout, parse_options(options, "explain", ("tune", "compiling")))
     circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
     asked = resolve.asked_of(key, settings, circumstances)

@@ -34,7 +34,7 @@ from fastattn.problems.classify import classify
 from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
-    from fastattn.problems.packing import SaidAnew
+    from fastattn.problems.rewriting import Rewritten
 
 
 class Resolved(NamedTuple):
@@ -57,11 +57,11 @@ class Resolved(NamedTuple):
 def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any]) -> Resolved:
     """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
     if not is_ordinary(q, layout, given):
-        from fastattn.problems.packing import said_anew
+        from fastattn.problems.rewriting import rewrite
 
-        anew = said_anew(q, k, v, mask, layout, given)
-        if anew is not None:
-            return _said_anew(anew)
+        ordinary = rewrite(q, k, v, mask, layout, given)
+        if ordinary is not None:
+            return _rewritten(ordinary)
     options = parse_options(given)
     settings = current_settings()
     check_layout(layout)
@@ -74,12 +74,12 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     return _if_guarded(_resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask)), mask, given)
 
 
-def _said_anew(anew: SaidAnew) -> Resolved:
-    """The same call as an ordinary one, which has an entry of its own. Its lengths are new in each call."""
+def _rewritten(ordinary: Rewritten) -> Resolved:
+    """The ordinary call, which has an entry of its own. What made it another one is looked at in each call."""
     from fastattn.dispatch.attention import attention
 
     def call(q: Any, k: Any, v: Any, mask: Any) -> Any:
-        return anew.back(attention(anew.q, anew.k, anew.v, anew.mask, anew.layout, **anew.options))
+        return ordinary.back(attention(*ordinary[:5], **ordinary.options))
 
     return Resolved(call, "", "", remember=False)
 

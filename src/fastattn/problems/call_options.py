@@ -33,9 +33,10 @@ class CallOptions(NamedTuple):
 
 OPTION_NAMES = CallOptions._fields
 OPTION_DEFAULTS = CallOptions._field_defaults
-# Options that make a call another one before these are looked at: problems/packing.
+# Options that make a call another one before these are looked at: problems/rewriting.
 OF_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_kv", "max_q_len", "max_kv_len")
 OF_CACHES = ("kv_lens", "page_table")
+REWRITTEN = (*OF_SEQUENCES, *OF_CACHES, "sinks")
 # What other attention functions call it.
 _ELSEWHERE = {
     **dict.fromkeys(("attn_mask", "attn_bias", "block_mask"), "mask"),
@@ -50,10 +51,10 @@ _HINTS = {
 
 
 def is_ordinary(q: Any, layout: Any, given: dict[str, Any]) -> bool:
-    """Whether a call needs not be said anew (problems/packing)."""
+    """Whether a call needs no rewriting (problems/rewriting)."""
     if layout == "thd" or (isinstance(q, Tensor) and q.is_nested):
         return False
-    return not given or all(given.get(name) is None for name in (*OF_SEQUENCES, *OF_CACHES))
+    return not given or all(given.get(name) is None for name in REWRITTEN)
 
 
 def parse_options(given: dict[str, Any], function: str = "attention", more: tuple[str, ...] = ()) -> CallOptions:
@@ -62,10 +63,10 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
     function: whose arguments they are; more: what it takes beside attention's.
     """
     for name, value in given.items():
-        if name in (*OF_SEQUENCES, *OF_CACHES) and value is None:
+        if name in REWRITTEN and value is None:
             continue
         if name not in OPTION_DEFAULTS:
-            valid = ("mask", "layout", *OPTION_NAMES, *OF_SEQUENCES, *OF_CACHES, *more)
+            valid = ("mask", "layout", *OPTION_NAMES, *REWRITTEN, *more)
             raise unexpected_argument(function, name, valid, _HINTS.get(name, ""))
     options = CallOptions(**{name: value for name, value in given.items() if name in OPTION_DEFAULTS})
     _check_type("is_causal", options.is_causal, bool, "bool")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class SaidAnew(NamedTuple):
+class Rewritten(NamedTuple):
     """An ordinary call, and what brings its answer back: back(out) or back((out, lse))."""
 
     q: Tensor

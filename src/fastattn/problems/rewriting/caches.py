@@ -12,12 +12,12 @@ from fastattn.problems import masks
 from fastattn.problems.call_key import as_structured
 from fastattn.problems.call_options import window_sides
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.problems.packing.said_anew import SaidAnew, is_readable
+from fastattn.problems.rewriting.rewritten import Rewritten, is_readable
 
 
 def of_cache(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: dict[str, Any], kv_lens: Any, pages: Any
-) -> SaidAnew:
+) -> Rewritten:
     if pages is not None:
         if kv_lens is None:
             raise ValueError("attention(): page_table needs kv_lens: how much of each batch entry's pages is filled")
@@ -25,18 +25,18 @@ def of_cache(
     batch, dim = q.shape[TO_BHSD[layout][0]], TO_BHSD[layout][2]
     kv_len = k.shape[dim]
     if not is_readable(kv_lens):
-        return SaidAnew(q, k, v, _cache_mask(q, k, mask, layout, kv_lens), layout, options, _as_it_is)
+        return Rewritten(q, k, v, _cache_mask(q, k, mask, layout, kv_lens), layout, options, _as_it_is)
     filled = _filled(kv_lens, batch, kv_len)
     most = max(filled, default=0)
     if most < kv_len:
         k, v = k.narrow(dim, 0, most), v.narrow(dim, 0, most)
         mask = mask[..., :most] if _is_dense(mask) and mask.shape[-1] == kv_len else mask
     if len(set(filled)) < 2:
-        return SaidAnew(q, k, v, mask, layout, options, _as_it_is)
+        return Rewritten(q, k, v, mask, layout, options, _as_it_is)
     if _is_dense(mask):
         seen = masks.Filled(filled).dense(batch, 1, most, q.device)
-        return SaidAnew(q, k, v, _both(mask, seen), layout, options, _as_it_is)
-    return SaidAnew(q, k, v, *_told(mask, options, filled, q.shape[dim], layout), _as_it_is)  # type: ignore[arg-type]
+        return Rewritten(q, k, v, _both(mask, seen), layout, options, _as_it_is)
+    return Rewritten(q, k, v, *_told(mask, options, filled, q.shape[dim], layout), _as_it_is)  # type: ignore[arg-type]
 
 
 def _told(

@@ -1,4 +1,4 @@
-"""Packed sequences and caches, said anew as an ordinary call: tensors of four dimensions and a mask that holds the lengths.
+"""Packed sequences, caches and sinks, rewritten as an ordinary call: tensors of four dimensions, a mask with the lengths.
 
 Layout "thd" is a batch of one with a Document mask, a cache that is filled to `kv_lens` is its filled part with a Filled
 mask, pages are gathered. Lengths on the CPU are read in each call; on CUDA, and while a graph is traced, nothing is read: the
@@ -11,24 +11,27 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.problems.call_options import OF_CACHES, OF_SEQUENCES, check_layout
-from fastattn.problems.packing.caches import of_cache
-from fastattn.problems.packing.jagged import is_jagged, of_jagged
-from fastattn.problems.packing.said_anew import SaidAnew, refuse
-from fastattn.problems.packing.sequences import of_packed
+from fastattn.problems.call_options import OF_CACHES, OF_SEQUENCES, REWRITTEN, check_layout
+from fastattn.problems.rewriting.caches import of_cache
+from fastattn.problems.rewriting.jagged import is_jagged, of_jagged
+from fastattn.problems.rewriting.rewritten import Rewritten, refuse
+from fastattn.problems.rewriting.sequences import of_packed
+from fastattn.problems.rewriting.sinks import of_sinks
 
-__all__ = ["SaidAnew", "said_anew"]
+__all__ = ["Rewritten", "rewrite"]
 
 
-def said_anew(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, Any]) -> SaidAnew | None:
-    """The ordinary call that a packed or cached one comes to; None where it is one already.
+def rewrite(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, Any]) -> Rewritten | None:
+    """The call that one with lengths or sinks comes to, nearer to an ordinary one; None where it is one already.
 
     Raises TypeError or ValueError, naming the argument, for lengths that do not fit.
     """
+    if options.get("sinks") is not None:
+        return of_sinks(q, k, v, mask, layout, options)
     asked = {name for name in (*OF_SEQUENCES, *OF_CACHES) if options.get(name) is not None}
     if not (asked or layout == "thd" or is_jagged(q)) or not all(isinstance(x, Tensor) for x in (q, k, v)):
         return None  # of what is no tensor an ordinary call says what is wrong
-    rest = {name: value for name, value in options.items() if name not in (*OF_SEQUENCES, *OF_CACHES)}
+    rest = {name: value for name, value in options.items() if name not in REWRITTEN}
     if is_jagged(q):
         refuse(asked, "does not go with a NestedTensor")
         return of_jagged(q, k, v, mask, layout, rest)

@@ -12,7 +12,7 @@ from fastattn.environment.text import type_name
 from fastattn.problems import bands, masks
 from fastattn.problems.call_key import as_structured
 from fastattn.problems.call_options import window_sides
-from fastattn.problems.packing.said_anew import SaidAnew, is_readable
+from fastattn.problems.rewriting.rewritten import Rewritten, is_readable
 
 
 def of_packed(
@@ -25,7 +25,7 @@ def of_packed(
     of_kv: Any,
     most_q: Any,
     most_kv: Any,
-) -> SaidAnew:
+) -> Rewritten:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"attention(): {name} must have 3 dimensions (thd), got shape {tuple(x.shape)}")
@@ -48,7 +48,7 @@ def of_packed(
     def back(found: Any) -> Any:
         return (found[0][0], found[1][0]) if isinstance(found, tuple) else found[0]
 
-    return SaidAnew(q[None], k[None], v[None], told, "bshd", options, back)
+    return Rewritten(q[None], k[None], v[None], told, "bshd", options, back)
 
 
 def _triangle(mask: Any, options: dict[str, Any], where: str) -> tuple[str, bands.Sides | None]:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.problems.packing.said_anew import SaidAnew
-from fastattn.problems.packing.sequences import of_packed
+from fastattn.problems.rewriting.rewritten import Rewritten
+from fastattn.problems.rewriting.sequences import of_packed
 
 
 def is_jagged(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged
 
 
-def of_jagged(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> SaidAnew:
+def of_jagged(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Rewritten:
     """A jagged NestedTensor, [batch, ragged, heads, head_dim] in layout "bshd", its transpose(1, 2) in "bhsd"."""
     if layout not in ("bhsd", "bshd") or not (is_jagged(k) and is_jagged(v)):
         raise ValueError(f"attention(): q, k and v are all jagged, in layout 'bhsd' or 'bshd'; got layout {layout!r}")

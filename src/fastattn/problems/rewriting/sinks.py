@@ -1,0 +1,49 @@
+"""Attention sinks: a logit of each head that takes part in the softmax and has no value (gpt-oss, arXiv 2309.17453).
+
+With them the output is out * sigmoid(lse - sink), of attention without them: exact for every kernel that returns the
+log-sum-exp, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.environment.text import type_name
+from fastattn.problems.rewriting.rewritten import Rewritten
+
+# layout -> where (b, h, s) of the log-sum-exp stand in the output; (h, t) for packed sequences
+_PLACES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (2, 0, 1), "thd": (1, 0)}
+
+
+def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, Any]) -> Rewritten | None:
+    """The same call without sinks, that returns the log-sum-exp. Raises TypeError or ValueError for what are no sinks."""
+    if layout not in _PLACES or not isinstance(q, Tensor) or q.is_nested:
+        return None if layout not in _PLACES else _refuse_nested()
+    sinks, places = options["sinks"], _PLACES[layout]
+    heads = q.shape[places.index(1 if len(places) == 3 else 0)] if q.dim() > len(places) else -1
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(
+            f"attention(): sinks must be a float Tensor, one logit for each query head, got {type_name(sinks)}"
+        )
+    if heads >= 0 and tuple(sinks.shape) != (heads,):
+        raise ValueError(
+            f"attention(): sinks must be one logit for each of {heads} query heads, got {tuple(sinks.shape)}"
+        )
+    wants_lse = options.get("return_lse", False)
+
+    def back(found: Any) -> Any:
+        out, lse = found
+        logits = sinks.to(lse.dtype)[:, None]  # beside (b, h, s) or (h, t)
+        share = torch.sigmoid(lse - logits).permute(places)[..., None]
+        out = (out * share).to(out.dtype)
+        return (out, torch.logaddexp(lse, logits)) if wants_lse else out
+
+    rest = {name: value for name, value in options.items() if name != "sinks"}
+    return Rewritten(q, k, v, mask, layout, {**rest, "return_lse": True}, back)
+
+
+def _refuse_nested() -> None:
+    raise ValueError("attention(): sinks do not go with a NestedTensor: pass its values and offsets as layout='thd'")
