@@ -232,3 +232,26 @@ def test_fault_18_a_kernel_runs_with_the_tensors_device_as_the_current_one(raise
         with pytest.raises(RuntimeError) if raises else nullcontext():
             assert step(q, None, None, None, None) == index
         assert at == [0]
+
+
+def test_a_mask_on_a_gpu_is_never_looked_at_unasked(monkeypatch, clock):
+    """A look would wait for the device: neither tuning, nor a hit, nor explain reads what a dense mask hides."""
+    from fastattn.dispatch import mask_in_words
+    from fastattn.planning.conversions import tile_masks, tiles
+
+    def look(*_):
+        raise AssertionError("looked at")
+
+    for module in (mask_in_words, tile_masks, tiles):
+        monkeypatch.setattr(module, "tiling_of_dense", look)
+    q, k, v = (torch.randn(1, 4, 512, 64, dtype=torch.bfloat16) for _ in range(3))
+    window = (torch.arange(512)[:, None] - torch.arange(512)).abs() <= 16
+    with gpu(monkeypatch):
+        for mask in (window, window.float().log(), window[None, None].expand(1, 4, -1, -1)):
+            for _ in range(2):
+                out = fastattn.attention(q, k, v, mask)
+            assert not [row for row in fastattn.explain(q, k, v, mask).rows if "tiles" in row.candidate]
+            want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), window)
+            assert (out - want).abs().max() < 0.02
+    with pytest.raises(AssertionError, match="looked at"):
+        fastattn.explain(q, k, v, window)  # on the CPU it is
