@@ -26,7 +26,8 @@ STAYS_HEAD = """
 STAYS = (
     (
         "A name that was imported before `patch()` (23)",
-        "It keeps torch's function: `patch()` replaces one attribute of `torch.nn.functional` and touches no other module.",
+        "It keeps torch's function, as `patch()` touches no other module. `patch(scan=True)` binds such names in modules too, and lists"
+        " them; those in classes, closures and default arguments stay.",
     ),
     (
         "torch's fast path of `nn.MultiheadAttention` and `nn.TransformerEncoder` in eval mode (25)",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
+import types
 from unittest import mock
 
 import pytest
@@ -224,6 +226,31 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.seen.append(getattr(func, "__name__", str(func)))
         return func(*args, **(kwargs or {}))
+
+
+def test_fault_23_a_scan_rebinds_names_that_were_imported_earlier(restored, monkeypatch):
+    """patch(scan=True) binds names that were imported before, lists them, and puts them back."""
+    stock = ORIGINAL
+    early, other = types.ModuleType("imported_early"), types.ModuleType("bound_otherwise")
+    early.attend, early.kept = stock, len
+    other.attend = theirs = lambda *given: stock(*given)
+    for module in (early, other):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "no_module", None)
+    with fastattn.patch() as handle:
+        assert handle.rebound == () and early.attend is stock
+    with fastattn.patch(scan=True) as handle:
+        assert "imported_early.attend" in handle.rebound and "imported_early.attend" in repr(handle)
+        assert not [place for place in handle.rebound if place.startswith(("torch.", "fastattn."))]
+        assert early.attend is F.scaled_dot_product_attention is not stock
+        assert (early.kept, other.attend) == (len, theirs)
+        x = torch.randn(1, 2, 5, 8)
+        torch.testing.assert_close(early.attend(x, x, x), stock(x, x, x))
+        other.attend = early.attend  # bound meanwhile, by somebody who will not be asked
+    assert early.attend is stock and handle.rebound == ()
+    with fastattn.patch(scan=True) as handle:
+        early.attend = theirs  # somebody else's meanwhile
+    assert early.attend is theirs
 
 
 def test_a_function_mode_sees_exactly_one_sdpa_call():

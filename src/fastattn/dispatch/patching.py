@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import cache
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ class Patch:
 
     def __init__(self) -> None:
         self._before = getattr(F, NAME)
+        self.rebound: tuple[str, ...] = ()  # "module.name" of what patch(scan=True) found
         self._calls = 0  # of patch(), less the `with` blocks that are over
         self._done = False
         function = _as_torchs()
@@ -36,12 +39,32 @@ class Patch:
                 log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
             return False
         setattr(F, NAME, self._before)
-        self._done = True
+        for module, name in self._places():
+            if getattr(getattr(module, name, None), OURS, None) is self:
+                setattr(module, name, torch_private.sdpa)
+        self._done, self.rebound = True, ()
         return True
+
+    def rebind(self) -> None:
+        """Put our function where modules hold torch's under a name of their own, and remember these places."""
+        for module in list(sys.modules.values()):
+            if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] in ("torch", "fastattn"):
+                continue
+            for name, value in list(vars(module).items()):
+                if value is torch_private.sdpa:
+                    setattr(module, name, _as_torchs())
+                    self.rebound += (f"{module.__name__}.{name}",)
+
+    def _places(self) -> Iterator[tuple[ModuleType, str]]:
+        for place in self.rebound:
+            module, _, name = place.rpartition(".")
+            if module in sys.modules:
+                yield sys.modules[module], name
 
     def __repr__(self) -> str:
         state = "in place" if self._is_in_place else "undone" if self._done else "patched over"
-        return f"<fastattn.patch: {state}>"
+        also = f", also in {', '.join(self.rebound)}" if self.rebound else ""
+        return f"<fastattn.patch: {state}{also}>"
 
     @property
     def _is_in_place(self) -> bool:
@@ -66,14 +89,18 @@ class Patch:
             self.undo()
 
 
-def patch() -> Patch:
+def patch(*, scan: bool = False) -> Patch:
     """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the whole process.
 
     It takes effect when it is called; `with` only undoes it at the end of the block, where nothing patched before it. Code that
-    imported the function by name before keeps the old one. Patching twice is harmless: it gives the handle that there is.
+    imported the function by name before keeps the old one, unless scan=True: then every module's global name that is torch's
+    function is bound to ours, and `rebound` of the handle lists them; undoing puts them back. Names in classes, closures and
+    default arguments keep the old one. Patching twice is harmless: it gives the handle that there is.
     """
     handle: Patch = getattr(getattr(F, NAME), OURS, None) or Patch()
     handle._calls += 1
+    if scan:
+        handle.rebind()
     return handle
 
 
