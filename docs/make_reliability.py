@@ -26,8 +26,8 @@ STAYS_HEAD = """
 STAYS = (
     (
         "A name that was imported before `patch()` (23)",
-        "It keeps torch's function, as `patch()` touches no other module. `patch(scan=True)` binds such names in modules too, and"
-        " lists them; those in classes, closures and default arguments stay.",
+        "It keeps torch's function, as `patch()` touches no other module. `patch(scan=True)` binds such names in modules too,"
+        " and lists them; those in classes, closures and default arguments stay.",
     ),
     (
         "torch's fast path of `nn.MultiheadAttention` and `nn.TransformerEncoder` in eval mode (25)",

@@ -197,6 +197,10 @@ BAD = [
     (lambda: masks.Causal() & masks.Causal("bottom_right"), ValueError, "have different corners"),
     (lambda: masks.parse("Causal() & open('x')"), ValueError, "there is no mask 'open'"),
     (lambda: masks.parse("Causal("), ValueError, "is no mask: write one as in"),
+    (lambda: masks.Causal().show(0), ValueError, "q_len and kv_len must be whole numbers >= 1"),
+    (lambda: masks.Packed([3], [3, 4]), ValueError, "queries and keys are of as many sequences"),
+    (lambda: masks.Packed([3], [3], "left"), ValueError, "corner must be '' or one of 'top_left', 'bottom_right'"),
+    (lambda: masks.Filled([3], -1), ValueError, "queries must be whole numbers >= 0"),
     (lambda: masks.parse("Mask()"), ValueError, "there is no mask 'Mask'"),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.runs import Runs
+from fastattn.problems.masks.values import whole_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -118,10 +119,15 @@ class Mask:
         return seen if bias is None else bias.masked_fill(seen.logical_not(), float("-inf"))
 
     def show(self, q_len: int, kv_len: int | None = None, entry: int = 0) -> Picture:
-        """A picture of it for these lengths: print it, save() it as PNG, or let a notebook show it. entry: of the batch."""
+        """A picture of it for these lengths: print it, save() it as PNG, or let a notebook show it. entry: of the batch.
+
+        Raises TypeError or ValueError for lengths that are no whole numbers from 1 on.
+        """
         from fastattn.problems.masks.picture import Picture
 
-        return Picture(self, q_len, q_len if kv_len is None else kv_len, entry)
+        kv_len = q_len if kv_len is None else kv_len
+        whole_numbers("q_len and kv_len", (q_len, kv_len), 1)
+        return Picture(self, q_len, kv_len, entry)
 
     def offset(self, q_len: int, kv_len: int) -> int:
         """The position of the first query."""
