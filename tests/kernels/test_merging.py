@@ -134,3 +134,43 @@ def test_parts_that_do_not_fit_are_refused_in_words(parts, options, text):
     with pytest.raises(ValueError) as raised:
         merge(*parts, **options)
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("made", ["the same", "of one another", "apart"])
+@pytest.mark.parametrize("kernel", ["sdpa_math", "torch_flash", "matmul"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_inputs_that_are_made_of_one_another_have_their_gradient(made, kernel, twice):
+    if twice and kernel == "torch_flash":
+        return  # nor has F.sdpa second derivatives where it runs this kernel
+    x = draw(1, 2, 6, 8, seed=3).requires_grad_()
+    inputs = {"the same": lambda: (x, x, x), "of one another": lambda: (x, x.sin(), x.cos()),
+              "apart": lambda: (x, draw(1, 2, 6, 8), draw(1, 2, 6, 8))}[made]  # fmt: skip
+
+    def by_definition(q, k, v):
+        scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf"))
+        return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
+
+    def gradient(attend):
+        out, lse = attend(*inputs())
+        [first] = torch.autograd.grad(out.square().sum() + lse.sin().sum(), x, create_graph=twice)
+        return torch.autograd.grad(first.square().sum(), x)[0] if twice else first
+
+    with fastattn.options.scope(mode="cached"):
+        found = gradient(lambda q, k, v: attention(q, k, v, is_causal=True, return_lse=True, kernel=kernel))
+    torch.testing.assert_close(found, gradient(by_definition), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "sdpa_math"])
+def test_second_derivatives_of_inputs_that_are_made_of_one_another(kernel):
+    """The output alone, by the way that is followed."""
+    x = draw(1, 2, 6, 8, seed=3).requires_grad_()
+
+    def gradient(attend):
+        [first] = torch.autograd.grad(attend(x, x.sin(), x).square().sum(), x, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    with fastattn.options.scope(mode="cached"):
+        found = gradient(lambda q, k, v: attention(q, k, v, kernel=kernel))
+    want = gradient(lambda q, k, v: torch.softmax(q @ k.mT * 8**-0.5, -1) @ v)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
