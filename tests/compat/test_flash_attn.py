@@ -48,12 +48,13 @@ def reference(q, k, v, causal=False, window=(-1, -1), softcap=0.0, slopes=None, 
 CALLS = [
     {}, {"causal": True}, {"causal": True, "window_size": (3, 0)}, {"window_size": (2, 4)}, {"window_size": (-1, 2)},
     {"softcap": 5.0, "causal": True}, {"softmax_scale": 0.3},
-    {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.3])}, {"alibi_slopes": torch.rand(2, 4), "causal": True},
+    {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.3])},
+    {"alibi_slopes": torch.tensor([[0.1, 0.9, 0.2, 0.5], [0.7, 0.3, 0.6, 0.4]]), "causal": True},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lengths", [(9, 9), (5, 9), (9, 5)])
-@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("options", CALLS, ids=lambda options: " ".join(options) or "plain")
 def test_flash_attn_func(options, lengths):
     q, k, v = draw(2, lengths[0], 4, 8, grad=True), *(draw(2, lengths[1], 2, 8, seed=i, grad=True) for i in (1, 2))
     names = {"window_size": "window", "alibi_slopes": "slopes", "softmax_scale": "scale"}
@@ -163,6 +164,14 @@ REFUSED = {
 def test_what_is_not_there_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=name):
         REFUSED[name](draw(1, 2, 4, 8))
+
+
+def test_what_is_written_to_the_cache_must_fit():
+    q = draw(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="k, v and cache_seqlens"):
+        flash_attn.flash_attn_with_kvcache(q, q.clone(), q.clone(), k=q)
+    with pytest.raises(ValueError, match="room for 2 tokens, cache_seqlens"):
+        flash_attn.flash_attn_with_kvcache(q, q.clone(), q.clone(), q, q, cache_seqlens=torch.tensor([1]))
 
 
 def test_signatures_are_the_packages_own():

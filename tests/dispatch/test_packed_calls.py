@@ -158,9 +158,8 @@ def test_a_cache_takes_a_mask_beside_its_lengths():
     torch.testing.assert_close(attention(q, k, v, seen, kv_lens=filled), want, **SAME)
     added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, float("-inf"))
     torch.testing.assert_close(attention(q, k, v, added, kv_lens=filled), want, **SAME)
-    torch.testing.assert_close(
-        attention(q, k, v, seen[..., :7], kv_lens=7), attention(q, k[:, :, :7], v[:, :, :7], seen[..., :7])
-    )
+    both_at_7 = attention(q, k, v, seen, kv_lens=7)
+    torch.testing.assert_close(both_at_7, attention(q, k[:, :, :7], v[:, :, :7], seen[..., :7]), **SAME)
     prefix = masks.Causal() | masks.Prefix(5)
     want = attention(q, k, v, prefix.dense(2, 3, 12) & inside)
     torch.testing.assert_close(attention(q, k, v, prefix, kv_lens=filled), want, **SAME)
@@ -183,9 +182,14 @@ def test_pages_are_a_cache(layout):
     assert torch.equal(found, want), "bit for bit what the contiguous cache gives"
 
 
-@pytest.mark.parametrize("mask", [None, masks.Causal(), masks.Causal("bottom_right")], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [None, masks.Causal(), masks.Causal("bottom_right"), masks.Causal("bottom_right") & masks.Window(2, 0)],
+    ids=str,
+)
 @pytest.mark.parametrize("window", [None, (3, 2)])
-def test_without_a_look_at_the_lengths_it_is_the_same(mask, window, monkeypatch):
+@pytest.mark.parametrize("lengths", [[9, 2, 5], [7, 7, 7]])
+def test_without_a_look_at_the_lengths_it_is_the_same(mask, window, lengths, monkeypatch):
     """On CUDA, and in a graph, the mask is made of lengths that nobody reads."""
     from fastattn.problems.rewriting import caches, sequences
 
@@ -193,11 +197,12 @@ def test_without_a_look_at_the_lengths_it_is_the_same(mask, window, monkeypatch)
     q, k, v = packed_qkv(queries, keys, spare=2)
     packed = {"cu_seqlens_q": ends(queries), "cu_seqlens_kv": ends(keys), "window": window}
     cache = draw(3, 4, 2, 8), draw(3, 4, 9, 8, seed=1), draw(3, 4, 9, 8, seed=2)
-    filled = {"kv_lens": torch.tensor([9, 2, 5])}
-    want = attention(q, k, v, mask, "thd", **packed), attention(*cache, mask, **filled)
+    filled = {"kv_lens": torch.tensor(lengths), "window": window if "Window" not in repr(mask) else None}
+    of_packed = mask if "&" not in repr(mask) else None
+    want = attention(q, k, v, of_packed, "thd", **packed), attention(*cache, mask, **filled)
     for module in (caches, sequences):
         monkeypatch.setattr(module, "is_readable", lambda lengths: False)
-    found = attention(q, k, v, mask, "thd", **packed), attention(*cache, mask, **filled)
+    found = attention(q, k, v, of_packed, "thd", **packed), attention(*cache, mask, **filled)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b, **SAME)
 
@@ -220,6 +225,7 @@ def test_it_is_compiled_without_a_break():
 THD = packed_qkv([3, 4], [3, 4])
 CACHE = draw(2, 4, 3, 8), draw(2, 4, 9, 8, seed=1), draw(2, 4, 9, 8, seed=2)
 ENDS = torch.tensor([0, 3, 7])
+CORNERED = masks.Causal("bottom_right") & masks.Prefix(2)
 BAD = [
     (THD, {"layout": "thd"}, ValueError, "layout='thd' needs cu_seqlens_q"),
     (CACHE, {"layout": "thd", "cu_seqlens_q": ENDS}, ValueError, "q must have 3 dimensions (thd), got shape (2, 4, 3, 8)"),
@@ -236,7 +242,23 @@ BAD = [
     (CACHE, {"kv_lens": torch.tensor([9.0, 1.0])}, TypeError, "kv_lens must be whole numbers"),
     (CACHE, {"page_table": ENDS}, ValueError, "page_table needs kv_lens"),
     (CACHE, {"kv_lens": ENDS[:2], "page_table": ENDS}, ValueError, "page_table is [batch, pages]"),
-    (CACHE, {"kv_lens": [9, 3], "mask": masks.Causal("bottom_right") & masks.Prefix(2)}, ValueError, "the lower right corner"),
+    (CACHE, {"kv_lens": [9, 3], "mask": CORNERED}, ValueError, "a mask speaks of positions"),
+    (CACHE, {"kv_lens": [9, 9], "mask": masks.Padding([9, 3], "left")}, ValueError, "a mask speaks of positions"),
+    (CACHE, {"kv_lens": [9, 9], "mask": masks.Document([4, 5])}, ValueError, "a mask speaks of positions"),
+    (CACHE, {"kv_lens": [9, 3], "mask": torch.ones(2, 3, 9)}, ValueError, "a 3-D mask (2, 3, 9) is ambiguous"),
+    (CACHE, {"kv_lens": [9, 3], "mask": torch.ones(3, 8)}, RuntimeError, "mask (3, 8) does not broadcast"),
+    (CACHE, {"kv_lens": [9, 3], "dropout_p": 0.1}, ValueError, "dropout_p does not go with kv_lens"),
+    (CACHE, {"kv_lens": [9, 3], "is_causal": "no"}, TypeError, "is_causal must be bool, got str"),
+    (CACHE, {"kv_lens": {9, 3}}, TypeError, "kv_lens must be whole numbers in one dimension, got set"),
+    (CACHE, {"kv_lens": True}, TypeError, "kv_lens must be whole numbers"),
+    (CACHE, {"kv_lens": [9, 3], "page_table": torch.rand(2, 2)}, TypeError, "page_table must be whole numbers, got float32"),
+    (CACHE, {"kv_lens": [9, 3], "page_table": torch.tensor([[0], [7]])}, ValueError, "page_table names pages from 0 to 1"),
+    ((*CACHE[:2], CACHE[2][:, :, :5]), {"kv_lens": [9, 3]}, RuntimeError, "k and v must agree in heads and length"),
+    (THD, {"layout": "thd", "cu_seqlens_q": ENDS, "is_causal": "no"}, TypeError, "is_causal must be bool, got str"),
+    (THD, {"layout": "thd", "cu_seqlens_q": torch.tensor(7)}, TypeError, "cu_seqlens_q must be whole numbers in one dimension"),
+    (THD, {"layout": "thd", "cu_seqlens_q": [0]}, ValueError, "a number more than sequences; got [0]"),
+    (THD, {"layout": "thd", "cu_seqlens_q": ENDS, "max_q_len": "x"}, TypeError, "max_q_len must be whole numbers"),
+    (([1.0], *THD[1:]), {"layout": "thd", "cu_seqlens_q": ENDS}, NotImplementedError, "layout 'thd' is of one call"),
     (CACHE, {"kv_lens": [9, 3], "mask": "causal"}, TypeError, "beside kv_lens, mask is None, a Tensor or a Mask, got str"),
 ]  # fmt: skip
 
@@ -246,6 +268,56 @@ def test_lengths_that_do_not_fit_are_refused_in_words(tensors, options, kind, te
     with pytest.raises(kind) as raised:
         attention(*tensors, **options)
     assert text in str(raised.value)
+
+
+def test_lengths_may_be_arrays():
+    np = pytest.importorskip("numpy")
+    want = attention(*CACHE, kv_lens=[9, 3])
+    for lengths in (
+        np.array([9, 3]),
+        np.array([9, 3], dtype=np.uint8),
+        [np.int64(9), 3],
+        torch.tensor([9, 3], dtype=torch.uint8),
+    ):
+        assert torch.equal(attention(*CACHE, kv_lens=lengths), want)
+    assert torch.equal(attention(*CACHE, kv_lens=np.int64(5)), attention(*CACHE, kv_lens=5))
+    ends = np.array([0, 3, 7], dtype=np.int32)
+    assert torch.equal(
+        attention(*THD, layout="thd", cu_seqlens_q=ends), attention(*THD, layout="thd", cu_seqlens_q=ENDS)
+    )
+
+
+def test_values_of_other_lengths_than_keys_are_refused():
+    q, k, v = (torch.nested.nested_tensor_from_jagged(x, ENDS) for x in THD)
+    other = torch.nested.nested_tensor_from_jagged(THD[2], torch.tensor([0, 4, 7]))
+    with pytest.raises(ValueError, match="k and v are NestedTensors of other lengths"):
+        attention(q, k, other, layout="bshd")
+
+
+@pytest.mark.parametrize("way", ["off", "grad", "lse", "sinks"])
+def test_what_lies_behind_the_filled_part_reaches_no_answer(way):
+    q, k, v = (x.clone() for x in CACHE)
+    k[1, :, 3:] = v[1, :, 3:] = float("nan")
+    want = attention(*CACHE, kv_lens=[9, 3])
+    if way == "off":
+        with fastattn.options.scope(mode="off"):
+            torch.testing.assert_close(attention(q, k, v, kv_lens=[9, 3]), want, **SAME)
+    elif way == "grad":
+        found = torch.func.grad(lambda q: attention(q, k, v, kv_lens=[9, 3]).sum())(q)
+        assert found.isfinite().all()
+    else:
+        q.requires_grad_()
+        more = {"return_lse": True} if way == "lse" else {"sinks": torch.zeros(4, dtype=torch.float64)}
+        found = attention(q, k, v, kv_lens=[9, 3], **more)
+        out = sum(x.sum() for x in found) if way == "lse" else found.sum()
+        assert torch.autograd.grad(out, q)[0].isfinite().all()
+
+
+def test_a_wide_page_table_is_read_as_far_as_the_cache_is_filled(monkeypatch):
+    pages = draw(4, 4, 2, 8)
+    table = torch.tensor([[1, 2, 99, 99]])  # only 5 tokens are filled: the rest names no page
+    found = attention(draw(1, 1, 4, 8), pages, pages, layout="bshd", kv_lens=[5], page_table=table)
+    assert found.isfinite().all()
 
 
 def test_what_is_bound_takes_no_lengths():

@@ -80,6 +80,14 @@ def test_it_is_compiled_without_a_break():
     torch.testing.assert_close(compiled(q, k, v, sinks), call(q, k, v, sinks), **SAME)
 
 
+def test_a_sink_of_no_weight_beside_a_row_that_sees_nothing():
+    q = draw(1, 2, 3, 8, grad=False)
+    seen = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
+    found = attention(q, q, q, seen, sinks=torch.tensor([float("-inf"), 0.0], dtype=torch.float64))
+    assert found.isfinite().all() and (found[:, :, 1] == 0).all()
+    torch.testing.assert_close(found[:, 0], attention(q, q, q, seen)[:, 0], **SAME)
+
+
 def test_half_precision_stays():
     q, k, v = (draw(1, 4, 5, 8, seed=i, grad=False).bfloat16() for i in range(3))
     sinks = draw(4, seed=3, grad=False).bfloat16()

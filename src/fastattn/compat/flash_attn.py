@@ -54,7 +54,7 @@ def flash_attn_varlen_func(
     _check_deterministic(q, deterministic)
     _refuse("flash_attn_varlen_func", alibi_slopes=alibi_slopes, block_table=block_table)
     window = _sides(window_size)
-    if window is not None and not causal and cu_seqlens_q is not cu_seqlens_k:
+    if window is not None and not causal and not _are_same(cu_seqlens_q, cu_seqlens_k):
         raise NotImplementedError(
             "flash_attn_varlen_func: window_size without causal needs cu_seqlens_k to be cu_seqlens_q"
         )
@@ -102,7 +102,13 @@ def flash_attn_with_kvcache(
     whole = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     lengths = whole if cache_seqlens is None else cache_seqlens
     filled = torch.as_tensor(lengths, dtype=torch.int64, device=q.device).expand(batch)
+    if (k is None) != (v is None) or (k is not None and cache_seqlens is None):
+        raise ValueError("flash_attn_with_kvcache: k, v and cache_seqlens, where they are written to, go together")
     if k is not None and v is not None:
+        if filled.device.type == "cpu" and batch and int(filled.max()) + k.shape[1] > whole:
+            raise ValueError(
+                f"flash_attn_with_kvcache: the cache has room for {whole} tokens, cache_seqlens {filled.tolist()}"
+            )
         _append(k_cache, v_cache, k, v, filled, cache_batch_idx, block_table)
         filled = filled + k.shape[1]
     if cache_batch_idx is not None:
@@ -149,6 +155,11 @@ def _mask(
 def _sides(window_size: Any) -> Sides | None:
     left, right = (-1 if side is None or side < 0 else int(side) for side in window_size)
     return None if (left, right) == NO_WINDOW else (left, right)
+
+
+def _are_same(of_q: Tensor, of_k: Tensor) -> bool:
+    """Whether queries and keys have the same lengths, as far as that is known without waiting for a GPU."""
+    return of_q is of_k or (of_q.device.type == of_k.device.type == "cpu" and torch.equal(of_q, of_k))
 
 
 def _rate(dropout_p: float, return_attn_probs: bool) -> float:

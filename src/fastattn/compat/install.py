@@ -24,6 +24,8 @@ _MODULES = {
     "sageattention": {"sageattention": "fastattn.compat.sageattention"},
 }
 
+_VERSIONS = {"flash_attn": "2.8.3", "xformers": "0.0.35", "sageattention": "2.2.0"}  # whose signatures ours are
+
 
 class _Stand(ModuleType):
     """A module of ours under a missing package's name."""
@@ -42,10 +44,11 @@ def install(name: str) -> None:
     for path, source in modules.items():
         ours = importlib.import_module(source)
         stand = _Stand(path, f"{source}, as fastattn.compat.install({name!r}) put it here")
-        stand.__dict__.update({key: value for key, value in vars(ours).items() if not key.startswith("__")})
+        own = {name: value for name, value in vars(ours).items() if getattr(value, "__module__", "") == source}
+        stand.__dict__.update({name: value for name, value in own.items() if not name.startswith("_")})
         stand.__spec__ = ModuleSpec(path, None, is_package=True)
         stand.__path__ = []
-        stand.__version__ = f"0+fastattn.{importlib.import_module('fastattn').__version__}"  # type: ignore[attr-defined]
+        stand.__version__ = f"{_VERSIONS[name]}+fastattn"  # type: ignore[attr-defined]
         sys.modules[path] = stand
         parent, _, child = path.rpartition(".")
         if parent:

@@ -27,7 +27,7 @@ def sageattn(
 
 def sageattn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    is_causal: bool = False, sm_scale: float | None = None, **options: Any,
+    is_causal: bool = False, sm_scale: float | None = None, smooth_k: bool = True, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Attention of packed sequences, [tokens, heads, head_dim], the triangle at each one's top left."""
     _check_options("sageattn_varlen", options)
@@ -38,6 +38,6 @@ def sageattn_varlen(
 
 
 def _check_options(function: str, options: dict[str, Any]) -> None:
-    for name in options:
-        if name not in _OF_QUANTISING:
+    for name, value in options.items():
+        if name not in _OF_QUANTISING and value is not None:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

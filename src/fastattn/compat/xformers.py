@@ -23,8 +23,9 @@ class AttentionBias:
 
 @dataclass(frozen=True)
 class LowerTriangularMask(AttentionBias):
-    """The triangle at the top left."""
+    """The triangle at the top left. device: as xFormers takes it; it holds no tensor."""
 
+    device: Any = None
     corner = "top_left"
 
 
@@ -45,11 +46,15 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
 
 @dataclass(frozen=True)
 class BlockDiagonalMask(AttentionBias):
-    """Packed sequences, side by side in a batch of one: q_seqlen and kv_seqlen are their lengths."""
+    """Packed sequences, side by side in a batch of one: q_seqlen and kv_seqlen are their lengths.
+
+    batch_sizes: of the tensors of from_tensor_list(), as which split() gives them back.
+    """
 
     q_seqlen: tuple[int, ...]
     kv_seqlen: tuple[int, ...]
-    corner: str = ""
+    batch_sizes: tuple[int, ...] | None = None
+    corner = ""
 
     @classmethod
     def from_seqlens(
@@ -65,33 +70,36 @@ class BlockDiagonalMask(AttentionBias):
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[BlockDiagonalMask, Tensor]:
         """(the bias, [1, tokens, ...]) of tensors [batch, length, ...]."""
         lengths = [x.shape[1] for x in tensors for _ in range(x.shape[0])]
-        return cls.from_seqlens(lengths), torch.cat([x.flatten(0, 1) for x in tensors])[None]
+        bias = replace(cls.from_seqlens(lengths), batch_sizes=tuple(x.shape[0] for x in tensors))
+        return bias, torch.cat([x.flatten(0, 1) for x in tensors])[None]
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """[1, length, ...] of each sequence in [1, tokens, ...]."""
-        return list(x.split(list(self.q_seqlen), 1))
+        """[1, length, ...] of each sequence in [1, tokens, ...], or the tensors that from_tensor_list() was given."""
+        if self.batch_sizes is None:
+            return list(x.split(list(self.q_seqlen), 1))
+        lengths = [self.q_seqlen[end - 1] for end in accumulate(self.batch_sizes)]
+        parts = x.split([n * length for n, length in zip(self.batch_sizes, lengths, strict=True)], 1)
+        return [part[0].unflatten(0, (n, -1)) for part, n in zip(parts, self.batch_sizes, strict=True)]
 
-    def make_causal(self) -> BlockDiagonalMask:
+    def make_causal(self) -> BlockDiagonalCausalMask:
         """The same with a triangle at the top left of each sequence."""
-        return replace(self, corner="top_left")
+        return BlockDiagonalCausalMask(self.q_seqlen, self.kv_seqlen, self.batch_sizes)
 
-    def make_causal_from_bottomright(self) -> BlockDiagonalMask:
+    def make_causal_from_bottomright(self) -> BlockDiagonalCausalFromBottomRightMask:
         """The same with a triangle at the lower right of each sequence."""
-        return replace(self, corner="bottom_right")
+        return BlockDiagonalCausalFromBottomRightMask(self.q_seqlen, self.kv_seqlen, self.batch_sizes)
 
 
-@dataclass(frozen=True)
 class BlockDiagonalCausalMask(BlockDiagonalMask):
     """Packed sequences with a triangle at the top left of each."""
 
-    corner: str = "top_left"
+    corner = "top_left"
 
 
-@dataclass(frozen=True)
 class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
     """Packed sequences with a triangle at the lower right of each."""
 
-    corner: str = "bottom_right"
+    corner = "bottom_right"
 
 
 def memory_efficient_attention(
@@ -120,6 +128,9 @@ def memory_efficient_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float | None) -> Tensor:
     options: dict[str, Any] = {"dropout_p": p, "scale": scale}
     if isinstance(bias, BlockDiagonalMask):
+        if not q.shape[0] == k.shape[0] == v.shape[0] == 1:
+            batches = q.shape[0], k.shape[0], v.shape[0]
+            raise ValueError(f"memory_efficient_attention: with {type(bias).__name__} the batch is 1, got {batches}")
         ends_q, ends_kv = (
             torch.tensor([0, *accumulate(n)], dtype=torch.int64) for n in (bias.q_seqlen, bias.kv_seqlen)
         )

@@ -74,7 +74,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
     """
     if not is_ordinary(q, layout, options):
         raise NotImplementedError(
-            "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor): call attention()"
+            "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor) and no sinks: call attention()"
         )
     parsed = parse_options(options, "plan")
     resolved = resolve.attention(q, k, v, mask, layout, options)

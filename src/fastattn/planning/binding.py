@@ -188,7 +188,7 @@ def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
         return True
     if wanted == CONTIGUOUS == facts.q_order:
         return bool(kernel.output_lies)
-    if names & {"gqa_fold", "contiguous", "head_dim_pad", "dense"}:
+    if names & {"gqa_fold", "split_kv", "contiguous", "head_dim_pad", "dense"}:
         return False
     if names & IN_BLOCKS:
         return not p.needs_grad or "recompute" in names

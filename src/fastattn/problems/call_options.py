@@ -62,19 +62,19 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
 
     function: whose arguments they are; more: what it takes beside attention's.
     """
-    for name, value in given.items():
-        if name in REWRITTEN and value is None:
+    for name in given:
+        if name in REWRITTEN:  # looked at where calls are rewritten, which the others cannot be
             continue
         if name not in OPTION_DEFAULTS:
             valid = ("mask", "layout", *OPTION_NAMES, *REWRITTEN, *more)
             raise unexpected_argument(function, name, valid, _HINTS.get(name, ""))
     options = CallOptions(**{name: value for name, value in given.items() if name in OPTION_DEFAULTS})
-    _check_type("is_causal", options.is_causal, bool, "bool")
-    _check_type("return_lse", options.return_lse, bool, "bool")
+    check_type("is_causal", options.is_causal, bool, "bool")
+    check_type("return_lse", options.return_lse, bool, "bool")
     if options.scale is not None:
         options = _with_number(options, "scale", "float or None")
     if options.kernel is not None:
-        _check_type("kernel", options.kernel, str, "a name or None")
+        check_type("kernel", options.kernel, str, "a name or None")
     options = _with_number(options, "softcap", "float")
     if not 0 <= options.softcap < float("inf"):
         raise ValueError(f"attention(): softcap must be >= 0 (0 is off), got {options.softcap}")
@@ -90,7 +90,8 @@ def parse_options(given: dict[str, Any], function: str = "attention", more: tupl
     return options._replace(window=window_sides(options.window))
 
 
-def _check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
+def check_type(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    """Raises TypeError, naming the argument, where its value is of another type."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         raise TypeError(f"attention(): {name} must be {wanted}, got {type_name(value)}")
 
@@ -124,7 +125,7 @@ def window_sides(given: Any) -> bands.Sides | None:
 
 
 def check_layout(layout: Any) -> None:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     if layout == "thd":
         raise NotImplementedError("layout 'thd' is of one call, whose lengths it needs: attention() takes it")

@@ -32,8 +32,8 @@ def followed_gradients(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         # views: where one input was made of another, its gradient must not be counted on the way to that one as well
-        inputs: Any = tuple(x if x is None else x.view_as(x) for x in (q, k, v, mask))
-        out = sdpa_math(*inputs, a)
+        inputs = [x if x is None else x.view_as(x) for x in (q, k, v, mask)]
+        out = sdpa_math(*inputs[:4], a)  # type: ignore[arg-type]
         asked = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
         found = iter(torch.autograd.grad(out, asked, grad, create_graph=create_graph))
     return (next(found) if is_wanted else None for is_wanted in wanted)

@@ -45,10 +45,11 @@ class _Lse(torch.autograd.Function):
         follows, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
         with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
             # apart from the caller's graph: where k was made of q, the gradient must not be counted on the way to q as well
-            q, k, mask = (
+            parts: list[Any] = [
                 x if x is None else x.view_as(x) if follows else x.detach().requires_grad_(is_wanted)
                 for x, is_wanted in zip(saved, wanted, strict=True)
-            )
+            ]
+            q, k, mask = parts
             inputs = [x for x, is_wanted in zip((q, k, mask), wanted, strict=True) if is_wanted]
             found = _followed(q, k, mask, ctx, grad, inputs) if follows else _summed(q, k, mask, ctx, grad, inputs)
         each = iter(found)

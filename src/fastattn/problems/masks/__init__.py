@@ -10,12 +10,12 @@ as a dense mask, so what they hide is neither computed nor stored.
 
 from fastattn.problems.masks.alibi import ALiBi
 from fastattn.problems.masks.kinds import Causal, Chunked, Dilated, Global, Neighborhood, Window
-from fastattn.problems.masks.mask import Mask, all_of
+from fastattn.problems.masks.mask import Mask, all_of, leaves
 from fastattn.problems.masks.packed import Filled, Packed
 from fastattn.problems.masks.sequences import Document, Padding, Prefix
 from fastattn.problems.masks.written import parse
 
 __all__ = [
     "ALiBi", "Causal", "Chunked", "Dilated", "Document", "Filled", "Global", "Mask", "Neighborhood", "Packed", "Padding",
-    "Prefix", "Window", "all_of", "parse",
+    "Prefix", "Window", "all_of", "leaves", "parse",
 ]  # fmt: skip

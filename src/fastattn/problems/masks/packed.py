@@ -53,7 +53,9 @@ class Packed(Mask):
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         if isinstance(self.queries, int) and isinstance(self.keys, int):
-            of_query, of_key = (p // max(1, self.queries), j // max(1, self.keys))
+            if not (self.queries and self.keys):
+                return (p < 0) & (j < 0)  # there is nothing to see
+            of_query, of_key = p // self.queries, j // self.keys
             lower, upper = self._band(self.queries, self.keys)
             distance = j - of_key * self.keys - (p - of_query * self.queries)
             return (of_query == of_key) & (distance >= lower) & (distance <= upper)
@@ -152,8 +154,16 @@ class Filled(Mask):
             keys = runs.run(0, filled, kv_len)
             return keys, keys
         low, high = (at + filled - self.queries for at in (rows[0], rows[-1]))
-        left, end = kv_len if self.left < 0 else self.left, min(kv_len, filled)
-        return runs.run(low - left, high + 1, end), runs.run(high - left, low + 1, end)
+        first_of_low, first_of_high = (0, 0) if self.left < 0 else (low - self.left, high - self.left)
+        end = min(kv_len, filled)
+        return runs.run(first_of_low, high + 1, end), runs.run(first_of_high, low + 1, end)
+
+    def unread(self, kv_len: int, device: Any) -> Tensor:
+        """(b|1, 1, kv_len, 1) bool: the keys behind the filled part."""
+        import torch
+
+        keys = torch.tensor(each(self.keys), dtype=torch.int64, device=device)
+        return torch.arange(kv_len, dtype=torch.int64, device=device)[:, None] >= keys[:, None, None, None]
 
     def is_per_batch(self) -> bool:
         return not isinstance(self.keys, int)
@@ -165,6 +175,8 @@ class Filled(Mask):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         check_entries(self, len(each(self.keys)), batch)
+        if self.queries not in (0, q_len):
+            raise ValueError(f"Filled speaks of {self.queries} queries, got q_len {q_len}")
         if max(each(self.keys)) > kv_len:
             raise ValueError(f"Filled speaks of {max(each(self.keys))} keys, got kv_len {kv_len}")
 

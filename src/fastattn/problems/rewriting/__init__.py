@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.problems.call_options import OF_CACHES, OF_SEQUENCES, REWRITTEN, check_layout
+from fastattn.problems.call_options import OF_CACHES, OF_SEQUENCES, REWRITTEN, check_layout, parse_options
 from fastattn.problems.rewriting.caches import of_cache
 from fastattn.problems.rewriting.jagged import is_jagged, of_jagged
 from fastattn.problems.rewriting.rewritten import Rewritten, refuse
@@ -26,18 +26,21 @@ def rewrite(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, A
 
     Raises TypeError or ValueError, naming the argument, for lengths that do not fit.
     """
-    if options.get("sinks") is not None:
-        return of_sinks(q, k, v, mask, layout, options)
-    asked = {name for name in (*OF_SEQUENCES, *OF_CACHES) if options.get(name) is not None}
-    if not (asked or layout == "thd" or is_jagged(q)) or not all(isinstance(x, Tensor) for x in (q, k, v)):
+    asked = {name for name in REWRITTEN if options.get(name) is not None}
+    is_wanted = asked or layout == "thd" or is_jagged(q)
+    if not is_wanted or not all(isinstance(x, Tensor) for x in (q, k, v)):
         return None  # of what is no tensor an ordinary call says what is wrong
+    if layout != "thd":
+        check_layout(layout)
+    parse_options(options)  # raises for what is wrong with the others
+    if "sinks" in asked:
+        return of_sinks(q, k, v, mask, layout, options)
     rest = {name: value for name, value in options.items() if name not in REWRITTEN}
-    if is_jagged(q):
+    if any(is_jagged(x) for x in (q, k, v)):
         refuse(asked, "does not go with a NestedTensor")
         return of_jagged(q, k, v, mask, layout, rest)
     if layout == "thd":
         refuse(asked & {*OF_CACHES}, "is of a cache, and goes with the layouts bhsd, bshd and sbhd")
         return of_packed(q, k, v, mask, rest, *(options.get(name) for name in OF_SEQUENCES))
-    check_layout(layout)
     refuse(asked & {*OF_SEQUENCES}, "goes with layout='thd'")
     return of_cache(q, k, v, mask, layout, rest, options.get("kv_lens"), options.get("page_table"))

@@ -8,90 +8,115 @@ import torch
 from torch import Tensor
 
 from fastattn.environment.text import type_name
-from fastattn.problems import masks
-from fastattn.problems.call_key import as_structured
-from fastattn.problems.call_options import window_sides
+from fastattn.problems import dense_masks, masks
+from fastattn.problems.call_key import as_structured, call_key, told
+from fastattn.problems.call_options import CallOptions, parse_options
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.problems.rewriting.rewritten import Rewritten, is_readable
+from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_readable, whole_numbers
+
+# Masks that say the same whatever kv_len is, so that they may lie over a part of the cache.
+_BY_POSITION = (masks.Causal, masks.Window, masks.Dilated, masks.Chunked, masks.Prefix, masks.Global, masks.ALiBi)
 
 
 def of_cache(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: dict[str, Any], kv_lens: Any, pages: Any
 ) -> Rewritten:
+    """The call on what is filled. Raises TypeError, ValueError or RuntimeError for what does not fit."""
+    if options.get("dropout_p", 0.0):
+        raise ValueError("attention(): dropout_p does not go with kv_lens: a cache is for inference")
+    check_whole("kv_lens", kv_lens)
+    (b, _, s, _), readable = TO_BHSD[layout], is_readable(kv_lens)
     if pages is not None:
         if kv_lens is None:
             raise ValueError("attention(): page_table needs kv_lens: how much of each batch entry's pages is filled")
-        k, v = (_gathered(name, x, pages, layout) for name, x in (("k", k), ("v", v)))
-    batch, dim = q.shape[TO_BHSD[layout][0]], TO_BHSD[layout][2]
-    kv_len = k.shape[dim]
-    if not is_readable(kv_lens):
-        return Rewritten(q, k, v, _cache_mask(q, k, mask, layout, kv_lens), layout, options, _as_it_is)
-    filled = _filled(kv_lens, batch, kv_len)
+        most = max(_lengths(kv_lens, q.shape[b]), default=0) if readable else None
+        same, k = k is v, _gathered("k", k, pages, layout, most)
+        v = k if same else _gathered("v", v, pages, layout, most)
+    if any(x.dim() != 4 for x in (q, k, v)) or k.shape[s] != v.shape[s] or _is_dense(mask):
+        call_key(q, k, v, mask, layout, CallOptions())  # raises for what does not fit the whole cache
+    corner, window, rest = _corner(mask, options)
+    if not readable:
+        mask = _unread(q, k, None if corner else mask, kv_lens, (b, s), window if corner else None, corner)
+        return Rewritten(q, k, v, mask, layout, rest if corner else options, _as_it_is)
+    filled = _lengths(kv_lens, q.shape[b])
+    if len(filled) != q.shape[b] or not all(0 <= n <= k.shape[s] for n in filled):
+        raise ValueError(
+            f"attention(): kv_lens must be {q.shape[b]} numbers from 0 to kv_len {k.shape[s]}, got {list(filled)}"
+        )
     most = max(filled, default=0)
-    if most < kv_len:
-        k, v = k.narrow(dim, 0, most), v.narrow(dim, 0, most)
-        mask = mask[..., :most] if _is_dense(mask) and mask.shape[-1] == kv_len else mask
+    if most < k.shape[s]:
+        mask = mask[..., :most] if _is_dense(mask) and mask.shape[-1] > 1 else mask
+        k, v = k.narrow(s, 0, most), v.narrow(s, 0, most)
     if len(set(filled)) < 2:
         return Rewritten(q, k, v, mask, layout, options, _as_it_is)
+    if corner:
+        rows = q.shape[s] if q.shape[s] > 1 or window >= 0 else 0  # one query sees all that is filled
+        return Rewritten(q, k, v, masks.Filled(filled, rows, window), layout, rest, _as_it_is)
     if _is_dense(mask):
-        seen = masks.Filled(filled).dense(batch, 1, most, q.device)
-        return Rewritten(q, k, v, _both(mask, seen), layout, options, _as_it_is)
-    return Rewritten(q, k, v, *_told(mask, options, filled, q.shape[dim], layout), _as_it_is)  # type: ignore[arg-type]
+        mask = dense_masks.intersect(mask, masks.Filled(filled).dense(q.shape[b], 1, most, q.device))
+    else:
+        mask = masks.Filled(filled) if mask is None else as_structured(mask) & masks.Filled(filled)
+    return Rewritten(q, k, v, mask, layout, options, _as_it_is)
 
 
-def _told(
-    mask: Any, options: dict[str, Any], filled: tuple[int, ...], q_len: int, layout: str
-) -> tuple[masks.Mask, str, dict[str, Any]]:
+def _corner(mask: Any, options: dict[str, Any]) -> tuple[bool, int, dict[str, Any]]:
+    """(whether the triangle lies at the lower right, keys to the left of it, the other options). Raises for other masks."""
     mask = as_structured(mask)
-    if mask is not None and not isinstance(mask, masks.Mask):
+    if mask is None or _is_dense(mask):
+        return False, -1, options
+    if not isinstance(mask, masks.Mask):
         raise TypeError(f"attention(): beside kv_lens, mask is None, a Tensor or a Mask, got {type_name(mask)}")
-    if mask is None or mask.anchor == "top_left":
-        return (masks.Filled(filled) if mask is None else mask & masks.Filled(filled)), layout, options
-    window = window_sides(options.get("window"))
-    if mask != masks.Causal("bottom_right") or options.get("is_causal", False):
+    parsed, rest, also = told(mask, parse_options(options))
+    if rest is None and also is None:
+        return False, -1, options
+    if rest == masks.Causal("bottom_right") and not parsed.is_causal:
+        left = parsed.window[0] if parsed.window else -1
+        return True, left, {name: value for name, value in options.items() if name != "window"}
+    if mask.anchor != "top_left" or not all(_is_by_position(leaf) for leaf in masks.leaves(mask)):
         raise ValueError(
-            "attention(): beside kv_lens of several lengths, the lower right corner is masks.Causal('bottom_right')"
-            f" alone, with window=(left, 0) where it is wanted; got {mask!r}"
+            "attention(): beside kv_lens, a mask speaks of positions in the cache (Window, Prefix, ...), or is"
+            f" masks.Causal('bottom_right'), alone or with a Window; got {mask!r}"
         )
-    left = window[0] if window else -1
-    rest = {name: value for name, value in options.items() if name != "window"}
-    return masks.Filled(filled, 0 if q_len == 1 and left < 0 else q_len, left), layout, rest
+    return False, -1, options
 
 
-def _filled(given: Any, batch: int, kv_len: int) -> tuple[int, ...]:
-    """How much of each entry is filled. Raises TypeError or ValueError where it cannot be."""
-    found = given.tolist() if isinstance(given, Tensor) else given
-    found = [found] * batch if type(found) is int else list(found)
-    if not all(type(n) is int for n in found):
-        raise TypeError(f"attention(): kv_lens must be whole numbers, one for each batch entry, got {given!r}")
-    if len(found) != batch or not all(0 <= n <= kv_len for n in found):
-        raise ValueError(f"attention(): kv_lens must be {batch} numbers from 0 to kv_len {kv_len}, got {found}")
-    return tuple(found)
+def _is_by_position(leaf: masks.Mask) -> bool:
+    return isinstance(leaf, _BY_POSITION) or (isinstance(leaf, masks.Document) and isinstance(leaf.lengths, int))
 
 
-def _cache_mask(q: Tensor, k: Tensor, mask: Any, layout: str, kv_lens: Any) -> Tensor:
-    """What kv_lens and a mask leave as a bool or float tensor, made without reading kv_lens."""
-    b, _, s, _ = TO_BHSD[layout]
-    kv_lens = torch.as_tensor(kv_lens, dtype=torch.int64, device=q.device).expand(q.shape[b])
-    j = torch.arange(k.shape[s], dtype=torch.int64, device=q.device)
-    seen = j < kv_lens[:, None, None, None]
+def _lengths(given: Any, batch: int) -> tuple[int, ...]:
+    """How much of each entry is filled; one number is for all. Raises TypeError for what are no whole numbers."""
+    is_one = isinstance(given, int) or getattr(given, "ndim", None) == 0
+    if not is_one:
+        return tuple(whole_numbers("kv_lens", given))
+    return tuple(whole_numbers("kv_lens", [given.item() if isinstance(given, Tensor) else given])) * batch
+
+
+def _unread(
+    q: Tensor, k: Tensor, mask: Any, kv_lens: Any, dims: tuple[int, int], left: int | None, is_corner: bool
+) -> Tensor:
+    """What kv_lens and a mask leave, as a bool or float tensor that is made without reading kv_lens."""
+    (b, s), device = dims, q.device
+    filled = torch.as_tensor(kv_lens, dtype=torch.int64, device=device).expand(q.shape[b])[:, None, None, None]
+    i, j = (torch.arange(x.shape[s], dtype=torch.int64, device=device) for x in (q, k))
+    seen = j < filled
+    if is_corner:
+        at = i[:, None] + filled - q.shape[s]
+        seen = seen & (j <= at)
+        return seen if left is None or left < 0 else seen & (j >= at - left)
     mask = as_structured(mask)
-    if isinstance(mask, masks.Causal) and mask.corner == "bottom_right":
-        i = torch.arange(q.shape[s], dtype=torch.int64, device=q.device)[:, None]
-        return seen & (j <= i + kv_lens[:, None, None, None] - q.shape[s])
     if isinstance(mask, masks.Mask):
-        return _both(mask.dense(q.shape[b], q.shape[s], k.shape[s], q.device), seen)
-    return seen if mask is None else _both(mask, seen)
+        mask = mask.dense(q.shape[b], q.shape[s], k.shape[s], device)
+        mask = mask if mask.dtype is torch.bool else mask.to(torch.promote_types(q.dtype, torch.float32))
+    return dense_masks.intersect(mask, seen)
 
 
-def _both(mask: Tensor, seen: Tensor) -> Tensor:
-    if mask.dtype is torch.bool:
-        return mask & seen
-    return torch.where(seen, mask, torch.tensor(float("-inf"), dtype=mask.dtype, device=mask.device))
+def _gathered(name: str, x: Tensor, pages: Any, layout: str, most: int | None) -> Tensor:
+    """A cache of pages, laid out as one of batch entries, as far as `most` keys reach; None: whole.
 
-
-def _gathered(name: str, x: Tensor, pages: Any, layout: str) -> Tensor:
-    """A cache of pages, laid out as one of batch entries. Pages are [pages, page size] in the place of [batch, kv_len]."""
+    Pages are [pages, page size] in the place of [batch, kv_len].
+    """
+    check_whole("page_table", pages)
     pages = torch.as_tensor(pages, dtype=torch.int64, device=x.device)
     if layout == "sbhd" or pages.dim() != 2 or x.dim() != 4:
         raise ValueError(
@@ -99,6 +124,14 @@ def _gathered(name: str, x: Tensor, pages: Any, layout: str) -> Tensor:
             f" [pages, kv_heads, page size, head_dim] in 'bhsd'; got {tuple(pages.shape)}, {tuple(x.shape)} in {layout!r}"
         )
     x = x.transpose(1, 2) if layout == "bhsd" else x
+    if most is not None:
+        if most > pages.shape[1] * x.shape[1]:
+            raise ValueError(
+                f"attention(): kv_lens has {most}, page_table has room for {pages.shape[1]} pages of {x.shape[1]} tokens"
+            )
+        pages = pages[:, : -(-most // max(1, x.shape[1]))]
+        if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
+            raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
     x = x[pages].flatten(1, 2)
     return x.transpose(1, 2) if layout == "bhsd" else x
 

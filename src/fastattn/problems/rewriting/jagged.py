@@ -29,6 +29,8 @@ def of_jagged(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str,
                 f" transpose(1, 2) in 'bhsd'; got shape {tuple(x.shape)}"
             )
     offsets = q.offsets()
+    if v.offsets() is not k.offsets() and not torch.equal(v.offsets(), k.offsets()):
+        raise ValueError("attention(): k and v are NestedTensors of other lengths, they must be of the same")
     packed = of_packed(
         q.values(), k.values(), v.values(), mask,
         options,

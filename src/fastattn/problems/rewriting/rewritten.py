@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numbers as numbers_of
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastattn.environment.text import dtype_name, type_name
 
 
 class Rewritten(NamedTuple):
@@ -25,6 +28,22 @@ def refuse(names: set[str], why: str) -> None:
     """Raises ValueError where one of these options was given."""
     if names:
         raise ValueError(f"attention(): {min(names)} {why}")
+
+
+def whole_numbers(name: str, given: Any) -> list[int]:
+    """Numbers from a tensor, an array or a sequence of one dimension. Raises TypeError that names them."""
+    found: Any = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(found, (list, tuple)):
+        numbers = [int(n) for n in found if isinstance(n, numbers_of.Integral) and not isinstance(n, bool)]
+        if len(numbers) == len(found):
+            return numbers
+    raise TypeError(f"attention(): {name} must be whole numbers in one dimension, got {type_name(given)} {given!r}")
+
+
+def check_whole(name: str, given: Any) -> None:
+    """Raises TypeError for a tensor of no whole numbers, without reading one."""
+    if isinstance(given, Tensor) and (given.is_floating_point() or given.is_complex() or given.dtype is torch.bool):
+        raise TypeError(f"attention(): {name} must be whole numbers, got {dtype_name(given.dtype)}")
 
 
 def is_readable(lengths: Any) -> bool:

@@ -12,7 +12,7 @@ from fastattn.environment.text import type_name
 from fastattn.problems import bands, masks
 from fastattn.problems.call_key import as_structured
 from fastattn.problems.call_options import window_sides
-from fastattn.problems.rewriting.rewritten import Rewritten, is_readable
+from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_readable, whole_numbers
 
 
 def of_packed(
@@ -34,10 +34,16 @@ def of_packed(
             "attention(): layout='thd' needs cu_seqlens_q, where each sequence begins and the end of the last"
         )
     of_kv = of_q if of_kv is None else of_kv
+    if k.shape[0] != v.shape[0]:
+        raise RuntimeError(f"attention(): k and v must agree in tokens, got {k.shape[0]} and {v.shape[0]}")
+    check_whole("cu_seqlens_q", of_q)
+    check_whole("cu_seqlens_kv", of_kv)
     corner, window = _triangle(mask, options, "layout='thd'")
     if is_readable(of_q) and is_readable(of_kv):
         queries = _lengths("cu_seqlens_q", of_q, q.shape[0], most_q, "max_q_len")
-        keys = queries if of_kv is of_q else _lengths("cu_seqlens_kv", of_kv, k.shape[0], most_kv, "max_kv_len")
+        keys = _lengths(
+            "cu_seqlens_kv" if of_kv is not of_q else "cu_seqlens_q", of_kv, k.shape[0], most_kv, "max_kv_len"
+        )
         if len(queries) != len(keys):
             raise ValueError(f"attention(): cu_seqlens_q has {len(queries)} sequences, cu_seqlens_kv {len(keys)}")
         told: Any = _mask_of(queries, keys, corner, window, q.shape[0] == k.shape[0] == sum(queries) == sum(keys))
@@ -78,14 +84,14 @@ def _mask_of(
 
 def _lengths(name: str, given: Any, tokens: int, most: Any, name_of_most: str) -> tuple[int, ...]:
     """The length of each sequence. Raises TypeError or ValueError where they cannot be those of so many tokens."""
-    ends = given.tolist() if isinstance(given, Tensor) else list(given)
-    if not ends or not all(type(n) is int for n in ends):
-        raise TypeError(f"attention(): {name} must be whole numbers, one more than there are sequences, got {given!r}")
+    ends = whole_numbers(name, given)
     lengths = tuple(last - first for first, last in pairwise(ends))
-    if ends[0] != 0 or ends[-1] > tokens or min(lengths, default=0) < 0:
-        raise ValueError(f"attention(): {name} must rise from 0 to {tokens} tokens at most, got {ends}")
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] > tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"attention(): {name} must rise from 0 to {tokens} tokens, a number more than sequences; got {ends}"
+        )
     longest = max(lengths, default=0)
-    if most is not None and most < longest:
+    if most is not None and whole_numbers(name_of_most, [most])[0] < longest:
         raise ValueError(f"attention(): {name_of_most} is {most}, the longest sequence of {name} has {longest} tokens")
     return lengths
 

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from fastattn.environment.text import type_name
+from fastattn.problems.call_options import check_type
 from fastattn.problems.rewriting.rewritten import Rewritten
 
 # layout -> where (b, h, s) of the log-sum-exp stand in the output; (h, t) for packed sequences
 _PLACES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (2, 0, 1), "thd": (1, 0)}
 
 
-def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, Any]) -> Rewritten | None:
+def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Rewritten:
     """The same call without sinks, that returns the log-sum-exp. Raises TypeError or ValueError for what are no sinks."""
-    if layout not in _PLACES or not isinstance(q, Tensor) or q.is_nested:
-        return None if layout not in _PLACES else _refuse_nested()
+    check_type("return_lse", options.get("return_lse", False), bool, "bool")
+    if q.is_nested:
+        raise ValueError(
+            "attention(): sinks do not go with a NestedTensor: pass its values and offsets as layout='thd'"
+        )
     sinks, places = options["sinks"], _PLACES[layout]
     heads = q.shape[places.index(1 if len(places) == 3 else 0)] if q.dim() > len(places) else -1
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
@@ -32,18 +36,16 @@ def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, 
         raise ValueError(
             f"attention(): sinks must be one logit for each of {heads} query heads, got {tuple(sinks.shape)}"
         )
+    if sinks.device != q.device:
+        raise RuntimeError(f"attention(): sinks are on {sinks.device}, q on {q.device}")
     wants_lse = options.get("return_lse", False)
 
     def back(found: Any) -> Any:
         out, lse = found
         logits = sinks.to(lse.dtype)[:, None]  # beside (b, h, s) or (h, t)
-        share = torch.sigmoid(lse - logits).permute(places)[..., None]
+        share = torch.sigmoid(lse - logits).masked_fill(lse == float("-inf"), 0.0).permute(places)[..., None]
         out = (out * share).to(out.dtype)
         return (out, torch.logaddexp(lse, logits)) if wants_lse else out
 
     rest = {name: value for name, value in options.items() if name != "sinks"}
     return Rewritten(q, k, v, mask, layout, {**rest, "return_lse": True}, back)
-
-
-def _refuse_nested() -> None:
-    raise ValueError("attention(): sinks do not go with a NestedTensor: pass its values and offsets as layout='thd'")
