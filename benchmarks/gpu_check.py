@@ -208,11 +208,14 @@ def run_kernels(run: Run, parts: list[str]) -> list[Row]:
     for row in rows:
         if row.why is None and (row.name != SERVED or "special" in parts):
             groups.setdefault(row.library, []).append(row)
-    todo = sum(map(len, groups.values()))
-    for library, group in groups.items():  # each has its share of what is left
-        run_group(run, parts, library, group, run.clock.now() + len(group) / todo * run.left())
-        todo -= len(group)
-        save_kernels(run, parts, rows)
+    for compiles in (False, True):  # what compiles has the time that the others leave
+        some = {library: group for library, group in groups.items() if all(row.compiles for row in group) is compiles}
+        weights = {library: len(group) + 1 for library, group in some.items()}  # a process takes time to start
+        for library, group in some.items():
+            share = weights[library] / sum(weights.values())
+            run_group(run, parts, library, group, run.clock.now() + share * run.left())
+            del weights[library]
+            save_kernels(run, parts, rows)
     return rows
 
 

@@ -28,7 +28,7 @@ STUBS = (
     "sage_1",
 )  # what one transfer brings
 COSTS_S = {  # of a child until its first answer, a problem of the workload, an answer of a kernel
-    "start": 15.0, "workload": 8.0, "verify": 0.05, "special": 1.0,
+    "start": 12.0, "workload": 8.0, "verify": 0.05, "special": 1.0,
 }  # fmt: skip
 _is_on = False
 
