@@ -130,12 +130,12 @@ def test_many_pinned_candidates_hold(start):
 
 
 def test_the_draw_reaches_every_kernel_and_conversion():
-    """200 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
+    """300 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
 
     But tiles, which are for larger problems than these: planning/test_tiles.py and test_told_masks.py look at them.
     """
     pinned = set()
-    for seed in range(200):
+    for seed in range(300):
         p, r = drawn(seed)
         s = plain_sample(p, DEVICE, seed)
         with torch.set_grad_enabled(p.needs_grad):

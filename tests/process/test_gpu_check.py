@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -52,10 +53,12 @@ class Steps(gpu_rehearsal.Clock):
         return self.seconds
 
     def wait(self, lines, seconds):
+        if seconds <= 0:
+            raise queue.Empty
         try:
-            return lines.get(timeout=5.0 if seconds > 0 else 0.0)
-        except Exception:
-            self.seconds += max(0.0, seconds)
+            return lines.get(timeout=5.0)
+        except queue.Empty:
+            self.seconds += seconds
             raise
 
     def tell(self, what, share=1.0):

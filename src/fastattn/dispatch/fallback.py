@@ -112,7 +112,8 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
 
 def why_not_default(asked: Asked) -> str | None:
     """Why the default must not serve this call, None where it may."""
-    found = _decide(asked, "default")
+    is_large = asked.problem.unfused_bytes > asked.problem.memory_limit  # else its own decision has no say
+    found = _decide(asked, "default") if is_large else []
     why = default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
     return why or _why_not_tied(asked)
 
