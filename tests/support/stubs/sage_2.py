@@ -115,7 +115,14 @@ _CUDA = (
     " window_tall window_left_past_keys float_mask_hides_64"
 )
 
-CUDA_KERNELS = ("sage_2_fp16", "sage_2_fp16_in_fp16", "sage_2_fp16_mixed", "sage_2_fp8", "sage_2_fp8_sm120", "sage_2_fp8_sm90")
+CUDA_KERNELS = (
+    "sage_2_fp16",
+    "sage_2_fp16_in_fp16",
+    "sage_2_fp16_mixed",
+    "sage_2_fp8",
+    "sage_2_fp8_sm120",
+    "sage_2_fp8_sm90",
+)
 STUB = Stub(
     file=FILE,
     library="sageattention",
