@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+import gpu_rehearsal
 import report
 import torch
 from machine import add_results, environment, in_one_line, open_console, results_folder
@@ -98,20 +100,22 @@ class GateOnly:
         return 0.0
 
 
-def measure(case: Case, rounds: int, seconds: float, device: str = "cpu") -> Result:
-    """One problem from an empty store to its medians."""
+def measure(
+    case: Case, rounds: int, seconds: float, device: str = "cpu", *, compiling: bool = False, store: str | None = None
+) -> Result:
+    """One problem from an empty store to its medians. compiling: also what must compile first. store: that one, which stays."""
     start = time.perf_counter()
-    x = inputs(case, device)
+    x = inputs(case, str(gpu_rehearsal.where(device)))
     options = case.options
     sdpa = x.run(x.sdpa())
     ours = x.run(lambda q, k, v, mask: fastattn.attention(q, k, v, mask, **options))
     sdpa_peak = peak_bytes(sdpa)
-    with tempfile.TemporaryDirectory() as directory:
+    with nullcontext(store) if store else tempfile.TemporaryDirectory() as directory:
         fastattn.options(cache_dir=directory)
         fastattn.clear()
         cold = _once(ours)
         disk = median(_once(ours, clear=True) for _ in range(3 if cold < 2 else 1))
-        if device != "cpu":  # what `fastattn tune --compile` does: kernels that must compile first
+        if compiling:  # what `fastattn tune --compile` does
             fastattn.explain(x.q, x.k, x.v, x.mask, tune=True, compiling=True, **options)
         why = fastattn.explain(x.q, x.k, x.v, x.mask, **options)
         candidates, runs = _pinned(x, why.verdict, why.rows)

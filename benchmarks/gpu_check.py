@@ -1,15 +1,19 @@
-"""Every kernel this machine can use: is it right over a grid, and how fast over gpu_workload.toml.
+"""Every kernel that this machine can use: how fast over gpu_workload.toml, and is it right over a grid.
 
-    python benchmarks/gpu_check.py [verify] [special] [workload] [--only REGEX] [--results docs/results]
+    python benchmarks/gpu_check.py [workload] [verify] [special] [--only REGEX] [--results docs/results]
 
+workload  F.sdpa, every pinned candidate and attention(), interleaved, as benchmarks/cpu.py does it
 verify    each kernel, with all its conversions, against float64 by the gate's probes, forward and backward
 special   offsets beyond 2^31, more than 65,535 heads, misaligned views, a CUDA graph: through attention() and each kernel
-workload  F.sdpa, every pinned candidate and attention(), interleaved, as benchmarks/cpu.py does it
 
-Each kernel, and the workload, runs in a process of its own, so that a crash costs a row. Without a name: all three.
-`--device cpu --smoke` runs the same on a CPU. Exit code 1 where a kernel raised or ended its process, or attention() was wrong.
-A refusal is no fault, nor a candidate over its error budget now and then ("over"), which the gate keeps from every caller.
-What compiles for each length waits for --compile. Answers are written as they come; what there was no time for is said.
+In that order, within --seconds (8 minutes): the workload in a process, torch's own kernels in one, each library in one, those
+that compile last. A crash or a hang costs its row; another process goes on behind it. Nothing is compiled for the workload, nor
+for each length, unless --compile is given. Answers are written as they come, and what there was no time for is said. It needs
+torch, click and rich, not the package installed.
+`--device cpu --smoke` runs a small part of it on a CPU. `--rehearse` runs the whole plan there, with stubs for the libraries
+and a clock that is told what each step takes: exit code 1 where the plan does not fit.
+Exit code 1 where a kernel raised or ended its process, or attention() was wrong. A refusal is no fault, nor a candidate over
+its error budget now and then ("over"), which the gate keeps from every caller.
 """
 
 from __future__ import annotations
@@ -23,134 +27,121 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cpu
-import gpu_child
-import report
-import torch
-from gpu_child import MARK, Found, workload
-from machine import environment, in_one_line
-from report import Grid
-from rich.console import Console
+SRC = str(Path(__file__).resolve().parents[1] / "src")
+sys.path.insert(0, SRC)  # on a machine that only has the source
 
-from fastattn.environment.device import Device
-from fastattn.kernels import registry
-from fastattn.kernels.libraries import availability
+import cpu  # noqa: E402
+import gpu_child  # noqa: E402
+import report  # noqa: E402
+import torch  # noqa: E402
+from gpu_child import MARK, SERVED, Found, workload  # noqa: E402
+from gpu_rehearsal import Clock, ToldClock, made_up_gpu, where  # noqa: E402
+from machine import environment, in_one_line  # noqa: E402
+from report import Grid  # noqa: E402
+from rich.console import Console  # noqa: E402
 
-PARTS = ("verify", "special", "workload")
-CHILD_S = 120.0
+from fastattn.environment.device import Device  # noqa: E402
+from fastattn.kernels import registry  # noqa: E402
+from fastattn.kernels.libraries import availability  # noqa: E402
+
+PARTS = ("workload", "verify", "special")
+TOTAL_S = 480.0
+WORKLOAD_SHARE = 0.6  # of the time, at most
 PROBLEM_S = 60.0  # that one problem of the workload may take
-TOTAL_S = 560.0
+COMPILING = 10.0  # times what an answer costs where it may have to be compiled
+KERNEL_S = 30.0  # that a kernel may be silent
+RESTARTS = 3  # of a group whose kernels end it
 OUT_OF_TIME = "not finished: no time was left"
+NOT_REACHED = "not reached: no time was left"
+ENDED_OFTEN = "not reached: others ended their process too often"
 OFTEN_OVER = 0.05  # of a kernel's answers: more than that is no accident
 UNUSABLE = "cannot be used"
 
 
-def ask(
-    part: str, name: str, args: argparse.Namespace, extra: tuple[str, ...] = (), *, seconds: float, patience: float
-) -> tuple[list[dict[str, Any]], str | None]:
-    """A child's answers, and how it ended where that was not well. patience: seconds without an answer that end it."""
-    command = [sys.executable, gpu_child.__file__, part, name, "--device", args.device]
-    command += ["--only", args.only] if args.only else []
-    command += ["--smoke"] if args.smoke else []
-    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as store:
-        child = subprocess.Popen([*command, *extra], stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
-                                 env={**os.environ, "FASTATTN_CACHE_DIR": store})  # fmt: skip
-        lines: queue.Queue[str | None] = queue.Queue()
-        reader = threading.Thread(target=lambda: [*map(lines.put, child.stdout or ()), lines.put(None)], daemon=True)
-        reader.start()
-        answers, end = [], time.monotonic() + seconds
-        while True:
-            left = min(patience, end - time.monotonic())
-            try:
-                line = lines.get(timeout=max(0.0, left))
-            except queue.Empty:
-                child.kill()
-                child.wait()
-                why = f"no answer within {patience:.0f} s" if left == patience else OUT_OF_TIME
-                return answers, why
-            if line is None:
-                break
-            if MARK in line:
-                answers.append(json.loads(line.partition(MARK)[2]))
-        if child.wait() == 0:
-            return answers, None
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or ["it printed nothing"])[-1]
-        return answers, f"exit {child.returncode}: {last[:200]}"
+@dataclass
+class Run:
+    """The command line, the clock, and what is known by now."""
+
+    args: argparse.Namespace
+    console: Console
+    clock: Clock
+    facts: dict[str, str] = field(default_factory=dict)
+    store: str = ""
+
+    def left(self) -> float:
+        """Seconds of the whole that are left."""
+        return self.args.seconds - self.clock.now()
+
+    def ask(
+        self, job: str, extra: tuple[str, ...], seconds: float, patience: float
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """A child's answers, and how it ended where that was not well. patience: seconds without an answer that end it."""
+        args, end = self.args, self.clock.now() + seconds
+        command = [sys.executable, gpu_child.__file__, job, "--device", args.device]
+        command += ["--only", args.only] if args.only else []
+        command += [f"--{name}" for name in ("smoke", "compile", "rehearse") if getattr(args, name)]
+        paths = os.pathsep.join(filter(None, (SRC, os.environ.get("PYTHONPATH"))))
+        told = {**os.environ, "FASTATTN_CACHE_DIR": self.store, "PYTHONPATH": paths}
+        with tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(
+                [*command, *extra], stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, env=told
+            )
+            lines: queue.Queue[str | None] = queue.Queue()
+            reader = threading.Thread(
+                target=lambda: [*map(lines.put, child.stdout or ()), lines.put(None)], daemon=True
+            )
+            reader.start()
+            self.clock.tell("start")
+            answers: list[dict[str, Any]] = []
+            while True:
+                left = min(patience, end - self.clock.now())
+                try:
+                    line = self.clock.wait(lines, left)
+                except queue.Empty:
+                    child.kill()
+                    child.wait()
+                    return answers, f"no answer within {patience:.0f} s" if left == patience else OUT_OF_TIME
+                if line is None:
+                    break
+                if MARK in line:
+                    answer = json.loads(line.partition(MARK)[2])
+                    answers.append(answer)
+                    if "began" not in answer:
+                        self.clock.tell("workload" if job == "workload" else answer["part"], self.thinned(answer))
+            if child.wait() == 0:
+                return answers, None
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["it printed nothing"])[-1]
+            return answers, f"exit {child.returncode}: {last[:200]}"
+
+    def thinned(self, answer: dict[str, Any]) -> float:
+        """How many answers of a real run one of a rehearsal stands for: its grid is that of --smoke."""
+        if not (self.args.rehearse and answer.get("part") == "verify"):
+            return 1.0
+        compiles = any(k.compiles for k in registry.rows() if k.name == answer["kernel"])
+        whole, part = (len(gpu_child.grid("cuda", smoke=smoke)) for smoke in (False, True))
+        return (COMPILING if compiles else 1.0) * whole / part
 
 
-def usable(args: argparse.Namespace) -> list[tuple[str, str | None]]:
-    """(kernel, why it is not run): those of this device, what compiles last."""
-    silicon = Device.of(torch.device(args.device))
-    found = []
-    for kernel in sorted(registry.rows_for(silicon.type), key=lambda k: k.compiles is not None):
-        if silicon.type not in kernel.devices or (args.only and not re.search(args.only, kernel.name)):
-            continue
-        is_there = availability.library_version(kernel.library) is not None
-        why = None if is_there else f"package {kernel.library} is not installed"
-        if kernel.compiles == "each_length" and not args.compile:
-            why = why or "compiles for each length: --compile"
-        found.append((kernel.name, why))
-    return found
+# --- the workload
 
 
-def check(part: str, args: argparse.Namespace, console: Console, ends: float) -> tuple[Grid, list[dict[str, Any]], int]:
-    """The table of a part, its raw answers, and how many are wrong; both are written after every kernel."""
-    rows, raw, wrong = [], [], 0
-    names = usable(args)
-    if part == "special":
-        names.insert(0, ("attention()", None))
-    headings = (part, "ran", "refused", "raised", "over", "forward", "backward", "took", "")
-    grid = Grid(f"{part}: largest errors in budgets", headings, rows, texts=2)
-    for name, why in names:
-        if why is None and ends - time.monotonic() < 5:
-            why = "not reached: no time was left"
-        if why is not None:
-            rows.append((name, *[""] * 7, why))
-            continue
-        console.print(f"{part} {name} ...", style="dim")
-        start = time.monotonic()
-        seconds = min(args.child_seconds, ends - start)
-        answers, ended = ask(part, name, args, seconds=seconds, patience=seconds)
-        found = [Found(**answer) for answer in answers]
-        raw += [{"kernel": name, **answer} for answer in answers]
-        ran = [f for f in found if f.refused is None]
-        over = [f for f in ran if f.error is None and f.is_over]
-        is_often = name == "attention()" or len(over) > OFTEN_OVER * len(ran)
-        bad = [f for f in ran if f.error is not None] + (over if is_often else [])
-        bad += [f for f in found if UNUSABLE in (f.refused or "")][:1]
-        ended = ended or (None if found else "it answered nothing")
-        wrong += len(bad) + (ended not in (None, OUT_OF_TIME))
-        told = [*bad, *(f for f in over if f not in bad)]
-        says = "; ".join([*(_complaint(f) for f in told[:3]), *([f"and {len(told) - 3} more"] if len(told) > 3 else []),
-                          *([ended] if ended else [])])  # fmt: skip
-        if not ran and found:
-            says = says or f"refused all: {found[0].refused}"
-        worst = max((f.forward or 0.0 for f in ran), default=0.0), max((f.backward or 0.0 for f in ran), default=0.0)
-        counts = len(ran), len(found) - len(ran), sum(f.error is not None for f in ran), len(over)
-        took = f"{time.monotonic() - start:.0f} s"
-        rows.append((name, *map(str, counts), f"{worst[0]:.2f}", f"{worst[1]:.2f}", took, says))
-        save(args, part, [grid], [], {"answers": raw})
-    return grid, raw, wrong
-
-
-def _complaint(f: Found) -> str:
-    return f"{f.candidate} on {f.what}: {f.error or f.refused or f'{f.forward} / {f.backward} budgets'}"
-
-
-def run_workload(args: argparse.Namespace, console: Console, ends: float) -> tuple[list[Any], list[str]]:
+def run_workload(run: Run) -> tuple[list[Any], list[str]]:
     """Results, and what ended a child; another one goes on after the problem that ended it."""
     results: list[Any] = []
     ended_by, done = [], []
-    todo = {report.title_of(c): c for c in workload(args)}
-    while len(done) < len(todo) and ends - time.monotonic() > 5:
-        console.print(f"workload, {len(todo) - len(done)} problems ...", style="dim")
+    with made_up_gpu(run.args.rehearse):
+        todo = {report.title_of(c): c for c in workload(run.args)}
+    others = set(run.args.parts) - {"workload"}
+    ends = run.clock.now() + run.left() * (WORKLOAD_SHARE if others else 1.0)
+    while len(done) < len(todo) and ends - run.clock.now() > 5:
+        run.console.print(f"workload, {len(todo) - len(done)} problems ...", style="dim")
         skip = tuple(x for title in done for x in ("--skip", title))
-        answers, ended = ask("workload", "all", args, skip, seconds=ends - time.monotonic(), patience=PROBLEM_S)
+        answers, ended = run.ask("workload", skip, ends - run.clock.now(), PROBLEM_S)
         for answer in (a for a in answers if "result" in a):
             data = answer["result"] | {"case": todo[answer["title"]]}
             data["candidates"] = [cpu.Candidate(**c) for c in data["candidates"]]
@@ -162,50 +153,195 @@ def run_workload(args: argparse.Namespace, console: Console, ends: float) -> tup
         if not began:
             ended_by += [] if ended else ["the start: it answered nothing"]
             break
-        save(args, "workload", report.grids(results, with_candidates=True), ended_by, report.to_json({}, results))
+        save(run, "workload", report.grids(results, with_candidates=True), ended_by, report.to_json({}, results))
     if len(done) < len(todo):
-        console.print(f"not reached, no time was left: {', '.join(t for t in todo if t not in done)}", style="yellow")
+        ended_by.append(f"not reached, no time was left: {', '.join(t for t in todo if t not in done)}")
     return results, ended_by
 
 
-def main() -> int:
+# --- the kernels
+
+
+@dataclass
+class Row:
+    """What is known of a kernel: its answers to each part, and how it ended or why it is not run."""
+
+    name: str
+    library: str
+    why: str | None = None
+    compiles: bool = False
+    found: dict[str, list[Found]] = field(default_factory=lambda: {"verify": [], "special": []})
+
+    def complaints(self, part: str) -> tuple[list[Found], list[Found]]:
+        """(what is wrong, what is over its budget now and then)."""
+        ran = [f for f in self.found[part] if f.refused is None]
+        over = [f for f in ran if f.error is None and f.is_over]
+        bad = [f for f in ran if f.error is not None]
+        bad += over if self.name == SERVED or len(over) > OFTEN_OVER * len(ran) else []
+        bad += [f for f in self.found[part] if UNUSABLE in (f.refused or "")][:1]
+        return bad, over
+
+
+def usable(args: argparse.Namespace) -> list[Row]:
+    """The kernels of this device, torch's own first, then library by library, what compiles last."""
+    silicon = Device.of(where(args.device))
+    found = [Row(SERVED, "torch")]
+    rows = registry.rows_for(silicon.type)
+    always = {row.library for row in rows if row.compiles is None}
+    order = {row.library: (row.library != "torch", row.library not in always) for row in rows}
+    for kernel in sorted(rows, key=lambda k: (*order[k.library], k.library)):
+        if silicon.type not in kernel.devices or (args.only and not re.search(args.only, kernel.name)):
+            continue
+        is_there = availability.library_version(kernel.library) is not None
+        why = None if is_there else f"package {kernel.library} is not installed"
+        if kernel.compiles == "each_length" and not args.compile:
+            why = why or "it is compiled for each length: --compile"
+        found.append(Row(kernel.name, kernel.library, why, kernel.compiles is not None))
+    return found
+
+
+def run_kernels(run: Run, parts: list[str]) -> list[Row]:
+    """A row for each kernel: torch's own in one process, each library in one."""
+    with made_up_gpu(run.args.rehearse):
+        rows = usable(run.args)
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.why is None and (row.name != SERVED or "special" in parts):
+            groups.setdefault(row.library, []).append(row)
+    for compiles in (False, True):  # what compiles has the time that the others leave
+        some = {library: group for library, group in groups.items() if all(row.compiles for row in group) is compiles}
+        weights = {library: len(group) + 1 for library, group in some.items()}  # a process takes time to start
+        for library, group in some.items():
+            share = weights[library] / sum(weights.values())
+            run_group(run, parts, library, group, run.clock.now() + share * run.left())
+            del weights[library]
+            save_kernels(run, parts, rows)
+    return rows
+
+
+def run_group(run: Run, parts: list[str], library: str, group: list[Row], ends: float) -> None:
+    """The answers of one library's kernels; behind one that ends the process another process goes on."""
+    todo, ended = {row.name: row for row in group}, None
+    for _ in range(RESTARTS + 1):
+        seconds = ends - run.clock.now()
+        if not todo or seconds < 5:
+            break
+        run.console.print(f"{library}: {', '.join(todo)} ...", style="dim")
+        extra = ("--names", *todo, "--parts", *parts)
+        answers, ended = run.ask("kernels", extra, seconds, KERNEL_S)
+        for answer in (a for a in answers if "found" in a):
+            todo[answer["kernel"]].found[answer["part"]].append(Found(**answer["found"]))
+        began = [a["began"] for a in answers if "began" in a] or list(todo)[:1]
+        if ended is not None:
+            todo[began[-1]].why = ended
+        for name in began:
+            todo.pop(name)
+        if ended in (None, OUT_OF_TIME):
+            break
+    for row in todo.values():
+        row.why = NOT_REACHED if ends - run.clock.now() < 5 or ended == OUT_OF_TIME else ENDED_OFTEN
+
+
+def grids_of(rows: list[Row], part: str) -> Grid:
+    """The table of a part."""
+    headings = (part, "ran", "refused", "raised", "over", "forward", "backward", "")
+    lines = []
+    for row in rows:
+        found = row.found[part]
+        if not found:
+            lines.append((row.name, *[""] * 6, row.why or ""))
+            continue
+        ran = [f for f in found if f.refused is None]
+        bad, over = row.complaints(part)
+        told = [*bad, *(f for f in over if f not in bad)]
+        says = [_complaint(f) for f in told[:3]] + ([f"and {len(told) - 3} more"] if len(told) > 3 else [])
+        says += [row.why] if row.why else []
+        says = says or ([] if ran else [f"refused all: {found[0].refused}"])
+        worst = max((f.forward or 0.0 for f in ran), default=0.0), max((f.backward or 0.0 for f in ran), default=0.0)
+        counts = len(ran), len(found) - len(ran), sum(f.error is not None for f in ran), len(over)
+        lines.append((row.name, *map(str, counts), f"{worst[0]:.2f}", f"{worst[1]:.2f}", "; ".join(says)))
+    return Grid(f"{part}: largest errors in budgets", headings, lines, texts=2)
+
+
+def _complaint(f: Found) -> str:
+    return f"{f.candidate} on {f.what}: {f.error or f.refused or f'{f.forward} / {f.backward} budgets'}"
+
+
+def save_kernels(run: Run, parts: list[str], rows: list[Row]) -> None:
+    for part in parts:
+        answers = [{"kernel": row.name, **vars(f)} for row in rows for f in row.found[part]]
+        save(run, part, [grids_of(rows, part)], [], {"answers": answers})
+
+
+def how_many_wrong(rows: list[Row], parts: list[str]) -> int:
+    """Answers that are wrong, and kernels that ended their process or said nothing."""
+    wrong = sum(len(row.complaints(part)[0]) for row in rows for part in parts)
+    ended = [row.why for row in rows if row.why and row.why.startswith(("exit", "no answer"))]
+    return wrong + len(ended)
+
+
+# --- all of it
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="default: all three")
     parser.add_argument("--only", metavar="REGEX", help="kernels, or titles of the workload, that match")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--smoke", action="store_true", help="a small part of everything")
-    parser.add_argument("--results", metavar="FOLDER", help="write gpu_<part>.json and .md there")
-    parser.add_argument("--compile", action="store_true", help="verify also what must compile for each length (flex)")
     parser.add_argument(
-        "--child-seconds", type=float, default=CHILD_S, help="that one kernel may take (default %(default).0f)"
+        "--rehearse", action="store_true", help="the whole plan on the CPU, with stubs and a told clock"
     )
+    parser.add_argument("--results", metavar="FOLDER", help="write gpu_<part>.json and .md there")
+    parser.add_argument("--compile", action="store_true", help="also what is compiled first, flex for each length")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help="for everything (default %(default).0f)")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --device cpu --smoke runs the same on the CPU")
-    args.facts = environment(args.device) | {"libraries": installed()}
-    ends = time.monotonic() + args.seconds
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.device == "cuda" and not args.rehearse and not torch.cuda.is_available():
+        parser.error(
+            "there is no CUDA device here; --rehearse runs the plan, --device cpu --smoke a part of it on the CPU"
+        )
+    args.parts = args.parts or list(PARTS)
+    args.smoke = args.smoke or args.rehearse
+    return args
+
+
+def main() -> int:
+    args = parse()
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    facts, wrong = args.facts, 0
-    for part in args.parts or PARTS:
-        if part == "workload":
-            results, notes = run_workload(args, console, ends)
-            tables = report.grids(results, with_candidates=True) if results else []
+    with tempfile.TemporaryDirectory() as store:
+        os.environ["FASTATTN_CACHE_DIR"] = store
+        run = Run(args, console, ToldClock() if args.rehearse else Clock(), store=store)
+        args.seconds += run.clock.now()
+        with made_up_gpu(args.rehearse):
+            run.facts = environment("cpu" if args.rehearse else args.device) | {"libraries": installed()}
+        began, wrong = run.clock.now(), 0
+        if "workload" in args.parts:
+            results, notes = run_workload(run)
+            for table in report.grids(results, with_candidates=True) if results else []:
+                console.print(table.rich(), "")
+            for note in notes:
+                console.print(note, style="red")
             wrong += len(notes) + sum(not r.error <= 1 for r in results)
-        else:
-            table, _, bad = check(part, args, console, ends)
-            tables, notes = [table], []
-            wrong += bad
-        for table in tables:
-            console.print(table.rich(), "")
-        for note in notes:
-            console.print(note, style="red")
-    console.print(in_one_line(facts), style="dim")
-    console.print("all right" if not wrong else f"{wrong} wrong", style="green" if not wrong else "red")
-    return 1 if wrong else 0
+        parts = [part for part in ("verify", "special") if part in args.parts]
+        rows = run_kernels(run, parts) if parts else []
+        for part in parts:
+            console.print(grids_of(rows, part).rich(), "")
+        wrong += how_many_wrong(rows, parts)
+        console.print(in_one_line(run.facts), style="dim")
+        console.print("all right" if not wrong else f"{wrong} wrong", style="green" if not wrong else "red")
+        out_of_time = (OUT_OF_TIME, NOT_REACHED)  # what compiles may take any time, and has the last of it
+        left_out = [row.name for row in rows if row.why in out_of_time and not row.compiles]
+        if args.rehearse:
+            console.print(
+                f"the plan takes {run.clock.now() - began:.0f} s of {TOTAL_S:.0f}, by the costs in gpu_rehearsal.py"
+            )
+            if left_out:
+                console.print(f"there is no time for {', '.join(left_out)}", style="red")
+            return 1 if wrong or left_out else 0
+        return 1 if wrong else 0
 
 
 def installed() -> str:
@@ -214,16 +350,16 @@ def installed() -> str:
     return ", ".join(f"{name} {version}" for name, version in named.items() if version) or "none"
 
 
-def save(args: argparse.Namespace, part: str, tables: list[Grid], notes: list[str], data: dict[str, Any]) -> None:
+def save(run: Run, part: str, tables: list[Grid], notes: list[str], data: dict[str, Any]) -> None:
     """What is known of a part by now, as JSON and as Markdown."""
-    if not args.results:
+    if not run.args.results:
         return
-    folder, facts = Path(args.results), args.facts
+    folder = Path(run.args.results)
     folder.mkdir(parents=True, exist_ok=True)
-    data = data | {"environment": facts, "ended": notes}
+    data = data | {"environment": run.facts, "ended": notes}
     (folder / f"gpu_{part}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     lines = [f"# GPU check: {part}", "", "Made by `benchmarks/gpu_check.py`.", ""]
-    lines += [*(f"- {name}: {value}" for name, value in facts.items()), ""]
+    lines += [*(f"- {name}: {value}" for name, value in run.facts.items()), ""]
     text = "\n".join([*lines, *(f"- {note}" for note in notes), *(t.markdown() for t in tables)])
     (folder / f"gpu_{part}.md").write_text(text, encoding="utf-8")
 

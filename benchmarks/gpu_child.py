@@ -1,10 +1,12 @@
-"""What a child of gpu_check.py does: one part for one kernel, each answer a line that is printed as soon as it is known."""
+"""What a child of gpu_check.py does: the workload, or some kernels, each answer a line that is printed once it is known."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -13,6 +15,7 @@ from random import Random
 from typing import Any
 
 import cpu
+import gpu_rehearsal
 import report
 import torch
 from workload import Case, cases
@@ -35,7 +38,8 @@ from fastattn.tuning.accuracy.probes import stand_in_scale
 
 WORKLOAD = Path(__file__).with_name("gpu_workload.toml")
 MARK = "answer:"  # begins a line that is one
-RANDOM_PROBLEMS = 60
+SERVED = "attention()"  # in the place of a kernel: what is served
+RANDOM_PROBLEMS = 16
 LENGTHS = ((1, 1), (1, 513), (4, 200), (64, 64), (127, 127), (65, 1000), (1000, 77), (511, 513))
 CORNERS = ("top_left", "bottom_right")
 
@@ -55,7 +59,8 @@ def grid(device: str, smoke: bool) -> list[Problem]:
         {"window": (32, 0), "causal": "top_left"}, {"window": (20, 12)}, {"softcap": 20.0}, {"lse": True},
         {"lse": True, "causal": "bottom_right", "q_len": 200, "kv_len": 64}, {"scale": "negative"}, {"scale": "zero"},
         {"strides": ("transposed",) * 3}, {"strides": ("packed",) * 3}, {"strides": ("contiguous", "cache", "cache")},
-        {"strides": ("expanded",) * 3}, {"strides": ("other",) * 3}, {"layout": "bshd"}, {"layout": "sbhd"},
+        {"strides": ("expanded",) * 3}, {"strides": ("gapped",) * 3}, {"strides": ("other",) * 3},
+        {"layout": "bshd"}, {"layout": "sbhd"},
         {"deterministic": True, "needs_grad": True}, {"dropout": True},
     ]  # fmt: skip
     draw = Random(0)
@@ -101,7 +106,7 @@ class Found:
 
 def verify(name: str, device: str, smoke: bool) -> Iterator[Found]:
     """Each candidate of a kernel on each problem of the grid, by the gate's own judges."""
-    on = torch.device(device)
+    on = gpu_rehearsal.where(device)
     silicon, settings = Device.of(on), Settings().naming(name)
     [kernel] = [k for k in registry.rows_for(silicon.type, settings.named) if k.name == name]
     for p in grid(device, smoke):
@@ -147,9 +152,9 @@ def _three(x: float | None) -> float | None:
 
 
 def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
-    """What random grids do not meet; name: a kernel, or "attention()" for what is served."""
+    """What random grids do not meet; name: a kernel, or SERVED."""
     for what, run in SPECIAL.items():
-        order: dict[str, Any] = {} if name == "attention()" else {"kernel": name}
+        order: dict[str, Any] = {} if name == SERVED else {"kernel": name}
         if order and any(k.approximate for k in registry.rows() if k.name == name):
             order["accuracy"] = 0.1
         try:
@@ -166,7 +171,7 @@ def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
             yield Found(what, name, refused="this device has too little memory")
         except Exception as error:
             yield Found(what, name, error=f"{type(error).__name__}: {error}"[:300])
-        memory_use.release_memory(torch.device(device))
+        memory_use.release_memory(gpu_rehearsal.where(device))
 
 
 def error_of(q: Any, k: Any, v: Any, order: dict[str, Any], **options: Any) -> float:
@@ -185,7 +190,7 @@ def judged(out: Any, q: Any, k: Any, v: Any, **options: Any) -> float:
 
 def far_offsets(device: str, order: dict[str, Any], smoke: bool) -> float | None:
     """Keys and values whose last element lies beyond 2^31 elements: the last kv head is looked at."""
-    if device == "cpu":
+    if gpu_rehearsal.where(device).type == "cpu":
         return None
     rows = 2**31 // (8 * 128) + 4096
     k = torch.randn(8, rows, 128, device=device, dtype=torch.bfloat16)[None]
@@ -195,28 +200,34 @@ def far_offsets(device: str, order: dict[str, Any], smoke: bool) -> float | None
 
 
 def many_heads(device: str, order: dict[str, Any], smoke: bool) -> float:
-    q, k, v = (torch.randn(1, 700 if smoke else 70_000, 32, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    on = gpu_rehearsal.where(device)
+    q, k, v = (torch.randn(1, 700 if smoke else 70_000, 32, 64, device=on, dtype=torch.bfloat16) for _ in range(3))
     return error_of(q, k, v, order)
 
 
 def many_batches(device: str, order: dict[str, Any], smoke: bool) -> float:
-    q, k, v = (torch.randn(700 if smoke else 70_000, 1, 32, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    on = gpu_rehearsal.where(device)
+    q, k, v = (torch.randn(700 if smoke else 70_000, 1, 32, 64, device=on, dtype=torch.bfloat16) for _ in range(3))
     return error_of(q, k, v, order, is_causal=True)
 
 
 def misaligned(device: str, order: dict[str, Any], smoke: bool) -> float:
-    made = [torch.randn(2 * 4 * 100 * 64 + 1, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    made = [
+        torch.randn(2 * 4 * 100 * 64 + 1, device=gpu_rehearsal.where(device), dtype=torch.bfloat16) for _ in range(3)
+    ]
     return error_of(*(x[1:].view(2, 4, 100, 64) for x in made), order=order)
 
 
 def odd_strides(device: str, order: dict[str, Any], smoke: bool) -> float:
-    made = [torch.randn(2, 4, 100, 65, device=device, dtype=torch.bfloat16)[..., 1:] for _ in range(3)]
+    made = [
+        torch.randn(2, 4, 100, 65, device=gpu_rehearsal.where(device), dtype=torch.bfloat16)[..., 1:] for _ in range(3)
+    ]
     return error_of(*made, order=order)
 
 
 def graph(device: str, order: dict[str, Any], smoke: bool) -> float | None:
     """Captured after a warm-up, replayed on other numbers."""
-    if device == "cpu":
+    if gpu_rehearsal.where(device).type == "cpu":
         return None
     q, k, v = (torch.randn(2, 8, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     for _ in range(3):
@@ -245,38 +256,61 @@ SPECIAL: dict[str, Callable[..., float | None]] = {
 # --- the child
 
 
-def answer(part: str, name: str, args: argparse.Namespace) -> None:
-    """Print each answer as a line of its own, as soon as it is known."""
-    if part == "workload":
-        fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
-        skip = set(args.skip)
-        for case in workload(args):
-            title = report.title_of(case)
-            if title in skip:
-                continue
-            print(f"\n{MARK}{json.dumps({'began': title})}", flush=True)
-            result = cpu.measure(case, 5 if args.smoke else 15, 0.3 if args.smoke else 1.0, args.device)
-            print(f"\n{MARK}{json.dumps({'title': title, 'result': asdict(result)})}", flush=True)
-            memory_use.release_memory(torch.device(args.device))
-        return
-    for found in (verify if part == "verify" else special)(name, args.device, args.smoke):
-        print(f"\n{MARK}{json.dumps(asdict(found))}", flush=True)
+def say(**answer: Any) -> None:
+    """An answer is a line of its own, printed as soon as it is known."""
+    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+
+
+def run_workload(args: argparse.Namespace) -> None:
+    """Every problem that is asked for: F.sdpa, each pinned kernel, attention()."""
+    fastattn.options(mode="auto", accuracy="exact", tune_budget=1e9)
+    for case in workload(args):
+        title = report.title_of(case)
+        if title in args.skip:
+            continue
+        say(began=title)
+        rounds, seconds = (5, 0.3) if args.smoke else (15, 1.0)
+        store = tempfile.mkdtemp(
+            dir=os.environ.get("FASTATTN_CACHE_DIR")
+        )  # its notes tell the next child what ended this one
+        result = cpu.measure(case, rounds, seconds, args.device, compiling=args.compile, store=store)
+        say(title=title, result=asdict(result), seconds=result.took_s)
+        memory_use.release_memory(gpu_rehearsal.where(args.device))
+
+
+def run_kernels(args: argparse.Namespace) -> None:
+    """Verification, then the special cases, of one kernel after the other."""
+    for name in args.names:
+        say(began=name)
+        for part, ask in (("verify", verify), ("special", special)):
+            if part in args.parts and (part, name) != ("verify", SERVED):
+                for found in ask(name, args.device, args.smoke):
+                    say(part=part, kernel=name, found=asdict(found))
 
 
 def workload(args: argparse.Namespace) -> list[Case]:
     """The problems that are asked for; with --smoke the small ones of workload.toml, as gpu_workload.toml's fit no CPU."""
-    if args.smoke:
+    if args.smoke and not args.rehearse:
         return [c for c in cases() if c.name == "tiny" and not c.is_training]
-    return [c for c in cases(WORKLOAD) if not args.only or re.search(args.only, report.title_of(c))]
+    found = [c for c in cases(WORKLOAD) if not args.only or re.search(args.only, report.title_of(c))]
+    return [gpu_rehearsal.small(c) for c in found] if args.rehearse else found
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part")
-    parser.add_argument("name")
+    parser.add_argument("job", choices=["workload", "kernels"])
+    parser.add_argument("--names", nargs="*", default=[], help="kernels")
+    parser.add_argument("--parts", nargs="*", default=["verify", "special"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only")
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--skip", action="append", default=[])
-    arguments = parser.parse_args()
-    answer(arguments.part, arguments.name, arguments)
+    args = parser.parse_args()
+    with gpu_rehearsal.made_up_gpu(args.rehearse):
+        (run_workload if args.job == "workload" else run_kernels)(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -202,11 +202,10 @@ def test_fault_96_a_callers_clamp_in_front_of_attention_has_this_torchs_gradient
 # --- an entry point that is younger than the oldest torch
 
 
-@pytest.mark.parametrize("lacking", ["enable_gqa", "window_size", "return_aux", "nothing"])
+@pytest.mark.parametrize("lacking", ["window_size", "return_aux", "nothing"])
 def test_fault_96_a_varlen_of_another_torch_is_refused_by_the_name_of_what_it_lacks(lacking, monkeypatch):
-    """varlen_attn of torch 2.11 takes no enable_gqa: that is a reason of that kernel, and no error of anybody's call."""
-    names = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size",
-             "enable_gqa"]  # fmt: skip
+    """varlen_attn of torch 2.10 takes no window_size: that is a reason of that kernel, and no error of anybody's call."""
+    names = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size"]
     kinds = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names if name != lacking]
 
     def varlen_attn(**given):

@@ -31,6 +31,7 @@ LENGTHS = (1, 2, 64, 65, 100)
 DOMAIN = {
     ("capability",): [(n,) for n in (70, 75, 80, 86, 89, 90, 100, 103, 110, 120, 121)],
     ("cudnn",): [(n,) for n in (90000, 91100, 92200, 92300)],
+    ("torch",): [("2.11.0",), ("2.13.0",), ("2.14.1",)],
     ("dtype",): [("float16",), ("bfloat16",), ("float32",)],
     ("head_dim",): [(n,) for n in WIDTHS],
     ("head_dim_v",): [(n,) for n in WIDTHS],
@@ -75,7 +76,9 @@ class Space:
         flags = (f"FLASHATTENTION_DISABLE_{flag}" for flag, *_ in flash_attn_3.OPTIONAL)
         monkeypatch.setattr(flash_attn_3, "flags", lambda flags=tuple(flags): dict.fromkeys(flags, self.left_out))
         self.axes = {
-            fields: list(values) for fields, values in DOMAIN.items() if kind == "cuda" or fields[0] != "capability"
+            fields: list(values)
+            for fields, values in DOMAIN.items()
+            if kind == "cuda" or fields[0] not in ("capability", "torch")
         }
         for need in kernel.needs:  # the values beside its edges
             if isinstance(need, Range | OneOf):
@@ -85,7 +88,9 @@ class Space:
                 self.axes[fields] = [*given, *(v for v in self.axes.get(fields, ()) if v not in given)]
 
     def at(self, point: dict) -> tuple:
-        on_device = {name: point.pop(name) for name in ("capability", "cudnn") if name in (point := dict(point))}
+        on_device = {
+            name: point.pop(name) for name in ("capability", "cudnn", "torch") if name in (point := dict(point))
+        }
         if point.get("mask") == "same":
             point["mask"] = point["dtype"]
         silicon = CPU if self.kind == "cpu" else Device("cuda", "made-up GPU", 90, cuda="12.8", cudnn=92300)

@@ -11,6 +11,8 @@ from fakes import problem
 from stubs import flash_attn_3, module
 
 from fastattn.environment.settings import Settings
+from fastattn.kernels.adapters import flash_attn_4
+from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
 
@@ -73,18 +75,15 @@ LIMITS = [
     ("flash_attn_4", 100, dims(192, 128), None),
     ("flash_attn_4", 103, {**TRAIN, **dims(250)}, None),
     ("flash_attn_4", 100, dims(192), f"{on(192, 192, 100)}: it has up to (128, 128), (192, 128) and (256, 256) there"),
-    (
-        *("flash_attn_4", 110, {**dims(256), "softcap": 2.0}),
-        f"softcap 2 and {on(256, 256, 110)}: its kernel for 256 has none there",
+    *(
+        ("flash_attn_4", 110, {**dims(256), **more}, None)
+        for more in ({"softcap": 2.0}, {"window": (8, 8)}, {"kv_len": 100})
     ),
     (
-        *("flash_attn_4", 103, {**dims(256), "window": (8, 8)}),
-        f"a window (8, 8) and {on(256, 256, 103)}: its kernel for 256 has none there",
+        *("flash_attn_4", 110, {**TRAIN, **dims(256), "softcap": 2.0}),
+        f"training with softcap 2 and {on(256, 256, 110)}: its backward for 256 has none there",
     ),
-    (
-        *("flash_attn_4", 100, {**dims(250), "kv_len": 100}),
-        f"q_len 64 != kv_len 100 and {on(250, 250, 100)}: its kernel for 256 is wrong then",
-    ),
+    ("flash_attn_4", 110, {**TRAIN, **dims(128), "softcap": 2.0}, None),
     ("flash_attn_4", 100, {**dims(192, 128), "kv_len": 100}, None),
     ("flash_attn_4", 120, dims(192), None),
     ("flash_attn_4", 120, dims(200), f"{on(200, 200, 120)}: it ends at 192"),
@@ -114,6 +113,37 @@ def refused(name, capability, changes, monkeypatch, stub=None):
         silicon = replace(grid.silicon(stub, name), capability=capability)
         found = candidates.decide(kernel, p, silicon, Settings(), certain=True)
         return [r for d in found for r in getattr(d, "reasons", ())]
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"softcap": 2.0}, "has no softcap"), ({"window": (8, 8)}, "has no window"), ({"kv_len": 100}, "q_len != kv_len"),
+])  # fmt: skip
+def test_what_the_betas_of_flash_attention_4_could_not_do(change, why, monkeypatch):
+    """Its own kernel for head_dim 256 on sm100 went in 4.0.0b34: a beta is a version."""
+    for version, found in (("4.0.0b4", [why]), ("4.0.0b33", [why]), ("4.0.0b34", []), ("4.0.0b36", []), ("4.0.0", [])):
+        stub = replace(STUBS["flash_attn_4"], version=version)
+        told = refused("flash_attn_4", 100, {**dims(256), **change}, monkeypatch, stub)
+        assert [part for part in found if part in str(told)] == found and len(told) == len(found), (version, told)
+
+
+def test_flash_attention_4_splits_the_keys_where_there_are_few_queries(monkeypatch):
+    """num_splits 0 lets it choose, on sm100; sm90 and sm120 assert that there is one split."""
+    given = []
+
+    def attend(q, k, v, softmax_scale, causal, window_size, softcap, num_splits, deterministic, return_lse):
+        given.append(num_splits)
+        return q, None
+
+    def splits(capability, q_len=1, kv_heads=4, **told):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+        q, k = torch.zeros(1, q_len, 8, 16), torch.zeros(1, 512, kv_heads, 16)
+        flash_attn_4.of(attend)(q, k, k, None, Arguments(0.125, **told))
+        return given[-1]
+
+    assert splits((10, 0)) == splits((11, 0)) == splits((10, 3), 64) == 0
+    assert splits((9, 0)) == splits((12, 0)) == splits((10, 0), 65) == splits((10, 0), 64, 2) == 1
+    assert splits((10, 0), needs_grad=True) == 1
 
 
 @pytest.mark.parametrize("name, capability, changes, reason", LIMITS)

@@ -22,11 +22,11 @@ TOLD = Arguments(0.125)
 @pytest.fixture
 def ragged(monkeypatch):
     """run(q, k, v, None, arguments) of the stubbed library, its calls recorded."""
-    flashinfer.workspace.cache_clear()
+    flashinfer.WORKSPACES.clear()
     with installed(flashinfer_ragged.STUB, monkeypatch):
         stubs.calls.clear()
         yield flashinfer.load_ragged("fa2")
-    flashinfer.workspace.cache_clear()
+    flashinfer.WORKSPACES.clear()
 
 
 def made(**sizes):
@@ -81,10 +81,35 @@ def test_a_plan_is_not_made_while_a_graph_is_captured(ragged, monkeypatch):
     ragged(q, k, v, None, TOLD)
     capturing[0] = True
     ragged(q, k, v, None, TOLD)  # planned before: only run() is captured
-    stream.cuda_stream = 8  # on another stream it would share the memory of what runs on the first
-    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
-        ragged(q, k, v, None, TOLD)
     assert plans() == 1
+
+
+def test_a_graph_takes_over_the_plans_of_the_stream_that_warmed_up(ragged, monkeypatch):
+    """torch captures on a stream of its own, where nothing could be planned; the other one then gets a workspace of its own."""
+    stream = type("Stream", (), {"cuda_stream": 7})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    layers = [(x[0].as_subclass(OnCuda), *x[1:]) for x in (made(), made(sq=20))]
+
+    def all_of(on, is_capturing):
+        stream.cuda_stream, capturing[0] = on, is_capturing
+        for q, k, v in layers:
+            ragged(q, k, v, None, TOLD)
+
+    all_of(7, False)
+    all_of(8, True)
+    all_of(8, True)
+    assert plans() == 2, "what was planned is captured"
+    rooms = [told["float_workspace_buffer"] for name, told in stubs.calls if name.endswith("__init__")]
+    assert flashinfer.workspace(layers[0][0].device, 8) is rooms[0]
+    all_of(7, False)  # beside a replay it must not write where the graph does
+    assert plans() == 4
+    rooms = [told["float_workspace_buffer"].data_ptr() for name, told in stubs.calls if name.endswith("__init__")]
+    assert rooms[0] == rooms[1] != rooms[2] == rooms[3]
+    capturing[0] = True
+    with pytest.raises(RuntimeError, match="a CUDA graph cannot capture"):
+        ragged(*(x.as_subclass(OnCuda) for x in made(sq=21)), None, TOLD)
 
 
 def test_leaves_are_taken_where_no_gradient_is_wanted(monkeypatch):

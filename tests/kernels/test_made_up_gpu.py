@@ -149,6 +149,8 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         "mslk_blackwell": "capability 90 is not one of 100",
         "natten_blackwell": "capability 90 is not one of 100, 103",
         "sage_1": "package sageattention 2.2.0 >= 2.0, which is not known to work",
+        "sage_2_fp16_in_fp16": "capability 90 is not one of 80, 86",
+        "sage_2_fp16_mixed": "capability 90 is not one of 80, 86",
         "sage_2_fp8": "capability 90 is not one of 89",
         "sage_2_fp8_sm120": "capability 90 is not one of 120, 121",
         "sage_3": "capability 90 is not one of 120, 121; package sageattn3 is not installed",

@@ -44,7 +44,7 @@ def test_each_function_is_for_its_gpus():
     }
     assert served == {
         75: set(),
-        80: {"sage_1", "sage_2_triton", "sage_2_fp16"},
+        80: {"sage_1", "sage_2_triton", "sage_2_fp16", "sage_2_fp16_in_fp16", "sage_2_fp16_mixed"},
         89: {"sage_1", "sage_2_triton", "sage_2_fp16", "sage_2_fp8"},
         90: {"sage_1", "sage_2_triton", "sage_2_fp16", "sage_2_fp8_sm90"},
         100: {"sage_1", "sage_2_triton"},

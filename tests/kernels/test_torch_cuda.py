@@ -66,13 +66,13 @@ def test_fault_04_a_bias_is_copied_where_vectors_cannot_read_it(lies):
     assert as_bias(made, torch.empty(0, dtype=torch.float16), (2, 3, 5, 33)).dtype is torch.float16
 
 
-def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
+def reasons(stub, name, capability=90, cudnn=92300, changes=None, torch_version=torch.__version__, **made):
     """Why a row refuses a call, on that silicon."""
     grad, changes = made.pop("grad", False), changes or {}
     q, k, v = qkv(dtype=torch.bfloat16, grad=grad, **{"sq": 4, **made})
     p = problem_of(q, k, v).replace(device="cuda", threads=0, **changes)
     device = silicon(stub, name)
-    device = type(device)("cuda", "made-up GPU", capability, cuda="12.8", cudnn=cudnn)
+    device = type(device)("cuda", "made-up GPU", capability, torch=torch_version, cuda="12.8", cudnn=cudnn)
     [found, *_] = candidates.decide(row_of(stub, name), p, device, Settings(kernels=(f"+{name}",)))
     return found.reasons if isinstance(found, Rejected) else ()
 
@@ -84,6 +84,7 @@ def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
     ((192, 128), 89, 91900, False, False),
     ((192, 192), 90, 91900, False, False),
     ((256, 256), 90, 92300, True, True),
+    ((256, 256, "2.13.0"), 90, 92300, False, False),
     ((256, 256), 90, 92200, False, False),
     ((256, 128), 90, 92300, False, True),
     ((256, 128), 90, 92300, True, False),
@@ -93,7 +94,10 @@ def reasons(stub, name, capability=90, cudnn=92300, changes=None, **made):
 ])  # fmt: skip
 def test_cudnn_takes_the_head_dims_that_torch_lets_it_take(head_dims, capability, cudnn, grad, can, monkeypatch):
     with installed(torch_cuda.STUB, monkeypatch):
-        found = reasons(torch_cuda.STUB, "torch_cudnn", capability, cudnn, d=head_dims[0], dv=head_dims[1], grad=grad)
+        d, dv, torch_version = (*head_dims, "2.14.1")[:3]
+        found = reasons(
+            torch_cuda.STUB, "torch_cudnn", capability, cudnn, torch_version=torch_version, d=d, dv=dv, grad=grad
+        )
     assert (not found) == can, found
 
 
@@ -141,11 +145,10 @@ def test_the_default_runs_what_torch_was_told_to_prefer(monkeypatch):
     h100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
     p = problem(device="cuda", dtype="bfloat16", head_dim=64)
     with installed(torch_cuda.STUB, monkeypatch):
-        found = candidates.decisions(p, h100, Settings())
-        assert default_choice.default_runs(p, h100, found) == "torch_cudnn"
+        assert default_choice.default_runs(p, h100) == "torch_cudnn"
         monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-        assert default_choice.default_runs(p, h100, found) == "torch_flash"
-        assert default_choice.default_runs(p, replace(h100, capability=80), found) == "torch_flash"
+        assert default_choice.default_runs(p, h100) == "torch_flash"
+        assert default_choice.default_runs(p, replace(h100, capability=80)) == "torch_flash"
 
 
 def test_the_default_is_not_served_where_it_would_run_a_known_fault(monkeypatch):
@@ -170,6 +173,6 @@ def test_the_default_is_not_served_where_it_would_raise(monkeypatch):
     a100 = Device("cuda", "made-up A100", 80, cuda="12.8", cudnn=92300)
     p = problem(device="cuda", dtype="bfloat16", head_dim=64, mask="float32", mask_shape="bhqk")
     found = candidates.decisions(p, a100, Settings())
-    assert default_choice.default_runs(p, a100, found) == "torch_efficient"
+    assert default_choice.default_runs(p, a100) == "torch_efficient"
     assert "float32 mask" in (default_choice.why_not_default(p, a100, Settings(), found) or "")
     assert [c.kernel.name for c in default_choice.fallbacks(p, a100, Settings(), found)] == ["sdpa_math"]

@@ -132,3 +132,24 @@ def test_flash3_trains_from_64_on(monkeypatch):
         [reason] = decide("xformers_flash3", d=40, grad=True)[0].reasons
         assert reason == "training with head dims 40 and 40 < 64"
         assert not isinstance(decide("xformers_flash3", d=40)[0], Rejected)
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(80, 128), (96, 128), (64, 64), (129, 256), (8, 16)])
+@pytest.mark.parametrize("library", ["xformers", "mslk"])
+def test_split_keys_are_padded_to_the_next_width_that_it_has(library, head_dim, width, monkeypatch):
+    stub = stub_of(library)
+    with installed(stub, monkeypatch):
+        found, p, (q, k, v) = decide(f"{library}_splitk", d=head_dim, sq=1, skv=33)
+        assert found.conversions == (("head_dim_pad",) if width != head_dim else ())
+        stubs.calls.clear()
+        out = binding.bind(found, p, None)(q, k, v, None)
+    assert out.shape == q.shape and {told["query"].shape[-1] for _, told in stubs.calls} == {width}
+    with installed(stub, monkeypatch):
+        assert "head_dim 520 > 512" in " ".join(decide(f"{library}_splitk", d=520, sq=1)[0].reasons)
+
+
+def test_cutlass_takes_float32_in_fours(monkeypatch):
+    with installed(STUB, monkeypatch):
+        for dtype, head_dim, pads in ((torch.float32, 20, False), (torch.float32, 22, True), (HALF, 20, True)):
+            found, _, _ = decide("xformers_cutlass", d=head_dim, dtype=dtype)
+            assert ("head_dim_pad" in found.conversions) is pads

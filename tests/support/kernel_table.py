@@ -170,13 +170,24 @@ TABLE = [
     Case(
         "torch_efficient",
         device="cuda",
-        accepts=[{}, BF16, CAUSAL, BOTTOM, BOOL, BIAS, GRAD, GQA, {"head_dim": 37}, {"aligned": False}],
+        accepts=[
+            {},
+            BF16,
+            CAUSAL,
+            BOTTOM,
+            BOOL,
+            BIAS,
+            GRAD,
+            GQA,
+            {"head_dim": 37},
+            {"aligned": (True, True, False)},
+            {"deterministic": True},
+        ],
         refuses={
             "dtype float64 is not one of float16, bfloat16, float32": {"dtype": "float64"},
-            "not deterministic, and torch.use_deterministic_algorithms is on": {"deterministic": True},
             "batch 65536 > 65535": {"batch": 65536},
         },
-    ),
+    ),  # fmt: skip
     Case(
         "torch_cudnn",
         device="cuda",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastattn.kernels.limits import Range
 from fastattn.tuning import memory_use
 from fastattn.tuning.screening import Screening
 from fastattn.tuning.tune import _budget, tune_problem
-from fastattn.verdicts.verdict import Outcome
+from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
 MIB = 2**20
 
@@ -112,7 +113,108 @@ def test_a_neighbours_winner_is_tried_first(monkeypatch):
 
 @pytest.mark.parametrize("incumbent_s, budget", [(1e-6, 0.5), (0.02, 0.5), (0.05, 1.25), (0.2, 5.0), (10.0, 5.0)])
 def test_the_budget_is_twenty_five_times_the_incumbents_time_within_limits(incumbent_s, budget):
-    assert _budget(incumbent_s) == pytest.approx(budget)
+    assert _budget(incumbent_s, "cpu") == pytest.approx(budget)
+
+
+@pytest.mark.parametrize("incumbent_s, budget", [(1e-4, 2.0), (0.1, 2.5), (1.0, 10.0)])
+def test_on_cuda_there_is_more_time(incumbent_s, budget):
+    assert _budget(incumbent_s, "cuda") == pytest.approx(budget)
+
+
+def test_an_installed_library_is_tried_before_torchs_own_rows_and_ties_as_before(library, tried, monkeypatch):
+    """Trial order is not tie order: the library's row stands last, is tried first, and yields to its equals."""
+    own = [f"k{i}" for i in range(12)]
+    add(monkeypatch, *(made_up(n, honest) for n in own), made_up("lib", honest, library="fastlib"))
+    clock = turn(monkeypatch, Clock({"default": 0.05, "lib": 0.01}, other=0.1))
+    verdict = tune(clock=clock)
+    assert verdict.winner == "lib" and tried.index("lib") < min(tried.index(n) for n in own if n in tried)
+    assert verdict.trial("k11").outcome is Outcome.NOT_TRIED
+    equals = turn(monkeypatch, Clock({"default": 4e-3, "lib": FAST, "k3": FAST}))
+    assert tune(clock=equals).winner == "k3", "the fixed order decides"
+    clock = turn(monkeypatch, Clock({"default": 0.05, "lib": 0.01}, other=0.1))
+    assert tune(clock=clock, prior=["k9"]).trial("k9").outcome is not Outcome.NOT_TRIED
+
+
+def test_the_first_run_of_a_library_is_not_counted(library, monkeypatch):
+    """It loads code, or compiles: a library that takes 30 s to start leaves the others their time."""
+    started = []
+
+    def slow_start(name):
+        def run(q, k, v, mask, a):
+            if name not in started:
+                started.append(name)
+                clock.seconds += 30.0
+            return honest(q, k, v, mask, a)
+
+        return run
+
+    add(monkeypatch, *(made_up(name, slow_start(name), library="fastlib") for name in ("a", "b", "c")))
+    clock = turn(monkeypatch, Clock({"default": 0.02, "c": 5e-3}, other=0.03))
+    verdict = tune(clock=clock)
+    assert started == ["a", "b", "c"] and verdict.winner == "c"
+    assert all(verdict.trial(name).outcome is not Outcome.NOT_TRIED for name in "abc")
+    assert verdict.trial("a").first_call_us > 29e6, "it is told"
+
+
+def test_what_a_first_run_imports_is_imported_before_anything_is_timed(monkeypatch):
+    ticks, done = [0.0], []
+
+    def prepare():
+        ticks[0] += 5.0
+        done.append(clock.ran[:])
+
+    monkeypatch.setattr(availability.clock, "now", lambda: ticks[0])
+    monkeypatch.setattr(availability.clock, "seconds_since", lambda start: ticks[0] - start)
+    add(monkeypatch, made_up("late", honest, prepare=prepare))
+    clock = turn(monkeypatch, Clock({"default": 4e-3, "late": FAST}))
+    before = availability.import_seconds()
+    assert tune(clock=clock).winner == "late"
+    assert len(done) == 1 and "late" not in done[0] and availability.import_seconds() - before == 5.0
+
+    def broken():
+        raise ImportError("no such module")
+
+    add(monkeypatch, made_up("broken", honest, prepare=broken))
+    trial = tune(clock=turn(monkeypatch, Clock({"default": 4e-3}))).trial("broken")
+    assert trial.outcome is Outcome.REFUSED and trial.reason == "ImportError: no such module"
+
+
+def test_a_library_that_time_did_not_reach_is_tried_by_the_next_process(library, tried, monkeypatch):
+    """And by no later call of this one; what of torch's own was not reached is left to `fastattn tune`."""
+    libs = [f"lib{i}" for i in range(9)]
+    add(monkeypatch, *(made_up(n, honest, library="fastlib") for n in libs), made_up("own", honest))
+    clock = turn(monkeypatch, Clock({"default": 0.05, "lib8": 0.01, "own": 0.1}, other=0.12))
+    q, k, v = qkv(64)
+    assert served(q, k, v) == "default"
+    left = [n for n in libs if n not in tried]
+    assert left and "lib8" in left and "own" not in tried
+    tried.clear()
+    fastattn.attention(q, k, v)
+    fastattn.attention(*qkv(64))
+    assert not tried, "once in a process"
+    for _ in left:
+        before, name = list(tried), served(q, k, v)
+        assert set(tried[len(before) :]) & {*libs} <= {*left}, "what was tried is not tried again"
+        if name == "lib8":
+            break
+    assert name == "lib8"
+    clock.other = 1e-3  # the last one had no time for all of it either
+    while tried:
+        tried.clear()
+        assert served(q, k, v) == "lib8"
+
+
+def test_what_took_too_much_room_is_not_tried_by_every_process(library, monkeypatch):
+    """It ran on the probes, so time did not run out before it."""
+    trial = Trial("lib", Outcome.NOT_TRIED, "not tried: it may take", first_call_us=3.0, library="fastlib 1.0")
+    base = Verdict(problem(), "default", (Trial("default", time_us=1.0), trial))
+    assert not base.is_unfinished
+    for changes, want in (
+        ({"first_call_us": None}, True),
+        ({"first_call_us": None, "library": "torch 2.13.0"}, False),
+        ({"first_call_us": None, "outcome": Outcome.NOT_COMPILED}, False),
+    ):
+        assert replace(base, trials=(base.trials[0], trial._replace(**changes))).is_unfinished is want
 
 
 def test_where_rounds_of_all_would_take_too_long_slow_ones_leave_before(monkeypatch):

@@ -138,6 +138,10 @@ def _answer(asked: Asked, decision: Service | None, verdict: Verdict | None) -> 
     served = decision.name(asked.problem)
     if decision.verdict is not None and decision.action is Action.SERVE:
         return served, render.why_served(decision.verdict, served, why_not_default(asked))
-    if served == "sdpa_math" and decision.action is not Action.PASS and asked.kernel is None:
+    if (
+        served.split("+")[0] in ("sdpa_math", "torch_flash")
+        and decision.action is not Action.PASS
+        and asked.kernel is None
+    ):
         return served, why_not_default(asked) or decision.why
     return served, decision.why

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastattn.dispatch.session import session
@@ -14,7 +13,7 @@ from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
 from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
-from fastattn.planning.decision import Accepted, Decision, Rejected
+from fastattn.planning.decision import Accepted, Decision, Rejected, but_for_copies
 from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -75,11 +74,19 @@ def in_order(
         found = candidates.decide(
             kernel, asked.problem, asked.device, asked.settings, facts=asked.facts, certain=certain
         )
-        for candidate in found:
-            if isinstance(candidate, Accepted) and candidate.name == name:
-                done.add(name)
+        for candidate in _as_in_verdict(name, found):
+            if verdict is None or (verdict.problem, candidate.name) not in session.demotions:
+                done.add(candidate.name)
                 yield candidate
     yield from (candidate for candidate in last_resorts(asked, verdict) if candidate.name not in done)
+
+
+def _as_in_verdict(name: str, found: list[Decision]) -> list[Accepted]:
+    """The candidate of that name; where this call's tensors start or step so that it must copy them, the same with copies."""
+    accepted = [d for d in found if isinstance(d, Accepted)]
+    return [d for d in accepted if d.name == name] or [
+        d for d in accepted if but_for_copies(d.name) == but_for_copies(name)
+    ]
 
 
 def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]:
@@ -89,7 +96,8 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
     """
     decisions: list[Decision] = []
     if not asked.problem.is_custom:  # mostly these few have the answer: to ask every kernel takes a millisecond
-        decisions = [*_decide(asked, "default"), *_what_default_asks(asked), *_decide(asked, "sdpa_math")]
+        flash = _decide(asked, "torch_flash") if asked.device.type == "cuda" else []
+        decisions = [*_decide(asked, "default"), *flash, *_decide(asked, "sdpa_math")]
     found = default_choice.fallbacks(asked.problem, asked.device, asked.settings, decisions, asked.facts)
     if not any(candidate.kernel.name in registry.FALLBACKS for candidate in found):
         decisions = all_decisions(asked)
@@ -103,8 +111,9 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
 
 
 def why_not_default(asked: Asked) -> str | None:
-    """Why the default must not serve this call, None where it may: what it would run is asked, and no other kernel."""
-    found = _what_default_asks(asked)
+    """Why the default must not serve this call, None where it may."""
+    is_large = asked.problem.unfused_bytes > asked.problem.memory_limit  # else its own decision has no say
+    found = _decide(asked, "default") if is_large else []
     why = default_choice.why_not_default(asked.problem, asked.device, asked.settings, found, asked.facts)
     return why or _why_not_tied(asked)
 
@@ -113,24 +122,11 @@ def _why_not_tied(asked: Asked) -> str | None:
     """Why the default cannot be the same kernel with gradients and without, where that is asked for."""
     if not asked.settings.same_kernel_in_training or asked.problem.is_custom:
         return None
-    settings = replace(asked.settings, kernels=())  # F.sdpa knows nothing of what is excluded here
     ways = (asked.problem.as_in_training(), asked.problem.replace(needs_grad=False, mask_grad=False))
-    both = [asked._replace(problem=p, settings=settings) for p in ways]
-    runs = [default_choice.default_runs(one.problem, one.device, _what_default_asks(one)) for one in both]
+    runs = [default_choice.default_runs(p, asked.device, asked.facts) for p in ways]
     if runs[0] == runs[1]:
         return None
     return f"same_kernel_in_training: the default may run {runs[0]} in training, else {runs[1]}"
-
-
-def _what_default_asks(asked: Asked) -> list[Decision]:
-    """The decisions of what F.sdpa chooses from, up to the kernel that it takes."""
-    found: list[Decision] = []
-    for name in default_choice.dispatch_order(asked.device):
-        found += _decide(asked, name)
-        could = [d.if_not_faulty if isinstance(d, Rejected) else d for d in found]
-        if any(d is not None and default_choice.runs_natively(d, name, in_tiles=d.is_in_tiles) for d in could):
-            break
-    return found
 
 
 def _decide(asked: Asked, name: str) -> list[Decision]:

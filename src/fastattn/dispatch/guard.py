@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastattn.dispatch.guard_conditions import alignment_conditions, mask_condition, option_conditions
 from fastattn.environment import torch_private, torch_switches
 from fastattn.environment.settings import scoped_settings
-from fastattn.problems.layouts import TO_BHSD
 
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
@@ -134,7 +134,7 @@ def build_guard(
     seen: dict[int, str] = {}
     for name, x in (("q", q), ("k", k), ("v", v), ("m", mask)):
         if not isinstance(x, Tensor):
-            conditions.append(_mask_condition(x, k, layout, kv_lens is not None, values))
+            conditions.append(mask_condition(x, k, layout, kv_lens is not None, values))
         elif name == "m":
             values["MASK_CLASS"] = type(x)
             conditions.append("m.__class__ is MASK_CLASS")
@@ -147,7 +147,7 @@ def build_guard(
         else:
             seen[id(x)] = name
             unique[name] = x
-    conditions += ["layout == LAYOUT", *_option_conditions(kw, values)]
+    conditions += ["layout == LAYOUT", *option_conditions(kw, values)]
     names = ", ".join(unique)
     # a default device changes where tensors are made, which no Call leaves to chance
     mode = "only_default_device()" if torch_private.only_default_device() else f"not has_torch_function({names})"
@@ -171,8 +171,8 @@ def build_guard(
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
         conditions += [f"{name}.is_contiguous()" for name, x in grows if x.is_contiguous()]
     conditions.append(f"check({names})")
-    for name in resolved.reads:
-        conditions.append(_state_condition(name, READERS[name](), values))
+    conditions += alignment_conditions(unique) if resolved.reads_alignment else []
+    conditions += [_state_condition(name, READERS[name](), values) for name in resolved.reads]
     make = _native if NATIVE else _plain
     at = {i: free[n] for i, n in enumerate(unique) if n in free}
     values["check"] = make(list(unique.values()), at, resolved.any_sizes)
@@ -182,40 +182,9 @@ def build_guard(
     return guard
 
 
-def _mask_condition(mask: Any, k: Tensor, layout: str, grows: bool, values: dict[str, Any]) -> str:
-    """An equal mask; of those with a meaning one that a verdict takes for the same, at the length that k has. grows: any."""
-    if mask is None:
-        return "m is None"
-    values["MASK"] = mask
-    if not hasattr(mask, "like"):
-        return "m.__class__ is MASK.__class__ and m == MASK"
-    dim = TO_BHSD[layout][2]
-    values["LIKE"] = mask.like(k.shape[dim])
-    same = f"m.like(k.shape[{dim}]) == LIKE"
-    return f"m.__class__ is MASK.__class__ and {same if grows else f'(m == MASK or {same})'}"
-
-
 def hits_of(guard: Guard) -> tuple[LeadsTo, int]:
     """(what the entry leads to, how often it was hit)."""
     return guard.leads_to, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
-
-
-def _option_conditions(kw: Any, values: dict[str, Any]) -> list[str]:
-    """Equal options of the same class: 1 == True and a Tensor may equal a float, yet they are other calls."""
-    if not kw:
-        return ["not kw"]
-    items = kw.items() if isinstance(kw, dict) else enumerate(kw)
-    if isinstance(kw, dict):  # a list stays the caller's, who may change it
-        kw = {name: list(value) if type(value) is list else value for name, value in items}
-    values["KW"] = kw
-    classes = []
-    for name, value in items:
-        if value is None or value is True or value is False:
-            classes.append(f"kw[{name!r}] is {value}")
-        else:
-            values[f"C_{name}"] = type(value)
-            classes.append(f"kw[{name!r}].__class__ is C_{name}")
-    return ["kw == KW", *classes]
 
 
 def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:

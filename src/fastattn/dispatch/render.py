@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastattn.environment.text import format_bytes, format_duration
+from fastattn.planning.decision import ON_COPIES, but_for_copies
 from fastattn.tuning.choose import MARGIN
 from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
@@ -105,6 +106,8 @@ def _folded(text: str, width: int | None, indent: int) -> list[str]:
 
 def why_served(verdict: Verdict, served: str, why_not_default: str | None = None) -> str:
     """Why a candidate of this verdict serves, with the numbers that decided. why_not_default: what keeps the default out."""
+    if served != verdict.winner and but_for_copies(served) == but_for_copies(verdict.winner):
+        return ON_COPIES
     if served != verdict.winner:
         why = (why_not_default if verdict.winner == "default" else None) or "it cannot do this call"
         return f"the stored winner {verdict.winner} is not served: {why}"

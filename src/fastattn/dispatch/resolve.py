@@ -49,6 +49,7 @@ class Resolved(NamedTuple):
     is_tuned: bool = False  # a verdict says so
     passed_on: str = ""  # why F.sdpa answers the call as it was made
     any_sizes: bool = False  # nothing was decided by a size
+    reads_alignment: bool = False  # its Call is for tensors that start as these do
 
 
 # --- the two front doors
@@ -209,6 +210,7 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
         _state_read_by(candidate, asked, decision.verdict),
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
         decision.verdict is not None,
+        reads_alignment=validity.reads_alignment(candidate, asked),
     )
 
 

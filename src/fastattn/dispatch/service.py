@@ -14,7 +14,7 @@ from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.planning import default_choice
-from fastattn.planning.decision import Accepted
+from fastattn.planning.decision import ON_COPIES, Accepted, but_for_copies
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 from fastattn.verdicts.verdict import Verdict
@@ -104,4 +104,6 @@ def _why(verdict: Verdict, candidate: Accepted) -> str:
         return f"for this process only: {verdict.why_not_lasting}"
     if candidate.name == verdict.winner:
         return "the stored winner" if verdict.winner != verdict.incumbent else "nothing was faster than the default"
+    if but_for_copies(candidate.name) == but_for_copies(verdict.winner):
+        return ON_COPIES
     return f"the stored winner {verdict.winner} is not served: it cannot do this call"

@@ -148,7 +148,8 @@ class Session:
         """Publish a verdict in memory and, unless it is for this process only, on disk."""
         with self.lock:
             name = (settings.cache_dir, device, verdict.problem)
-            if not on_disk or name in self._fresh:  # a provisional one serves as long as this process
+            # what is for another process to do again, or to finish, serves as long as this one
+            if not on_disk or verdict.is_unfinished or name in self._fresh:
                 self._fresh[name] = verdict
             self.verdicts[name] = verdict
         if on_disk and ranks() == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastattn.dispatch.circumstances import ASKED_BY_SDPA
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
-from fastattn.planning import candidates
+from fastattn.planning import candidates, default_choice
 from fastattn.planning.decision import Accepted
 from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import INT32
@@ -30,6 +30,17 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     if facts.autocast:
         reads.append(f"autocast_{problem.device}")
     return tuple(dict.fromkeys(reads))
+
+
+def reads_alignment(candidate: Accepted, asked: Asked) -> bool:
+    """Whether a Call is right only for tensors that start at multiples of 16 bytes as these do: of a kernel that reads vectors.
+
+    A CPU reads them wherever they start.
+    """
+    if asked.problem.device != "cuda":
+        return False
+    runs = default_choice.default_runs(asked.problem, asked.device, asked.facts)
+    return candidate.kernel.aligned or (candidate.kernel.name == "default" and runs != "torch_math")
 
 
 def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int, int, int] | None:

@@ -22,10 +22,8 @@ def default_cache_directory() -> Path:
 
     Where it lies does not matter: what is read must be this user's, and what others may write is refused.
     """
-    import platformdirs
-
     try:
-        found = Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
+        found = _user_cache_directory()
         home = Path(os.path.expanduser("~"))
     except (RuntimeError, KeyError, OSError):  # a user without an entry in passwd
         raise OSError(NO_HOME) from None
@@ -34,6 +32,14 @@ def default_cache_directory() -> Path:
     if not found.is_absolute() or home in (Path("/"), Path("~")):
         raise OSError(NO_HOME)
     return found
+
+
+def _user_cache_directory() -> Path:
+    try:
+        import platformdirs
+    except ImportError:  # the source alone was brought along: what it says on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastattn"
+    return Path(platformdirs.user_cache_dir("fastattn", appauthor=False))
 
 
 def cache_layers(cache_dir: str | None) -> tuple[list[Path], str]:

@@ -33,10 +33,19 @@ class Device:
         return _device(device.type, device.index if device.type == "cuda" else None)
 
     @property
+    def torch_version(self) -> tuple[int, int]:
+        """(2, 13) of torch 2.13.0."""
+        major, minor = re.findall(r"\d+", self.torch)[:2]
+        return int(major), int(minor)
+
+    @property
     def prefers_cudnn(self) -> bool:
         """Whether F.sdpa tries cuDNN's kernel first here: sdp_utils.cpp, check_prefer_cudnn_attention."""
-        is_told = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"
-        return self.capability in (90, 100, 103) and self.cudnn > 91500 and not is_told
+        if os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
+            return False
+        is_known = self.capability in (90, 100, 103)  # to a torch built for CUDA 12
+        is_for_13 = self.cuda.split(".")[0].isdigit() and int(self.cuda.split(".")[0]) >= 13
+        return self.cudnn > 91500 and (is_known or (is_for_13 and self.capability // 10 in (9, 10)))
 
     @property
     def slug(self) -> str:

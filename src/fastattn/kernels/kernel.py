@@ -80,6 +80,8 @@ class Kernel:
     gqa_fold: bool = False  # worth trying with the query group folded into rows
     equal_head_dims: bool = False  # v must be as wide as q
     head_dim_multiple: int = 1
+    head_dim_bytes: int = 1  # what a row of head_dim numbers must be a multiple of
+    head_dims: tuple[int, ...] = ()  # the only widths that it takes, where they are few
     dense_last_dim: bool = False  # the last stride must be 1
     dense: bool = False  # reads q, k and v as dense memory in its layout, whatever their strides say
     aligned: bool = False  # q, k and v must start, and step from row to row, at multiples of 16 bytes
@@ -100,6 +102,9 @@ class Kernel:
     )
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
+    prepare: Callable[[], object] | None = (
+        None  # imports what its first run needs, seconds of it, before anything is timed
+    )
     switch: str | None = None  # torch.backends.cuda.enable_<switch>_sdp removes it
     products: bool = False  # on CUDA: it multiplies by torch's own products, whose switches change its numbers
     approximate: bool = False  # quantises its inputs: needs a number from the caller

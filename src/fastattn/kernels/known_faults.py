@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.environment.device import Device
-from fastattn.kernels.libraries.catalogue import version_numbers
+from fastattn.kernels.libraries.catalogue import comparable
 from fastattn.kernels.limits import OF_CALL, ORDINARY
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
@@ -42,7 +42,7 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*")  # a part of what "versions" asks for
+SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*((a|b|rc)\d+)?")  # a part of what "versions" asks for
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,9 @@ def _why_invalid(row: Any) -> str | None:
 def _in_versions(version: str, spec: str) -> bool:
     if not version:
         return False
-    here = version_numbers(version)
     for part in (p.strip() for p in spec.split(",")):
         sign = next(s for s in COMPARE if part.startswith(s))
-        wanted = version_numbers(part.removeprefix(sign).strip())
+        here, wanted = comparable(version, part.removeprefix(sign).strip())
         if not COMPARE[sign](here[: len(wanted)] if sign in ("==", "<=", ">") else here, wanted):
             return False
     return True

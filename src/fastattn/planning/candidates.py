@@ -64,7 +64,7 @@ def decide(
     found: list[Decision] = [Accepted(kernel, names) for names in chosen]
     version = availability.library_version(kernel.library) or ""
     faults = known_faults.faults_that_hold(kernel.name, problem, device, version, settings.known_faults, facts)
-    return [Rejected(kernel, tuple(faults), found[0])] if faults else found  # type: ignore[arg-type]
+    return [Rejected(kernel, tuple(faults))] if faults else found
 
 
 def _is_twice_as_much(names: tuple[str, ...], answers: dict[str, str]) -> bool:

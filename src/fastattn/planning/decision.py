@@ -24,11 +24,10 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """A kernel that cannot, with every reason. if_not_faulty: the candidate that only a known fault rules out."""
+    """A kernel that cannot, with every reason."""
 
     kernel: Kernel
     reasons: tuple[str, ...]
-    if_not_faulty: Accepted | None = None
 
     @property
     def name(self) -> str:
@@ -36,3 +35,11 @@ class Rejected(NamedTuple):
 
 
 Decision = Accepted | Rejected
+
+
+ON_COPIES = "the stored winner, on copies: it cannot read these tensors as they lie"
+
+
+def but_for_copies(name: str) -> tuple[str, ...]:
+    """A candidate's kernel and conversions without those that only copy."""
+    return tuple(part for part in name.split("+") if part not in ("contiguous", "dense"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastattn.problems import masks
@@ -12,18 +13,24 @@ from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 INT32 = 2**31 - 1
 
 
+Each = tuple[bool, bool, bool]  # of q, k and v
+ALL: Each = (True, True, True)
+
+
 class CallFacts(NamedTuple):
     """The facts of one call; the defaults are those of an ordinary one."""
 
     extent: int = 0  # largest element offset into one of its tensors
-    aligned: bool = True  # every tensor starts at a multiple of 16 bytes
-    aligned_rows: bool = True  # q, k and v step from row to row by such multiples
+    aligned: Each = ALL  # it starts at a multiple of 16 bytes
+    aligned_rows: Each = ALL  # it steps from row to row by such multiples
     switched_off: tuple[str, ...] = ()  # torch's SDPA backends that the user has switched off
     autocast: bool = False  # made under autocast, whether or not it casts anything
     asks_grad: bool = False  # an input requires grad, whatever grad mode says
     mask_asks_grad: bool = False  # the mask does
     q_order: tuple[int, ...] = (0, 1, 2, 3)  # of q's dimensions in memory, the outermost first
     dense_last_dims: bool = True  # q, k and v step by 1 in their last dimension
+    dense_mask: bool = True  # so does the mask
+    sixteenths: bool = False  # dropout is by sixteenths, as cuDNN has it
     also: masks.Mask | None = None  # what the options hide beside a Mask
     decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
 
@@ -38,13 +45,19 @@ def ordinary_facts(p: Problem) -> CallFacts:
     strides = [strides_of_class(size, cls) for size, cls in zip(sizes, p.strides, strict=True)]
     return CallFacts(
         extent=max(extent(size, stride) for size, stride in zip(sizes, strides, strict=True)),
-        aligned_rows=all(
+        aligned_rows=each(
             has_aligned_rows(size, stride, p.torch_dtype.itemsize) for size, stride in zip(sizes, strides, strict=True)
         ),
         autocast=bool(p.cast_from),
         q_order=order_in_memory(sizes[0], strides[0]),
         dense_last_dims=all(stride[3] == 1 for stride in strides),
     )
+
+
+def each(found: Iterable[bool]) -> Each:
+    """Three answers, of q, k and v."""
+    q, k, v = found
+    return q, k, v
 
 
 def has_aligned_rows(shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> bool:

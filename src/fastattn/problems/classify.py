@@ -9,7 +9,7 @@ import torch
 from fastattn.environment.device import Device
 from fastattn.environment.text import dtype_name
 from fastattn.problems import bands, masks
-from fastattn.problems.call_facts import CallFacts, extent, has_aligned_rows
+from fastattn.problems.call_facts import CallFacts, each, extent, has_aligned_rows
 from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
 from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
 from fastattn.problems.problem import Problem
@@ -72,14 +72,16 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
     )
     facts = CallFacts(
         extent=max(extent(s.shape, s.stride) for s in tensors),
-        aligned=all(s.aligned for s in tensors),
-        aligned_rows=all(has_aligned_rows(s.shape, s.stride, s.dtype.itemsize) for s in (q, k, v)),
+        aligned=each(s.aligned for s in (q, k, v)),  # a mask that is not costs nobody else a copy
+        aligned_rows=each(has_aligned_rows(s.shape, s.stride, s.dtype.itemsize) for s in (q, k, v)),
         switched_off=state.off,
         autocast=state.autocast is not None,
         asks_grad=asks_grad,
         mask_asks_grad=bool(dense and dense.requires_grad),
         q_order=order_in_memory(q.shape, q.stride),
         dense_last_dims=all(_last_stride(s, key) == 1 for s in (q, k, v)),
+        dense_mask=dense is None or _last_stride(dense, key) == 1,
+        sixteenths=options.dropout_p * 16 % 1 == 0,
         decode=decode,
         also=key.also,
     )

@@ -38,15 +38,16 @@ def from_bhsd(x: Tensor, layout: str) -> Tensor:
 #   transposed   b s h d, no gaps          cache_bshd   the same with room after s
 #   seq_first    s b h d, no gaps          packed       b s h d with room after h (a slice of a packed QKV)
 #   expanded     a stride of 0             interleaved  b s h d with room after d (a slice of heads * 3 * head_dim)
-#   other        anything else, or a last stride that is not 1
+#   gapped       any other with a last stride of 1: several gaps, as in a slice of a cache of keys and values, or another order
+#   other        a last stride that is not 1
 STRIDE_CLASSES = (
-    "contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "interleaved", "expanded", "other"
+    "contiguous", "transposed", "seq_first", "cache", "cache_bshd", "packed", "interleaved", "expanded", "gapped", "other"
 )  # fmt: skip
 _BHSD, _BSHD, _SBHD = (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)
 
 
 DENSE_CLASS = {"bhsd": "contiguous", "bshd": "transposed", "sbhd": "seq_first"}  # what is dense in a layout
-_MEMORY = {  # stride class -> (dimensions from the outermost in, the one that has room behind it)
+_MEMORY = {  # stride class -> (dimensions from the outermost in, those that have room behind them)
     "contiguous": ("bhsd", ""),
     "transposed": ("bshd", ""),
     "seq_first": ("sbhd", ""),
@@ -54,6 +55,7 @@ _MEMORY = {  # stride class -> (dimensions from the outermost in, the one that h
     "cache_bshd": ("bshd", "s"),
     "packed": ("bshd", "h"),
     "interleaved": ("bshd", "d"),
+    "gapped": ("bshd", "sh"),
     "other": ("bhds", ""),
 }
 assert set(_MEMORY) == set(STRIDE_CLASSES) - {"expanded"}
@@ -70,7 +72,7 @@ def strides_of_class(size: Sequence[int], cls: str) -> tuple[int, ...]:
     for name in reversed(order):
         found[name] = step
         n = size["bhsd".index(name)]
-        step *= n if name != room else n + n // 4 + 1 if name == "s" else 3 * n
+        step *= n if name not in room else n + n // 4 + 1 if name == "s" else 3 * n
     return tuple(found[name] for name in "bhsd")
 
 
@@ -94,7 +96,7 @@ def stride_class(shape: Sequence[int], stride: Sequence[int]) -> str:
         return "packed"
     if _gap_after(shape, stride, _BSHD, 3):
         return "interleaved"
-    return "other"
+    return "gapped"
 
 
 def _dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:

@@ -65,6 +65,11 @@ class Problem:
         return self.causal is not None or self.window is not None
 
     @property
+    def is_square(self) -> bool:
+        """Whether there are as many queries as keys."""
+        return self.q_len == self.kv_len
+
+    @property
     def is_masked(self) -> bool:
         """Whether anything hides or changes scores."""
         return self.is_banded or self.mask is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.planning import binding
@@ -23,7 +24,8 @@ class CallersTensors:
 
     def __init__(self, problem: Problem, facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> None:
         """problem: the call's own, at its exact lengths."""
-        self._problem, self._given = problem, _visible_part(facts, key, given)
+        self._problem = problem
+        self._given = _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, given))
         self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)
         self._scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         self._also = facts.also
@@ -42,6 +44,20 @@ class CallersTensors:
         if self._judge is None:
             return Errors(0.0)
         return self._judge.errors(binding.bind(candidate, self._judge.sample.problem, self._scale))
+
+
+def _as_vectors_can_be_read(problem: Problem, facts: CallFacts, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers where they start at multiples of 16 bytes: on CUDA a kernel that reads vectors would break the context.
+
+    The Verdict is of all calls of the problem, in which they mostly do.
+    """
+    *tensors, mask = given
+    if problem.device != "cuda":
+        return given
+    lie_well = zip(tensors, facts.aligned, facts.aligned_rows, strict=True)
+    return *(
+        x if starts and steps else x.clone(memory_format=torch.contiguous_format) for x, starts, steps in lie_well
+    ), mask
 
 
 def _visible_part(facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -17,12 +17,13 @@ from fastattn.verdicts.verdict import OPEN, Outcome, Verdict
 def is_fresh(verdict: Verdict, device: Device, settings: Settings) -> bool:
     """Whether every candidate there is today was tried, in the version that is installed, and the winner can still run.
 
-    What was timed on a machine that was not quiet, or by a clock that failed, is not fresh for another process.
+    What was timed on a machine that was not quiet, or by a clock that failed, is not fresh for another process, nor what had no
+    time for a library that is installed.
 
     Where fastattn and the installed libraries are those of the verdict nothing else is asked, and no adapter is imported: a
     stored verdict must cost a new process next to nothing.
     """
-    if not verdict.is_lasting:
+    if not verdict.is_lasting or verdict.is_unfinished:
         return False
     tried = {t.candidate.split("+")[0] for t in verdict.trials}
     is_unchanged = (

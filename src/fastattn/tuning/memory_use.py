@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,13 @@ def _saved(sizes: dict[int, int], known: set[int]) -> Generator[None]:
         yield
 
 
+def _raise_peak(device: torch.device, highest: int) -> None:
+    """Have the peak again that the caller's statistics knew: what is missing is allocated for a moment."""
+    if torch.cuda.max_memory_allocated(device) < highest:
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(highest - torch.cuda.memory_allocated(device), dtype=torch.uint8, device=device)
+
+
 def measure_memory(run: Callable[[], Any], inputs: list[Tensor], compiles: bool = False) -> tuple[Any, int, int]:
     """(what it returned, temporary bytes at the peak, bytes saved for backward), inputs and outputs left out of both.
 
@@ -154,13 +161,17 @@ def measure_memory(run: Callable[[], Any], inputs: list[Tensor], compiles: bool 
     """
     known = {x.untyped_storage().data_ptr() for x in inputs}
     sizes: dict[int, int] = {}
-    if inputs[0].device.type == "cuda":
-        torch.cuda.synchronize(inputs[0].device)
-        before = torch.cuda.memory_allocated(inputs[0].device)
-        torch.cuda.reset_peak_memory_stats(inputs[0].device)
-        with _saved(sizes, known):
-            out = run()
-        peak = torch.cuda.max_memory_allocated(inputs[0].device) - before
+    on = inputs[0].device
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+        before, highest = torch.cuda.memory_allocated(on), torch.cuda.max_memory_allocated(on)
+        torch.cuda.reset_peak_memory_stats(on)
+        try:
+            with _saved(sizes, known):
+                out = run()
+            peak = torch.cuda.max_memory_allocated(on) - before
+        finally:
+            _raise_peak(on, highest)
     elif compiles:
         with _saved(sizes, known):
             out, peak = _profiled(run)

@@ -68,7 +68,7 @@ class Screening:
     def screen(self, trial: TrialInProgress, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the outcome."""
         candidate, what = trial.candidate, None
-        why = availability.why_unavailable(candidate.kernel)
+        why = availability.why_unavailable(candidate.kernel) or availability.why_unprepared(candidate.kernel)
         if why is not None:
             return trial.out(Outcome.REFUSED, why)
         if self._is_too_large(trial, incumbent):

@@ -25,7 +25,7 @@ from fastattn.tuning.stopwatch import ClockError, Stopwatch, Watched, stopwatch,
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
 
-BUDGET_S = (0.5, 5.0)
+BUDGET_S = {"cpu": (0.5, 5.0), "cuda": (2.0, 10.0)}  # where libraries are tried, and a first run loads its code
 BUDGET_FACTOR = 25  # of the incumbent's own time: what comes before and after makes a first call of at most 60
 THOROUGH_ROUNDS = 10
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
@@ -61,7 +61,7 @@ def tune_problem(
     began = clock.now()
     contention = CpuContention(torch.get_num_threads() if device_kind.type == "cpu" else 1)
     found = candidates.decisions(problem, device_kind, settings)
-    native = default_choice.default_runs(problem, device_kind, found)
+    native = default_choice.default_runs(problem, device_kind)
     room = float("inf") if thorough else problem.io_bytes + ROOM
     screening = Screening(problem, on, clock, native, settings, room)
     first = default_choice.fallbacks(problem, device_kind, settings, found)[0]
@@ -71,7 +71,7 @@ def tune_problem(
     tried, cores_missing, took = 0, 0.0, 0.0
     try:
         screening.screen(incumbent, incumbent=True)
-        watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run))
+        watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run, device_kind.type))
         for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
             if progress is not None:
                 progress(problem, trial.candidate.name, index, len(trials))
@@ -84,6 +84,7 @@ def tune_problem(
                 trial.out(Outcome.NOT_TRIED, "not tried: budget")
             else:
                 screening.screen(trial)
+                watch.leave_out(trial)
                 tried += 1
         left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
         screening.leave_slow([t for t in trials if t.is_alive and t is not incumbent], left)
@@ -115,7 +116,7 @@ def tune_problem(
 
 
 class _Budget:
-    """The time that candidates may take; what importing libraries takes is not counted."""
+    """The time that candidates may take. What importing libraries takes is not counted, nor a library's very first run."""
 
     def __init__(self, clock: Stopwatch, began: float, seconds: float) -> None:
         self.seconds = seconds
@@ -123,13 +124,18 @@ class _Budget:
         self._start = max(began, clock.now() - 0.5 * seconds)  # a slow default uses up half of it at most
         self._imports = availability.import_seconds()
 
+    def leave_out(self, trial: TrialInProgress) -> None:
+        """Do not count the very first run of a library's kernel: its code is loaded in it, or compiled."""
+        if trial.candidate.kernel.library != "torch":
+            self._start += trial.first_call or 0.0
+
     def spent(self) -> float:
         """Seconds since the start."""
         return self._clock.now() - self._start - (availability.import_seconds() - self._imports)
 
 
-def _budget(incumbent_s: float) -> float:
-    low, high = BUDGET_S
+def _budget(incumbent_s: float, device_type: str) -> float:
+    low, high = BUDGET_S[device_type]
     return min(high, max(low, BUDGET_FACTOR * incumbent_s))
 
 
@@ -149,9 +155,17 @@ def _left_out(
 
 
 def _in_order(trials: list[TrialInProgress], prior: Sequence[str]) -> list[TrialInProgress]:
-    """The prior's winners first, then the fixed order; the last resort last."""
+    """The prior's winners first, then installed libraries, then torch's own, each in the fixed order; the last resort last.
+
+    Whoever installed a library did so for its speed. Between equals the fixed order alone decides, whoever was tried first.
+    """
     rank = {name: i for i, name in enumerate(prior)}
-    return sorted(trials, key=lambda t: (rank.get(t.candidate.name, len(rank)), t.candidate.kernel.name == "sdpa_math"))
+
+    def place(trial: TrialInProgress) -> tuple[int, bool, bool]:
+        kernel = trial.candidate.kernel
+        return rank.get(trial.candidate.name, len(rank)), kernel.name == "sdpa_math", kernel.library == "torch"
+
+    return sorted(trials, key=place)
 
 
 def _not_tried_again(known: Verdict | None, kept: set[str]) -> list[Trial]:

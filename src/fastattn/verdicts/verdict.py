@@ -116,6 +116,12 @@ class Verdict:
         return any(t.outcome in left_out for t in self.trials)
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether the time was up before a library that is installed ran once: the next process goes on."""
+        left = (t for t in self.trials if t.outcome is Outcome.NOT_TRIED and t.first_call_us is None)
+        return any(t.library.split(" ")[0] not in ("", "torch") for t in left)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether other programs used cores that the timing needed: it was seen, or the times that decide are that noisy."""
         deciding = (self.trial(self.incumbent), *self.timed()[:1])

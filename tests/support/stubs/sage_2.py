@@ -37,6 +37,7 @@ def _cuda(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, kwargs):
 def fp16_cuda(
     q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale, pv_accum_dtype, smooth_k, smooth_v, return_lse, kwargs
 ):
+    assert pv_accum_dtype in ("fp32", "fp16+fp32", "fp16")
     return _cuda(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, kwargs)
 
 
@@ -114,13 +115,20 @@ _CUDA = (
     " window_tall window_left_past_keys float_mask_hides_64"
 )
 
-CUDA_KERNELS = ("sage_2_fp16", "sage_2_fp8", "sage_2_fp8_sm120", "sage_2_fp8_sm90")
+CUDA_KERNELS = (
+    "sage_2_fp16",
+    "sage_2_fp16_in_fp16",
+    "sage_2_fp16_mixed",
+    "sage_2_fp8",
+    "sage_2_fp8_sm120",
+    "sage_2_fp8_sm90",
+)
 STUB = Stub(
     file=FILE,
     library="sageattention",
     version="2.2.0",
     modules=_modules,
-    capabilities={"sage_2_fp8": 89, "sage_2_fp8_sm120": 120},
+    capabilities={"sage_2_fp16_in_fp16": 80, "sage_2_fp16_mixed": 80, "sage_2_fp8": 89, "sage_2_fp8_sm120": 120},
     kernels=(*CUDA_KERNELS, "sage_2_triton"),
     sizes={"d": 64},
     refuses={**dict.fromkeys(CUDA_KERNELS, _CUDA), "sage_2_triton": _TRITON},

@@ -61,7 +61,7 @@ def efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_ca
     assert query.dtype in (*HALF, torch.float32) and query.dtype is key.dtype is value.dtype
     check_aligned(query, key, value)
     assert query.shape[1] == key.shape[1] == value.shape[1] and query.numel() and key.numel()
-    assert query.shape[3] % 4 == value.shape[3] % 4 == 0
+    assert query.shape[3] * query.itemsize % 16 == value.shape[3] * value.itemsize % 16 == 0
     given = (query, key, value) if attn_bias is None else (query, key, value, attn_bias)
     assert compute_log_sumexp or not any(x.requires_grad for x in given), "the backward needs it"
     if attn_bias is not None:
@@ -146,6 +146,7 @@ STUB = Stub(
         ('masks=("additive",),\n        lse', 'masks=("bool", "additive"),\n        lse'),
         ("equal_head_dims=True,\n        head_dim_multiple", "head_dim_multiple"),
         ("head_dim_multiple=8", "head_dim_multiple=1"),
+        ("head_dim_bytes=16", "head_dim_bytes=1"),
         ("dense_last_dim=True,\n        aligned=True", "dense_last_dim=True"),
         ("gqa=False", "gqa=True"),
         ('Range("kv_len", min=2)', 'Range("kv_len", min=1)'),

@@ -58,7 +58,11 @@ def efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     check_aligned(query, key, value)
     (b, q_len, h, _), kv_len = query.shape, key.shape[1]
     assert h == key.shape[2] == value.shape[2] and query.numel() and key.numel()
-    assert query.shape[3] % 4 == value.shape[3] % 4 == 0 and custom_mask_type in (0, 1, 2)
+    assert query.shape[3] * query.itemsize % 16 == value.shape[3] * value.itemsize % 16 == 0 and custom_mask_type in (
+        0,
+        1,
+        2,
+    )
     given = (query, key, value) if bias is None else (query, key, value, bias)
     needs_grad = any(x.requires_grad for x in given)
     assert compute_log_sumexp or not needs_grad, "the backward needs it"
@@ -138,14 +142,14 @@ STUB = Stub(
         ("window_size_left=left", "window_size_left=left + 1"),
         ("window_size_right=right", "window_size_right=-1"),
         ("return_debug_mask=False, scale=a.scale", "return_debug_mask=False"),
-        ("scale=a.scale, enable_gqa", "enable_gqa"),
+        ("scale=a.scale, return_aux", "return_aux"),
         ("scale=a.scale, compute_log_sumexp", "compute_log_sumexp"),
         ("window_size=(left, right)", "window_size=(left + 1, right)"),
         ("window_size=(left, right)", "window_size=(left, -1)"),
         ("-1 if n is None else n", "n if n is None else n + 1"),
         ("return lse.masked_fill(lse == INF, -INF)", "return lse"),
         ("dtype=int32", "dtype=int64"),
-        ("enable_gqa=True", "enable_gqa=False"),
+        ('"enable_gqa": True', '"enable_gqa": False'),
         (".unflatten(1, (batch, q_len)).transpose(0, 1)", ".unflatten(1, (q_len, batch)).permute(2, 0, 1)"),
         ("lse[..., :s].detach()", "lse.detach()"),
         ("lse[..., :s].detach()", "lse[..., :s]"),
@@ -168,6 +172,7 @@ STUB = Stub(
         ('layout="bshd"', 'layout="bhsd"'),
         ("equal_head_dims=True", "equal_head_dims=False"),
         ("head_dim_multiple=8", "head_dim_multiple=1"),
+        ("head_dim_bytes=16", "head_dim_bytes=1"),
         ("aligned=True", "aligned=False"),
         ("gqa=False", "gqa=True"),
     ),

@@ -86,8 +86,9 @@ def check(kind, q, k, v, bias, p):
         steps = [x.stride()[:2] for x in (k, v)]
         assert steps[0] == steps[1], "blackwell_fmha_fwd_template.cuh: stride_V = stride_K"
     assert kind != "triton_splitk" or head_dim in (16, 32, 64, 128, 256, 512)
+    step = 16 // q.itemsize
     for x in (q, v):
-        assert x.shape[-1] % 8 == 0 and x.stride(-2) % 8 == 0 and x.stride(-1) <= 1
+        assert x.shape[-1] % step == 0 and x.stride(-2) % step == 0 and x.stride(-1) <= 1
     check_aligned(*(x[:, :, :, 0] if x.dim() == 5 and x.stride(3) == 0 else x for x in (q, k, v)))
     if isinstance(bias, torch.Tensor):
         assert bias.shape == (q.shape[0], *q.shape[2:-1], q.shape[1], k.shape[1]) and bias.dtype is q.dtype
@@ -208,8 +209,8 @@ STUB = Stub(
         "xformers_flash3": f"{FLASH} grad head_dim_20 head_dim_v head_dim_v_small grad_head_dim packed",
         "xformers_cutlass": "bottom_right_tall window window_left window_right window_tall window_left_past_keys softcap"
         " lse_empty_rows grad_bottom_right lse_grad grad_window window_top_left_wide",
-        "xformers_splitk": "softcap head_dim_20 scale_zero scale_negative mask_grad grad grad_causal grad_bottom_right"
-        " grad_head_dim packed float32 lse_grad lse_zero grad_window grad_one_head",
+        "xformers_splitk": "softcap scale_zero scale_negative mask_grad grad grad_causal grad_bottom_right"
+        " grad_head_dim float32 lse_grad lse_zero grad_window grad_one_head",
     },
     mutations=(
         ("biases.LowerTriangularFromBottomRightMask()", "biases.LowerTriangularMask()"),
@@ -243,6 +244,7 @@ STUB = Stub(
         ("aligned=True", "aligned=False"),
         ("equal_head_dims=True", "equal_head_dims=False"),
         ("head_dim_multiple=8", "head_dim_multiple=1"),
+        ("head_dim_bytes=16", "head_dim_bytes=1"),
         ("SPLITK_DIMS = (16,", "SPLITK_DIMS = (16, 20,"),
         ('Range("head_dim", min=32, max=256)', 'Range("head_dim", min=1, max=256)'),
         ("bool(p.needs_grad and p.group > 1)", "False"),

@@ -41,8 +41,10 @@ def of(function: Callable[..., Any]) -> Run:
     if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
         raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
     attend = require_keywords(
-        function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse",
+        function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic",
+        "return_lse",
     )  # fmt: skip
+    can_split = {(10, 0), (10, 3), (11, 0)}.issuperset(here) and bool(here)  # the others assert that there is one
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         left, right = a.window_sides(q.shape[1], k.shape[1])
@@ -54,12 +56,18 @@ def of(function: Callable[..., Any]) -> Run:
             causal=right == 0,
             window_size=(left, right or None),  # causal makes the right side 0
             softcap=a.softcap,
+            num_splits=0 if can_split and is_decode(q, k, a) else 1,  # as many as fill the device; 1 never splits
             deterministic=a.deterministic,
             return_lse=a.lse,
         )
         return (out, lse.detach()) if a.lse else out
 
     return run
+
+
+def is_decode(q: Tensor, k: Tensor, a: Arguments) -> bool:
+    """Whether the queries of a kv head fill one tile at most, so that keys must be split to use the device."""
+    return not a.needs_grad and q.shape[1] * (q.shape[2] // k.shape[2]) <= 128
 
 
 def _is_sm100(device: Device) -> bool:
@@ -77,6 +85,25 @@ def _widest(p: Any) -> int:
 
 
 DIMS = "head_dim {p.head_dim} and head_dim_v {p.head_dim_v} on sm{device.capability}"
+SOFTCAP_IN_TRAINING = RefuseWhen(
+    "training with softcap {p.softcap:g} and " + DIMS + ": its backward for 256 has none there",
+    lambda p, device: bool(p.softcap and p.needs_grad) and _is_sm100(device) and p.head_dim > 192,
+)
+# What its kernel for 256 there could not do before 4.0.0b34: of the package known_faults.json says so; the hub has no version.
+BEFORE_B34 = (
+    RefuseWhen(
+        "softcap {p.softcap:g} and " + DIMS + ": its kernel for 256 has none there",
+        lambda p, device: bool(p.softcap) and _is_sm100(device) and p.head_dim > 192,
+    ),
+    RefuseWhen(
+        "a window {p.window} and " + DIMS + ": its kernel for 256 has none there",
+        lambda p, device: p.window is not None and _is_sm100(device) and p.head_dim > 192,
+    ),
+    RefuseWhen(
+        "q_len {p.q_len} != kv_len {p.kv_len} and " + DIMS + ": its kernel for 256 is wrong then",
+        lambda p, device: p.q_len != p.kv_len and _is_sm100(device) and p.head_dim > 192,
+    ),
+)
 KERNELS = (
     Kernel(
         name="flash_attn_4",
@@ -123,19 +150,7 @@ KERNELS = (
                     device.capability == 90 and p.needs_grad and p.group > 1 and p.head_dim != p.head_dim_v
                 ),
             ),
-            # its kernel for 256 there, sm100_hd256_2cta_fmha_forward.py
-            RefuseWhen(
-                "softcap {p.softcap:g} and " + DIMS + ": its kernel for 256 has none there",
-                lambda p, device: bool(p.softcap) and _is_sm100(device) and p.head_dim > 192,
-            ),
-            RefuseWhen(
-                "a window {p.window} and " + DIMS + ": its kernel for 256 has none there",
-                lambda p, device: p.window is not None and _is_sm100(device) and p.head_dim > 192,
-            ),
-            RefuseWhen(
-                "q_len {p.q_len} != kv_len {p.kv_len} and " + DIMS + ": its kernel for 256 is wrong then",
-                lambda p, device: p.q_len != p.kv_len and _is_sm100(device) and p.head_dim > 192,
-            ),
+            SOFTCAP_IN_TRAINING,
             RefuseWhen(
                 "a deterministic backward on sm{device.capability}: it has none from sm120 on",
                 lambda p, device: p.deterministic and p.needs_grad and device.capability >= 120,

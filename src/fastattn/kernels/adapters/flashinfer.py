@@ -8,14 +8,15 @@ What must be known:
   - A row's maximum is taken before the scale: positive ones alone.
   - fa3 of one request reads lengths and heads as NHD whatever kv_layout says.
   - plan() takes float16 unless told otherwise, copies from the host, and cannot be captured. A plan belongs to its lengths:
-    where they churn it is no candidate. Each has 8 MiB on the device and on the host; those of a stream share 128 MiB.
+    where they churn it is no candidate. Each has 8 MiB on the device and on the host; those of a stream share 128 MiB. A
+    CUDA graph takes over the plans of the stream that warmed up.
   - Kernels are compiled by nvcc for each dtype, head_dim, window and softcap.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from fastattn.kernels import (
@@ -72,14 +73,27 @@ def load_ragged(backend: str) -> Run:
     plans: dict[Any, Any] = {}
     captured: dict[Any, Any] = {}  # a graph goes on to read a plan's memory
 
+    def take_over(device: Any, stream: int, told: tuple[Any, ...]) -> Any:
+        """The plan of the stream that warmed up, for the one that captures: with all that share its workspace."""
+        other = next((key[1] for key in reversed(plans) if (key[0], *key[2:]) == (device, *told)), None)
+        if other is None:
+            raise RuntimeError("FlashInfer plans on the host, which a CUDA graph cannot capture")
+        for key in [key for key in plans if key[:2] == (device, other)]:
+            plans[(device, stream, *key[2:])] = plans.pop(key)
+        WORKSPACES.setdefault(
+            (device, stream), WORKSPACES.pop((device, other))
+        )  # what runs there next has one of its own
+        return plans[(device, stream, *told)]
+
     def planned(q: Tensor, k: Tensor, v: Tensor, a: Arguments) -> Any:
         more = told(q, k, a)
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        key = (q.device, stream, q.dtype, q.shape, k.shape, v.shape, *more.values())
+        kind = (q.dtype, q.shape, k.shape, v.shape, *more.values())
+        key = (q.device, stream, *kind)
         found, is_capturing = plans.get(key), q.is_cuda and torch.cuda.is_current_stream_capturing()
-        if found is None:
-            if is_capturing:
-                raise RuntimeError("FlashInfer plans on the host, which a CUDA graph cannot capture")
+        if found is None and is_capturing:  # torch captures on a stream of its own
+            found = take_over(q.device, stream, kind)
+        elif found is None:
             if len(plans) >= PLANS:
                 plans.pop(next(iter(plans), None), None)
             with torch.inference_mode(False):
@@ -116,12 +130,16 @@ def batched(found: Any, batch: int) -> Any:
     return out.unflatten(0, (batch, -1)), lse.unflatten(0, (batch, -1)).transpose(1, 2) * math.log(2)
 
 
-@cache
+WORKSPACES: dict[tuple[Any, int], Tensor] = {}  # (device, stream) -> what partial results lie in
+
+
 def workspace(device: Any, stream: int) -> Tensor:
-    """What partial results lie in; of one stream alone, as what runs beside it would write there too."""
+    """That of one stream alone, as what runs beside it would write there too."""
     import torch
 
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    if (device, stream) not in WORKSPACES:
+        WORKSPACES[device, stream] = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    return WORKSPACES[device, stream]
 
 
 NEEDS = (

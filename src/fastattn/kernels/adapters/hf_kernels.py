@@ -87,13 +87,15 @@ def _function(of: Callable[..., Run]) -> Callable[[ModuleType], Run]:
 [FLASH_2], [FLASH_3, _], [FLASH_4] = flash_attn_2.KERNELS, flash_attn_3.KERNELS, flash_attn_4.KERNELS
 # the hub's FlashAttention 3 is built whole; what flash_attn_config says is of the package
 WHOLE = FLASH_3.needs[: -len(flash_attn_3.OPTIONAL)]
+OLD_FLASH_4 = (*(n for n in FLASH_4.needs if n is not flash_attn_4.SOFTCAP_IN_TRAINING), *flash_attn_4.BEFORE_B34)
 SAGE = next(kernel for kernel in sageattention.KERNELS if kernel.name == "sage_2_fp16")
 HF_SAGE = (*sageattention.CUDA_2, OneOf("capability", (80, 89, 90, 120)))  # its sageattn chooses by these
 HUB = "kernels-community"
 KERNELS = (
     _row(FLASH_2, "hf_flash_attn_2", "FlashAttention 2", f"{HUB}/flash-attn2", _function(flash_attn_2.of)),
     _row(FLASH_3, "hf_flash_attn_3", "FlashAttention 3", f"{HUB}/flash-attn3", _function(flash_attn_3.of), needs=WHOLE),
-    _row(FLASH_4, "hf_flash_attn_4", "FlashAttention 4", f"{HUB}/flash-attn4", _function(flash_attn_4.of)),
+    _row(FLASH_4, "hf_flash_attn_4", "FlashAttention 4", f"{HUB}/flash-attn4", _function(flash_attn_4.of),
+         needs=OLD_FLASH_4),
     _row(SAGE, "hf_sage", "SageAttention 2", f"{HUB}/sage-attention",
          lambda module: sageattention.of_2(module, "sageattn"), needs=HF_SAGE),
 )  # fmt: skip

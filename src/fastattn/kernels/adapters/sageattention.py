@@ -127,13 +127,33 @@ row = partial(
 row_2 = partial(row, versions=("2.0.1", ""), lse=True)
 FROM_2 = (*NEEDS, Range("head_dim", min=1, max=128))  # it pads to 64 or 128 itself
 CUDA_2 = (*FROM_2, OneOf("scale", ("positive",)))
+PER_THREAD = {"qk_quant_gran": "per_thread"}
+SUMS_IN_FP16 = {
+    **PER_THREAD,
+    "pv_accum_dtype": "fp16",
+}  # the faster ones where fp32 sums cost tensor cores half their speed
+SUMS_MIXED = {**PER_THREAD, "pv_accum_dtype": "fp16+fp32"}
 CUDA_FUNCTIONS = (
-    # name, the values' dtype, function, what says that it was built, granularity, GPUs ("per_thread" quantises by Triton)
-    ("sage_2_fp16", "fp16", "sageattn_qk_int8_pv_fp16_cuda", "SM80_ENABLED", "per_thread", (80, 86, 89, 90)),
-    ("sage_2_fp8", "fp8", "sageattn_qk_int8_pv_fp8_cuda", "SM89_ENABLED", "per_thread", (89,)),
-    ("sage_2_fp8_sm120", "fp8", "sageattn_qk_int8_pv_fp8_cuda", "SM89_ENABLED", "per_warp", (120, 121)),
-    ("sage_2_fp8_sm90", "fp8", "sageattn_qk_int8_pv_fp8_cuda_sm90", "SM90_ENABLED", "per_thread", (90,)),
+    # name, the values' dtype, function, what says that it was built, options, GPUs ("per_thread" quantises by Triton)
+    ("sage_2_fp16", "fp16", "sageattn_qk_int8_pv_fp16_cuda", "SM80_ENABLED", PER_THREAD, (80, 86, 89, 90)),
+    ("sage_2_fp16_in_fp16", "fp16", "sageattn_qk_int8_pv_fp16_cuda", "SM80_ENABLED", SUMS_IN_FP16, (80, 86)),
+    ("sage_2_fp16_mixed", "fp16", "sageattn_qk_int8_pv_fp16_cuda", "SM80_ENABLED", SUMS_MIXED, (80, 86)),
+    ("sage_2_fp8", "fp8", "sageattn_qk_int8_pv_fp8_cuda", "SM89_ENABLED", PER_THREAD, (89,)),
+    (
+        "sage_2_fp8_sm120",
+        "fp8",
+        "sageattn_qk_int8_pv_fp8_cuda",
+        "SM89_ENABLED",
+        {"qk_quant_gran": "per_warp"},
+        (120, 121),
+    ),
+    ("sage_2_fp8_sm90", "fp8", "sageattn_qk_int8_pv_fp8_cuda_sm90", "SM90_ENABLED", PER_THREAD, (90,)),
 )
+
+
+def _sums(options: dict[str, str]) -> str:
+    return f", summed in {options['pv_accum_dtype']}" if "pv_accum_dtype" in options else ""
+
 
 KERNELS = (
     row(
@@ -148,12 +168,12 @@ KERNELS = (
     *(
         row_2(
             name=name,
-            summary=f"SageAttention 2: int8 scores, {values} values (CUDA)",
-            load=partial(load_2, function, built, qk_quant_gran=granularity),
+            summary=f"SageAttention 2: int8 scores, {values} values{_sums(options)} (CUDA)",
+            load=partial(load_2, function, built, **options),
             aligned=True,
             needs=(*CUDA_2, OneOf("capability", gpus)),
         )
-        for name, values, function, built, granularity, gpus in CUDA_FUNCTIONS
+        for name, values, function, built, options, gpus in CUDA_FUNCTIONS
     ),
     row_2(
         name="sage_2_triton",

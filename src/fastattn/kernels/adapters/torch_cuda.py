@@ -91,6 +91,7 @@ def load_cudnn() -> Run:
 
 NEVER = float("-inf")
 HALF = ("float16", "bfloat16")
+WIDE_SINCE = (2, 14)  # the torch that is built with cuDNN frontend 1.24, without which there is no more than 128
 
 
 def wide_cudnn(head_dim: int, head_dim_v: int, needs_grad: bool, device: Device) -> bool:
@@ -99,6 +100,8 @@ def wide_cudnn(head_dim: int, head_dim_v: int, needs_grad: bool, device: Device)
         return False
     if (head_dim, head_dim_v) == (192, 128):
         return device.cudnn >= 91100
+    if device.torch_version < WIDE_SINCE:
+        return False
     enough = 92500 if device.capability == 107 else 92200
     return device.cudnn > enough and (not needs_grad or (head_dim, head_dim_v) == (256, 256))
 
@@ -145,10 +148,9 @@ KERNELS = (
         lse=True,
         gqa=False,  # torch takes it after 2.13
         mask_grad=True,
-        head_dim_multiple=8,
+        head_dim_bytes=16,
         dense_last_dim=True,
         aligned=True,
-        deterministic=False,
         switch="efficient",
         needs=(
             Range("capability", min=50, max=121),
@@ -178,7 +180,7 @@ KERNELS = (
             Range("head_dim_v", min=1, max=256),
             RefuseWhen(
                 "head dims {p.head_dim} and {p.head_dim_v} > 128 with cuDNN {device.cudnn} on sm{device.capability} (sm90 and"
-                " sm100 to 110 take 192 and 128 from 91100 on, up to 256 above 92200, backward 256 and 256)",
+                " sm100 to 110 take 192 and 128 from 91100 on, up to 256 above 92200 with torch 2.14, backward 256 and 256)",
                 lambda p, device: (
                     max(p.head_dim, p.head_dim_v) > 128 and not wide_cudnn(p.head_dim, p.head_dim_v, p.needs_grad, device)
                 ),

@@ -52,6 +52,13 @@ def load_flash() -> Run:
     return run
 
 
+def import_varlen() -> Any:
+    """A second to import: for whoever runs it."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    return varlen_attn, AuxRequest
+
+
 def load_varlen() -> Run:
     from torch import arange, int32
 
@@ -59,14 +66,10 @@ def load_varlen() -> Run:
         raise ImportError("this torch has no torch.nn.attention.varlen")
 
     @cache
-    def entry() -> Any:  # a second to import: for whoever runs it
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-        attend = require_keywords(
-            varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale",
-            "window_size", "enable_gqa",
-        )  # fmt: skip
-        return attend, AuxRequest
+    def entry() -> Any:
+        attend, aux_request = import_varlen()
+        told = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size")
+        return require_keywords(attend, *told), aux_request
 
     def starts(batch: int, length: int, device: Any) -> Tensor:
         return arange(0, (batch + 1) * length, length, dtype=int32, device=device)
@@ -75,12 +78,14 @@ def load_varlen() -> Run:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         left, right = (-1 if n is None else n for n in a.window_sides(q_len, kv_len))
         attend, aux_request = entry()
+        # where heads are equal it keeps torch from cuDNN, and torch 2.11 has no such parameter
+        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
         found = attend(
             query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1),
             cu_seq_q=starts(batch, q_len, q.device), max_q=q_len,
             cu_seq_k=starts(batch, kv_len, q.device), max_k=kv_len,
             window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
-            scale=a.scale, enable_gqa=True, return_aux=aux_request(lse=a.lse),
+            scale=a.scale, return_aux=aux_request(lse=a.lse), **grouped,
         )  # fmt: skip
         if not a.lse:
             return found.unflatten(0, (batch, q_len))
@@ -170,10 +175,9 @@ KERNELS = (
         lse=True,
         gqa=False,
         mask_grad=True,
-        head_dim_multiple=8,
+        head_dim_bytes=16,
         dense_last_dim=True,
         aligned=True,
-        deterministic=False,
         switch="efficient",
         needs=(
             Range("capability", min=50, max=121),
@@ -205,7 +209,14 @@ KERNELS = (
         name="torch_varlen",
         summary="torch.nn.attention.varlen, every sequence of one length",
         load=load_varlen,
+        prepare=import_varlen,
         dropout=False,
-        needs=FLASH_NEEDS,
+        needs=(
+            *FLASH_NEEDS,
+            RefuseWhen(
+                "{p.q_heads} heads and {p.kv_heads} kv heads with torch {device.torch} < 2.12",
+                lambda p, device: p.group > 1 and device.torch_version < (2, 12),
+            ),
+        ),
     ),
 )

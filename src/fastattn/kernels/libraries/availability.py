@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from functools import cache
 
@@ -22,9 +23,9 @@ def why_absent(kernel: Kernel) -> str | None:
     if found is None:
         return f"package {kernel.library} is not installed"
     first, last = kernel.versions
-    if first and catalogue.version_numbers(found) < catalogue.version_numbers(first):
+    if first and operator.lt(*catalogue.comparable(found, first)):
         return f"package {kernel.library} {found} < {first}"
-    if last and catalogue.version_numbers(found) >= catalogue.version_numbers(last):
+    if last and operator.ge(*catalogue.comparable(found, last)):
         return f"package {kernel.library} {found} >= {last}, which is not known to work"
     return why_unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
 
@@ -62,6 +63,23 @@ def why_unavailable(kernel: Kernel) -> str | None:
     return _broken[kernel]
 
 
+@cache
+def why_unprepared(kernel: Kernel) -> str | None:
+    """Why what its first run imports cannot be had. Counted as what importing a library takes."""
+    global _import_s
+    if kernel.prepare is None:
+        return None
+    start = clock.now()
+    try:
+        kernel.prepare()
+    except Exception as error:
+        raise_callers(error, modules_of(kernel))
+        return f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        _import_s += clock.seconds_since(start)
+    return None
+
+
 def import_crash_reason(kernel: Kernel) -> str | None:
     """Why importing the library would end this process; beside whatever other library is here."""
     library = catalogue.library_of(kernel.library)
@@ -79,7 +97,7 @@ def forget_libraries() -> None:
     """Look at the installed libraries anew."""
     _broken.clear()
     _loaded.clear()
-    for remembered in (library_version, load_kernel, why_unavailable):
+    for remembered in (library_version, load_kernel, why_unavailable, why_unprepared):
         remembered.cache_clear()
 
 

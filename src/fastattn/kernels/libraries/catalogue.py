@@ -56,7 +56,7 @@ LIBRARIES = (
     Library(
         name="FlashAttention 3",
         environment=("FLASH_ATTENTION_",),
-        distributions=("flash-attn-3",),
+        distributions=("flash-attn-3", "tokenspeed-fa3"),  # the latter from PyPI, forward only, the same modules
         module="flash_attn_interface",
         entry="flash_attn_func",
         install=f"{FROM_SOURCE} git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper",
@@ -173,6 +173,25 @@ def library_of(distribution: str) -> Library | None:
 def version_numbers(version: str) -> tuple[int, ...]:
     """The numbers a version begins with: "2.13.0+cu130" is (2, 13, 0), "4.0.0b36" is (4, 0, 0)."""
     return tuple(int(n) for n in re.match(r"\d*(?:\.\d+)*", version)[0].split(".") if n)  # type: ignore[index]
+
+
+_PRE_RELEASE = re.compile(r"\d+(?:\.\d+)*(a|b|rc)(\d+)")
+
+
+def comparable(version: str, other: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two versions as numbers that compare; a pre-release counts as its release, unless `other` names one.
+
+    "4.0.0b36" is 4.0.0 beside "4", and comes after "4.0.0b34" and before what follows the betas.
+    """
+    if _PRE_RELEASE.match(other) is None:
+        return version_numbers(version), version_numbers(other)
+    return _with_pre_release(version), _with_pre_release(other)
+
+
+def _with_pre_release(version: str) -> tuple[int, ...]:
+    numbers = (*version_numbers(version), 0, 0, 0)[:4]
+    found = _PRE_RELEASE.match(version)
+    return (*numbers, ("a", "b", "rc").index(found[1]), int(found[2])) if found else (*numbers, 3, 0)
 
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:

@@ -28,7 +28,10 @@ IN_BLOCKS = {
     "tiles",
 }  # conversions with a loop, which a traced graph would have unrolled
 
-CHUNK_BYTES = 4 * 2**20  # of float32 scores at once: they stay in a core's second-level cache
+CHUNK_BYTES = 4 * 2**20  # of float32 scores at once on a CPU: they stay in a core's second-level cache
+SHARE_ON_CUDA = (
+    4  # of the memory limit there, as each block is several launches, and its scores are held up to three times
+)
 FEW_ROWS = 64  # of queries to a kv head: with more of them the products are most of the work
 CAST_BYTES = (
     4 * 2**20
@@ -68,13 +71,20 @@ class Block(NamedTuple):
         return mask[tuple(part if n > 1 else slice(None) for n, part in zip(mask.shape, parts, strict=True))]
 
 
-def blocks_of(q: Tensor, k: Tensor, a: Arguments, sizes: tuple[int, int, int] | None = None) -> Iterator[Block]:
-    """The blocks of a problem, in memory order. sizes: (batch entries, kv heads, query rows) of one."""
+def chunk_bytes(p: Problem) -> int:
+    """Of float32 scores at once."""
+    return p.memory_limit // SHARE_ON_CUDA if p.device == "cuda" else CHUNK_BYTES
+
+
+def blocks_of(
+    q: Tensor, k: Tensor, a: Arguments, sizes: tuple[int, int, int] | None = None, target: int | None = None
+) -> Iterator[Block]:
+    """The blocks of a problem, in memory order. sizes: (batch entries, kv heads, query rows) of one; else by `target` bytes."""
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     group = q_heads // kv_heads
     banded = a.upper is not None or a.lower is not None
-    nb, nh, rows = sizes or block_sizes(batch, kv_heads, group, q_len, kv_len, banded)
+    nb, nh, rows = sizes or block_sizes(batch, kv_heads, group, q_len, kv_len, banded, target)
     for b in range(0, batch, nb):
         for h in range(0, kv_heads, nh):
             for r in range(0, q_len, rows):
@@ -117,18 +127,19 @@ def _heads_at_once(batch: int, kv_heads: int, count: int) -> tuple[int, int]:
 
 
 def when_chunks(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    if not kernel.chunks or p.scores * 4 <= CHUNK_BYTES or (p.needs_grad and kernel.load_backward is not None):
+    if not kernel.chunks or p.scores * 4 <= chunk_bytes(p) or (p.needs_grad and kernel.load_backward is not None):
         return NO  # `recompute` cuts as well
     return REQUIRED if p.unfused_bytes > p.memory_limit else OPTIONAL
 
 
 def chunks(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    order = output_order(p, facts)
+    order, target = output_order(p, facts), chunk_bytes(p)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        blocks = blocks_of(q, k, a, target=target)
         if a.needs_grad:
-            return _followed(step, q, k, v, mask, a)
-        return forward(step, order, blocks_of(q, k, a), q, k, v, mask, a)
+            return _followed(step, blocks, q, k, v, mask, a)
+        return forward(step, order, blocks, q, k, v, mask, a)
 
     return run
 
@@ -147,7 +158,9 @@ def forward(
     return out if lse is None else (out, lse)
 
 
-def _followed(step: Run, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+def _followed(
+    step: Run, blocks: Iterable[Block], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments
+) -> Any:
     """The same for autograd: each block keeps its inputs, not its scores, and the parts are joined."""
     from torch.utils.checkpoint import checkpoint
 
@@ -155,7 +168,7 @@ def _followed(step: Run, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a
         given = block.inputs(q, k, v, mask, a)
         return checkpoint(step, *given, use_reentrant=False, preserve_rng_state=a.dropout_p > 0)
 
-    found = [(block, one(block)) for block in blocks_of(q, k, a)]
+    found = [(block, one(block)) for block in blocks]
     if not a.lse:
         return _joined([(block, out) for block, out in found])
     return _joined([(block, out) for block, (out, _) in found]), _joined([(block, lse) for block, (_, lse) in found])

@@ -9,20 +9,27 @@ from torch.nn.functional import pad
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED, map_output
-from fastattn.problems.call_facts import CallFacts
+from fastattn.problems.call_facts import CallFacts, Each
 from fastattn.problems.problem import Problem
 
 
+def _width(kernel: Kernel, head_dim: int, itemsize: int) -> int:
+    if kernel.head_dims:
+        return next((width for width in kernel.head_dims if width >= head_dim), head_dim)
+    step = max(kernel.head_dim_multiple, kernel.head_dim_bytes // itemsize)
+    return -(-head_dim // step) * step
+
+
 def _widths(kernel: Kernel, p: Problem) -> tuple[int, int]:
-    multiple = kernel.head_dim_multiple
-    width, width_v = (-(-d // multiple) * multiple for d in (p.head_dim, p.head_dim_v))
+    width, width_v = (_width(kernel, d, p.torch_dtype.itemsize) for d in (p.head_dim, p.head_dim_v))
     widest = max(width, width_v)
     return (widest, widest) if kernel.equal_head_dims else (width, width_v)
 
 
-def pads_all(kernel: Kernel, p: Problem) -> bool:
+def pads(kernel: Kernel, p: Problem) -> Each:
+    """Which of q, k and v are made anew, with zeros behind them."""
     width, width_v = _widths(kernel, p)
-    return width > p.head_dim and width_v > p.head_dim_v
+    return width > p.head_dim, width > p.head_dim, width_v > p.head_dim_v
 
 
 def when_pad(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
