@@ -1,4 +1,4 @@
-"""Hugging Face models with attn_implementation="fastattn" and under patch(): the same numbers, the same tokens, all calls served.
+"""Hugging Face models with attn_implementation="fastattn" and under patch(): the same numbers and tokens, all calls served.
 
 The models are tiny and random (tests/support/hf_models.py). No kernel needs to win: the default serves, or a made-up clock
 says who does.
@@ -23,7 +23,10 @@ from fastattn.integrations.transformers import library
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 BY_STRING = [row for row in ROWS if IS_5 or not row.only_5]
-named = pytest.mark.parametrize("row", BY_STRING, ids=lambda row: row.name)
+IN_DOUBLE = [
+    row for row in BY_STRING if IS_5 or row.name != "CLIP"
+]  # 4.57 masks its text with float64's lowest, in float32
+in_double = pytest.mark.parametrize("row", IN_DOUBLE, ids=lambda row: row.name)
 pytestmark = pytest.mark.usefixtures("untuned", "one_thread")
 
 
@@ -47,7 +50,7 @@ def within_budget(got, stock, reference):
     return bool((got.double() - reference).abs().max() <= 4 * error)
 
 
-@named
+@in_double
 def test_logits_are_those_of_stock(row):
     stock, ours = build(row, row.stock), build(row, "fastattn")
     exact = build(row, row.stock).double()
@@ -65,7 +68,7 @@ def test_logits_are_those_of_stock(row):
         assert stats["calls"] >= 2 and not stats["passed_on"], stats
 
 
-@named
+@in_double
 def test_gradients_are_those_of_stock(row):
     given = inputs(row, "right" if "text" in row.inputs else "")
     found = []
@@ -86,7 +89,10 @@ def test_gradients_are_those_of_stock(row):
     assert set(passed_on()) == {f"transformers: {why}" for why in row.by_grad}
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.stock == "sdpa"], ids=lambda row: row.name)
+PATCHED = [row for row in ROWS if row.stock == "sdpa" and (IS_5 or row.inputs != "text to text" or row.name == "BART")]
+
+
+@pytest.mark.parametrize("row", PATCHED, ids=lambda row: row.name)
 def test_patched_models_are_served(row):
     model, given = build(row, "sdpa"), inputs(row, "left" if "text" in row.inputs else "")
     with torch.no_grad():
@@ -109,7 +115,7 @@ SEARCHES = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "static cache": {"cache_implementation": "static"},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 1},
 }
 
 
@@ -299,7 +305,8 @@ def test_a_model_that_attends_by_itself_gets_their_eager_mask(caplog):
     with torch.no_grad():
         want, got = (run(build(row, name), row, given) for name in ("eager", "fastattn"))
     assert torch.equal(got, want)
-    assert "BloomConfig: its models do not ask for an attention function" in caplog.text
+    if IS_5:  # 4.57 makes this mask by itself
+        assert "BloomConfig: its models do not ask for an attention function" in caplog.text
 
 
 def test_reasons_are_logged_once(caplog):

@@ -15,7 +15,7 @@ from transformers import masking_utils as theirs
 
 from fastattn import masks
 from fastattn.environment.log import log
-from fastattn.integrations.transformers import ToldMask, library, make_mask, read_masks
+from fastattn.integrations.transformers import ToldMask, library, make_mask, read_masks, tried_masks
 
 IS_5 = hasattr(theirs, "blockwise_overlay")
 WINDOW, CHUNK = 5, 6
@@ -178,13 +178,13 @@ def test_a_function_that_means_something_else_today_is_dense(monkeypatch, caplog
         inner_mask.__module__, inner_mask.__qualname__ = theirs.__name__, "sliding_window_overlay.<locals>.inner_mask"
         return inner_mask
 
-    read_masks._compared.cache_clear()
+    tried_masks._try.cache_clear()
     library._said.clear()
     monkeypatch.setattr(theirs, "sliding_window_overlay", sliding_window_overlay)
     try:
         check(given(theirs.sliding_window_causal_mask_function(3), 8, 8, causal=None), told=False)
     finally:
-        read_masks._compared.cache_clear()
+        tried_masks._try.cache_clear()
     assert "is not what fastattn takes it for" in caplog.text
     monkeypatch.setattr(theirs, "sliding_window_overlay", real)
     check(given(theirs.sliding_window_causal_mask_function(3), 8, 8, causal=None))

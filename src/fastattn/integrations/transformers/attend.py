@@ -10,7 +10,6 @@ from torch import Tensor
 from fastattn.dispatch.attention import attention
 from fastattn.integrations.transformers import library
 from fastattn.integrations.transformers.told_mask import ToldMask, as_plain
-from fastattn.problems.masks import Mask
 
 # What kernels of their own would need: these options choose keys, and an answer without them would be another model's.
 _NEEDED = ("indices", "block_indices")
@@ -98,9 +97,8 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, mo
                 )
             if name in _EAGER:
                 return _EAGER[name]
-    if s_aux is not None and torch.is_grad_enabled():
-        if s_aux.requires_grad or query.requires_grad or key.requires_grad or value.requires_grad:
-            return "attention sinks with gradients"
+    if s_aux is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (s_aux, query, key, value)):
+        return "attention sinks with gradients"
     return ""
 
 

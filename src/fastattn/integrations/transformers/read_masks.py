@@ -1,21 +1,21 @@
 """What transformers' mask functions mean, as values of fastattn.masks.
 
 Theirs are closures over a batch entry, a head, a query and a key: `causal_mask_function`, what `sliding_window_overlay(512)`
-returned, and `and_masks` and `or_masks` of such. They are known by name, and their settings are what they close over. Each name
-is compared with what it does before it is first relied on; what is not known, or does something else, is a dense mask.
+returned, and `and_masks` and `or_masks` of such. They are known by name, and their settings are what they close over. What a
+name does is compared with what we take it for before it is first relied on (tried_masks.py); all else is a dense mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn.integrations.transformers import library
+from fastattn.integrations.transformers import library, tried_masks
 from fastattn.problems import masks
 from fastattn.problems.masks import Mask
 
@@ -43,9 +43,9 @@ class Lengths(NamedTuple):
 def read(function: Callable[..., Any], n: Lengths) -> Mask | None:
     """The mask that a function of theirs means, None where it hides nothing. Raises Unknown."""
     name = _name(function)
-    if name not in _KINDS or not _does_what_it_says(name):
+    if name not in KINDS or not tried_masks.means_what_we_think(name):
         raise Unknown(f"the mask function {name or function!r} is not one that fastattn knows")
-    return _KINDS[name](_settings(function), n)
+    return KINDS[name](_settings(function), n)
 
 
 def corner(n: Lengths) -> str:
@@ -149,7 +149,7 @@ def _within_sequences(s: dict[str, Any], n: Lengths) -> Mask | None:
     return found
 
 
-_KINDS: dict[str, Callable[[dict[str, Any], Lengths], Mask | None]] = {
+KINDS: dict[str, Callable[[dict[str, Any], Lengths], Mask | None]] = {
     "causal_mask_function": _causal,
     "bidirectional_mask_function": _all,
     "and_masks.and_mask": _and,
@@ -194,63 +194,3 @@ def _documents(ids: Tensor) -> Mask | None:
     if all(len(row) == 1 for row in lengths):
         return None
     return masks.Document(lengths[0] if all(row == lengths[0] for row in lengths) else lengths)
-
-
-# --- whether a function still does what its name says
-
-_N = Lengths(2, 12, 12, 0, 0)
-_IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2], [0] * 6 + [1] * 6], dtype=torch.int64, device="cpu")
-_POSITIONS = torch.tensor([[*range(3), *range(4), *range(5)], [*range(6), *range(6)]], dtype=torch.int64, device="cpu")
-_BLOCKS = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, -1, -1, -1, -1]] * 2, dtype=torch.int64, device="cpu")
-_LEFT = torch.tensor([0, 3], dtype=torch.int64, device="cpu")
-
-
-def _examples(theirs: Any) -> dict[str, Callable[[], Any]]:
-    """An example of each kind; `or` with a triangle where a mask alone leaves a token without itself."""
-    causal = theirs.causal_mask_function
-    return {
-        "causal_mask_function": lambda: causal,
-        "bidirectional_mask_function": lambda: theirs.bidirectional_mask_function,
-        "and_masks.and_mask": lambda: theirs.and_masks(causal, causal),
-        "or_masks.or_mask": lambda: theirs.or_masks(causal, causal),
-        "sliding_window_overlay.inner_mask": lambda: theirs.sliding_window_overlay(4),
-        "sliding_window_bidirectional_overlay.inner_mask": lambda: theirs.sliding_window_bidirectional_overlay(3),
-        "chunked_overlay.inner_mask": lambda: theirs.chunked_overlay(5, _LEFT),
-        "_legacy_chunked_overlay.inner_mask": lambda: theirs._legacy_chunked_overlay(5),
-        "blockwise_overlay.inner_mask": lambda: theirs.or_masks(causal, theirs.blockwise_overlay(_BLOCKS)),
-        "padding_mask_function.inner_mask": lambda: theirs.padding_mask_function(_IDS == 0),
-        "packed_sequence_mask_function.inner_mask": lambda: theirs.packed_sequence_mask_function(_IDS),
-        "remap_positions_for_packed_sequence.inner_mask": lambda: theirs.and_masks(
-            theirs.remap_positions_for_packed_sequence(causal, _POSITIONS), theirs.packed_sequence_mask_function(_IDS)
-        ),
-    }
-
-
-_being_compared: set[str] = set()
-
-
-def _does_what_it_says(name: str) -> bool:
-    """Whether a kind means what we take it for, tried on a small example, once; within an example it is taken for granted."""
-    return name in _being_compared or bool(_compared(name))
-
-
-@cache
-def _compared(name: str) -> bool:
-    b, i, j = (torch.arange(size, dtype=torch.int64, device="cpu") for size in (_N.batch, _N.q_len, _N.kv_len))
-    h = torch.zeros(1, dtype=torch.int64, device="cpu")
-    _being_compared.update(_KINDS)
-    try:
-        function = _examples(library.masks)[name]()
-        mask = read(function, _N)
-        at = (b[:, None, None, None], h[None, :, None, None], i[None, None, :, None], j[None, None, None])
-        want = function(*at).expand(_N.batch, 1, _N.q_len, _N.kv_len)
-        got = torch.ones_like(want, dtype=torch.bool) if mask is None else mask.dense(_N.batch, _N.q_len, _N.kv_len)
-        agrees = torch.equal(want, got.expand_as(want))
-    except Exception as error:
-        library.say(f"the mask function {name} cannot be tried ({error}); it is made dense")
-        return False
-    finally:
-        _being_compared.clear()
-    if not agrees:
-        library.say(f"the mask function {name} is not what fastattn takes it for; it is made dense")
-    return agrees

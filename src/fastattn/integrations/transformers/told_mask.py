@@ -19,7 +19,8 @@ from fastattn.problems.masks import Mask
 class Told(NamedTuple):
     """Which keys are seen. keys: (first, last + 1) of those that some query may see; mask: of these, None where all are seen.
 
-    The mask speaks of positions as attention() on the keys that are left does; of one query it may be a tensor, [b, 1, 1, keys].
+    The mask speaks of positions as attention() on the keys that are left does; of one query it may be a tensor
+    [batch, 1, 1, keys].
     """
 
     keys: tuple[int, int]
@@ -32,14 +33,14 @@ class ToldMask(Tensor):
     told: Told
 
     @staticmethod
-    def __new__(cls, told: Told, batch: int, q_len: int, kv_len: int, device: Any) -> ToldMask:
+    def __new__(cls: Any, told: Told, batch: int, q_len: int, kv_len: int, device: Any) -> ToldMask:
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, (batch, 1, q_len, kv_len), dtype=torch.bool, device=device
         )
         made.told = told
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
