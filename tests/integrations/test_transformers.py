@@ -7,6 +7,7 @@ says who does.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from inspect import signature
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+import fakes
 import hf_models
 from hf_models import ROWS, build, inputs, run
 
@@ -160,6 +162,17 @@ def test_assisted_decoding_gives_the_same_tokens(row):
     assert not passed_on()
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="needs a library for quantised caches"
+)
+@pytest.mark.parametrize("row", [row for row in DECODERS if row.name in ("Llama", "GPT-2")], ids=lambda row: row.name)
+def test_a_quantised_cache_gives_the_same_tokens(row):
+    more = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    want, got = (tokens(build(row, name), row, "left", **more) for name in (row.stock, "fastattn"))
+    assert torch.equal(got, want)
+    assert not passed_on()
+
+
 def test_a_long_generation_runs_over_its_windows():
     for row in DECODERS:
         given = inputs(row, "left")
@@ -214,6 +227,39 @@ def test_packed_sequences_are_documents():
         got = ours(input_ids=ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(got, want)
     assert "Document((9, 4, 7))" in repr(seen[0])
+
+
+TILED = [row for row in BY_STRING if any(word in row.name for word in ("Mistral", "chunks", "ModernBERT"))]
+
+
+@pytest.mark.parametrize("row", TILED, ids=lambda row: row.name)
+def test_where_tiles_win_only_they_are_computed(row, monkeypatch):
+    """On a machine where tiles are faster: the model's numbers are the same, forward and backward."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (2, 600), generator=g)
+    mask = (torch.arange(600) < torch.tensor([600, 410])[:, None]).long()
+    row = replace(row, settings={**row.settings, "max_position_embeddings": 1024})
+    given, rows = {"input_ids": ids * mask, "attention_mask": mask}, []
+
+    def seen(q, k, v, mask, a):
+        rows.append((q.shape[2], k.shape[2]))
+        return fakes.honest(q, k, v, mask, a)
+
+    def results(model):
+        out = real(row, given, run(model, row, given))
+        out.mul(torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+        return {"": out.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+    exact, stock = results(build(row, "sdpa").double()), results(build(row, "sdpa"))
+    fakes.add(monkeypatch, fakes.made_up("tiler", seen, tiles=True))
+    fakes.turn(
+        monkeypatch, fakes.Clock({"default": 4e-3, "tiler": 8e-3, "tiler+tiles": 1e-3, "tiler+tiles+mask_dense": 1e-3})
+    )
+    with fastattn.options.scope(mode="auto", kernels="tiler"):
+        ours = results(build(row, "fastattn"))
+    assert any("tiles" in name for name in fastattn.stats()["served_by"]), fastattn.stats()
+    assert any(q_len < 600 for q_len, _ in rows)
+    assert [name for name in exact if not within_budget(ours[name], stock[name], exact[name])] == []
 
 
 def attention_of(model):
@@ -280,9 +326,13 @@ def test_sinks_take_their_share():
     torch.testing.assert_close(out, (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2))
 
 
-def test_sparse_attention_is_refused_in_words():
-    with pytest.raises(NotImplementedError, match='does not serve indices= of sparse attention.*"sdpa"'):
-        call(indices=torch.zeros(1))
+@pytest.mark.parametrize("name", ["indices", "block_indices", "read_index"])
+def test_what_chooses_keys_is_refused_in_words(name):
+    with pytest.raises(
+        NotImplementedError, match=rf'"fastattn" does not serve .*\({name}\); use this model with "sdpa"'
+    ):
+        call(**{name: torch.zeros(1)})
+    call(**{name: None})
 
 
 def test_queries_of_batch_one_are_broadcast():

@@ -11,8 +11,19 @@ from fastattn.dispatch.attention import attention
 from fastattn.integrations.transformers import library
 from fastattn.integrations.transformers.told_mask import ToldMask, as_plain
 
-# What kernels of their own would need: these options choose keys, and an answer without them would be another model's.
-_NEEDED = ("indices", "block_indices")
+# Arguments that choose keys: an answer without them is another model's.
+_NEEDED = {
+    "indices": "the keys of sparse attention (indices)",
+    "block_indices": "the blocks of sparse attention (block_indices)",
+    "read_index": "continuous batching (read_index)",
+}
+# Arguments that only an eager path of theirs serves, and why a call with them is not served.
+_EAGER = {
+    "output_attentions": "the weights are asked for (output_attentions)",
+    "head_mask": "there is a head_mask",
+    "sinks": "each query has a sink of its own (sinks)",
+}
+_SPECIAL = frozenset((*_NEEDED, *_EAGER))
 
 
 def attend(
@@ -35,7 +46,7 @@ def attend(
     make_mask made, or a tensor. s_aux: attention sinks, a score for each head that takes part in the softmax and has no value.
     Returns ([batch, q_len, q_heads, head_dim_v], None, or the weights where output_attentions asks for them).
     """
-    why = _why_not(query, key, value, s_aux, more)
+    why = "" if s_aux is None and _SPECIAL.isdisjoint(more) else _why_not(query, key, value, s_aux, more)
     if why:
         given = {
             "dropout": dropout,
@@ -48,16 +59,18 @@ def attend(
         return _by_their_own(why, module, query, key, value, attention_mask, is_causal, {**given, **more})
     causal = False
     if attention_mask is None:
-        causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if causal and key.shape[2] > query.shape[2]:  # a cache of fixed length that was empty
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
+        q_len = query.size(2)
+        causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if causal and key.size(2) > q_len:  # a cache of fixed length that was empty
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
+            position_bias = None if position_bias is None else position_bias[..., :q_len]
     elif attention_mask.__class__ is ToldMask:
-        if attention_mask.shape[3] != key.shape[2] or position_bias is not None:
-            attention_mask = attention_mask.dense()[..., : key.shape[2]]
+        kv_len = key.size(2)
+        if attention_mask.size(3) != kv_len or position_bias is not None:
+            attention_mask = attention_mask.dense()[..., :kv_len]
         else:
             (first, last), attention_mask = attention_mask.told
-            if last - first != key.shape[2]:
+            if last - first != kv_len:
                 key, value = key[:, :, first:last], value[:, :, first:last]
     if position_bias is not None:
         if library.bias_mask is None:
@@ -72,19 +85,11 @@ def attend(
         options["softcap"] = softcap
     if s_aux is not None:
         out = _with_sinks(query, key, value, attention_mask, s_aux, options)
-    elif query.shape[0] == key.shape[0]:
+    elif query.size(0) == key.size(0):
         out = attention(query, key, value, attention_mask, **options)
     else:  # learned queries of batch 1, which F.sdpa broadcasts
-        out = attention(query.expand(key.shape[0], -1, -1, -1), key, value, attention_mask, **options)
+        out = attention(query.expand(key.size(0), -1, -1, -1), key, value, attention_mask, **options)
     return out.transpose(1, 2).contiguous(), None
-
-
-# Arguments that only an eager path of theirs serves, and why a call with them is not served.
-_EAGER = {
-    "output_attentions": "the weights are asked for (output_attentions)",
-    "head_mask": "there is a head_mask",
-    "sinks": "each query has a sink of its own (sinks)",
-}
 
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, more: dict[str, Any]) -> str:
@@ -93,7 +98,7 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, mo
         if given is not None and given is not False:
             if name in _NEEDED:
                 raise NotImplementedError(
-                    f'attn_implementation="fastattn" does not serve {name}= of sparse attention; load this model with "sdpa"'
+                    f'attn_implementation="fastattn" does not serve {_NEEDED[name]}; use this model with "sdpa"'
                 )
             if name in _EAGER:
                 return _EAGER[name]
