@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import masking_utils as theirs
 
 from fastattn import masks
-from fastattn.environment.log import log
 from fastattn.integrations.transformers import ToldMask, library, make_mask, read_masks, tried_masks
 
 IS_5 = hasattr(theirs, "blockwise_overlay")
@@ -281,6 +281,11 @@ def test_nothing_is_told_while_a_graph_is_traced():
         assert not isinstance(make_mask(**a), ToldMask)
 
 
+def test_a_torch_that_has_no_tensors_without_memory_gets_the_dense_mask(monkeypatch):
+    monkeypatch.setattr(sys.modules[make_mask.__module__], "CAN_BE_MADE", False)
+    check(given(theirs.sliding_window_causal_mask_function(3), 8, 8, causal=None), told=False)
+
+
 def test_their_arguments_are_those_we_know():
     """What their mask functions take; a new argument may mean something that is not read here."""
     known = {
@@ -289,7 +294,3 @@ def test_their_arguments_are_those_we_know():
         "kwargs",
     }  # fmt: skip
     assert set(inspect.signature(library.sdpa_mask).parameters) <= known
-
-
-def test_the_log_is_ours():
-    assert log.name == "fastattn"

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.environment import torch_private
 from fastattn.integrations.transformers import library
 from fastattn.integrations.transformers.read_masks import Lengths, Unknown, padding, read
-from fastattn.integrations.transformers.told_mask import Told, ToldMask
+from fastattn.integrations.transformers.told_mask import CAN_BE_MADE, Told, ToldMask
 from fastattn.problems import masks
 from fastattn.problems.masks import Mask
 from fastattn.problems.masks.mask import Union
@@ -32,6 +32,8 @@ def make_mask(**given: Any) -> Tensor | None:
         )
         return library.eager_mask(**given)
     try:
+        if not CAN_BE_MADE:
+            raise Unknown("this torch has no tensors without memory")
         n = _lengths(given)
         told = _told(given, n)
     except Unknown as why:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from fastattn.environment import torch_private
 from fastattn.problems.masks import Mask
 
 
@@ -34,19 +34,18 @@ class ToldMask(Tensor):
 
     @staticmethod
     def __new__(cls: Any, told: Told, batch: int, q_len: int, kv_len: int, device: Any) -> ToldMask:
-        made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, (batch, 1, q_len, kv_len), dtype=torch.bool, device=device
-        )
+        assert torch_private.wrapper_subclass is not None
+        made = torch_private.wrapper_subclass(cls, (batch, 1, q_len, kv_len), dtype=torch.bool, device=device)
         made.told = told
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch_private.no_torch_function  # operators come to __torch_dispatch__, attributes to nobody
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:  # checkpointing detaches whatever a layer is given
             return ToldMask(args[0].told, args[0].shape[0], args[0].shape[2], args[0].shape[3], args[0].device)
-        return func(*tree_map(as_plain, args), **tree_map(as_plain, kwargs or {}))
+        return func(*as_plain(args), **as_plain(kwargs or {}))
 
     def dense(self) -> Tensor:
         """The same as a plain tensor, made now."""
@@ -65,5 +64,12 @@ class ToldMask(Tensor):
 
 
 def as_plain(x: Any) -> Any:
-    """A ToldMask as the dense tensor; everything else as it is."""
+    """A ToldMask as the dense tensor, in lists and dicts too; everything else as it is."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(as_plain, x))
+    if isinstance(x, dict):
+        return {name: as_plain(value) for name, value in x.items()}
     return x.dense() if isinstance(x, ToldMask) else x
+
+
+CAN_BE_MADE = torch_private.wrapper_subclass is not None and torch_private.no_torch_function is not None
