@@ -21,7 +21,8 @@ from hf_models import ROWS, build, inputs, run
 
 import fastattn
 import fastattn.integrations.transformers  # noqa: F401  makes the name known
-from fastattn.integrations.transformers import library
+from fastattn.integrations.transformers import ToldMask, library
+from fastattn.integrations.transformers.told_mask import Told
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 BY_STRING = [row for row in ROWS if IS_5 or not row.only_5]
@@ -333,6 +334,12 @@ def test_what_chooses_keys_is_refused_in_words(name):
     ):
         call(**{name: torch.zeros(1)})
     call(**{name: None})
+
+
+def test_a_mask_for_another_number_of_queries_is_an_error():
+    mask = ToldMask(Told((0, 6), None), 2, 5, 6, "cpu")
+    with pytest.raises(RuntimeError, match="does not broadcast"):
+        call(mask=mask)
 
 
 def test_queries_of_batch_one_are_broadcast():

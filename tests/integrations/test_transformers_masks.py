@@ -208,6 +208,14 @@ def test_padding_is_a_number_of_keys_where_it_can_be():
 
 
 @only_5
+@pytest.mark.parametrize("q_len, start", [(30, 0), (1, 40), (3, 12)])
+def test_queries_of_another_sequence_need_no_positions(q_len, start):
+    """Cross attention: the decoder may be longer than what it looks at."""
+    for name in ("none", "right", "left"):
+        check(given(theirs.bidirectional_mask_function, q_len, 16, start, 0, PADDINGS[name](16), causal=False))
+
+
+@only_5
 def test_keys_that_are_padding_for_all_are_cut_off():
     seen = torch.arange(16) < torch.tensor([10, 7])[:, None]
     told = make_mask(**given(theirs.bidirectional_mask_function, 16, 16, padding=seen, causal=False)).told

@@ -48,14 +48,8 @@ def attend(
     """
     why = "" if s_aux is None and _SPECIAL.isdisjoint(more) else _why_not(query, key, value, s_aux, more)
     if why:
-        given = {
-            "dropout": dropout,
-            "scaling": scaling,
-            "position_bias": position_bias,
-            "softcap": softcap,
-            "s_aux": s_aux,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+        given = {name: x for name, x in given.items() if x is not None} | {"dropout": dropout, "scaling": scaling}
         return _by_their_own(why, module, query, key, value, attention_mask, is_causal, {**given, **more})
     causal = False
     if attention_mask is None:
@@ -66,7 +60,7 @@ def attend(
             position_bias = None if position_bias is None else position_bias[..., :q_len]
     elif attention_mask.__class__ is ToldMask:
         kv_len = key.size(2)
-        if attention_mask.size(3) != kv_len or position_bias is not None:
+        if attention_mask.size(3) != kv_len or attention_mask.size(2) != query.size(2) or position_bias is not None:
             attention_mask = attention_mask.dense()[..., :kv_len]
         else:
             (first, last), attention_mask = attention_mask.told

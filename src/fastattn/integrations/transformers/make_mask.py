@@ -77,14 +77,12 @@ def _told(given: dict[str, Any], n: Lengths) -> Told:
     function = given.get("mask_function", library.masks.causal_mask_function)
     own = n.q_start - n.kv_start  # the key of the first query
     end = own + n.q_len  # behind that of the last one
-    if not 0 <= own < end <= n.kv_len:
-        raise Unknown("queries that lie beyond the keys")
-    mask = read(function, n._replace(kv_len=end))
+    mask = read(function, n._replace(kv_len=end)) if 0 <= own and end <= n.kv_len else None
     if not _is_causal(mask):
         end = n.kv_len
-        mask = mask if end == own + n.q_len else read(function, n)
-    if mask is not None and (end - n.q_len if mask.anchor == "bottom_right" else 0) != own:
-        raise Unknown("queries whose positions do not begin with the keys, nor end with them")
+        mask = read(function, n)
+        if mask is not None and (end - n.q_len if mask.anchor == "bottom_right" else 0) != own:
+            raise Unknown("queries whose positions neither begin nor end with the keys")
     seen = _unpadded(given.get("attention_mask"), n, end)
     if n.q_len == 1 and not (mask is not None and mask.is_per_batch()):
         return _of_one_query(mask, seen, own, end)
@@ -92,9 +90,8 @@ def _told(given: dict[str, Any], n: Lengths) -> Told:
     if hidden is None:
         return Told((0, end), mask)
     if mask is None:
-        return Told(
-            (0, _longest(hidden) or end), None if isinstance(hidden.lengths, int) and _longest(hidden) else hidden
-        )
+        longest = _longest(hidden)
+        return Told((0, longest or end), None if longest and isinstance(hidden.lengths, int) else hidden)
     return Told((0, end), mask & hidden)
 
 
