@@ -77,7 +77,7 @@ def _told(given: dict[str, Any], n: Lengths) -> Told:
     function = given.get("mask_function", library.masks.causal_mask_function)
     own = n.q_start - n.kv_start  # the key of the first query
     end = own + n.q_len  # behind that of the last one
-    mask = read(function, n._replace(kv_len=end)) if 0 <= own and end <= n.kv_len else None
+    mask = read(function, n._replace(kv_len=end)) if own >= 0 and end <= n.kv_len else None
     if not _is_causal(mask):
         end = n.kv_len
         mask = read(function, n)
