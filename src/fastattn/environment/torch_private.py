@@ -44,6 +44,8 @@ PRIVATE = {
     "mkldnn_allow_tf32": "torch._C._get_onednn_allow_tf32",
     "cpu_fp16_reduction": "torch._C._get_cpu_allow_fp16_reduced_precision_reduction",
     "sdp_priority": "torch._C._get_sdp_priority_order",
+    "wrapper_subclass": "torch.Tensor._make_wrapper_subclass",
+    "no_torch_function": "torch._C._disabled_torch_function_impl",
 }
 
 
@@ -103,6 +105,9 @@ cpu_fp16_reduction: Callable[[], bool] = _or("cpu_fp16_reduction", lambda: False
 _priority: Callable[[], list[int]] = _or("sdp_priority", list)
 _priority_at_start = _priority()
 is_view: Callable[[torch.Tensor], bool] = _or("is_view", lambda x: True)  # of another tensor, to autograd
+# a tensor without memory that answers operators by __torch_dispatch__ alone; None where there is none
+wrapper_subclass: Callable[..., Any] | None = private("wrapper_subclass")
+no_torch_function: Any = private("no_torch_function")
 _precision_getter = private("precision")
 
 

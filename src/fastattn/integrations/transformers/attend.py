@@ -1,0 +1,131 @@
+"""The attention function: what each layer calls, served by attention() where it can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch.attention import attention
+from fastattn.integrations.transformers import library
+from fastattn.integrations.transformers.told_mask import ToldMask, as_plain
+
+# Arguments that choose keys: an answer without them is another model's.
+_NEEDED = {
+    "indices": "the keys of sparse attention (indices)",
+    "block_indices": "the blocks of sparse attention (block_indices)",
+    "read_index": "continuous batching (read_index)",
+}
+# Arguments that only an eager path of theirs serves, and why a call with them is not served.
+_EAGER = {
+    "output_attentions": "the weights are asked for (output_attentions)",
+    "head_mask": "there is a head_mask",
+    "sinks": "each query has a sink of its own (sinks)",
+}
+_SPECIAL = frozenset((*_NEEDED, *_EAGER))
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(scaling * query key^T + mask) value, as transformers calls it.
+
+    query: [batch, q_heads, q_len, head_dim]; key, value: [batch, kv_heads, kv_len, ...], never repeated. attention_mask: what
+    make_mask made, or a tensor. s_aux: attention sinks, a score for each head that takes part in the softmax and has no value.
+    Returns ([batch, q_len, q_heads, head_dim_v], None, or the weights where output_attentions asks for them).
+    """
+    why = "" if s_aux is None and _SPECIAL.isdisjoint(more) else _why_not(query, key, value, s_aux, more)
+    if why:
+        given = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+        given = {name: x for name, x in given.items() if x is not None} | {"dropout": dropout, "scaling": scaling}
+        return _by_their_own(why, module, query, key, value, attention_mask, is_causal, {**given, **more})
+    causal = False
+    if attention_mask is None:
+        q_len = query.size(2)
+        causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if causal and key.size(2) > q_len:  # a cache of fixed length that was empty
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
+            position_bias = None if position_bias is None else position_bias[..., :q_len]
+    elif attention_mask.__class__ is ToldMask:
+        kv_len = key.size(2)
+        if attention_mask.size(3) != kv_len or attention_mask.size(2) != query.size(2) or position_bias is not None:
+            attention_mask = attention_mask.dense()[..., :kv_len]
+        else:
+            (first, last), attention_mask = attention_mask.told
+            if last - first != kv_len:
+                key, value = key[:, :, first:last], value[:, :, first:last]
+    if position_bias is not None:
+        if library.bias_mask is None:
+            raise NotImplementedError("fastattn: position_bias needs transformers 5")
+        attention_mask, causal = library.bias_mask(position_bias, attention_mask, causal, query, key), False
+    options: dict[str, Any] = {} if scaling is None else {"scale": scaling}
+    if causal:
+        options["is_causal"] = True
+    if dropout:
+        options["dropout_p"] = dropout
+    if softcap:
+        options["softcap"] = softcap
+    if s_aux is not None:
+        out = _with_sinks(query, key, value, attention_mask, s_aux, options)
+    elif query.size(0) == key.size(0):
+        out = attention(query, key, value, attention_mask, **options)
+    else:  # learned queries of batch 1, which F.sdpa broadcasts
+        out = attention(query.expand(key.size(0), -1, -1, -1), key, value, attention_mask, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, more: dict[str, Any]) -> str:
+    """Why a call goes to a path of their own, "" where attention() serves it. Raises NotImplementedError where none does."""
+    for name, given in more.items():
+        if given is not None and given is not False:
+            if name in _NEEDED:
+                raise NotImplementedError(
+                    f'attn_implementation="fastattn" does not serve {_NEEDED[name]}; use this model with "sdpa"'
+                )
+            if name in _EAGER:
+                return _EAGER[name]
+    if s_aux is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (s_aux, query, key, value)):
+        return "attention sinks with gradients"
+    return ""
+
+
+def _with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor, options: dict[str, Any]) -> Tensor:
+    """A sink takes the share exp(sink) / (exp(sink) + exp(lse)) of each row's weight, and gives nothing for it."""
+    out, lse = attention(query, key, value, mask, return_lse=True, **options)
+    return out * torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))[..., None].to(out.dtype)
+
+
+def _by_their_own(
+    why: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    is_causal: bool | None,
+    given: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Their eager path, with the mask that it adds; their sdpa where the model's file has none."""
+    eager = library.eager_of(module)
+    library.pass_on(f"{why}: {'eager' if eager else 'sdpa'}")
+    mask = as_plain(mask)
+    if eager is None:
+        return library.sdpa(module, query, key, value, mask, is_causal=is_causal, **given)
+    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None and mask.dtype is torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(mask.logical_not(), hidden)
+    return eager(module, query, key, value, mask, **given)

@@ -1,0 +1,67 @@
+"""What is used of transformers: its names in one place, for all versions from 4.57 on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastattn.dispatch.session import session
+from fastattn.environment.log import log
+
+try:
+    import transformers
+    from transformers import masking_utils
+    from transformers.integrations import sdpa_attention
+except ImportError as error:
+    raise ImportError(
+        f'fastattn.integrations.transformers needs transformers 4.57 or newer: pip install "fastattn[transformers]" ({error})'
+    ) from error
+
+if not hasattr(transformers, "AttentionMaskInterface"):
+    raise ImportError(
+        f"fastattn.integrations.transformers needs transformers 4.57 or newer, got {transformers.__version__}"
+    )
+
+AttentionInterface: Any = transformers.AttentionInterface
+AttentionMaskInterface: Any = transformers.AttentionMaskInterface
+MASKS = masking_utils.__name__  # the module whose functions say what a mask is
+masks: Any = masking_utils
+
+sdpa: Callable[..., Any] = sdpa_attention.sdpa_attention_forward
+sdpa_mask: Callable[..., Any] = AttentionMaskInterface()["sdpa"]
+eager_mask: Callable[..., Any] = AttentionMaskInterface()["eager"]
+# 5.x: what a position bias and a mask are together
+bias_mask: Callable[..., Any] | None = getattr(sdpa_attention, "create_position_bias_mask", None)
+
+_said: set[str] = set()
+
+
+def say(why: str) -> None:
+    """Log a reason, once a process."""
+    if why not in _said:
+        _said.add(why)
+        log.warning("transformers: %s", why)
+
+
+def pass_on(why: str) -> None:
+    """Count and log a call that is answered by a path of transformers' own."""
+    session.counts.pass_on(f"transformers: {why}")
+    say(why)
+
+
+def eager_of(module: Any) -> Callable[..., Any] | None:
+    """The eager attention function of the file that a module's class was written in."""
+    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+
+
+def asks_the_interface(model: Any) -> bool:
+    """Whether the models of a configuration look for their attention function where ours is registered.
+
+    Those that do not compute attention themselves, eagerly, and want a mask that is added. True where it is not known.
+    """
+    name = type(model).__module__.replace(".configuration_", ".modeling_")
+    module = sys.modules.get(name)
+    return (
+        module is None or ".configuration_" not in type(model).__module__ or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+    )
