@@ -18,6 +18,8 @@ import gpu_check  # noqa: E402
 import gpu_rehearsal  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from fastattn.environment.cache_files import default_cache_directory  # noqa: E402
+
 CHILD = """
 import argparse, json, os, sys, time
 parser = argparse.ArgumentParser()
@@ -115,11 +117,23 @@ def test_a_library_that_ends_every_process_is_left_after_a_few(run):
     assert rows[-1].why == gpu_check.ENDED_OFTEN
 
 
+def test_the_cache_lies_where_linux_has_it_without_platformdirs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_directory() == tmp_path / "fastattn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_directory() == tmp_path / ".cache" / "fastattn"
+
+
 def test_it_starts_where_there_is_the_source_alone(tmp_path):
     """No platformdirs, no package installed, src on nobody's path, and a home that cannot be written."""
     hook = tmp_path / "sitecustomize.py"
     hook.write_text(
-        "import sys\n"
+        "import os, sys\n"
+        "told = os.environ['PYTHONPATH'].split(os.pathsep)\n"
+        "sys.path[:] = [p for p in sys.path if p in told or not os.path.isdir(p + '/fastattn')]  # no editable installation\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "class No:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('platformdirs', 'hatchling', 'pytest', 'hypothesis'):\n"
