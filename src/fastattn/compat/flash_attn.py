@@ -129,7 +129,7 @@ def _append(
     rows, at = rows[:, None], filled[:, None] + torch.arange(new, dtype=torch.int64, device=k.device)
     if pages is not None:
         size = k_cache.shape[1]
-        rows, at = pages.long().gather(1, at // size), at % size
+        rows, at = torch.take_along_dim(pages.long(), at // size, 1), at % size
     k_cache[rows, at], v_cache[rows, at] = k, v
 
 

@@ -132,7 +132,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float |
             batches = q.shape[0], k.shape[0], v.shape[0]
             raise ValueError(f"memory_efficient_attention: with {type(bias).__name__} the batch is 1, got {batches}")
         ends_q, ends_kv = (
-            torch.tensor([0, *accumulate(n)], dtype=torch.int64) for n in (bias.q_seqlen, bias.kv_seqlen)
+            torch.tensor([0, *accumulate(n)], dtype=torch.int64, device="cpu") for n in (bias.q_seqlen, bias.kv_seqlen)
         )
         same = bias.q_seqlen == bias.kv_seqlen
         options |= {"cu_seqlens_q": ends_q, "cu_seqlens_kv": ends_q if same else ends_kv}

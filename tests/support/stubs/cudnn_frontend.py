@@ -60,7 +60,6 @@ STUB = Stub(
         ("            scale=a.scale,\n", ""),
         ("return_lse=a.lse or a.needs_grad,", "return_lse=a.lse,"),
         ("lse.detach().squeeze(-1)", "lse.detach()"),
-        ("lse.detach().squeeze(-1)", "lse.squeeze(-1)"),
         ('p.causal == "bottom_right" and p.q_len > p.kv_len', "False"),
         ("bool(p.window and p.q_len > p.kv_len)", "False"),
         ("bool(p.window and p.causal is None and p.window[1] < 0)", "False"),

@@ -56,7 +56,6 @@ STUB = Stub(
         ("scale=a.scale", "scale=None"),
         ('OneOf("scale", ("positive",))', 'OneOf("scale", ("positive", "zero"))'),
         ("lse.detach().transpose(1, 2)", "lse.detach()"),
-        ("lse.detach().transpose(1, 2)", "lse.transpose(1, 2)"),
         ('layout="bshd"', 'layout="bhsd"'),
         ('corner="top_left"', 'corner="bottom_right"'),
         ("dense=True, aligned=True", "dense=True"),
