@@ -130,10 +130,6 @@ STUB = Stub(
         ("lse.masked_fill(sees_nothing(mask, s, kv_len, upper=a.upper), NEVER)", "lse.masked_fill(lse == 0, NEVER)"),
         ("lse = lse.masked_fill(sees_nothing(mask, q.shape[2], k.shape[2], upper=a.upper), NEVER)", "pass"),
         ("lse[..., :s].detach()", "lse.detach()"),
-        (
-            "lse = lse.detach()\n        return out, lse.masked_fill(lse == -NEVER",
-            "return out, lse.masked_fill(lse == -NEVER",
-        ),
         ("lse.detach().reshape(q.shape[:3])", "lse.detach()"),
         ("compute_log_sumexp=a.needs_grad or a.lse", "compute_log_sumexp=a.lse"),
         ("compute_log_sumexp=a.needs_grad or a.lse", "compute_log_sumexp=a.needs_grad"),

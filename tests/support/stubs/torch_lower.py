@@ -152,7 +152,6 @@ STUB = Stub(
         ('"enable_gqa": True', '"enable_gqa": False'),
         (".unflatten(1, (batch, q_len)).transpose(0, 1)", ".unflatten(1, (q_len, batch)).permute(2, 0, 1)"),
         ("lse[..., :s].detach()", "lse.detach()"),
-        ("    lse = lse.detach()\n    return lse.masked_fill(lse == INF", "    return lse.masked_fill(lse == INF"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 1"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 2"),
         ("a.upper - a.lower + 1", "a.upper - a.lower"),
