@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 
+import fakes
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
@@ -17,7 +17,6 @@ from fastattn.environment.settings import reload_settings
 from fastattn.problems import presets
 from fastattn.problems.shapes import problem_of_shape, shape
 from fastattn.problems.spelling import briefly
-from fastattn.tuning import tune as tuning
 from fastattn.verdicts import verdict as verdict_module
 from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
@@ -126,8 +125,7 @@ def test_explain_prints_the_same_here_and_there(monkeypatch):
     """`fastattn explain` and print(fastattn.explain(...)): one wording."""
     import torch
 
-    monkeypatch.setattr(verdict_module, "DRIFT", math.inf)
-    monkeypatch.setattr(tuning, "DRIFT", math.inf)
+    fakes.turn(monkeypatch, fakes.Clock({"default": 4e-3, "matmul": 1e-3}))
     q = torch.randn(1, 2, 16, 8)
     here = str(fastattn.explain(q, q, q, tune=True))
     fastattn.clear()

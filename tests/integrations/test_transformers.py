@@ -129,8 +129,13 @@ def tokens(model, row, padding, **more):
     return model.generate(**given, max_new_tokens=14, do_sample=False, **more)
 
 
+EVERY_RUN = ("Llama", "Mistral", "GPT-2", "Whisper")  # the others are for -m long
+
+
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("row", GENERATING, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [
+    pytest.param(row, id=row.name, marks=[] if row.name in EVERY_RUN else pytest.mark.long) for row in GENERATING
+])  # fmt: skip
 def test_generate_gives_the_same_tokens(row, search):
     more = SEARCHES[search]
     if search in ("prompt lookup", "static cache") and row not in DECODERS:
