@@ -6,12 +6,16 @@ python benchmarks/machine.py        # the name of its folder in docs/results
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -87,6 +91,16 @@ def results_folder(args: argparse.Namespace, facts: dict[str, str]) -> Path | No
     folder = Path(args.results) / (args.machine or slug(facts["machine"]))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def keep(args: argparse.Namespace, facts: dict[str, str], name: str, console: Console, results: Sequence[Any]) -> None:
+    """Write what was printed, and the results (dataclasses), into this machine's folder; nothing where none was asked for."""
+    folder = results_folder(args, facts)
+    if folder is None:
+        return
+    (folder / f"{name}.txt").write_text(console.export_text(), encoding="utf-8")
+    rows = {"facts": facts, "results": [asdict(result) for result in results]}
+    (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ medians. Every problem starts from an empty store; the dense mask is made before
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import log
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import add_results, environment, in_one_line, open_console, results_folder
+from machine import add_results, environment, in_one_line, keep, open_console
 from rich.table import Table
 from rounds import interleave, peak_bytes, spread
 
@@ -207,14 +206,7 @@ def main() -> int:
         shown, slope = growth(torch.float32, [2048, 4096, 8192, 16_384, 32_768])
         console.print(shown)
         console.print(f"slope on a log-log plot: {slope:.2f}")
-    folder = results_folder(args, facts)
-    if folder is not None:
-        name = "masks-grad" if args.grad else "masks"
-        (folder / f"{name}.txt").write_text(console.export_text(), encoding="utf-8")
-        rows = [asdict(result) for result in results]
-        (folder / f"{name}.json").write_text(
-            json.dumps({"facts": facts, "results": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+    keep(args, facts, "masks-grad" if args.grad else "masks", console, results)
     wrong = [r for r in results if r.error > (1e-4 if r.dtype == "float32" else 3e-2)]
     for r in wrong:
         console.print(f"wrong: {r.name}, {r.dtype}: an error of {r.error:.2g}", style="red")

@@ -10,18 +10,17 @@ outputs are from stock's, as a part of its largest number. Exit code 1 where tha
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 import transformers
-from machine import add_results, environment, in_one_line, open_console, results_folder
+from machine import add_results, environment, in_one_line, keep, open_console
 from rich.table import Table
 from rounds import interleave, spread
 
@@ -257,11 +256,7 @@ def main() -> int:
             print(f"{case.name}, {dtype} ...", file=sys.stderr)
             results.append(measure(case, getattr(torch, dtype), 0.5 if args.smoke else args.seconds))
     console.print(table(results))
-    folder = results_folder(args, facts)
-    if folder is not None:
-        (folder / "models.txt").write_text(console.export_text(), encoding="utf-8")
-        rows = {"facts": facts, "results": [asdict(result) for result in results]}
-        (folder / "models.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    keep(args, facts, "models", console, results)
     wrong = [r for r in results if not r.error <= FAR[r.dtype]]
     for r in wrong:
         console.print(f"differs: {r.name}, {r.dtype}: {r.error:.2g}", style="red")

@@ -10,18 +10,17 @@ with the three fastest candidates ordered by name, and by attention(). Exit code
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import add_results, environment, in_one_line, open_console, results_folder
+from machine import add_results, environment, in_one_line, keep, open_console
 from rich.table import Table
 from rounds import interleave, spread
 
@@ -253,12 +252,7 @@ def main() -> int:
         console.print(table("times over F.sdpa with the mask that says the lengths", results))
     if looped:
         console.print(table("a decode loop: ms a token, all layers", looped))
-    folder = results_folder(args, facts)
-    if folder is not None:
-        (folder / "packing.txt").write_text(console.export_text(), encoding="utf-8")
-        rows = [asdict(result) for result in (*results, *looped)]
-        text = json.dumps({"facts": facts, "results": rows}, indent=1) + "\n"
-        (folder / "packing.json").write_text(text, encoding="utf-8")
+    keep(args, facts, "packing", console, [*results, *looped])
     wrong = [r for r in (*results, *looped) if r.error > (1e-4 if r.dtype == "float32" else 3e-2)]
     for r in wrong:
         console.print(f"wrong: {r.name}, {r.dtype}: a difference of {r.error:.2g}", style="red")

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.plain_math import NEVER
-
-# layout -> where the dimensions of lse, (b, h, s) or (h, t), stand in the output, which has one more at the end
-_ORDER = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (2, 0, 1), "thd": (1, 0)}
+from fastattn.problems.layouts import LSE_IN_OUTPUT
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], layout: str = "bhsd") -> tuple[Tensor, Tensor]:
@@ -22,9 +20,9 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor], layout: str = "bhsd") 
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge(): outs and lses must be as many, at least one each, got {len(outs)} and {len(lses)}")
-    if layout not in _ORDER:
-        raise ValueError(f"merge(): layout must be one of {', '.join(map(repr, _ORDER))}, got {layout!r}")
-    order = _ORDER[layout]
+    if layout not in LSE_IN_OUTPUT:
+        raise ValueError(f"merge(): layout must be one of {', '.join(map(repr, LSE_IN_OUTPUT))}, got {layout!r}")
+    order = LSE_IN_OUTPUT[layout]
     for out, lse in zip(outs, lses, strict=True):
         fits = lse.dim() == len(order) and out.shape[:-1] == tuple(lse.shape[i] for i in order)
         if not fits or out.shape != outs[0].shape:

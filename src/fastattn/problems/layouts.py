@@ -21,6 +21,8 @@ TO_BHSD: dict[str, tuple[int, int, int, int]] = {
 }
 FROM_BHSD = {name: tuple(order.index(i) for i in range(4)) for name, order in TO_BHSD.items()}
 LAYOUTS = (*TO_BHSD, "thd")
+# layout -> where the dimensions of a log-sum-exp, (b, h, s) or (h, t), stand in the output, which has one more at the end
+LSE_IN_OUTPUT = {**{name: order[:3] for name, order in FROM_BHSD.items()}, "thd": (1, 0)}
 
 
 def to_bhsd(x: Tensor, layout: str) -> Tensor:

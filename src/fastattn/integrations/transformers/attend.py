@@ -78,8 +78,8 @@ def attend(
     if softcap:
         options["softcap"] = softcap
     if s_aux is not None:
-        out = _with_sinks(query, key, value, attention_mask, s_aux, options)
-    elif query.size(0) == key.size(0):
+        options["sinks"] = s_aux.reshape(-1)
+    if query.size(0) == key.size(0):
         out = attention(query, key, value, attention_mask, **options)
     else:  # learned queries of batch 1, which F.sdpa broadcasts
         out = attention(query.expand(key.size(0), -1, -1, -1), key, value, attention_mask, **options)
@@ -99,12 +99,6 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, mo
     if s_aux is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (s_aux, query, key, value)):
         return "attention sinks with gradients"
     return ""
-
-
-def _with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor, options: dict[str, Any]) -> Tensor:
-    """A sink takes the share exp(sink) / (exp(sink) + exp(lse)) of each row's weight, and gives nothing for it."""
-    out, lse = attention(query, key, value, mask, return_lse=True, **options)
-    return out * torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))[..., None].to(out.dtype)
 
 
 def _by_their_own(

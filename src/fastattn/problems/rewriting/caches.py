@@ -34,10 +34,10 @@ def of_cache(
         v = k if same else _gathered("v", v, pages, layout, most)
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[s] != v.shape[s] or _is_dense(mask):
         call_key(q, k, v, mask, layout, CallOptions())  # raises for what does not fit the whole cache
-    corner, window, rest = _corner(mask, options)
+    corner, left, rest = _corner(mask, options)
     if not readable:
-        mask = _unread(q, k, None if corner else mask, kv_lens, (b, s), window if corner else None, corner)
-        return Rewritten(q, k, v, mask, layout, rest if corner else options, _as_it_is)
+        mask = _unread(q, k, mask, kv_lens, (b, s), left, corner)
+        return Rewritten(q, k, v, mask, layout, rest, _as_it_is)
     filled = _lengths(kv_lens, q.shape[b])
     if len(filled) != q.shape[b] or not all(0 <= n <= k.shape[s] for n in filled):
         raise ValueError(
@@ -50,8 +50,8 @@ def of_cache(
     if len(set(filled)) < 2:
         return Rewritten(q, k, v, mask, layout, options, _as_it_is)
     if corner:
-        rows = q.shape[s] if q.shape[s] > 1 or window >= 0 else 0  # one query sees all that is filled
-        return Rewritten(q, k, v, masks.Filled(filled, rows, window), layout, rest, _as_it_is)
+        rows = q.shape[s] if q.shape[s] > 1 or left >= 0 else 0  # one query sees all that is filled
+        return Rewritten(q, k, v, masks.Filled(filled, rows, left), layout, rest, _as_it_is)
     if _is_dense(mask):
         mask = dense_masks.intersect(mask, masks.Filled(filled).dense(q.shape[b], 1, most, q.device))
     else:
@@ -92,9 +92,7 @@ def _lengths(given: Any, batch: int) -> tuple[int, ...]:
     return tuple(whole_numbers("kv_lens", [given.item() if isinstance(given, Tensor) else given])) * batch
 
 
-def _unread(
-    q: Tensor, k: Tensor, mask: Any, kv_lens: Any, dims: tuple[int, int], left: int | None, is_corner: bool
-) -> Tensor:
+def _unread(q: Tensor, k: Tensor, mask: Any, kv_lens: Any, dims: tuple[int, int], left: int, is_corner: bool) -> Tensor:
     """What kv_lens and a mask leave, as a bool or float tensor that is made without reading kv_lens."""
     (b, s), device = dims, q.device
     filled = torch.as_tensor(kv_lens, dtype=torch.int64, device=device).expand(q.shape[b])[:, None, None, None]
@@ -103,7 +101,7 @@ def _unread(
     if is_corner:
         at = i[:, None] + filled - q.shape[s]
         seen = seen & (j <= at)
-        return seen if left is None or left < 0 else seen & (j >= at - left)
+        return seen if left < 0 else seen & (j >= at - left)
     mask = as_structured(mask)
     if isinstance(mask, masks.Mask):
         mask = mask.dense(q.shape[b], q.shape[s], k.shape[s], device)

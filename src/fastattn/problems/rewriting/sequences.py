@@ -26,6 +26,7 @@ def of_packed(
     most_q: Any,
     most_kv: Any,
 ) -> Rewritten:
+    """The call on a batch of one. Raises TypeError, ValueError or RuntimeError for lengths that do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"attention(): {name} must have 3 dimensions (thd), got shape {tuple(x.shape)}")

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from fastattn.environment.text import type_name
 from fastattn.problems.call_options import check_type
+from fastattn.problems.layouts import LSE_IN_OUTPUT
 from fastattn.problems.rewriting.rewritten import Rewritten
-
-# layout -> where (b, h, s) of the log-sum-exp stand in the output; (h, t) for packed sequences
-_PLACES = {"bhsd": (0, 1, 2), "bshd": (0, 2, 1), "sbhd": (2, 0, 1), "thd": (1, 0)}
 
 
 def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Rewritten:
@@ -26,7 +24,7 @@ def of_sinks(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, 
         raise ValueError(
             "attention(): sinks do not go with a NestedTensor: pass its values and offsets as layout='thd'"
         )
-    sinks, places = options["sinks"], _PLACES[layout]
+    sinks, places = options["sinks"], LSE_IN_OUTPUT[layout]
     heads = q.shape[places.index(1 if len(places) == 3 else 0)] if q.dim() > len(places) else -1
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         raise TypeError(
