@@ -89,7 +89,7 @@ def test_gradients_are_those_of_stock(row):
     assert exact.keys() == stock.keys() == ours.keys()
     worst = [name for name in ours if not within_budget(ours[name], stock[name], exact[name])]
     assert worst == []
-    assert set(passed_on()) == {f"transformers: {why}" for why in row.by_grad}
+    assert passed_on() == {}
 
 
 PATCHED = [row for row in ROWS if row.stock == "sdpa" and (IS_5 or row.inputs != "text to text" or row.name == "BART")]

@@ -34,7 +34,6 @@ class Row:
     only_5: bool = False  # in 4.57 it does not ask for an attention function
     logits: str = "logits"
     stock: str = "sdpa"  # what it is compared with: eager where their sdpa cannot do it
-    by_grad: tuple[str, ...] = ()  # why calls with gradients are not served
 
 
 def lm(name: str, config: str, settings: dict[str, Any], **more: Any) -> Row:
@@ -52,7 +51,7 @@ ROWS = (
     lm("Qwen 3", "Qwen3", GQA),
     lm("Phi 3", "Phi3", {**GQA, "sliding_window": 12}),
     lm("gpt-oss, sinks", "GptOss", {**GQA, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
-       "layer_types": BOTH_KINDS}, stock="eager", by_grad=("attention sinks with gradients: eager",)),
+       "layer_types": BOTH_KINDS}, stock="eager"),
     Row("Llama 4 text, chunks", "Llama4TextConfig", "Llama4ForCausalLM", {**GQA, "attention_chunk_size": 8,
         "num_local_experts": 2, "intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"],
         "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2}, generates=True),

@@ -46,7 +46,7 @@ def attend(
     make_mask made, or a tensor. s_aux: attention sinks, a score for each head that takes part in the softmax and has no value.
     Returns ([batch, q_len, q_heads, head_dim_v], None, or the weights where output_attentions asks for them).
     """
-    why = "" if s_aux is None and _SPECIAL.isdisjoint(more) else _why_not(query, key, value, s_aux, more)
+    why = "" if _SPECIAL.isdisjoint(more) else _why_not(more)
     if why:
         given = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
         given = {name: x for name, x in given.items() if x is not None} | {"dropout": dropout, "scaling": scaling}
@@ -86,7 +86,7 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, more: dict[str, Any]) -> str:
+def _why_not(more: dict[str, Any]) -> str:
     """Why a call goes to a path of their own, "" where attention() serves it. Raises NotImplementedError where none does."""
     for name, given in more.items():
         if given is not None and given is not False:
@@ -96,8 +96,6 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, s_aux: Tensor | None, mo
                 )
             if name in _EAGER:
                 return _EAGER[name]
-    if s_aux is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (s_aux, query, key, value)):
-        return "attention sinks with gradients"
     return ""
 
 
