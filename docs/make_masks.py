@@ -6,6 +6,8 @@ import inspect
 import re
 from pathlib import Path
 
+import torch
+
 from fastattn import masks
 from fastattn.problems.masks.written import known_kinds
 
@@ -27,8 +29,8 @@ ids = torch.arange(600)[None] // 200  # or the document of each token, [batch, t
 assert masks.Document(ids=ids) == masks.Document([[200, 200, 200]])
 ```
 
-They are small and frozen, compare by value, and hold no tensor: what a tensor says is read once, when the value is
-made. `a & b` shows what both show, `a | b` what either does. `is_causal` and `window` say Causal and Window briefly,
+They are small and frozen, compare by value, and but for Bias hold no tensor: what a tensor says is read once, when the
+value is made. `a & b` shows what both show, `a | b` what either does. `is_causal` and `window` say Causal and Window briefly,
 and hold beside any of them. A dense mask is looked at in every call, and what it hides is left out as well
 ([how](from-a-dense-mask.md)): say what you mean where you can, as a value is cheaper than a look and needs no memory.
 
@@ -52,6 +54,7 @@ EXAMPLES = {
     "Global": masks.Global((0, 17)),
     "ALiBi": masks.ALiBi([0.15]),
     "Neighborhood": masks.Neighborhood((4, 8), 1),
+    "Bias": masks.Bias(-(torch.arange(N)[:, None] - torch.arange(N)).abs().float()) & masks.Window(5, 5),
 }
 MODELS = {
     "Mistral, Gemma: a window that looks back": masks.Causal() & masks.Window(7, 0),
@@ -72,18 +75,18 @@ with the dense mask, and timed. Masks that are alike (documents of about one len
 share a verdict; which keys are seen is read from the value of each call.
 
 The dense form serves with dropout, under torch.compile, where nothing may be learnt, and below 256 queries or 2^18 pairs
-of a query and a key, where tiles cost what they save; a Filled mask is
-always served in tiles, as what lies behind must not be read.
+of a query and a key, where tiles cost what they save. A Bias and what stands beside it are made one float mask in each
+call, in which what is hidden is found. A Filled mask is always served in tiles, as what lies behind must not be read.
 Packed and Filled are what
 [layout "thd" and kv_lens](packing.md) come to."""
 
 
 def page() -> str:
-    missing = set(known_kinds()) - set(EXAMPLES)
+    missing = {*known_kinds(), "Bias"} - set(EXAMPLES)
     assert not missing, f"no example of {missing}"
     parts = [HEAD]
     for name, mask in EXAMPLES.items():
-        parts += [f"## {name}", f"`masks.{mask!r}`. {said(type(mask))}", shown(mask)]
+        parts += [f"## {name}", f"`masks.{mask!r}`. {said(getattr(masks, name))}", shown(mask)]
     parts.append("## As models combine them")
     for what, mask in MODELS.items():
         parts += [f"**{what}**: `{mask!r}`", shown(mask)]

@@ -135,6 +135,57 @@ def test_what_is_alike_is_a_hit_and_is_not_answered_from_another_mask():
         attention(q, k, v, masks.Document([32, 31, 32]))
 
 
+BIASED = {
+    "T5": lambda bias: masks.Bias(bias),
+    "T5 decoder": lambda bias: masks.Causal() & masks.Bias(bias),
+    "a padded batch": lambda bias: masks.Padding([100, 60, 1]) & masks.Bias(bias),
+    "documents in a window": lambda bias: DOCUMENTS & masks.Window(9, 4) & masks.Bias(bias),
+    "decoding": lambda bias: masks.Causal("bottom_right") & masks.Bias(bias[:, :, :7]),
+    "two, and slopes": lambda bias: masks.Bias(bias[0, 0]) & masks.ALiBi(4) & masks.Bias(bias),
+}
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_beside_a_mask_agrees_with_float64(name, layout):
+    q_len = 7 if name == "decoding" else 100
+    q, k, v = qkv(B, 4, 2, q_len, 100, 16, 24, grad=True)
+    bias = torch.randn(1, 4, 100, 100, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    mask = BIASED[name](bias)
+    hold(expect(q, k, v, mask.dense(B, q_len, 100).detach()), in_layout(mask, layout), q, k, v)
+    found = []
+    for run in (lambda: attention(q, k, v, mask), lambda: plain(q, k, v, mask.dense(B, q_len, 100).double())):
+        out = run()
+        found.append(torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).sum(), bias)[0])
+    assert (found[0] - found[1]).abs().max() < 1e-4 * found[1].abs().max()
+    with torch.no_grad():
+        bias.add_(torch.linspace(0, 9, 100))  # it is read in each call
+    hold(expect(q, k, v, mask.dense(B, q_len, 100).detach()), in_layout(mask, layout), q, k, v)
+
+
+def plain(q, k, v, mask):
+    q, k, v = q.double(), k.double().repeat_interleave(2, 1), v.double().repeat_interleave(2, 1)
+    return torch.nan_to_num((q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1)) @ v
+
+
+def in_layout(mask, layout):
+    if layout == "bhsd":
+        return lambda q, k, v, _: attention(q, k, v, mask)
+    return lambda q, k, v, _: attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, layout="bshd").transpose(1, 2)
+
+
+def test_a_bias_that_does_not_fit_is_refused_in_words():
+    q, k, v = qkv(2, 2, 2, 96, 96, 16)
+    with pytest.raises(ValueError, match=r"Bias\(96x95 float32\) does not fit \[batch, heads, q_len, kv_len\]"):
+        attention(q, k, v, masks.Bias(torch.zeros(96, 95)))
+    with pytest.raises(ValueError, match="different corners"):
+        attention(q, k, v, masks.Causal("bottom_right") & masks.Bias(torch.zeros(96, 96)), is_causal=True)
+    with pytest.raises(ValueError, match=r"masks.Bias goes with q, k and v of four dimensions"):
+        attention(q[0], k[0], v[0], masks.Bias(torch.zeros(96, 96)), "thd", cu_seqlens_q=torch.tensor([0, 2]))
+    with pytest.raises(NotImplementedError, match="Bias"):
+        fastattn.plan(q, k, v, masks.Bias(torch.zeros(96, 96)))
+
+
 def test_a_mask_for_other_tensors_is_refused_in_words():
     q, k, v = qkv(2, 2, 2, 96, 96, 16)
     for mask, text in (

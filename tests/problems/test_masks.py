@@ -184,6 +184,11 @@ def test_values_are_read_when_a_mask_is_made():
 
 
 BAD = [
+    (lambda: masks.Bias([[0.0]]), TypeError, "a bias is a float Tensor, got list"),
+    (lambda: masks.Bias(torch.ones(2, 2, dtype=torch.bool)), TypeError, "a bias is a float Tensor, got Tensor of bool"),
+    (lambda: masks.Bias(torch.ones(2, 2, 2)), ValueError, "kv_len], got shape (2, 2, 2)"),
+    (lambda: masks.Bias(torch.ones(2, 2)) | masks.Causal(), ValueError, "goes with &"),
+    (lambda: masks.parse("Bias(3)"), ValueError, "there is no mask 'Bias'"),
     (lambda: masks.Causal("left"), ValueError, "corner must be one of 'top_left', 'bottom_right', got 'left'"),
     (lambda: masks.Window(-2, 0), ValueError, "left and right must be whole numbers >= -1"),
     (lambda: masks.Window(1.5, 0), TypeError, "left and right must be whole numbers, got"),
@@ -220,6 +225,20 @@ def test_a_bias_is_added_to_what_is_seen():
     assert masks.ALiBi(8).dense(1, 1, 2)[0, :, 0, 1].tolist() == [2.0**-n for n in range(1, 9)]
     assert masks.ALiBi([0.5, 0.1]).for_heads(3) == masks.ALiBi([0.5, 0.1, 0.5])
     assert masks.ALiBi([0.5, 0.1]).like(9) == masks.ALiBi(2)
+
+
+def test_a_bias_of_a_tensor_stands_beside_what_is_seen():
+    tensor = torch.arange(6.0).reshape(2, 3)
+    hidden = -float("inf")
+    assert (masks.Causal("bottom_right") & masks.Bias(tensor)).dense(1, 2, 3).tolist() == [
+        [[[0, 1, hidden], [3, 4, 5]]]
+    ]
+    mask = masks.Bias(tensor) & masks.ALiBi([1.0]) & masks.Bias(tensor)
+    assert mask.dense(1, 2, 3, rows=torch.tensor([1])).tolist() == [[[[5.0, 8.0, 11.0]]]]
+    assert repr(mask) == "ALiBi((1.0,)) & Bias(2x3 float32) & Bias(2x3 float32)"
+    assert masks.Bias(tensor) != masks.Bias(tensor)  # it may be written into: its content says nothing
+    with pytest.raises(ValueError, match=r"Bias\(2x3 float32\) does not fit q_len 32, kv_len 32"):
+        str(masks.Bias(tensor).show(32))
 
 
 def test_a_picture_shows_a_row_for_each_query():

@@ -23,7 +23,7 @@ from fastattn.problems.rewriting import rewrite
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: dict[str, Any]) -> Any:
     """fastattn.attention, as it is traced."""
-    if not is_ordinary(q, layout, given):
+    if not is_ordinary(q, mask, layout, given):
         ordinary = rewrite(q, k, v, mask, layout, given)
         if ordinary is not None:
             return ordinary.back(attention(*ordinary[:5], ordinary.options))

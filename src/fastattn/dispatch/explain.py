@@ -86,7 +86,9 @@ def explain(
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
     settings = current_settings()
-    while not is_ordinary(q, layout, options) and (ordinary := rewrite(q, k, v, mask, layout, options)) is not None:
+    while (
+        not is_ordinary(q, mask, layout, options) and (ordinary := rewrite(q, k, v, mask, layout, options)) is not None
+    ):
         q, k, v, mask, layout, options = ordinary[:6]
     key = call_key(q, k, v, mask, layout, parse_options(options, "explain", ("tune", "compiling")))
     circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))

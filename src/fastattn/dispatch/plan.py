@@ -72,9 +72,9 @@ def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd"
 
     Arguments and errors are those of `fastattn.attention`.
     """
-    if not is_ordinary(q, layout, options):
+    if not is_ordinary(q, mask, layout, options):
         raise NotImplementedError(
-            "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor) and no sinks: call attention()"
+            "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor), no sinks and no Bias: call attention()"
         )
     parsed = parse_options(options, "plan")
     resolved = resolve.attention(q, k, v, mask, layout, options)

@@ -57,7 +57,7 @@ class Resolved(NamedTuple):
 
 def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any]) -> Resolved:
     """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
-    if not is_ordinary(q, layout, given):
+    if not is_ordinary(q, mask, layout, given):
         from fastattn.problems.rewriting import rewrite
 
         ordinary = rewrite(q, k, v, mask, layout, given)

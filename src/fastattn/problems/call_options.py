@@ -15,6 +15,7 @@ from fastattn.environment.settings import check_accuracy
 from fastattn.environment.text import type_name, unexpected_argument
 from fastattn.problems import bands
 from fastattn.problems.layouts import LAYOUTS
+from fastattn.problems.masks.mask import Mask
 
 
 class CallOptions(NamedTuple):
@@ -50,9 +51,9 @@ _HINTS = {
 }
 
 
-def is_ordinary(q: Any, layout: Any, given: dict[str, Any]) -> bool:
+def is_ordinary(q: Any, mask: Any, layout: Any, given: dict[str, Any]) -> bool:
     """Whether a call needs no rewriting (problems/rewriting)."""
-    if layout == "thd" or (isinstance(q, Tensor) and q.is_nested):
+    if layout == "thd" or (isinstance(q, Tensor) and q.is_nested) or (isinstance(mask, Mask) and mask.added()):
         return False
     return not given or all(given.get(name) is None for name in REWRITTEN)
 

@@ -13,7 +13,7 @@ from fastattn.integrations.transformers.read_masks import Lengths, Unknown, padd
 from fastattn.integrations.transformers.told_mask import CAN_BE_MADE, Told, ToldMask
 from fastattn.problems import masks
 from fastattn.problems.masks import Mask
-from fastattn.problems.masks.mask import Union
+from fastattn.problems.masks.combined import Union
 
 _TRIANGLE = masks.Causal()
 

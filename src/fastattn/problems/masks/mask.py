@@ -1,4 +1,4 @@
-"""Mask: what all masks with a meaning are, and how they combine.
+"""Mask: what all masks with a meaning are.
 
 A mask speaks of positions. The position of query i is i, or i + kv_len - q_len where the mask holds a Causal("bottom_right"):
 one corner holds for all that is combined.
@@ -7,12 +7,9 @@ one corner holds for all that is combined.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import reduce
-from math import lcm
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
-from fastattn.problems.masks import runs
 from fastattn.problems.masks.runs import Runs
 from fastattn.problems.masks.values import whole_numbers
 
@@ -34,10 +31,14 @@ class Mask:
         KINDS[cls.__name__] = cls
 
     def __and__(self, other: Mask) -> Mask:
-        return _combined(Intersection, self, other)
+        from fastattn.problems.masks.combined import Intersection, combined
+
+        return combined(Intersection, self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return _combined(Union, self, other)
+        from fastattn.problems.masks.combined import Union, combined
+
+        return combined(Union, self, other)
 
     # --- what a kind of mask says
 
@@ -55,6 +56,10 @@ class Mask:
     def bias(self, p: Tensor, j: Tensor) -> Tensor | None:
         """What is added to the scores, [heads, queries, keys] in float64, or [1, ...] where heads agree; None: nothing."""
         return None
+
+    def added(self) -> tuple[Tensor, ...]:
+        """Tensors that are added to the scores as well, which a Bias holds."""
+        return ()
 
     def cuts(self, b: int, end: int) -> Iterable[int]:
         """Positions before `end` at which what queries see changes at once: tiles that end there hide less."""
@@ -99,14 +104,21 @@ class Mask:
     ) -> Tensor:
         """The same as a tensor: bool [batch or 1, 1, q_len, kv_len], True where a query sees a key.
 
-        With a bias it is what is added: float64 [batch or 1, heads, q_len, kv_len], -inf where a key is hidden. rows: the
-        queries that are wanted, in place of all.
+        With a bias it is what is added: float [batch or 1, heads, q_len, kv_len], -inf where a key is hidden; float64, or as
+        the tensor of a Bias. rows: the queries that are wanted, in place of all.
         """
         import torch
 
         i = torch.arange(q_len, dtype=torch.int64, device=device) if rows is None else rows
         j = torch.arange(kv_len, dtype=torch.int64, device=device)
-        return self.part(range(batch), i + self.offset(q_len, kv_len), j, kv_len)
+        found = self.part(range(batch), i + self.offset(q_len, kv_len), j, kv_len)
+        for tensor in self.added():
+            if tensor.shape[-2] not in (1, q_len) or tensor.shape[-1] not in (1, kv_len):
+                raise ValueError(f"{self!r} does not fit q_len {q_len}, kv_len {kv_len}")
+            bias = tensor if rows is None or tensor.shape[-2] == 1 else tensor[..., rows, :]
+            hidden = found.logical_not() if found.dtype is torch.bool else None
+            found = found + bias if hidden is None else bias.masked_fill(hidden, float("-inf"))
+        return found
 
     def part(self, entries: range, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         """dense() of some batch entries, the queries at positions p and the keys j."""
@@ -145,102 +157,3 @@ class Mask:
     def parts(self) -> tuple[Mask, ...]:
         """The masks all of which must let a key be seen."""
         return (self,)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class _Combined(Mask):
-    of: tuple[Mask, ...]
-
-    def cuts(self, b: int, end: int) -> Iterable[int]:
-        return {cut for mask in self.of for cut in mask.cuts(b, end)}
-
-    @property
-    def anchor(self) -> str:
-        return next((mask.anchor for mask in self.of if mask.anchor != "top_left"), "top_left")
-
-    def is_per_batch(self) -> bool:
-        return any(mask.is_per_batch() for mask in self.of)
-
-    def heads(self) -> int:
-        return max(mask.heads() for mask in self.of)
-
-    def shifts(self) -> bool:
-        return all(mask.shifts() for mask in self.of)
-
-    def for_heads(self, count: int) -> Mask:
-        return type(self)(tuple(mask.for_heads(count) for mask in self.of))
-
-    def like(self, kv_len: int) -> Mask:
-        return type(self)(tuple(mask.like(kv_len) for mask in self.of))
-
-    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-        for mask in self.of:
-            mask.check(batch, heads, q_len, kv_len)
-
-
-class Intersection(_Combined):
-    """What all of some masks show: a & b."""
-
-    __slots__ = ()
-
-    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        return reduce(lambda x, y: x & y, (mask.sees(b, p, j, kv_len) for mask in self.of))
-
-    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
-        some, every = zip(*(mask.runs(b, rows, kv_len) for mask in self.of), strict=True)
-        return reduce(runs.intersection, some), reduce(runs.intersection, every)
-
-    def bias(self, p: Tensor, j: Tensor) -> Tensor | None:
-        found = None
-        for mask in self.of:
-            bias = mask.bias(p, j)
-            if bias is not None:
-                found = bias if found is None else found + bias
-        return found
-
-    def step(self) -> int:
-        return lcm(*(mask.step() for mask in self.of))
-
-    def parts(self) -> tuple[Mask, ...]:
-        return self.of
-
-    def __repr__(self) -> str:
-        return " & ".join(f"({mask!r})" if isinstance(mask, Union) else repr(mask) for mask in self.of)
-
-
-class Union(_Combined):
-    """What any of some masks shows: a | b."""
-
-    __slots__ = ()
-
-    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        return reduce(lambda x, y: x | y, (mask.sees(b, p, j, kv_len) for mask in self.of))
-
-    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
-        some, every = zip(*(mask.runs(b, rows, kv_len) for mask in self.of), strict=True)
-        return reduce(runs.union, some), reduce(runs.union, every)
-
-    def __repr__(self) -> str:
-        return " | ".join(map(repr, self.of))
-
-
-def _combined(kind: type[_Combined], a: Mask, b: Any) -> Mask:
-    if not isinstance(b, Mask):
-        return NotImplemented
-    of = [part for mask in (a, b) for part in (mask.of if isinstance(mask, kind) else (mask,))]
-    of = tuple(sorted(dict.fromkeys(of), key=lambda part: type(part).__name__))  # a & b is b & a
-    if kind is Union and any(mask.heads() for mask in of):
-        raise ValueError(f"{a!r} | {b!r}: a bias is added to what is seen, and goes with &")
-    if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, KINDS["Causal"])}) > 1:
-        raise ValueError(f"{a!r} and {b!r} have different corners: a mask has one position for each query")
-    return of[0] if len(of) == 1 else kind(of)
-
-
-def all_of(some: Iterable[Mask]) -> Mask:
-    """What all of some masks show. Raises ValueError where they have different corners."""
-    return reduce(lambda a, b: a & b, some)
-
-
-def leaves(mask: Mask) -> list[Mask]:
-    """All that is combined in a mask."""
-    return [leaf for part in mask.of for leaf in leaves(part)] if isinstance(mask, _Combined) else [mask]

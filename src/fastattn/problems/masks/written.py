@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 
-from fastattn.problems.masks.mask import KINDS, Intersection, Mask, Union
+from fastattn.problems.masks.bias import Bias
+from fastattn.problems.masks.combined import Combined
+from fastattn.problems.masks.mask import KINDS, Mask
 
 
 def parse(text: str) -> Mask:
@@ -29,5 +31,5 @@ def _of_node(node: ast.expr) -> Mask:
 
 def known_kinds() -> list[str]:
     """Names of the masks that can be written down."""
-    combined = (Intersection, Union)
-    return sorted(name for name, kind in KINDS.items() if not (name.startswith("_") or issubclass(kind, combined)))
+    unwritten = (Combined, Bias)  # a tensor has no words
+    return sorted(name for name, kind in KINDS.items() if not (name.startswith("_") or issubclass(kind, unwritten)))

@@ -1,4 +1,4 @@
-"""Packed sequences, caches and sinks, rewritten as an ordinary call: tensors of four dimensions, a mask with the lengths.
+"""Packed sequences, caches, sinks and biases, rewritten as an ordinary call: four dimensions, and a mask with the lengths.
 
 Layout "thd" is a batch of one with a Document mask, a cache that is filled to `kv_lens` is its filled part with a Filled
 mask, pages are gathered. Lengths on the CPU are read in each call; on CUDA, and while a graph is traced, nothing is read: the
@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.problems.call_options import OF_CACHES, OF_SEQUENCES, REWRITTEN, check_layout, parse_options
+from fastattn.problems.masks import Mask
+from fastattn.problems.rewriting.bias import of_bias
 from fastattn.problems.rewriting.caches import of_cache
 from fastattn.problems.rewriting.jagged import is_jagged, of_jagged
 from fastattn.problems.rewriting.rewritten import Rewritten, refuse
@@ -22,12 +24,13 @@ __all__ = ["Rewritten", "rewrite"]
 
 
 def rewrite(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, Any]) -> Rewritten | None:
-    """The call that one with lengths or sinks comes to, nearer to an ordinary one; None where it is one already.
+    """The call that one with lengths, sinks or a Bias comes to, nearer to an ordinary one; None where it is one already.
 
     Raises TypeError or ValueError, naming the argument, for lengths that do not fit.
     """
     asked = {name for name in REWRITTEN if options.get(name) is not None}
-    is_wanted = asked or layout == "thd" or is_jagged(q)
+    is_biased = isinstance(mask, Mask) and bool(mask.added())
+    is_wanted = asked or layout == "thd" or is_jagged(q) or is_biased
     if not is_wanted or not all(isinstance(x, Tensor) for x in (q, k, v)):
         return None  # of what is no tensor an ordinary call says what is wrong
     if layout != "thd":
@@ -35,6 +38,8 @@ def rewrite(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, A
     parse_options(options)  # raises for what is wrong with the others
     if "sinks" in asked:
         return of_sinks(q, k, v, mask, layout, options)
+    if is_biased:
+        return of_bias(q, k, v, mask, layout, options)
     rest = {name: value for name, value in options.items() if name not in REWRITTEN}
     if any(is_jagged(x) for x in (q, k, v)):
         refuse(asked, "does not go with a NestedTensor")

@@ -12,7 +12,7 @@ from fastattn.problems import dense_masks, masks
 from fastattn.problems.call_key import as_structured, call_key, told
 from fastattn.problems.call_options import CallOptions, parse_options
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_readable, whole_numbers
+from fastattn.problems.rewriting.rewritten import Rewritten, as_it_is, check_whole, is_readable, whole_numbers
 
 # Masks that say the same whatever kv_len is, so that they may lie over a part of the cache.
 _BY_POSITION = (masks.Causal, masks.Window, masks.Dilated, masks.Chunked, masks.Prefix, masks.Global, masks.ALiBi)
@@ -37,7 +37,7 @@ def of_cache(
     corner, left, rest = _corner(mask, options)
     if not readable:
         mask = _unread(q, k, mask, kv_lens, (b, s), left, corner)
-        return Rewritten(q, k, v, mask, layout, rest, _as_it_is)
+        return Rewritten(q, k, v, mask, layout, rest, as_it_is)
     filled = _lengths(kv_lens, q.shape[b])
     if len(filled) != q.shape[b] or not all(0 <= n <= k.shape[s] for n in filled):
         raise ValueError(
@@ -48,15 +48,15 @@ def of_cache(
         mask = mask[..., :most] if _is_dense(mask) and mask.shape[-1] > 1 else mask
         k, v = k.narrow(s, 0, most), v.narrow(s, 0, most)
     if len(set(filled)) < 2:
-        return Rewritten(q, k, v, mask, layout, options, _as_it_is)
+        return Rewritten(q, k, v, mask, layout, options, as_it_is)
     if corner:
         rows = q.shape[s] if q.shape[s] > 1 or left >= 0 else 0  # one query sees all that is filled
-        return Rewritten(q, k, v, masks.Filled(filled, rows, left), layout, rest, _as_it_is)
+        return Rewritten(q, k, v, masks.Filled(filled, rows, left), layout, rest, as_it_is)
     if _is_dense(mask):
         mask = dense_masks.intersect(mask, masks.Filled(filled).dense(q.shape[b], 1, most, q.device))
     else:
         mask = masks.Filled(filled) if mask is None else as_structured(mask) & masks.Filled(filled)
-    return Rewritten(q, k, v, mask, layout, options, _as_it_is)
+    return Rewritten(q, k, v, mask, layout, options, as_it_is)
 
 
 def _corner(mask: Any, options: dict[str, Any]) -> tuple[bool, int, dict[str, Any]]:
@@ -132,10 +132,6 @@ def _gathered(name: str, x: Tensor, pages: Any, layout: str, most: int | None) -
             raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
     x = x[pages].flatten(1, 2)
     return x.transpose(1, 2) if layout == "bhsd" else x
-
-
-def _as_it_is(found: Any) -> Any:
-    return found
 
 
 def _is_dense(mask: Any) -> bool:

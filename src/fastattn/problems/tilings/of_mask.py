@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from fastattn.problems.masks import runs
-from fastattn.problems.masks.mask import Mask, all_of
+from fastattn.problems.masks.combined import all_of
+from fastattn.problems.masks.mask import Mask
 from fastattn.problems.tilings.tile import GAP, Tile, Tiling, rows_of_a_tile, tiling_of
 
 FEWEST = 16  # rows of a tile that ends where the mask changes: what sees little is not worth a call of its own
