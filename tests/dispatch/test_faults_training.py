@@ -66,14 +66,17 @@ def tied():
         yield
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("winner", WINNERS)
-def test_fault_84_the_same_bits_with_and_without_gradients(winner, dtype, tied, monkeypatch):
+def test_fault_84_the_same_bits_with_and_without_gradients(winner, dtype, count, tied, monkeypatch):
     """With same_kernel_in_training a forward under no_grad is bitwise the forward of training."""
     favour(monkeypatch, winner)
     for i, sizes in enumerate(SIZES):
+        if count == 1 and (i + WINNERS.index(winner) + (dtype is torch.float32)) % 2:
+            continue  # the other dtype has it
         tensors = qkv(dtype=dtype, **SIZES[sizes])
-        for options in [*OPTIONS, *OPTIONS][i % len(OPTIONS) :: 4][:2]:
+        for options in [*OPTIONS, *OPTIONS][i % len(OPTIONS) :: 4][:count]:
             for _ in range(2):
                 without, trained = both(*tensors, **OPTIONS[options])
                 assert torch.equal(without, trained), (sizes, options)

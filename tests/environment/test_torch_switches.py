@@ -344,8 +344,10 @@ print(fastattn.explain(q, q, q).problem.switches, fastattn.explain(q, q, q).prob
 
 
 @pytest.mark.parametrize("name, value", [
-    ("ONEDNN_MAX_CPU_ISA", "AVX2"), ("DNNL_DEFAULT_FPMATH_MODE", "BF16"), ("MKL_CBWR", "COMPATIBLE"),
-    ("TORCH_MKLDNN_MATMUL_MIN_SIZE", "1"), ("NVIDIA_TF32_OVERRIDE", ""),
+    ("ONEDNN_MAX_CPU_ISA", "AVX2"), ("NVIDIA_TF32_OVERRIDE", ""),
+    pytest.param("DNNL_DEFAULT_FPMATH_MODE", "BF16", marks=pytest.mark.long),
+    pytest.param("MKL_CBWR", "COMPATIBLE", marks=pytest.mark.long),
+    pytest.param("TORCH_MKLDNN_MATMUL_MIN_SIZE", "1", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_fault_75_what_a_process_was_started_with_is_in_its_keys(name, value, tmp_path):
     environment = {n: v for n, v in os.environ.items() if n not in torch_switches.AT_START["cpu"]}

@@ -141,7 +141,9 @@ print(found.why)
 """
 
 
-@pytest.mark.parametrize(("start", "step"), [(7, 0), (0, 3600), (0, -1), (0, 1e-12)])
+@pytest.mark.parametrize(("start", "step"), [
+    (7, 0), (0, 1e-12), *(pytest.param(0, step, marks=pytest.mark.long) for step in (3600, -1)),
+])  # fmt: skip
 def test_fault_81_a_clock_that_was_replaced_before_fastattn_came(start, step, own_store):
     words = [sys.executable, "-c", SCRIPT.format(start=start, step=step)]
     path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not p.endswith("nothing_wins")]
