@@ -1,0 +1,165 @@
+"""KVCache: keys and values of past tokens in memory that has room for more, so that a new token copies itself alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dispatch.attention import attention
+from fastattn.environment.text import dtype_name
+from fastattn.problems import masks
+from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
+from fastattn.problems.rewriting.rewritten import whole_numbers
+
+
+class KVCache:
+    """The keys and values of a batch of sequences, which grow; for inference.
+
+        cache = fastattn.KVCache("bshd", capacity=4096)
+        cache.append(k, v)      # a prompt, or a token
+        out = cache.attend(q)   # q: the last tokens of what is filled
+
+    layout: of what append() and attend() are given, "bhsd", "bshd" or "sbhd"; in memory each head's rows lie together.
+    capacity: tokens to make room for at first; where more come it doubles. Dtype and device are those of the first keys.
+    Raises ValueError for another layout or a capacity below 1.
+    """
+
+    def __init__(self, layout: str = "bhsd", capacity: int = 256) -> None:
+        if layout not in TO_BHSD:
+            raise ValueError(f"KVCache: layout must be one of {', '.join(map(repr, TO_BHSD))}, got {layout!r}")
+        if capacity < 1:
+            raise ValueError(f"KVCache: capacity must be at least 1 token, got {capacity}")
+        self.layout, self._capacity = layout, capacity
+        self._k = self._v = None  # (batch, kv_heads, capacity, head_dim or head_dim_v)
+        self._filled: list[int] = []
+
+    def append(self, k: Tensor, v: Tensor, lengths: Any = None) -> None:
+        """Add tokens behind what is filled: k, v [batch, kv_heads, tokens, head_dim] in the cache's layout.
+
+        lengths: how many of the tokens each entry has, where they differ (prompts padded on the right); int [batch]. Raises
+        ValueError for tensors that do not go with those before, or that want a gradient while gradients are on.
+        """
+        if k.dim() != 4 or v.dim() != 4:
+            raise ValueError(f"KVCache.append(): k and v must have four dimensions, got {k.dim()} and {v.dim()}")
+        k, v = to_bhsd(k, self.layout), to_bhsd(v, self.layout)
+        self._check(k, v)
+        batch, _, tokens, _ = k.shape
+        new = [tokens] * batch if lengths is None else whole_numbers("lengths", lengths)
+        if len(new) != batch or not all(0 <= n <= tokens for n in new):
+            raise ValueError(f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {new}")
+        filled = self._filled or [0] * batch
+        after = [n + more for n, more in zip(filled, new, strict=True)]
+        self._make_room(max(after), k, v)
+        for store, given in ((self._k, k), (self._v, v)):
+            assert store is not None
+            if len(set(zip(filled, new, strict=True))) == 1:
+                store[:, :, filled[0] : after[0]].copy_(given[:, :, : new[0]])
+                continue
+            for entry, (first, last, count) in enumerate(zip(filled, after, new, strict=True)):
+                store[entry, :, first:last].copy_(given[entry, :, :count])
+        self._filled = after
+
+    def attend(self, q: Tensor, mask: Any = None, **options: Any) -> Any:
+        """attention() of the last tokens on what is filled: q [batch, q_heads, tokens, head_dim] in the cache's layout.
+
+        mask: None means that the queries are the last of the filled tokens, and see no later ones. Options and errors are those
+        of attention(); RuntimeError where nothing is filled yet.
+        """
+        if not self._filled:
+            raise RuntimeError("KVCache.attend(): nothing is filled yet: append() keys and values first")
+        tokens = q.shape[TO_BHSD[self.layout][2]] if q.dim() == 4 else 1
+        if mask is None and tokens > 1:
+            mask = masks.Causal("bottom_right")
+        if len(set(self._filled)) > 1:
+            options["kv_lens"] = self._filled
+        return attention(q, self.k, self.v, mask, self.layout, **options)
+
+    @property
+    def k(self) -> Tensor:
+        """The keys, as far as the longest entry is filled: a view in the cache's layout. Behind a shorter one lies anything."""
+        return self._view(self._k)
+
+    @property
+    def v(self) -> Tensor:
+        """The values, likewise."""
+        return self._view(self._v)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How much of each entry is filled: what attention() takes as `kv_lens`."""
+        return tuple(self._filled)
+
+    def __len__(self) -> int:
+        """Tokens of the longest entry."""
+        return max(self._filled, default=0)
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Forget the tokens beyond these lengths, one for all entries or one each: drafts that were rejected."""
+        most = [lengths] * len(self._filled) if isinstance(lengths, int) else whole_numbers("lengths", lengths)
+        if len(most) != len(self._filled) or min(most, default=0) < 0:
+            raise ValueError(f"KVCache.crop(): lengths must be {len(self._filled)} numbers from 0 on, got {lengths}")
+        self._filled = [min(n, m) for n, m in zip(self._filled, most, strict=True)]
+
+    def reorder(self, entries: Tensor | Sequence[int]) -> None:
+        """Entry i becomes what entries[i] was: beams, or a batch that loses and gains entries."""
+        order = whole_numbers("entries", entries)
+        if not all(0 <= i < len(self._filled) for i in order):
+            raise ValueError(f"KVCache.reorder(): entries must be from 0 to {len(self._filled) - 1}, got {order}")
+        if self._k is None or self._v is None:
+            return
+        index = torch.tensor(order, dtype=torch.int64, device=self._k.device)
+        self._k, self._v = self._k.index_select(0, index), self._v.index_select(0, index)
+        self._filled = [self._filled[i] for i in order]
+
+    def reset(self) -> None:
+        """Forget all tokens, and keep the memory for as many entries."""
+        self._filled = [0] * len(self._filled)
+
+    def __repr__(self) -> str:
+        if self._k is None:
+            return f"KVCache({self.layout!r}, empty)"
+        batch, heads, room, head_dim = self._k.shape
+        alike = len(set(self._filled)) == 1
+        filled = f"{self._filled[0]}" if alike else f"{min(self._filled)} to {max(self._filled)}"
+        what = f"{batch} x {heads} heads, d{head_dim}, {dtype_name(self._k.dtype)}"
+        return f"KVCache({self.layout!r}, {what}, {filled} of {room} tokens)"
+
+    def _view(self, store: Tensor | None) -> Tensor:
+        if store is None:
+            raise RuntimeError("KVCache: nothing is filled yet: append() keys and values first")
+        return from_bhsd(store[:, :, : len(self)], self.layout)
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"KVCache.append(): k and v must be alike but for head_dim, got {tuple(k.shape)} and {tuple(v.shape)} in bhsd"
+            )
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError("KVCache.append(): a cache is for inference: use it under torch.no_grad()")
+        for name, store, given in (("k", self._k, k), ("v", self._v, v)):
+            if store is None:
+                continue
+            before = (*store.shape[:2], store.shape[3], store.dtype, store.device)
+            now = (*given.shape[:2], given.shape[3], given.dtype, given.device)
+            if before != now:
+                raise ValueError(
+                    f"KVCache.append(): {name} has (batch, kv_heads, head_dim, dtype, device) {now}, the cache {before}"
+                )
+
+    def _make_room(self, tokens: int, k: Tensor, v: Tensor) -> None:
+        room = self._capacity if self._k is None else self._k.shape[2]
+        if self._k is not None and tokens <= room:
+            return
+        while room < tokens:
+            room *= 2
+        self._k, self._v = (self._grown(store, given, room) for store, given in ((self._k, k), (self._v, v)))
+
+    def _grown(self, store: Tensor | None, like: Tensor, room: int) -> Tensor:
+        """The same tokens with room for more. What is not filled is never read."""
+        grown = torch.empty(*like.shape[:2], room, like.shape[3], dtype=like.dtype, device=like.device)
+        if store is not None:
+            grown[:, :, : len(self)].copy_(store[:, :, : len(self)])
+        return grown
