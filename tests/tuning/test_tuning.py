@@ -228,6 +228,25 @@ def test_where_rounds_of_all_would_take_too_long_slow_ones_leave_before(monkeypa
     assert thorough["a"] is None, "there is time for all"
 
 
+def test_what_is_many_times_slower_on_the_probes_does_not_run_at_full_size(monkeypatch):
+    add(monkeypatch, *(made_up(n, honest) for n in ("a", "b")))
+    clock = turn(monkeypatch, Clock({"default": 0.1, "a": 0.7, "b": 0.5}, other=0.11))
+    found = reasons(tune(clock=clock, thorough=True))
+    assert found["a"] == "more than 6 x slower than default at the first run" and clock.ran.count("a") == 1
+    assert found["b"] == "more than 3 x slower than default at the first run" and clock.ran.count("b") > 1
+    clock = turn(monkeypatch, Clock({"default": 0.01, "a": 0.2, "b": 0.01}, other=0.01))
+    tune(clock=clock, thorough=True)
+    assert clock.ran.count("a") > 1, "a run so short says little"
+
+
+def test_a_thorough_tuning_of_slow_calls_ends(monkeypatch):
+    """Three rounds of two where a run takes seconds, five seconds of rounds where ten would take longer."""
+    for cost, rounds in ((4.0, 3), (0.5, 5), (0.3, 8)):
+        clock = turn(monkeypatch, Clock({"default": cost, "matmul": cost}, other=20 * cost))
+        tune(clock=clock, thorough=True)
+        assert clock.timed.count("default") == rounds, cost
+
+
 def test_cli_tuning_tries_again_what_the_budget_left_out(monkeypatch):
     add(monkeypatch, *(made_up(f"k{i}", honest) for i in range(12)))
     turn(monkeypatch, Clock({"default": 0.05, "k11": 0.01}, other=0.1))

@@ -31,7 +31,8 @@ from fastattn.verdicts.verdict import Verdict
 def tune(as_json: bool, force: bool, compiling: bool, **asked: Any) -> None:
     """Tune problems now and store the verdicts.
 
-    There is no time limit. Where verdicts cannot be stored, the table is all there is, and a line says why.
+    A problem takes as long as its candidates need for a run or two, and some five seconds of rounds. Where verdicts cannot be
+    stored, the table is all there is, and a line says why.
     """
     wanted = problems(**asked)
     found: list[tuple[str, Verdict]] = []

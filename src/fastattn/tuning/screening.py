@@ -36,6 +36,7 @@ from fastattn.verdicts.verdict import Outcome
 TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far ends a candidate
 TOO_SLOW_FOR_ROUNDS = 2.0  # the same where there is no time for rounds of all
 ONE_RUN_S = 0.25  # a run this long is enough to go by
+TOO_SLOW_ON_PROBES = 6.0  # the same, of runs on the probes, which are smaller than the problem
 FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 
 
@@ -64,6 +65,7 @@ class Screening:
         self._cache = next(iter(cache_layers(settings.cache_dir)[0]), None)
         self._in_tiles: Judge | None = None
         self._fastest: tuple[float, str] | None = None  # (seconds, name) of the fastest first run so far
+        self._on_probes: tuple[float, str] | None = None  # the same of the runs on the probes
 
     def screen(self, trial: TrialInProgress, incumbent: bool = False) -> None:
         """Verify, then run once for memory and a first time; whatever goes wrong becomes the outcome."""
@@ -90,10 +92,9 @@ class Screening:
             if cause in (Cause.DEVICE, Cause.CALLER):
                 raise
             trial.out(*failure(error, cause))
-            is_memory = cause is Cause.MEMORY
         else:
             return None
-        if is_memory:  # only now: the exception held what the kernel had made
+        if cause is Cause.MEMORY:  # only now: the exception held what the kernel had made
             memory_use.release_memory(self.device)
         return None
 
@@ -121,6 +122,8 @@ class Screening:
             trial.errors = self._with_dropout(candidate).worst(trial.errors)
         if not trial.errors.passed:
             return trial.out(Outcome.INACCURATE, inaccurate(trial.errors))
+        if self._is_slow_on_probes(trial):
+            return None
         if not incumbent and (most := self._may_take(trial)) > self.room:
             why = f"not tried: it may take {most:.0f} bytes, a first call {self.room:.0f}; `fastattn tune` tries it"
             return trial.out(Outcome.NOT_TRIED, why)
@@ -162,6 +165,17 @@ class Screening:
         if TOO_SLOW * took < most:
             self._fastest = (took, candidate.name)
         return None
+
+    def _is_slow_on_probes(self, trial: TrialInProgress) -> bool:
+        """Rule out what was so slow on the probes that it need not run at the problem's size."""
+        kernel, took = trial.candidate.kernel, trial.first_call
+        if took is None or kernel.compiles or kernel.library != "torch":  # it compiles, or loads its code, in that run
+            return False
+        if self._on_probes is None or took < self._on_probes[0]:
+            self._on_probes = (took, trial.candidate.name)
+        elif took > max(ONE_RUN_S, TOO_SLOW_ON_PROBES * self._on_probes[0]):
+            out_as_slow(trial, TOO_SLOW_ON_PROBES, self._on_probes[1])
+        return not trial.is_alive
 
     def leave_slow(self, challengers: list[TrialInProgress], seconds: float) -> None:
         """Rule out the slower ones where the fewest rounds of all would take longer than `seconds`."""

@@ -21,13 +21,14 @@ from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
 from fastattn.tuning.screening import Screening
-from fastattn.tuning.stopwatch import ClockError, Stopwatch, Watched, stopwatch, time_interleaved
+from fastattn.tuning.stopwatch import MIN_ROUNDS, ClockError, Stopwatch, Watched, stopwatch, time_interleaved
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
 
 BUDGET_S = {"cpu": (0.5, 5.0), "cuda": (2.0, 10.0)}  # where libraries are tried, and a first run loads its code
 BUDGET_FACTOR = 25  # of the incumbent's own time: what comes before and after makes a first call of at most 60
 THOROUGH_ROUNDS = 10
+THOROUGH_S = 5.0  # of rounds, where the fewest take no longer: ten rounds of calls of a second tell no more than five
 STEADY_TRIES = 3  # timings that a thorough tuning makes to see the machine steady
 ROOM = 192 * 2**20  # bytes beyond the problem's own that a candidate may take in a first call: 256 MiB less the probes
 TRIED_ANYWAY = 2  # candidates: a slow default must not use up the time of those that would replace it
@@ -89,7 +90,7 @@ def tune_problem(
         left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
         screening.leave_slow([t for t in trials if t.is_alive and t is not incumbent], left)
         alive = [t for t in trials if t.is_alive]
-        left = min(left, THOROUGH_ROUNDS * screening.round_s(alive)) if thorough else left
+        left = _thorough_s(screening.round_s(alive)) if thorough else left
         cores_missing = _time(alive, clock, left, contention, STEADY_TRIES if thorough else 1)
         took = clock.now() - began
     except ClockError as error:
@@ -132,6 +133,10 @@ class _Budget:
     def spent(self) -> float:
         """Seconds since the start."""
         return self._clock.now() - self._start - (availability.import_seconds() - self._imports)
+
+
+def _thorough_s(round_s: float) -> float:
+    return max(MIN_ROUNDS * round_s, min(THOROUGH_ROUNDS * round_s, THOROUGH_S))
 
 
 def _budget(incumbent_s: float, device_type: str) -> float:
