@@ -12,6 +12,7 @@ from fastattn.environment.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastattn.dispatch.ahead import tune
+    from fastattn.dispatch.by_layer import Report, report
     from fastattn.dispatch.explain import Explanation, explain
     from fastattn.dispatch.kv_cache import KVCache
     from fastattn.dispatch.patching import Patch, patch, unpatch
@@ -28,15 +29,17 @@ if TYPE_CHECKING:
     from fastattn.verdicts.verdict import Verdict
 
 __all__ = [
-    "Explanation", "FastattnError", "KVCache", "NoKernelError", "Patch", "Plan", "Problem", "Stats", "Verdict", "attention",
-    "clear", "explain", "masks", "merge", "options", "patch", "plan", "sdpa", "stats", "sync", "tune", "unpatch",
+    "Explanation", "FastattnError", "KVCache", "NoKernelError", "Patch", "Plan", "Problem", "Report", "Stats",
+    "Verdict", "attention", "clear", "explain", "masks", "merge", "options", "patch", "plan", "report", "sdpa",
+    "stats", "sync", "tune", "unpatch",
 ]  # fmt: skip
 
 # Imported when first asked for: a program that only calls attention() pays for what a hit needs.
 _LATER = {
     "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
     "Patch": "dispatch.patching", "patch": "dispatch.patching", "unpatch": "dispatch.patching",
-    "KVCache": "dispatch.kv_cache", "merge": "kernels.merging", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
+    "Report": "dispatch.by_layer", "report": "dispatch.by_layer", "KVCache": "dispatch.kv_cache",
+    "merge": "kernels.merging", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",
     "Stats": "dispatch.stats", "stats": "dispatch.stats", "clear": "dispatch.session", "tune": "dispatch.ahead",
     "FastattnError": "environment.errors", "NoKernelError": "environment.errors", "options": "environment.option_scope",
     "Problem": "problems.problem", "Verdict": "verdicts.verdict",

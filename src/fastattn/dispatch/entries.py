@@ -39,7 +39,7 @@ class Entries:
 
     def __init__(self, resolve: Callable[..., Resolved]) -> None:
         """resolve(q, k, v, mask, layout, options): what a miss comes to."""
-        self._resolve = resolve
+        self.resolve = resolve
         self._lock = Lock()
         self._dropped_hits: dict[LeadsTo, int] = {}
         self._ask_table: Guard = self.lookup
@@ -62,7 +62,7 @@ class Entries:
         if call is not None:
             return call(q, k, v, mask)
         generation = self.generation
-        resolved = self._resolve(q, k, v, mask, layout, options)
+        resolved = self.resolve(q, k, v, mask, layout, options)
         out = resolved.call(q, k, v, mask)
         if resolved.remember:
             try:

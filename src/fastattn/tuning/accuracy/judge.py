@@ -25,6 +25,7 @@ from fastattn.tuning.accuracy.probes import (
 )
 
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
+WORK_LIMIT = 2**27  # the same of what they take: scores of a kv head x their dims
 ROWS = 192  # of a sample; fewer where their scores would be more than SAMPLED
 SAMPLED = 2**22
 POISONED = 2**24  # elements: more would take memory that the caller may not have
@@ -200,8 +201,10 @@ def judge_of_tiles(p: Problem, device: torch.device) -> Judge:
 
 def row_sample(p: Problem, device: torch.device) -> Tensor | None:
     """The rows the reference looks at: all, or the first and last tile and an even spread between (None is all)."""
-    count = min(ROWS, max(24, SAMPLED // max(1, p.kv_len)))
-    if p.q_len * p.kv_len <= ROW_LIMIT or p.q_len <= count:
+    of_row = p.group * p.kv_len
+    count = min(ROWS, max(24, SAMPLED // max(1, of_row)))
+    is_little = p.q_len * of_row * (p.head_dim + p.head_dim_v) <= WORK_LIMIT and p.q_len * p.kv_len <= ROW_LIMIT
+    if is_little or p.q_len <= count:
         return None
     edge = count // 3
     spread = torch.linspace(edge, p.q_len - edge - 1, count - 2 * edge, dtype=torch.float64, device=device).long()
