@@ -144,8 +144,10 @@ CASES = {
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
 @pytest.mark.parametrize("case", CASES)
-def test_options_and_layouts(case, layout):
+def test_options_and_layouts(case, layout, monkeypatch, untuned):
     options, mask, scale = CASES[case]
+    if "window" in options:  # one operator, which calls attention() when the graph runs
+        monkeypatch.setattr(resolve, "attention", RESOLVE)
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]
     given = [x.permute(order).contiguous() for x in (q, k, v)]
@@ -163,9 +165,9 @@ def test_softcap_and_the_log_sum_exp(dynamic, monkeypatch):
     def call(q, k, v):
         return attention(q, k, v, **options)
 
-    out, lse = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)(q, k, v)
-    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    monkeypatch.setattr(resolve, "attention", RESOLVE)  # by one operator, because of the window
     with fastattn.options(mode="cached"):
+        out, lse = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)(q, k, v)
         wanted = call(q, k, v)
     for ours, want in zip((out, lse), wanted, strict=True):
         assert torch.allclose(ours, want, atol=1e-5)

@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self._tables = SharedTables()
+        self.tables = SharedTables()
         self.tuning_s = 0.0  # of the process's tuning budget
         self.collectors: list[dict[Problem, None]] = []
         self.counts = Counts()
@@ -51,7 +51,7 @@ class Session:
         self.misses: Counter[Problem] = Counter()  # problems that were served untuned
         self._lengths_seen = LengthsSeen()
         self._stores: dict[str | None, Store] = {}
-        self._tables.forget_manifests()
+        self.tables.forget_manifests()
         self._fresh: dict[Key, Verdict] = {}  # verdicts for which there is nothing new to try
         self._checked: set[tuple[Any, ...]] = set()  # callers' own functions whose first output was checked
         self._said: set[str] = set()
@@ -94,10 +94,13 @@ class Session:
         """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
         if circumstances.deterministic:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
-        lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
+        first = "kv" if problem.q_len <= length_buckets.DECODE_Q_LEN else "exact"
+        lengths = (
+            ("all",) if problem.lengths == "all" else (first, "all")
+        )  # "all": a graph that is for a bucket of each
         may_tune = what_is_allowed(circumstances)[0] == TUNE
         may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
-        tables = self._tables.all(settings, device, may_read)
+        tables = self.tables.all(settings, device, may_read)
         names = [problem.bucketed(how) for how in lengths] if tables or not may_tune else []
         for table in tables:
             for name in names:
@@ -171,7 +174,7 @@ class Session:
 
     def share(self, table: dict[Problem, Verdict]) -> None:
         """Use this table, the same on every rank, before anything else."""
-        self._tables.of_ranks = table
+        self.tables.of_ranks = table
         entries.drop_all()
 
     def held(self, settings: Settings) -> list[Verdict]:
@@ -211,8 +214,9 @@ class Session:
             is_first = why not in self._said
             self._said.add(why)
         if is_first and not (circumstances.distributed and torch.distributed.get_rank()):
-            text = "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s"
-            log.warning(text, why, command_line(problem))
+            log.warning(
+                "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s", why, command_line(problem)
+            )
 
     def is_first_look(self, problem: Problem, score_mod: Any, mask: Any) -> bool:
         """Whether a caller's own function is new for this problem: by its code, as a closure may be made anew for each call."""
