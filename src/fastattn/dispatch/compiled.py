@@ -2,8 +2,8 @@
 
 A lookup whose result is a constant of the graph names the stored winner, and its Call is inlined: the winner's own operators
 stand in the graph. Where a length is a symbol it is looked up by its bucket (compiled_lengths.py). What cannot stand in a graph
-by itself is one operator, fastattn::attend (graph_op.py). Else, and wherever nothing is stored, it is F.sdpa with the conversions
-that our semantics ask for. Nothing is timed. A verdict learnt later reaches compiled code when it is compiled again.
+by itself is one operator, fastattn::attend (graph_op.py). Else, and wherever nothing is stored, it is F.sdpa with what our
+semantics ask for. Nothing is timed. A verdict learnt later reaches compiled code when it is compiled again.
 """
 
 from __future__ import annotations

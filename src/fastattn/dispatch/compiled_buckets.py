@@ -35,7 +35,7 @@ class Box(NamedTuple):
 
 
 def find_boxes(call: TracedCall, known: Lengths, calls: Calls) -> tuple[Box, ...]:
-    """Where which winner serves; its Call is left in `calls`. known: the batch, q_len and kv_len that are no symbols, else 0."""
+    """Where which winner serves; its Call is left in `calls`. known: batch, q_len and kv_len, 0 where it is a symbol."""
     found = [box for p in _stored(call, known) if (box := _box(call, known, p, calls)) is not None]
     return tuple(_merged(found)[-MOST:])
 

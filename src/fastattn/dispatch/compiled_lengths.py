@@ -32,7 +32,7 @@ def is_static(*tensors: Any) -> bool:
 
 
 def in_letters(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: str) -> tuple[Any, Any] | None:
-    """((shape, stride, dtype, device, requires_grad) of each, what is known of "b", "q" and "k"); None where that cannot be said.
+    """((shape, stride, dtype, device, requires_grad) of each, the known "b", "q" and "k"); None where that cannot be said.
 
     A shape has these letters for its batch and lengths; a stride that is a symbol is (i,): the size times the stride of
     dimension i. Shapes and strides are those of the (b, h, s, d) view. Known is a number, or 0 of a symbol.

@@ -2,7 +2,7 @@
 
 Those are masks with a meaning, packed sequences, caches, winners in blocks, and kernels of other libraries. When the graph
 runs, the operator calls attention(), which finds its Call as in eager code, for the very lengths of that run. Its arguments are
-tensors, and one string that says the rest: nothing of it is an object of this process, so a graph from a cache runs in any other.
+tensors, and one string that says the rest: none is an object of this process, so a graph from a cache runs in any other.
 """
 
 from __future__ import annotations
