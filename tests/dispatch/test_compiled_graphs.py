@@ -133,6 +133,29 @@ def test_a_frame_that_dynamo_gave_up_does_not_have_our_code_compiled():
     assert all(torch.allclose(out, exact(*given), atol=1e-5) for out in found)
 
 
+def test_layers_with_different_winners_stand_in_one_graph():
+    given = qkv()
+    store("matmul", *given)
+    store("torch_math", *given, is_causal=True)
+
+    def call(q, k, v):
+        return attention(attention(q, k, v), k, v, is_causal=True)
+
+    run, graphs = compiled(call)
+    assert torch.allclose(run(*given), exact(exact(*given), *given[1:], is_causal=True), atol=1e-5)
+    assert graphs.has("baddbmm") and graphs.has("_scaled_dot_product_attention_math")
+
+
+def test_a_second_model_does_not_have_the_first_one_compiled_again():
+    given = qkv()
+    store("matmul", *given)
+    runs = [compiled(lambda q, k, v, n=n: attention(q, k, v) * n) for n in (1, 2)]
+    for _ in range(2):
+        for run, _ in runs:
+            run(*given)
+    assert [graphs.count for _, graphs in runs] == [1, 1]
+
+
 # --- a winner of a bucket where lengths are symbols
 
 

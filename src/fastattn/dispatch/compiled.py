@@ -8,7 +8,6 @@ semantics ask for. Nothing is timed. A verdict learnt later reaches compiled cod
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: di
     if name == OPERATOR:
         return graph_op.attend(q, k, v, structured, layout, options, {})
     if name:
-        return CALLS[name](q, k, v, mask)
+        return getattr(CALLS, name)(q, k, v, mask)
     return passed_on.attend(q, k, v, mask, layout, options)
 
 
@@ -71,11 +70,15 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scal
         if name == OPERATOR:
             return graph_op.attend(q, k, v, mask, "bhsd", options, {})
         if name:
-            return CALLS[name](q, k, v, mask)
+            return getattr(CALLS, name)(q, k, v, mask)
     return torch_sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-CALLS: dict[str, Callable[..., Tensor]] = {}  # Calls that traced code inlines, by a name that is constant in its graph
+class _Calls:
+    """Calls that traced code inlines, each an attribute: of a dict Dynamo would see what it held when the trace began."""
+
+
+CALLS = _Calls()
 OPERATOR = graph_op.NAME
 
 

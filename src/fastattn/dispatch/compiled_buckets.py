@@ -11,7 +11,7 @@ from itertools import product
 from typing import NamedTuple
 
 from fastattn.dispatch import fallback
-from fastattn.dispatch.compiled_winner import Calls, Lengths, TracedCall, ask, choose, keep
+from fastattn.dispatch.compiled_winner import Lengths, TracedCall, ask, choose, keep
 from fastattn.dispatch.graph_op import NAME as OPERATOR
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
@@ -34,7 +34,7 @@ class Box(NamedTuple):
     name: str
 
 
-def find_boxes(call: TracedCall, known: Lengths, calls: Calls) -> tuple[Box, ...]:
+def find_boxes(call: TracedCall, known: Lengths, calls: object) -> tuple[Box, ...]:
     """Where which winner serves; its Call is left in `calls`. known: batch, q_len and kv_len, 0 where it is a symbol."""
     found = [box for p in _stored(call, known) if (box := _box(call, known, p, calls)) is not None]
     return tuple(_merged(found)[-MOST:])
@@ -74,7 +74,7 @@ def _filled(known: Lengths) -> Lengths:
     return b, q, k
 
 
-def _box(call: TracedCall, known: Lengths, stored: Problem, calls: Calls) -> Box | None:
+def _box(call: TracedCall, known: Lengths, stored: Problem, calls: object) -> Box | None:
     """Where the winner of a stored problem serves this call; None where it is no problem of this call, or the default wins."""
     bounds = _bounds(known, stored)
     if bounds is None:

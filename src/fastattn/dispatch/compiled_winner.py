@@ -5,7 +5,7 @@ Runs as plain Python while torch.compile is tracing. compiled_buckets.py asks th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
 from typing import Any, NamedTuple
 
 from fastattn.dispatch import fallback
@@ -24,7 +24,6 @@ from fastattn.problems.call_options import CallOptions
 from fastattn.problems.layouts import TO_BHSD
 
 Lengths = tuple[int, int, int]  # of the batch, queries and keys
-Calls = dict[str, Callable[..., Any]]
 
 
 class TracedCall(NamedTuple):
@@ -40,8 +39,8 @@ class TracedCall(NamedTuple):
     may_be_operator: bool
 
 
-def bind_winner(call: TracedCall, calls: Calls) -> str:
-    """Leave the winner's Call in `calls` and return its name there; OPERATOR; or "" where the default is to serve."""
+def bind_winner(call: TracedCall, calls: object) -> str:
+    """Make the winner's Call an attribute of `calls` and return its name; OPERATOR; or "" where the default is to serve."""
     found = ask(call)
     if found is None:
         return ""
@@ -86,13 +85,14 @@ def choose(call: TracedCall, asked: Asked) -> Accepted | None:
     return chosen
 
 
-def keep(chosen: Accepted, key: CallKey, asked: Asked, digest: str, calls: Calls) -> str:
+def keep(chosen: Accepted, key: CallKey, asked: Asked, digest: str, calls: object) -> str:
     """The name of a candidate's Call, which is made once: Dynamo guards that it is the one that was traced."""
     is_told = isinstance(key.mask, masks.Mask)
     facts = asked.facts._replace(extent=0)
-    name = f"{digest} {chosen.name} {is_told} {key.options.scale} {key.options.dropout_p} {facts}"
-    if name not in calls:
-        calls[name] = bind(chosen, asked, key)
+    text = f"{digest} {chosen.name} {is_told} {key.options.scale} {key.options.dropout_p} {facts}"
+    name = f"call_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    if not hasattr(calls, name):
+        setattr(calls, name, bind(chosen, asked, key))
     return name
 
 
