@@ -46,7 +46,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("case", TOLD)
-@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("layout", ["bhsd", pytest.param("bshd", marks=pytest.mark.long)])
 def test_a_mask_with_a_meaning_is_one_operator_and_no_mask(case, layout):
     given = qkv(layout=layout)
     call = partial(attention, layout=layout, **TOLD[case])
