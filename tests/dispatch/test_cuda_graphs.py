@@ -61,6 +61,7 @@ def test_a_capture_is_seen_on_cuda_alone(capture):
 def test_a_hit_captures(capture, untuned):
     given = qkv()
     store("matmul", *given)
+    fastattn.stats.reset()
     want = attention(*given)
     before = dict(fastattn.stats()["served_by"])
     assert before == {"matmul": 1} and entries.table

@@ -19,15 +19,10 @@ from fastattn.problems.layouts import TO_BHSD
 
 
 def is_static(*tensors: Any) -> bool:
-    """Whether every size is a plain number, not a symbol of a dynamic graph."""
+    """Whether every size is a plain number, not a symbol of a dynamic graph. A product or sum of symbols is no number."""
     for x in tensors:
-        if isinstance(x, Tensor):
-            for n in x.shape:
-                if not has_static_value(n):
-                    return False
-            for n in x.stride():
-                if not has_static_value(n):
-                    return False
+        if isinstance(x, Tensor) and not (has_static_value(x.numel()) and has_static_value(sum(x.stride()))):
+            return False
     return True
 
 
