@@ -19,6 +19,7 @@ from fastattn.dispatch import tune_now
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
+from fastattn.problems.spelling import command_line
 from fastattn.verdicts.verdict import Trial, Verdict
 
 TORCHS = F.scaled_dot_product_attention
@@ -284,6 +285,7 @@ def test_a_miss_is_recorded_for_the_bucket_that_would_serve():
     _, graphs = traced_on(lambda q, k, v: attention(q, k, v), lengths_of((40,), (60,)), mark=[2])
     assert graphs.count == 1  # nothing is stored, so nothing is compared
     [missed] = session.misses
+    assert command_line(missed).endswith("--bucket")
     assert (missed.lengths, missed.q_len, missed.kv_len, missed.batch) == ("all", 47, 47, 2)
     fastattn.clear()
     torch._dynamo.reset()

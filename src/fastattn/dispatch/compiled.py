@@ -129,7 +129,9 @@ def _is_one_query(q: Tensor, layout: str) -> bool:
 
 
 def _may_be_operator(q: Tensor, k: Tensor, v: Tensor, mask: Any, o: CallOptions) -> bool:
-    """Whether fastattn::attend can stand for the call: it draws no dropout and has no gradient of a mask."""
+    """Whether fastattn::attend can stand for the call: for plain tensors; it draws no dropout and has no gradient of a mask."""
+    if type(q) is not Tensor and type(q) is not torch.nn.Parameter:  # of a subclass F.sdpa knows what to do
+        return False
     if o.dropout_p > 0 or o.score_mod is not None or (isinstance(mask, Tensor) and mask.requires_grad):
         return False
     return not torch.compiler.is_exporting() and may_be_operator(q.device.type)
