@@ -2,10 +2,10 @@
 
     python benchmarks/compiled.py [--dtype bfloat16] [--seconds 5] [--repeats 3] [--smoke] [--results docs/results]
 
-Start-up: a new process compiles a small model and runs it once, with empty caches of Inductor (cold), then with those it left
-(warm): stock, stock with fastattn imported, patched, by attention(). The ways take turns. Run time: the same model compiled in one
-process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered by name, alternate in each round;
-times are medians. Everything is tuned before, in eager code. Exit code 1 where an answer is wrong.
+Start-up: a new process compiles a small model and runs it once, with empty caches of Inductor (cold), then with those it
+left (warm): stock, stock with fastattn imported, patched, by attention(). The ways take turns. Run time: the same model
+compiled in one process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered by name,
+alternate in each round; times are medians. Everything is tuned before, in eager code. Exit code 1 where an answer is wrong.
 """
 
 from __future__ import annotations
