@@ -74,7 +74,7 @@ FOOT = """## What they cost
 with the dense mask, and timed. Masks that are alike (documents of about one length, batches padded to about one share)
 share a verdict; which keys are seen is read from the value of each call.
 
-The dense form serves with dropout, under torch.compile, where nothing may be learnt, and below 256 queries or 2^18 pairs
+The dense form serves with dropout, in an export, where nothing may be learnt, and below 256 queries or 2^18 pairs
 of a query and a key, where tiles cost what they save. A Bias and what stands beside it are made one float mask in each
 call, in which what is hidden is found. A Filled mask is always served in tiles, as what lies behind must not be read.
 Packed and Filled are what

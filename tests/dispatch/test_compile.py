@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastattn
 from fastattn import attention
@@ -144,8 +147,10 @@ CASES = {
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "sbhd"])
 @pytest.mark.parametrize("case", CASES)
-def test_options_and_layouts(case, layout):
+def test_options_and_layouts(case, layout, monkeypatch, untuned):
     options, mask, scale = CASES[case]
+    if "window" in options:  # one operator, which calls attention() when the graph runs
+        monkeypatch.setattr(resolve, "attention", RESOLVE)
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]
     given = [x.permute(order).contiguous() for x in (q, k, v)]
@@ -163,9 +168,9 @@ def test_softcap_and_the_log_sum_exp(dynamic, monkeypatch):
     def call(q, k, v):
         return attention(q, k, v, **options)
 
-    out, lse = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)(q, k, v)
-    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    monkeypatch.setattr(resolve, "attention", RESOLVE)  # by one operator, because of the window
     with fastattn.options(mode="cached"):
+        out, lse = torch.compile(call, backend="eager", fullgraph=True, dynamic=dynamic)(q, k, v)
         wanted = call(q, k, v)
     for ours, want in zip((out, lse), wanted, strict=True):
         assert torch.allclose(ours, want, atol=1e-5)
@@ -267,3 +272,30 @@ def test_export_with_a_dynamic_length(strict, monkeypatch):
     k = torch.randn(1, 17, 2, 8)
     want = exact(*(x.transpose(1, 2) for x in (q, k, k)), seen(4, 17, 13)).transpose(1, 2)
     assert torch.allclose(program(q, k, k), want, atol=1e-5)
+
+
+def test_a_bias_beside_other_masks_is_a_dense_mask_in_the_graph():
+    q, bias = torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 30, requires_grad=True)
+
+    def run(q, bias):
+        return attention(q, q, q, masks.Causal() & masks.Window(9, 0) & masks.Bias(bias))
+
+    seen = (masks.Causal() & masks.Window(9, 0)).dense(1, 30, 30)
+    want = exact(q, q, q, bias.double().masked_fill(~seen, -float("inf")))
+    got = torch.compile(run, backend="aot_eager", fullgraph=True)(q, bias)
+    assert torch.allclose(got, want, atol=1e-5)
+    got.sum().backward()
+    assert bias.grad.isfinite().all() and not bias.grad[~seen.expand_as(bias)].any()
+
+
+@pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("kinds", [None, [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]], ids=["", "sdpa_kernel"])
+def test_the_function_itself_runs_as_it_is_where_it_is_all_that_is_compiled(make, kinds, monkeypatch):
+    """As pytorch's own test_transformers compiles it: our bookkeeping is not traced in place of the traced twin."""
+    monkeypatch.setattr(resolve, "attention", RESOLVE)
+    q, k = torch.rand(1, 2, 8, 16, requires_grad=True), torch.rand(1, 2, 12, 16)
+    with fastattn.options.scope(mode="cached"), fastattn.patch(), sdpa_kernel(kinds) if kinds else nullcontext():
+        ours = torch.nn.functional.scaled_dot_product_attention
+        got = torch.compile(ours, backend="aot_eager")(q, k, k, attn_mask=make(8, 12))
+    assert torch.allclose(got, exact(q, k, k, make(8, 12)._materialize("cpu")), atol=1e-5)
+    got.sum().backward()

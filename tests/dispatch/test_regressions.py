@@ -124,10 +124,15 @@ def test_a_stored_plain_winner_is_not_served_with_another_conversion():
 
 
 def test_an_order_is_not_dropped_under_dynamic_shapes():
-    torch._dynamo.reset()
-    run = torch.compile(lambda x: attention(x, x, x, kernel="matmul"), backend="eager", dynamic=True, fullgraph=True)
-    with pytest.raises(Exception, match="static sizes"):
-        run(torch.randn(1, 2, 24, 16))
+    x = torch.randn(1, 2, 24, 16)
+    for dropout_p, error in ((0.0, "matmul_shifted' cannot run"), (0.5, "static sizes")):  # the operator draws none
+        torch._dynamo.reset()
+        run = torch.compile(
+            lambda x: attention(x, x, x, kernel="matmul_shifted", dropout_p=dropout_p),
+            backend="eager", dynamic=True, fullgraph=True,
+        )  # fmt: skip
+        with pytest.raises(Exception, match=error):
+            run(x)
 
 
 def test_threads_that_read_no_verdict_just_before_one_was_found_do_not_tune_again(monkeypatch):

@@ -28,13 +28,18 @@ from fastattn.verdicts.verdict import Verdict
 @click.option(
     "--compile", "compiling", is_flag=True, help="Also kernels that compile first (flex: 5 to 20 s a problem)."
 )
-def tune(as_json: bool, force: bool, compiling: bool, **asked: Any) -> None:
+@click.option(
+    "--bucket", is_flag=True, help="Each stands for its bucket of lengths, for compiled models whose lengths change."
+)
+def tune(as_json: bool, force: bool, compiling: bool, bucket: bool, **asked: Any) -> None:
     """Tune problems now and store the verdicts.
 
     A problem takes as long as its candidates need for a run or two, and some five seconds of rounds. Where verdicts cannot be
     stored, the table is all there is, and a line says why.
     """
     wanted = problems(**asked)
+    if bucket:
+        wanted = {problem.bucketed("all"): name for problem, name in wanted.items()}
     found: list[tuple[str, Verdict]] = []
     err = Console(stderr=True)
     spinner = SpinnerColumn("line" if err.options.ascii_only else "dots")

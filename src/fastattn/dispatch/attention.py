@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastattn.dispatch.entries import Entries, no_tensors
-from fastattn.environment import settings
+from fastattn.environment import settings, torch_private
 
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
@@ -125,6 +125,7 @@ def _traced(
 
 
 attention._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+torch_private.run_as_python(attention)
 attention.__signature__ = inspect.signature(_traced)  # type: ignore[attr-defined]
 
 

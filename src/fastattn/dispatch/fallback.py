@@ -65,7 +65,7 @@ def in_order(
     for name in verdict.ranked() if verdict is not None else ():
         kernel = registry.row_for(name.split("+")[0], asked.device.type, asked.settings.named)
         is_out = verdict is not None and (verdict.problem, name) in session.demotions
-        if kernel is None or is_out or (tracing and not _is_traceable(kernel, name)):
+        if kernel is None or is_out or (tracing and not stands_in_graph(kernel, name, asked)):
             continue
         if asked.circumstances.capturing and not is_ready(kernel):
             continue
@@ -141,8 +141,15 @@ def is_ready(kernel: Kernel) -> bool:
     return kernel.compiles is None and availability.is_loaded(kernel)
 
 
-def _is_traceable(kernel: Kernel, name: str) -> bool:
-    return kernel.library == "torch" and not IN_BLOCKS & set(name.split("+")[1:])
+def stands_in_graph(kernel: Kernel, name: str, asked: Asked) -> bool:
+    """Whether a candidate's own operators can stand in a graph of torch.compile.
+
+    A loop over blocks would be unrolled; other libraries' Python breaks the graph, and so does the gradient of a log-sum-exp,
+    which is made in the backward. A split into parts asks for the length, which may be a symbol.
+    """
+    p, conversions = asked.problem, set(name.split("+")[1:])
+    is_in_loop = IN_BLOCKS & conversions or ("split_kv" in conversions and p.lengths != "exact")
+    return kernel.library == "torch" and not is_in_loop and not (p.lse and p.needs_grad)
 
 
 def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:

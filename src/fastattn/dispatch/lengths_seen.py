@@ -14,6 +14,8 @@ class LengthsSeen:
 
     def to_tune(self, problem: Problem, count_lengths: bool) -> Problem:
         """What is tuned for this problem: itself, or its bucket where lengths churn. count_lengths: note it as seen."""
+        if problem.lengths != "exact":
+            return problem
         is_decode = problem.q_len <= length_buckets.DECODE_Q_LEN
         mine = (problem.batch, problem.q_len, 0 if is_decode else problem.kv_len)
         family = problem.replace(q_len=0, kv_len=0, batch=0, lengths="kv" if is_decode else "exact")

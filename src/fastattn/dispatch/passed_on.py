@@ -121,7 +121,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     a = Arguments(scale, softcap=o.softcap, dropout_p=o.dropout_p, lse=o.return_lse)
     device = q.device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):  # cast as F.sdpa casts, then no more
-        q, k, v, mask = (_cast(x, torch.get_autocast_dtype(device)) for x in (q, k, v, mask))
+        q, k, v, mask = (cast(x, torch.get_autocast_dtype(device)) for x in (q, k, v, mask))
         with torch.autocast(device, enabled=False):
             found = sdpa_math(q, k, v, mask, a)
     else:
@@ -142,7 +142,8 @@ def _dense_of(mask: masks.Mask, o: CallOptions, q: Tensor, k: Tensor) -> tuple[C
     return o, None, dense if dense.dtype is torch.bool else dense.to(q.dtype)
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """As F.sdpa casts its inputs under autocast."""
     return x.to(dtype) if x is not None and x.is_floating_point() and x.dtype is not torch.float64 else x
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastattn.dispatch.entries import Entries, no_tensors
+from fastattn.environment import torch_private
 
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
@@ -66,3 +67,4 @@ def _traced(
 
 
 sdpa._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+torch_private.run_as_python(sdpa)

@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self._tables = SharedTables()
+        self.tables = SharedTables()
         self.tuning_s = 0.0  # of the process's tuning budget
         self.collectors: list[dict[Problem, None]] = []
         self.counts = Counts()
@@ -51,7 +51,7 @@ class Session:
         self.misses: Counter[Problem] = Counter()  # problems that were served untuned
         self._lengths_seen = LengthsSeen()
         self._stores: dict[str | None, Store] = {}
-        self._tables.forget_manifests()
+        self.tables.forget_manifests()
         self._fresh: dict[Key, Verdict] = {}  # verdicts for which there is nothing new to try
         self._checked: set[tuple[Any, ...]] = set()  # callers' own functions whose first output was checked
         self._said: set[str] = set()
@@ -95,9 +95,9 @@ class Session:
         if circumstances.deterministic:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
-        may_tune = what_is_allowed(circumstances)[0] == TUNE
-        may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
-        tables = self._tables.all(settings, device, may_read)
+        lengths = lengths[problem.lengths == "all" :]  # a graph that is for a bucket of each length
+        may_tune, may_read = what_is_allowed(circumstances)[0] == TUNE, not circumstances.capturing
+        tables = self.tables.all(settings, device, may_read)
         names = [problem.bucketed(how) for how in lengths] if tables or not may_tune else []
         for table in tables:
             for name in names:
@@ -171,7 +171,7 @@ class Session:
 
     def share(self, table: dict[Problem, Verdict]) -> None:
         """Use this table, the same on every rank, before anything else."""
-        self._tables.of_ranks = table
+        self.tables.of_ranks = table
         entries.drop_all()
 
     def held(self, settings: Settings) -> list[Verdict]:

@@ -46,6 +46,12 @@ PRIVATE = {
     "sdp_priority": "torch._C._get_sdp_priority_order",
     "wrapper_subclass": "torch.Tensor._make_wrapper_subclass",
     "no_torch_function": "torch._C._disabled_torch_function_impl",
+    "tracing_context": "torch._guards.TracingContext",
+    "comptime": "torch._dynamo.comptime.comptime",
+    "frame_strategy": "torch._C._dynamo.eval_frame._FrameExecStrategy",
+    "frame_action": "torch._C._dynamo.eval_frame._FrameAction",
+    "set_frame_strategy": "torch._C._dynamo.eval_frame.set_code_exec_strategy",
+    "strict_range": "torch.fx.experimental.symbolic_shapes.StrictMinMaxConstraint",
 }
 
 
@@ -143,3 +149,28 @@ def only_default_device() -> bool:
     """Whether torch.set_default_device, or `with torch.device(...)`, is all that stands on the function mode stack."""
     modes = function_modes()
     return bool(modes) and all(type(mode).__name__ == "DeviceContext" for mode in modes)
+
+
+def run_as_python(*functions: Any) -> None:
+    """torch.compile is to run these, and all that they call, as plain Python where it does not inline them.
+
+    In a frame that it gave up it would compile the functions that are called one by one, our bookkeeping among them.
+    """
+    strategy, action, put = (private(name) for name in ("frame_strategy", "frame_action", "set_frame_strategy"))
+    if strategy is not None and action is not None and put is not None:
+        for function in functions:
+            put(function.__code__, strategy(action.SKIP, action.SKIP))
+
+
+def has_strict_ranges() -> bool:
+    """While torch.compile is tracing: whether an input has a range of sizes for which there must be one graph.
+
+    mark_dynamic(x, dim, min=, max=) says so, and a guard that is narrower is an error. True where it is not known.
+    """
+    context, strict = private("tracing_context"), private("strict_range")
+    found = context.try_get() if context is not None and strict is not None else None
+    contexts = getattr(found, "tensor_to_context", None)
+    if contexts is None or strict is None:
+        return True
+    ranges = [c for sizes in contexts.values() for c in getattr(sizes, "constraint_sizes", None) or ()]
+    return any(isinstance(constraint, strict) for constraint in ranges)

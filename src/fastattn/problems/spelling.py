@@ -78,4 +78,5 @@ def command_line(p: Problem) -> str:
     words += [f"--device {p.device}"] if p.device != "cpu" else []
     words += [f"--accuracy {p.accuracy}"] if p.accuracy != "exact" else []
     words += ["--grad"] if p.needs_grad else []
+    words += ["--bucket"] if p.lengths == "all" else []
     return " ".join(words)

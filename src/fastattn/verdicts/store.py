@@ -43,6 +43,7 @@ class Store:
         self.why_none = why_none
         self._warned = False
         self._puts = 0
+        self._buckets: dict[Path, tuple[int, list[Problem]]] = {}
 
     @property
     def root(self) -> Path | None:
@@ -82,6 +83,19 @@ class Store:
             verdict = self._read(path, None)
             if verdict is not None:
                 yield path, verdict
+
+    def buckets(self, device: Device) -> list[Problem]:
+        """The problems of buckets that have a verdict in some layer; a directory is read again where it has changed."""
+        found: list[Problem] = []
+        for layer in self.layers:
+            directory, changed = layer / VERSION / device.slug, 0
+            with suppress_system_errors():
+                changed = directory.stat().st_mtime_ns
+            if changed and self._buckets.get(directory, (0,))[0] != changed:
+                read = [self._read(path, None) for path in sorted(directory.glob("*.json")) if _is_of_a_bucket(path)]
+                self._buckets[directory] = changed, [verdict.problem for verdict in read if verdict is not None]
+            found += self._buckets.get(directory, (0, []))[1] if changed else []
+        return found
 
     def clear(self) -> int:
         """Delete this store's files (nothing else in the directory); how many."""
@@ -152,6 +166,13 @@ class Store:
         if not self._warned:
             self._warned = True
             log.warning("%s", text)
+
+
+def _is_of_a_bucket(path: Path) -> bool:
+    """Whether a file may be a bucket's verdict: most are of exact lengths, and reading their times takes longer."""
+    with suppress_system_errors():
+        return '"lengths": "exact"' not in read_safely(path)
+    return False
 
 
 def described(device: Device) -> dict[str, Any]:

@@ -64,8 +64,7 @@ def load() -> Run:
             warnings.simplefilter("ignore")
             return attend(*given, **options)
 
-    @lru_cache(64)
-    def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
+    def make_band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             seen = j >= 0
             if lower is not None:
@@ -74,19 +73,21 @@ def load() -> Run:
 
         return flex.create_block_mask(visible, None, None, q_len, kv_len, device=device)
 
-    @lru_cache(64)
-    def cap(softcap: float) -> Callable[..., Tensor]:
+    def make_cap(softcap: float) -> Callable[..., Tensor]:
         return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
 
+    band_mask, cap = lru_cache(64)(make_band_mask), lru_cache(64)(make_cap)
+
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        is_traced = torch.compiler.is_compiling()  # nothing is kept then, and Dynamo would warn of a cache
         if a.lower is not None or a.upper is not None:
-            mask = band_mask(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
+            mask = (make_band_mask if is_traced else band_mask)(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
         options: dict[str, Any] = {"block_mask": mask, "scale": a.scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        options["score_mod"] = cap(a.softcap) if a.softcap else a.score_mod
+        options["score_mod"] = (make_cap if is_traced else cap)(a.softcap) if a.softcap else a.score_mod
         if a.lse:
             options["return_aux"] = flex.AuxRequest(lse=True)
         is_small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EAGER_SCORES
-        if torch.compiler.is_compiling():
+        if is_traced:
             found = attend(q, k, v, **options)
         elif is_small:
             found = unfused(q, k, v, **options)

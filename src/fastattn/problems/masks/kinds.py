@@ -184,7 +184,7 @@ class Global(Mask):
         import torch
 
         own, other = (x.new_zeros(x.shape, dtype=torch.bool) for x in (p, j))
-        for first, last in self._runs():
+        for first, last in _runs_of_tokens(self.tokens):  # no cache, which Dynamo would warn of
             own, other = own | ((p >= first) & (p < last)), other | ((j >= first) & (j < last))
         return own | other
 
@@ -198,8 +198,10 @@ class Global(Mask):
         return (cut for pair in self._runs() for cut in pair)
 
 
-@lru_cache(64)
-def _runs_of(tokens: int | tuple[int, ...]) -> Runs:
+def _runs_of_tokens(tokens: int | tuple[int, ...]) -> Runs:
     if isinstance(tokens, int):
         return ((0, tokens),) if tokens else ()
     return runs.joined((token, token + 1) for token in tokens)
+
+
+_runs_of = lru_cache(64)(_runs_of_tokens)

@@ -42,15 +42,17 @@ class Document(Mask):
 
     def _ends(self, b: int) -> tuple[int, ...]:
         """Where the documents of an entry end; a length that holds for all gives none."""
-        if isinstance(self.lengths, int):
-            return ()
-        of_entry = self.lengths if isinstance(self.lengths[0], int) else self.lengths[b % len(self.lengths)]
-        return _ends_of(of_entry)  # type: ignore[arg-type]
+        return () if isinstance(self.lengths, int) else _ends_of(self._of_entry(b))
+
+    def _of_entry(self, b: int) -> tuple[int, ...]:
+        assert not isinstance(self.lengths, int)
+        return self.lengths if isinstance(self.lengths[0], int) else self.lengths[b % len(self.lengths)]  # type: ignore[return-value]
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         if isinstance(self.lengths, int):
             return p // self.lengths == j // self.lengths
-        ends = b.new_tensor(_filled([self._ends(entry) for entry in range(self._entries())]))
+        # not _ends(): Dynamo, which traces this, warns of what is kept in a cache
+        ends = b.new_tensor(_filled([tuple(accumulate(self._of_entry(entry))) for entry in range(self._entries())]))
         ends = ends[b % ends.shape[0]]  # (..., documents)
 
         def number(x: Tensor) -> Tensor:  # how many documents of its entry ended before

@@ -1,11 +1,13 @@
-"""Masks read back from their words: the inverse of repr."""
+"""Masks read back from their words: the inverse of repr; and those words while torch.compile is tracing."""
 
 from __future__ import annotations
 
 import ast
+from typing import Any
 
+from fastattn.environment.graph_constants import as_constant
 from fastattn.problems.masks.bias import Bias
-from fastattn.problems.masks.combined import Combined
+from fastattn.problems.masks.combined import Combined, Intersection
 from fastattn.problems.masks.mask import KINDS, Mask
 
 
@@ -33,3 +35,27 @@ def known_kinds() -> list[str]:
     """Names of the masks that can be written down."""
     unwritten = (Combined, Bias)  # a tensor has no words
     return sorted(name for name, kind in KINDS.items() if not (name.startswith("_") or issubclass(kind, unwritten)))
+
+
+def write(mask: Mask) -> str:
+    """repr(mask), in steps that Dynamo can trace: it must see each number that the words hold, to guard it."""
+    if isinstance(mask, Combined):
+        parts = [f"({write(part)})" if isinstance(part, Combined) else write(part) for part in mask.of]
+        return (" & " if isinstance(mask, Intersection) else " | ").join(parts)
+    name = type(mask).__name__
+    return _write(name, as_constant(tuple([getattr(mask, field) for field in _fields(name)])))
+
+
+def _fields(name: str) -> tuple[str, ...]:
+    return tuple(KINDS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+def _write(name: str, values: tuple[Any, ...]) -> str:
+    made = object.__new__(KINDS[name])
+    for field, value in zip(_fields(name), values, strict=True):
+        object.__setattr__(made, field, value)
+    return repr(made)
+
+
+for _constant in (_fields, _write):  # run as plain Python while tracing: torch.compiler.assume_constant_result
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ def of_cache(
         raise ValueError(
             f"attention(): kv_lens must be {q.shape[b]} numbers from 0 to kv_len {k.shape[s]}, got {list(filled)}"
         )
-    most = max(filled, default=0)
+    most = max((0, *filled))
     if most < k.shape[s]:
         mask = mask[..., :most] if _is_dense(mask) and mask.shape[-1] > 1 else mask
         k, v = k.narrow(s, 0, most), v.narrow(s, 0, most)

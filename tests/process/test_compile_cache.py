@@ -1,0 +1,64 @@
+"""A second process compiles from torch's caches: nothing of ours in a graph is of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MODEL = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+import fastattn
+from fastattn import attention, masks
+from fastattn.dispatch.session import session
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings
+from fastattn.verdicts.verdict import Trial, Verdict
+
+is_first = sys.argv[1] == "first"
+g = torch.Generator().manual_seed(0)
+x, weight = torch.randn(2, 24, 4, 8, generator=g), torch.ones(8, requires_grad=True)
+
+def model(x):
+    q = (x * weight).transpose(1, 2)
+    q = attention(q, q, q, is_causal=True)  # the stored winner's own operator
+    q = attention(q, q, q, masks.Causal() & masks.Window(5, 0))  # fastattn::attend
+    return attention(q, q, q, return_lse=True)[0].sum()  # nothing is stored: plain math
+
+if is_first:
+    q = (x * weight).transpose(1, 2)
+    problem = fastattn.explain(q, q, q, is_causal=True).problem
+    verdict = Verdict(problem, "torch_flash", (Trial("default", time_us=9.0), Trial("torch_flash", time_us=1.0)))
+    session.store(current_settings()).put(verdict, Device.of(q.device))
+    fastattn.clear()
+torch.compile(model, fullgraph=True)(x).backward()
+hits = counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
+print(json.dumps([*hits, counters["aot_autograd"]["autograd_cache_hit"], weight.grad.tolist()]))
+"""
+
+
+@pytest.mark.long
+def test_the_second_process_compiles_from_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "FASTATTN_MODE": "cached",
+                   "FASTATTN_LOG": "error", "FASTATTN_CACHE_DIR": str(tmp_path / "store")}  # fmt: skip
+    found = []
+    for which in ("first", "second"):
+        ran = subprocess.run(
+            [sys.executable, "-c", MODEL, which],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert ran.returncode == 0, ran.stderr
+        found.append(json.loads(ran.stdout.splitlines()[-1]))
+    first, second = found
+    assert first[:3] == [0, 2, 0]  # forward and backward are a graph each
+    assert second[:3] == [2, 0, 1]
+    assert first[3] == second[3]
