@@ -58,7 +58,6 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
-        """See clear() below."""
         with self.lock:
             self._forget()
         entries.drop_all()
@@ -94,10 +93,8 @@ class Session:
         """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
         if circumstances.deterministic:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
-        first = "kv" if problem.q_len <= length_buckets.DECODE_Q_LEN else "exact"
-        lengths = (
-            ("all",) if problem.lengths == "all" else (first, "all")
-        )  # "all": a graph that is for a bucket of each
+        lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
+        lengths = lengths[problem.lengths == "all" :]  # a compiled graph asks for buckets of all lengths alone
         may_tune = what_is_allowed(circumstances)[0] == TUNE
         may_read = not circumstances.capturing  # what was met before the capture serves; no file is opened in it
         tables = self.tables.all(settings, device, may_read)
@@ -214,9 +211,8 @@ class Session:
             is_first = why not in self._said
             self._said.add(why)
         if is_first and not (circumstances.distributed and torch.distributed.get_rank()):
-            log.warning(
-                "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s", why, command_line(problem)
-            )
+            text = "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s"
+            log.warning(text, why, command_line(problem))
 
     def is_first_look(self, problem: Problem, score_mod: Any, mask: Any) -> bool:
         """Whether a caller's own function is new for this problem: by its code, as a closure may be made anew for each call."""
