@@ -53,7 +53,7 @@ def run(*words, code=0):
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with tune_command.tune.make_context("tune", shlex.split(" ".join(words))) as context:
-        own = ("as_json", "force", "compiling")
+        own = ("as_json", "force", "compiling", "bucket")
         return list(shape_words.problems(**{k: v for k, v in context.params.items() if k not in own}))
 
 

@@ -284,7 +284,8 @@ def test_fault_77_with_dropout_and_several_blocks():
 def test_fault_77_an_output_made_without_gradients_may_be_changed_with_them(form, case, made):
     q, k, v = made(form, **CASES[case])
     assert not F_sdpa(q, k, v, enable_gqa=True)._is_view()
-    for name in accepted(q, k, v):
+    names = accepted(q, k, v)
+    for name in names[len(form) % 2 :: 2]:  # the next form has the others
         with torch.no_grad():
             out = fastattn.attention(q, k, v, kernel=name)
         gate = torch.full_like(out, 2.0, requires_grad=True)

@@ -16,7 +16,7 @@ import fastattn
 from fastattn.dispatch import tune_now
 from fastattn.environment import device
 from fastattn.environment.settings import current_settings, reload_settings
-from fastattn.tuning import memory_use, screening
+from fastattn.tuning import memory_use, screening, too_large
 from fastattn.tuning import tune as tune_module
 from fastattn.tuning.accuracy.judge import judges_of_problem
 from fastattn.tuning.stopwatch import time_interleaved
@@ -95,7 +95,7 @@ def test_fault_48_scores_that_would_take_most_of_what_is_free_are_not_tried(monk
     monkeypatch.setattr(memory_use, "free_bytes", lambda device: p.unfused_bytes)
     clock = turn(monkeypatch, Clock({"default": 4e-3}, other=FAST))
     verdict = tune_problem(p, current_settings(), clock=clock)
-    limit = int(screening.FREE_SHARE * p.unfused_bytes)
+    limit = int(too_large.FREE_SHARE * p.unfused_bytes)
     why = f"not tried: too little memory is free: {p.unfused_bytes} temporary bytes > {limit}"
     assert verdict.trial("torch_math").reason == why
     assert not {"torch_math", "matmul"} & set(clock.ran) and "default" in clock.ran

@@ -30,6 +30,7 @@ from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem,
 from fastattn.tuning.new_lengths import new_length_s
 from fastattn.tuning.reasons import failure, inaccurate, out_as_slow
 from fastattn.tuning.stopwatch import KEEP_WITHIN, MIN_ROUNDS, SAMPLE_S, ClockError, Stopwatch
+from fastattn.tuning.too_large import why_too_large
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import Outcome
 
@@ -37,7 +38,6 @@ TOO_SLOW = 3.0  # a first run this many times slower than the fastest so far end
 TOO_SLOW_FOR_ROUNDS = 2.0  # the same where there is no time for rounds of all
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 TOO_SLOW_ON_PROBES = 6.0  # the same, of runs on the probes, which are smaller than the problem
-FREE_SHARE = 0.5  # of the free memory that scores may take while trying a kernel
 
 
 class Screening:
@@ -73,8 +73,9 @@ class Screening:
         why = availability.why_unavailable(candidate.kernel) or availability.why_unprepared(candidate.kernel)
         if why is not None:
             return trial.out(Outcome.REFUSED, why)
-        if self._is_too_large(trial, incumbent):
-            return None
+        too_large = why_too_large(self.problem, candidate, self.default_runs, self.device, incumbent)
+        if too_large is not None:
+            return trial.out(*too_large)
         if candidate.kernel.library != "torch":
             what = f"{candidate.name} of {availability.library_tag(candidate.kernel)}: {self.problem.digest}"
             why = crash_notes.crashed_before(self._cache, what)
@@ -97,23 +98,6 @@ class Screening:
         if cause is Cause.MEMORY:  # only now: the exception held what the kernel had made
             memory_use.release_memory(self.device)
         return None
-
-    def _is_too_large(self, trial: TrialInProgress, incumbent: bool) -> bool:
-        """Rule out a kernel that writes the scores down and has no memory for it: to find out may end the process."""
-        p, kernel = self.problem, trial.candidate.kernel
-        is_unfused = kernel.unfused or (
-            kernel.chunks and not {"chunks", "recompute"} & set(trial.candidate.conversions)
-        )
-        if trial.candidate.is_in_tiles or not (
-            is_unfused or (kernel.name == "default" and self.default_runs == "torch_math")
-        ):
-            return False
-        if p.unfused_bytes > p.memory_limit and not incumbent:
-            trial.out(Outcome.TOO_MUCH_MEMORY, f"memory: {p.unfused_bytes} temporary bytes > {p.memory_limit}")
-        elif p.unfused_bytes > (left := FREE_SHARE * memory_use.free_bytes(self.device)):
-            needed = f"{p.unfused_bytes} temporary bytes > {left:.0f}"
-            trial.out(Outcome.NO_MEMORY_FREE, f"not tried: too little memory is free: {needed}")
-        return not trial.is_alive
 
     def _try(self, trial: TrialInProgress, incumbent: bool) -> None:
         candidate, s = trial.candidate, self.sample
@@ -173,8 +157,12 @@ class Screening:
             return False
         if self._on_probes is None or took < self._on_probes[0]:
             self._on_probes = (took, trial.candidate.name)
-        elif took > max(ONE_RUN_S, TOO_SLOW_ON_PROBES * self._on_probes[0]):
-            out_as_slow(trial, TOO_SLOW_ON_PROBES, self._on_probes[1])
+        most = max(ONE_RUN_S, TOO_SLOW_ON_PROBES * self._on_probes[0])
+        if took > most:
+            s, call = self.judges[0].sample, binding.bind(trial.candidate, self.reduced, self.scale)
+            # once more: what is paid once a process was in the first run
+            if self.clock.time(lambda: call(s.q, s.k, s.v, s.mask), 1) > most:
+                out_as_slow(trial, TOO_SLOW_ON_PROBES, self._on_probes[1])
         return not trial.is_alive
 
     def leave_slow(self, challengers: list[TrialInProgress], seconds: float) -> None:
