@@ -290,12 +290,14 @@ def test_a_bias_beside_other_masks_is_a_dense_mask_in_the_graph():
 
 @pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left])
 @pytest.mark.parametrize("kinds", [None, [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]], ids=["", "sdpa_kernel"])
-def test_the_function_itself_runs_as_it_is_where_it_is_all_that_is_compiled(make, kinds, monkeypatch):
-    """As pytorch's own test_transformers compiles it: our bookkeeping is not traced in place of the traced twin."""
-    monkeypatch.setattr(resolve, "attention", RESOLVE)
+def test_the_function_itself_compiles(make, kinds):
+    """As pytorch's own test_transformers compiles it: the traced twin is traced, not our bookkeeping."""
     q, k = torch.rand(1, 2, 8, 16, requires_grad=True), torch.rand(1, 2, 12, 16)
-    with fastattn.options.scope(mode="cached"), fastattn.patch(), sdpa_kernel(kinds) if kinds else nullcontext():
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with fastattn.patch(), sdpa_kernel(kinds) if kinds else nullcontext():
         ours = torch.nn.functional.scaled_dot_product_attention
-        got = torch.compile(ours, backend="aot_eager")(q, k, k, attn_mask=make(8, 12))
-    assert torch.allclose(got, exact(q, k, k, make(8, 12)._materialize("cpu")), atol=1e-5)
+        got = torch.compile(ours, backend=count, fullgraph=True)(q, k, k, attn_mask=make(8, 12))
+    assert count.frame_count == 1 and torch.allclose(got, exact(q, k, k, make(8, 12)._materialize("cpu")), atol=1e-5)
     got.sum().backward()
+    out = torch.compile(attention, backend="eager", fullgraph=True)(q, k, k, is_causal=True)
+    assert torch.allclose(out, exact(q, k, k, seen(8, 12, 0)), atol=1e-5)

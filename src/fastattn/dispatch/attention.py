@@ -124,7 +124,7 @@ def _traced(
     return compiled.attention(q, k, v, mask, layout, given)
 
 
-attention._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+torch_private.trace_instead(attention, _traced)
 torch_private.run_as_python(attention)
 attention.__signature__ = inspect.signature(_traced)  # type: ignore[attr-defined]
 

@@ -117,6 +117,6 @@ def _as_torchs() -> Any:
     found.__kwdefaults__ = dict(sdpa.__kwdefaults__ or {})
     found.__annotations__ = dict(sdpa.__annotations__)
     found.__module__, found.__qualname__, found.__doc__ = F.__name__, NAME, torch_private.sdpa.__doc__
-    found._torchdynamo_inline = sdpa._torchdynamo_inline  # type: ignore[attr-defined]
+    torch_private.trace_instead(found, sdpa._torchdynamo_inline)  # type: ignore[attr-defined]
     torch_private.register_builtin(found, "aten::scaled_dot_product_attention")
     return found

@@ -66,5 +66,5 @@ def _traced(
     return compiled.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-sdpa._torchdynamo_inline = _traced  # type: ignore[attr-defined]
+torch_private.trace_instead(sdpa, _traced)
 torch_private.run_as_python(sdpa)

@@ -151,6 +151,12 @@ def only_default_device() -> bool:
     return bool(modes) and all(type(mode).__name__ == "DeviceContext" for mode in modes)
 
 
+def trace_instead(function: Any, twin: Any) -> None:
+    """torch.compile is to trace `twin` where `function` is called, and where it is all that is to be compiled."""
+    function._torchdynamo_inline = twin
+    function._torchdynamo_orig_callable, function._torchdynamo_wrapper_id = twin, id(function)
+
+
 def run_as_python(*functions: Any) -> None:
     """torch.compile is to run these, and all that they call, as plain Python where it does not inline them.
 
