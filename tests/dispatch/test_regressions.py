@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from fakes import Clock, turn
 
 import fastattn
 from fastattn import attention
@@ -292,9 +293,10 @@ def test_under_a_default_device_calls_are_served_and_hit():
     assert entries.table
 
 
-def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with():
+def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with(monkeypatch):
     from fastattn.cli.main import main
 
+    turn(monkeypatch, Clock())  # by a crowded one nothing is complete
     q, k, v = torch.randn(3, 1, 2, 64, 32).unbind()
     with fastattn.options(mode="cached"), torch.autocast("cpu", torch.bfloat16):
         attention(q, k, v, is_causal=True)
