@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import fastattn
@@ -21,7 +20,6 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_sessionfinish(session: Any) -> None:
     stats = {name: value for name, value in fastattn.stats().items() if name != "untuned"}
-    file, path = tempfile.mkstemp(suffix=".json", dir=os.environ["FOREIGN_STATS"])
+    file, _ = tempfile.mkstemp(suffix=".json", dir=os.environ["FOREIGN_STATS"])
     with os.fdopen(file, "w", encoding="utf-8") as out:
         json.dump(stats, out)
-    Path(path).chmod(0o644)

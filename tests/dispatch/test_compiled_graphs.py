@@ -6,11 +6,11 @@ Most graphs run by an eager backend: what is asked is which operators they hold,
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import Graphs
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
@@ -32,21 +32,6 @@ def fresh(monkeypatch):
     with fastattn.options.scope(mode="cached"):
         yield
     torch._dynamo.reset()
-
-
-class Graphs:
-    """A backend that runs a graph as it is: how many there were, and their operators."""
-
-    def __init__(self):
-        self.count, self.operators = 0, Counter()
-
-    def __call__(self, graph, _):
-        self.count += 1
-        self.operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    def has(self, name):
-        return any(name in operator for operator in self.operators)
 
 
 def compiled(call, **options):

@@ -173,6 +173,8 @@ def test_what_does_not_go_with_it_is_refused_in_words():
         (lambda: cache.append(k.float(), v.float()), r"k has \(batch, kv_heads, head_dim, dtype, device\) .*float32"),
         (lambda: cache.append(k[:2], v[:2]), r"k has .*\(2, 2, 8"),
         (lambda: cache.append(k, v, [1, 2]), r"lengths must be 3 numbers from 0 to 4, got \[1, 2\]"),
+        (lambda: cache.append(k, v, [1, 2, -1]), r"KVCache.append\(\): lengths must be whole numbers >= 0"),
+        (lambda: cache.attend(draw(3, 4, 1, 8), kv_lens=[1, 1, 1]), "kv_lens is the cache's own to say"),
         (lambda: cache.append(k, v, [1, 2, 5]), r"lengths must be 3 numbers from 0 to 4, got \[1, 2, 5\]"),
         (lambda: cache.append(k.requires_grad_(), v), "for inference"),
         (lambda: cache.crop([1, 2]), r"lengths must be 3 numbers from 0 on"),

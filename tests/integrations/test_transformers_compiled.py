@@ -6,7 +6,6 @@ Stock compiles all of these with fullgraph=True in transformers 5.24. The models
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from graphs import Graphs
 from hf_models import ROWS, build, inputs, run
 
 import fastattn
@@ -47,21 +47,6 @@ CASES = [
     for how in HOW
     if row.stock == "sdpa" or how == "by the string"  # eager models do not call F.sdpa
 ]
-
-
-class Graphs:
-    """A backend that runs graphs as they are, and knows their operators."""
-
-    def __init__(self):
-        self.count, self.operators = 0, Counter()
-
-    def __call__(self, graph, _):
-        self.count += 1
-        self.operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
-    def calls(self, name):
-        return sum(n for operator, n in self.operators.items() if name in operator)
 
 
 def shorter(given):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fakes import problem
+from fakes import Clock, problem, turn
 
 import fastattn
 from fastattn.environment.settings import current_settings
@@ -50,6 +50,7 @@ def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog
     p = problem(q_len=32, kv_len=32)
     cores = [1.5]
     _said.clear()
+    turn(monkeypatch, Clock())  # who uses the cores is all that makes it crowded
     monkeypatch.setattr(CpuContention, "cores_missing", lambda self: cores[0])
     [verdict] = fastattn.tune(p)
     assert verdict.is_crowded and verdict.cores_missing == 1.5

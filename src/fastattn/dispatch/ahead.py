@@ -24,7 +24,7 @@ def tune(
     compiling: bool = False,
     **named_inputs: Any,
 ) -> list[Verdict]:
-    """Tune problems thoroughly (no time limit) and store the verdicts.
+    """Tune problems thoroughly (every candidate is tried) and store the verdicts.
 
     what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
     every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -94,12 +94,7 @@ def report(model: torch.nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
             stack.enter_context(_entered(module, name or type(model).__name__, path))
         stack.enter_context(patch())
         model(*inputs, **named_inputs)
-    return Report(tuple(_together(calls) for calls in found.values()))
-
-
-def _together(calls: list[tuple[str, Row]]) -> Row:
-    row = calls[0][1]
-    return Row(tuple(at for at, _ in calls), row.problem, row.served_by, row.why, row.before_us, row.after_us)
+    return Report(tuple(replace(calls[0][1], layers=tuple(at for at, _ in calls)) for calls in found.values()))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from fastattn.dispatch.attention import attention
 from fastattn.environment.text import dtype_name
 from fastattn.problems import masks
 from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
-from fastattn.problems.rewriting.rewritten import whole_numbers
+from fastattn.problems.masks.values import whole_numbers
 
 
 class KVCache:
@@ -47,9 +47,9 @@ class KVCache:
         k, v = to_bhsd(k, self.layout), to_bhsd(v, self.layout)
         self._check(k, v)
         batch, _, tokens, _ = k.shape
-        new = [tokens] * batch if lengths is None else whole_numbers("lengths", lengths)
+        new = (tokens,) * batch if lengths is None else whole_numbers("KVCache.append(): lengths", lengths, 0)
         if len(new) != batch or not all(0 <= n <= tokens for n in new):
-            raise ValueError(f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {new}")
+            raise ValueError(f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {list(new)}")
         filled = self._filled or [0] * batch
         after = [n + more for n, more in zip(filled, new, strict=True)]
         self._make_room(max(after), k, v)
@@ -68,8 +68,8 @@ class KVCache:
         mask: None means that the queries are the last of the filled tokens, and see no later ones. Options and errors are those
         of attention(); RuntimeError where nothing is filled yet.
         """
-        if not self._filled:
-            raise RuntimeError("KVCache.attend(): nothing is filled yet: append() keys and values first")
+        if told := {"kv_lens", "page_table"} & options.keys():
+            raise ValueError(f"KVCache.attend(): {min(told)} is the cache's own to say")
         tokens = q.shape[TO_BHSD[self.layout][2]] if q.dim() == 4 else 1
         if mask is None and tokens > 1:
             mask = masks.Causal("bottom_right")
@@ -98,16 +98,20 @@ class KVCache:
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Forget the tokens beyond these lengths, one for all entries or one each: drafts that were rejected."""
-        most = [lengths] * len(self._filled) if isinstance(lengths, int) else whole_numbers("lengths", lengths)
+        most = (
+            (lengths,) * len(self._filled)
+            if isinstance(lengths, int)
+            else whole_numbers("KVCache.crop(): lengths", lengths, 0)
+        )
         if len(most) != len(self._filled) or min(most, default=0) < 0:
             raise ValueError(f"KVCache.crop(): lengths must be {len(self._filled)} numbers from 0 on, got {lengths}")
         self._filled = [min(n, m) for n, m in zip(self._filled, most, strict=True)]
 
     def reorder(self, entries: Tensor | Sequence[int]) -> None:
         """Entry i becomes what entries[i] was: beams, or a batch that loses and gains entries."""
-        order = whole_numbers("entries", entries)
+        order = whole_numbers("KVCache.reorder(): entries", entries, 0)
         if not all(0 <= i < len(self._filled) for i in order):
-            raise ValueError(f"KVCache.reorder(): entries must be from 0 to {len(self._filled) - 1}, got {order}")
+            raise ValueError(f"KVCache.reorder(): entries must be from 0 to {len(self._filled) - 1}, got {list(order)}")
         if self._k is None or self._v is None:
             return
         index = torch.tensor(order, dtype=torch.int64, device=self._k.device)

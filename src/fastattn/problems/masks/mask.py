@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from fastattn.problems import dense_masks
 from fastattn.problems.masks.runs import Runs
 from fastattn.problems.masks.values import whole_numbers
 
@@ -116,8 +117,7 @@ class Mask:
             if tensor.shape[-2] not in (1, q_len) or tensor.shape[-1] not in (1, kv_len):
                 raise ValueError(f"{self!r} does not fit q_len {q_len}, kv_len {kv_len}")
             bias = tensor if rows is None or tensor.shape[-2] == 1 else tensor[..., rows, :]
-            hidden = found.logical_not() if found.dtype is torch.bool else None
-            found = found + bias if hidden is None else bias.masked_fill(hidden, float("-inf"))
+            found = dense_masks.intersect(bias, found) if found.dtype is torch.bool else found + bias
         return found
 
     def part(self, entries: range, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
