@@ -53,7 +53,7 @@ def tune_problem(
     """Check every candidate's numbers, time those that are right, and name the winner.
 
     prior: candidate names to try first. check: checks a candidate on a slice of the caller's tensors; the winner must pass it.
-    thorough: every candidate is tried (the CLI's way). compiling: also what takes seconds to compile first. known: an older Verdict, of
+    thorough: all are tried (the CLI's way). compiling: also what takes seconds to compile first. known: an older Verdict, of
     which only what changed is tried again.
     """
     on = torch.device(problem.device) if device is None else device
