@@ -4,10 +4,10 @@ from fastattn import attention
 out = attention(q, k, v, is_causal=True, layout="bshd")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastattn.dispatch.attention import attention
+from fastattn.environment.later import imported_later
 from fastattn.environment.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Imported when first asked for: a program that only calls attention() pays for what a hit needs.
-_LATER = {
+_FILES = {
     "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
     "Patch": "dispatch.patching", "patch": "dispatch.patching", "unpatch": "dispatch.patching",
     "Report": "dispatch.by_layer", "report": "dispatch.by_layer", "KVCache": "dispatch.kv_cache",
@@ -44,17 +44,7 @@ _LATER = {
     "FastattnError": "environment.errors", "NoKernelError": "environment.errors", "options": "environment.option_scope",
     "Problem": "problems.problem", "Verdict": "verdicts.verdict",
 }  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name == "masks":
-        value = import_module("fastattn.problems.masks")
-    elif name in _LATER:
-        value = getattr(import_module(f"fastattn.{_LATER[name]}"), name)
-    else:
-        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__getattr__ = imported_later(__name__, _FILES, {"masks": "problems.masks"})
 
 
 def __dir__() -> list[str]:

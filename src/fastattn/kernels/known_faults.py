@@ -18,8 +18,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 from fastattn.environment.device import Device
@@ -112,8 +112,8 @@ def cudnn_version(number: int) -> str:
 @cache
 def _read(path: str) -> tuple[KnownFault, ...]:
     try:
-        source = resources.files("fastattn.kernels") / SHIPPED if path == SHIPPED else Path(path).expanduser()
-        rows = json.loads(source.read_text(encoding="utf-8"))
+        text = get_data(__name__, SHIPPED) if path == SHIPPED else Path(path).expanduser().read_bytes()
+        rows = json.loads(text or b"")
     except (OSError, ValueError) as error:
         raise ValueError(f"the known faults of {path} cannot be read: {error}") from None
     if not isinstance(rows, list):

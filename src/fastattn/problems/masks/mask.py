@@ -20,16 +20,11 @@ if TYPE_CHECKING:
 
     from fastattn.problems.masks.picture import Picture
 
-KINDS: dict[str, type[Mask]] = {}  # by name: what can be read back from its words
-
 
 class Mask:
     """Which keys each query sees: a frozen, hashable value. a & b shows what both show, a | b what either does."""
 
     __slots__ = ()
-
-    def __init_subclass__(cls) -> None:
-        KINDS[cls.__name__] = cls
 
     def __and__(self, other: Mask) -> Mask:
         from fastattn.problems.masks.combined import Intersection, combined

@@ -6,9 +6,18 @@ import ast
 from typing import Any
 
 from fastattn.environment.graph_constants import as_constant
-from fastattn.problems.masks.bias import Bias
+from fastattn.problems.masks.alibi import ALiBi
+from fastattn.problems.masks.band import Causal, Window
 from fastattn.problems.masks.combined import Combined, Intersection
-from fastattn.problems.masks.mask import KINDS, Mask
+from fastattn.problems.masks.mask import Mask
+from fastattn.problems.masks.packed import Filled, Packed
+from fastattn.problems.masks.patterns import Chunked, Dilated, Global, Neighborhood
+from fastattn.problems.masks.sequences import Document, Padding, Prefix
+
+_WRITTEN = (  # all but Bias: a tensor has no words
+    ALiBi, Causal, Chunked, Dilated, Document, Filled, Global, Neighborhood, Packed, Padding, Prefix, Window,
+)  # fmt: skip
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in _WRITTEN}
 
 
 def parse(text: str) -> Mask:
@@ -23,18 +32,12 @@ def _of_node(node: ast.expr) -> Mask:
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
         left, right = _of_node(node.left), _of_node(node.right)
         return left & right if isinstance(node.op, ast.BitAnd) else left | right
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.func.id.startswith("_"):
-        raise ValueError(f"a mask is a name with arguments, one of {', '.join(known_kinds())}")
-    if node.func.id not in known_kinds():
-        raise ValueError(f"there is no mask {node.func.id!r}, only {', '.join(known_kinds())}")
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        raise ValueError(f"a mask is a name with arguments, one of {', '.join(KINDS)}")
+    if node.func.id not in KINDS:
+        raise ValueError(f"there is no mask {node.func.id!r}, only {', '.join(KINDS)}")
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
     return KINDS[node.func.id](*(ast.literal_eval(value) for value in node.args), **named)
-
-
-def known_kinds() -> list[str]:
-    """Names of the masks that can be written down."""
-    unwritten = (Combined, Bias)  # a tensor has no words
-    return sorted(name for name, kind in KINDS.items() if not (name.startswith("_") or issubclass(kind, unwritten)))
 
 
 def write(mask: Mask) -> str:
@@ -47,7 +50,7 @@ def write(mask: Mask) -> str:
 
 
 def _fields(name: str) -> tuple[str, ...]:
-    return tuple(KINDS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+    return tuple(KINDS[name].__dataclass_fields__)
 
 
 def _write(name: str, values: tuple[Any, ...]) -> str:
