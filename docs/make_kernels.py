@@ -17,7 +17,7 @@ Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kern
 conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
 has, and why each other kernel is out.
 """
-OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask")
+OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask", "mask_blocks")
 FAULTS = """## Known faults
 
 Rows of `src/fastattn/kernels/known_faults.json`: where all of it holds, the kernel is not used; for torch's own kernels that
@@ -33,7 +33,7 @@ CORNERS = {
     None: "",
 }
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-SAID = {"lse": "return_lse", "custom_mask": "BlockMask"}
+SAID = {"lse": "return_lse", "custom_mask": "BlockMask", "mask_blocks": "masks with a meaning"}
 
 
 def page() -> str:

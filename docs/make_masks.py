@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastattn import masks
-from fastattn.problems.masks.written import known_kinds
+from fastattn.problems.masks.written import KINDS
 
 PAGE = Path(__file__).with_name("masks.md")
 HEAD = """# Masks with a meaning
@@ -29,7 +29,7 @@ ids = torch.arange(600)[None] // 200  # or the document of each token, [batch, t
 assert masks.Document(ids=ids) == masks.Document([[200, 200, 200]])
 ```
 
-They are small and frozen, compare by value, and but for Bias hold no tensor: what a tensor says is read once, when the
+They are small and frozen, compare by value, and but for Bias hold no tensor of yours: what a tensor says is read once, when the
 value is made. `a & b` shows what both show, `a | b` what either does. `is_causal` and `window` say Causal and Window briefly,
 and hold beside any of them. A dense mask is looked at in every call, and what it hides is left out as well
 ([how](from-a-dense-mask.md)): say what you mean where you can, as a value is cheaper than a look and needs no memory.
@@ -54,6 +54,7 @@ EXAMPLES = {
     "Global": masks.Global((0, 17)),
     "ALiBi": masks.ALiBi([0.15]),
     "Neighborhood": masks.Neighborhood((4, 8), 1),
+    "Static": masks.Static(torch.arange(N)[:, None] * 5 % 7 > torch.arange(N) % 7),
     "Bias": masks.Bias(-(torch.arange(N)[:, None] - torch.arange(N)).abs().float()) & masks.Window(5, 5),
 }
 MODELS = {
@@ -76,13 +77,13 @@ share a verdict; which keys are seen is read from the value of each call.
 
 The dense form serves with dropout, in an export, where nothing may be learnt, and below 256 queries or 2^18 pairs
 of a query and a key, where tiles cost what they save. A Bias and what stands beside it are made one float mask in each
-call, in which what is hidden is found. A Filled mask is always served in tiles, as what lies behind must not be read.
-Packed and Filled are what
-[layout "thd" and kv_lens](packing.md) come to."""
+call, in which what is hidden is found. `fastattn tune --compile` also tries flex_attention: what a mask says becomes its
+BlockMask, square by square, and no tensor of queries by keys is made. A Filled mask is always served in tiles, as what
+lies behind must not be read. Packed and Filled are what [layout "thd" and kv_lens](packing.md) come to."""
 
 
 def page() -> str:
-    missing = {*known_kinds(), "Bias"} - set(EXAMPLES)
+    missing = {*KINDS, "Bias", "Static"} - set(EXAMPLES)
     assert not missing, f"no example of {missing}"
     parts = [HEAD]
     for name, mask in EXAMPLES.items():

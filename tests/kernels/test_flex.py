@@ -11,7 +11,7 @@ from fakes import problem
 from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
-from fastattn import NoKernelError, attention
+from fastattn import NoKernelError, attention, masks
 from fastattn.dispatch import resolve
 from fastattn.dispatch.session import session
 from fastattn.environment.settings import current_settings
@@ -139,3 +139,41 @@ def test_under_compile_it_is_traced_into_the_graph():
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, score_mod=alibi), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, score_mod=alibi))
+
+
+TOLD = {
+    "documents": masks.Causal() & masks.Document([[90, 61], [151]]),
+    "grid": masks.Neighborhood((10, 15), 2),
+    "global": masks.Window(9, 9) | masks.Global([0, 77]),
+    "padded": masks.Causal() & masks.Padding([20, 151], side="left"),
+    "rows that see nothing": masks.Causal("bottom_right") & masks.Window(3, 0) & masks.Document(40),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_mask_with_a_meaning_is_served_by_its_squares(name):
+    lengths = {"sq": 150, "skv": 150} if name == "grid" else {"sq": 151, "skv": 151}
+    q, k, v = qkv(b=2, hq=1, hkv=1, d=16, **lengths)
+    dense = TOLD[name].dense(2, q.shape[2], k.shape[2])
+    out = attention(q, k, v, TOLD[name], kernel="flex")
+    assert Expected(q, k, v, dense).forward(out) <= 1
+
+
+def test_compiled_it_skips_the_squares_that_a_mask_hides():
+    """A square that is left out by mistake, or taken for whole, would be wrong here: compiled, only the lists are asked."""
+    q, k, v = qkv(b=2, hq=2, hkv=1, sq=400, skv=400, d=16)
+    mask = masks.Causal() & masks.Document([[90, 310], [400]])
+    dense = mask.dense(2, 400, 400)
+    out = attention(q, k, v, mask, kernel="flex")
+    assert Expected(q, k, v, dense).forward(out) <= 1
+
+
+@pytest.mark.parametrize(
+    "mask, reason",
+    [(masks.ALiBi([0.5, 0.25]), "adds to the scores"), (masks.Filled(7), "must not be read")],
+    ids=["ALiBi", "Filled"],
+)
+def test_what_squares_cannot_say_is_refused(mask, reason):
+    q, k, v = qkv(b=1, hq=2, sq=20, d=16)
+    with pytest.raises(NoKernelError, match=reason):
+        attention(q, k, v, mask, kernel="flex")

@@ -33,6 +33,9 @@ _TENSORS = 8  # of these, the first
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptions, lengths: dict[str, Any]) -> Any:
     """attention() by the operator, as it is traced. lengths: of sequences or of a cache, by their names."""
+    if isinstance(mask, masks.Mask) and not masks.has_words(mask):  # a constant of the graph, looked at in each call
+        b, _, s, _ = TO_BHSD[layout]
+        mask = mask.dense(q.shape[b], q.shape[s], k.shape[s], q.device)
     told = masks.write(mask) if isinstance(mask, masks.Mask) else ""
     dense = None if told else mask
     device = q.device.type

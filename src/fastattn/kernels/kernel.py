@@ -76,6 +76,7 @@ class Kernel:
     lse: bool = False  # can return the log-sum-exp
     score_mod: bool = False
     custom_mask: bool = False  # takes a flex BlockMask
+    mask_blocks: bool = False  # takes the squares of a mask with a meaning (MaskBlocks), and no tensor
     gqa: bool = True  # takes fewer kv heads as they are
     gqa_fold: bool = False  # worth trying with the query group folded into rows
     equal_head_dims: bool = False  # v must be as wide as q

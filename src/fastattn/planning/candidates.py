@@ -96,6 +96,8 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
     if p.mask == "block":
         if not kernel.custom_mask:
             yield "a BlockMask is not supported"
+    elif p.structure and kernel.mask_blocks:
+        pass  # its conversion says what squares cannot
     elif p.mask and not kernel.masks:
         yield f"a mask is not supported ({p.mask} {p.mask_shape})"
     elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:

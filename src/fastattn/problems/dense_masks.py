@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,3 +55,8 @@ def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Ten
 def as_4d(mask: Tensor) -> Tensor:
     """(b|1, h|1, q|1, k|1) of a 2-D or 4-D mask."""
     return mask if mask.dim() == 4 else mask[None, None]
+
+
+def as_bytes(x: Tensor) -> bytes:
+    """What a contiguous tensor on the CPU holds. Not by numpy, which torch works without."""
+    return ctypes.string_at(x.data_ptr(), x.nbytes)

@@ -1,6 +1,7 @@
 """torch.nn.attention.flex_attention: compiled for one problem at a time, and never run unfused above a small size.
 
-The only kernel that takes a caller's score_mod or BlockMask. Windows and triangles become a mask_mod here, a cap a score_mod.
+The only kernel that takes a caller's score_mod or BlockMask. Windows, triangles and the squares of other masks become a
+BlockMask here, a cap a score_mod.
 """
 
 from __future__ import annotations
@@ -9,7 +10,20 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from fastattn.kernels import GRID, NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, log
+from fastattn.kernels import (
+    GRID,
+    HIDDEN,
+    NOT_EMPTY,
+    SIZE,
+    WHOLE,
+    Arguments,
+    Kernel,
+    MaskBlocks,
+    Range,
+    Run,
+    Tensor,
+    log,
+)
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
 DECODE = 16  # up to so many queries, sizes are dynamic: lengths grow with every token
@@ -64,26 +78,16 @@ def load() -> Run:
             warnings.simplefilter("ignore")
             return attend(*given, **options)
 
-    def make_band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: torch.device) -> Any:
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            seen = j >= 0
-            if lower is not None:
-                seen = seen & (j >= i + lower)
-            return seen if upper is None else seen & (j <= i + upper)
-
-        return flex.create_block_mask(visible, None, None, q_len, kv_len, device=device)
-
-    def make_cap(softcap: float) -> Callable[..., Tensor]:
-        return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
-
-    band_mask, cap = lru_cache(64)(make_band_mask), lru_cache(64)(make_cap)
+    kept_band, kept_squares, kept_cap = lru_cache(64)(band_mask), lru_cache(32)(square_mask), lru_cache(64)(cap)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         is_traced = torch.compiler.is_compiling()  # nothing is kept then, and Dynamo would warn of a cache
         if a.lower is not None or a.upper is not None:
-            mask = (make_band_mask if is_traced else band_mask)(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
+            mask = (band_mask if is_traced else kept_band)(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
+        elif isinstance(mask, MaskBlocks):
+            mask = (square_mask if is_traced else kept_squares)(mask)
         options: dict[str, Any] = {"block_mask": mask, "scale": a.scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        options["score_mod"] = (make_cap if is_traced else cap)(a.softcap) if a.softcap else a.score_mod
+        options["score_mod"] = (cap if is_traced else kept_cap)(a.softcap) if a.softcap else a.score_mod
         if a.lse:
             options["return_aux"] = flex.AuxRequest(lse=True)
         is_small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EAGER_SCORES
@@ -98,6 +102,62 @@ def load() -> Run:
         return (found[0], found[1].lse.detach()) if a.lse else found
 
     return run
+
+
+def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: Any) -> Any:
+    """The BlockMask of a triangle or a window; None is no limit."""
+    import torch
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = j >= 0
+        if lower is not None:
+            seen = seen & (j >= i + lower)
+        return seen if upper is None else seen & (j <= i + upper)
+
+    def first_and_last(length: int) -> tuple[Tensor, Tensor]:
+        """Of the rows, or of the keys, of each square."""
+        first = torch.arange(0, length, SIZE, dtype=torch.int64, device=device)
+        return first, torch.cat([first[1:] - 1, first.new_tensor([length - 1])])
+
+    (i, last_i), (j, last_j) = first_and_last(q_len), first_and_last(kv_len)
+    every = (last_i - i == SIZE - 1)[:, None] & (last_j - j == SIZE - 1)  # squares that reach beyond are never whole
+    i, last_i, some = i[:, None], last_i[:, None], torch.ones_like(every)
+    if lower is not None:
+        some, every = some & (last_j >= i + lower), every & (j >= last_i + lower)
+    if upper is not None:
+        some, every = some & (j <= last_i + upper), every & (last_j <= i + upper)
+    return block_mask(some[None], every[None], visible, q_len, kv_len)
+
+
+def square_mask(blocks: MaskBlocks) -> Any:
+    """The BlockMask of MaskBlocks: in a square that is hidden in part each pair is looked up in the square's pattern."""
+    pattern, patterns, of_entries = blocks.pattern, blocks.patterns, int(len(blocks.pattern) > 1)
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return patterns[pattern[b * of_entries, i // SIZE, j // SIZE], i % SIZE, j % SIZE]
+
+    return block_mask(pattern != HIDDEN, pattern == WHOLE, visible, blocks.q_len, blocks.kv_len)
+
+
+def block_mask(some: Tensor, every: Tensor, visible: Callable[..., Tensor], q_len: int, kv_len: int) -> Any:
+    """A BlockMask from whether some and all of each square is seen, bool [1 or batch, rows of squares, squares in a row]."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def listed(squares: Tensor) -> tuple[Tensor, Tensor]:
+        """How many there are in each row of squares, and which: they come first."""
+        order = squares.int().argsort(dim=-1, descending=True, stable=True)
+        return squares.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+    lists = (*listed(some & ~every), *listed(every))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=SIZE, mask_mod=visible, seq_lengths=(q_len, kv_len))
+
+
+def cap(softcap: float) -> Callable[..., Tensor]:
+    """The score_mod of a softcap."""
+    import torch
+
+    return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
 
 
 def _own(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +181,7 @@ KERNELS = (
         softcap=True,
         score_mod=True,
         custom_mask=True,
+        mask_blocks=True,
         grad=False,
         dense_last_dim=True,
         compiles="each_length",
@@ -138,6 +199,7 @@ KERNELS = (
         softcap=True,
         score_mod=True,
         custom_mask=True,
+        mask_blocks=True,
         lse=True,
         dense_last_dim=True,
         compiles="each_length",

@@ -12,6 +12,7 @@ from fastattn.planning.conversions.dtype import fp32, when_by_heads, when_fp32
 from fastattn.planning.conversions.head_dim import pad_head_dims, when_pad
 from fastattn.planning.conversions.heads import gqa_expand, gqa_fold, when_gqa_expand, when_gqa_fold
 from fastattn.planning.conversions.kv_parts import split_kv, when_split_kv
+from fastattn.planning.conversions.mask_blocks import mask_blocks, when_mask_blocks
 from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
 from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
 from fastattn.planning.conversions.recompute import recompute, when_recompute
@@ -22,6 +23,7 @@ COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of
 CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("tiles", "only the tiles of the scores that a mask leaves", when_tiles, in_tiles, instead_of=COPIES),
     Conversion("mask_dense", "the triangle or window as a dense mask", when_mask_dense, mask_dense),
+    Conversion("mask_blocks", "a mask as squares that are skipped or not", when_mask_blocks, mask_blocks),
     Conversion("mask_additive", "a bool mask as the float mask that is added", when_mask_additive, mask_additive),
     Conversion("gqa_fold", "the query group folded into rows", when_gqa_fold, gqa_fold),
     Conversion("gqa_expand", "keys and values repeated for each query head", when_gqa_expand, gqa_expand),

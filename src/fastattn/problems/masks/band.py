@@ -33,6 +33,9 @@ class Causal(Mask):
     def anchor(self) -> str:
         return self.corner
 
+    def fixes_corner(self) -> bool:
+        return True
+
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         return j <= p
 

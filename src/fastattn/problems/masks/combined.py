@@ -9,7 +9,6 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks import runs
-from fastattn.problems.masks.band import Causal
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.runs import Runs
 
@@ -107,7 +106,7 @@ def combined(kind: type[Combined], a: Mask, b: Any) -> Mask:
     of = tuple(sorted(dict.fromkeys(of), key=lambda part: type(part).__name__))  # a & b is b & a
     if kind is Union and any(mask.heads() or mask.added() for mask in of):
         raise ValueError(f"{a!r} | {b!r}: a bias is added to what is seen, and goes with &")
-    if len({leaf.anchor for leaf in leaves(kind(of)) if isinstance(leaf, Causal)}) > 1:
+    if len({leaf.anchor for leaf in leaves(kind(of)) if leaf.fixes_corner()}) > 1:
         raise ValueError(f"{a!r} and {b!r} have different corners: a mask has one position for each query")
     return of[0] if len(of) == 1 else kind(of)
 

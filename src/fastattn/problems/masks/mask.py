@@ -70,6 +70,10 @@ class Mask:
         """Where position 0 lies: "top_left" or "bottom_right"."""
         return "top_left"
 
+    def fixes_corner(self) -> bool:
+        """Whether position 0 must lie at its anchor: what is combined with it must not have another one."""
+        return False
+
     def is_per_batch(self) -> bool:
         """Whether batch entries differ."""
         return False

@@ -8,13 +8,13 @@ from typing import Any
 from fastattn.environment.graph_constants import as_constant
 from fastattn.problems.masks.alibi import ALiBi
 from fastattn.problems.masks.band import Causal, Window
-from fastattn.problems.masks.combined import Combined, Intersection
+from fastattn.problems.masks.combined import Combined, Intersection, leaves
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.packed import Filled, Packed
 from fastattn.problems.masks.patterns import Chunked, Dilated, Global, Neighborhood
 from fastattn.problems.masks.sequences import Document, Padding, Prefix
 
-_WRITTEN = (  # all but Bias: a tensor has no words
+_WRITTEN = (  # all but Bias and Static: a tensor has no words
     ALiBi, Causal, Chunked, Dilated, Document, Filled, Global, Neighborhood, Packed, Padding, Prefix, Window,
 )  # fmt: skip
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _WRITTEN}
@@ -38,6 +38,11 @@ def _of_node(node: ast.expr) -> Mask:
         raise ValueError(f"there is no mask {node.func.id!r}, only {', '.join(KINDS)}")
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
     return KINDS[node.func.id](*(ast.literal_eval(value) for value in node.args), **named)
+
+
+def has_words(mask: Mask) -> bool:
+    """Whether it can be written down and read back."""
+    return all(type(leaf).__name__ in KINDS for leaf in leaves(mask))
 
 
 def write(mask: Mask) -> str:

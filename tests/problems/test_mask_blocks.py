@@ -1,0 +1,62 @@
+"""The squares of a mask with a meaning, from which flex_attention's BlockMask is made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drawn_masks import B, some
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from fastattn import masks
+from fastattn.kernels.adapters import flex
+from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, blocks_of_mask
+
+CPU = torch.device("cpu")
+
+
+def as_dense(blocks):
+    """(entries, 1, q_len, kv_len) bool, from the patterns of the squares."""
+    entries, rows, columns = blocks.pattern.shape
+    whole = blocks.patterns[blocks.pattern.long()].transpose(2, 3).reshape(entries, rows * SIZE, columns * SIZE)
+    assert not whole[:, blocks.q_len :].any() and not whole[:, :, blocks.kv_len :].any()  # nothing is beyond the ends
+    return whole[:, None, : blocks.q_len, : blocks.kv_len]
+
+
+@settings(max_examples=60, deadline=None)
+@given(some, st.integers(1, 300), st.integers(1, 300))
+def test_squares_say_what_the_mask_says(mask, q_len, kv_len):
+    if mask.heads():
+        return
+    blocks = blocks_of_mask(mask, B, q_len, kv_len, CPU)
+    assert torch.equal(as_dense(blocks), mask.dense(B, q_len, kv_len).expand(len(blocks.pattern), 1, q_len, kv_len))
+
+
+def test_squares_of_a_window_are_few_kinds_and_no_tensor_of_queries_by_keys():
+    blocks = blocks_of_mask(masks.Window(256, 256), 1, 32768, 32768, CPU)
+    seen = (blocks.pattern != HIDDEN).sum(-1)
+    assert (int(seen.max()), int((blocks.pattern == WHOLE).sum(-1).max())) == (5, 3)
+    assert len(blocks.patterns) <= 8  # alike from square to square
+    assert blocks.pattern.nbytes + blocks.patterns.nbytes < 32768 * 16
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (256, 384), (200, 513), (513, 200), (1, 700)], ids=str)
+@pytest.mark.parametrize("band", [(None, 0), (-64, 64), (-200, 0), (0, None), (3, 140), (-500, -400)], ids=str)
+def test_the_block_mask_of_a_band_is_what_torch_finds_by_looking_at_every_pair(band, lengths):
+    ours = flex.band_mask(*band, *lengths, CPU)
+    theirs = create_block_mask(ours.mask_mod, 1, 1, *lengths, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+def test_the_block_mask_of_squares_is_what_torch_finds_by_looking_at_every_pair():
+    mask = masks.Causal() & masks.Document([[100, 337, 163], [600]])
+    ours = flex.square_mask(blocks_of_mask(mask, 2, 600, 600, CPU))
+    theirs = create_block_mask(ours.mask_mod, 2, 1, 600, 600, device="cpu")
+    dense = mask.dense(2, 600, 600)
+    at = torch.arange(600)
+    assert torch.equal(ours.mask_mod(torch.arange(2)[:, None, None], 0, at[:, None], at), dense[:, 0])
+    assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
