@@ -149,6 +149,13 @@ def test_documents_are_bare_tiles():
     ]  # fmt: skip
 
 
+def test_dilation_is_as_many_dense_problems_as_its_step():
+    tiles = tiling_of_mask(masks.Dilated(4), 1, 1030, 1030).tiles
+    assert [(t.rows.indices(1030), t.keys, t.is_masked) for t in tiles] == [
+        ((first, last, 4), ((first, 1030),), False) for first, last in ((0, 1029), (1, 1030), (2, 1027), (3, 1028))
+    ]
+
+
 def test_what_is_alike_shares_a_verdict():
     like = lambda mask: mask.like(4096)  # noqa: E731
     assert like(masks.Document((1000, 1100, 900, 1096))) == like(masks.Document((1024,) * 4)) == masks.Document(1024)

@@ -86,9 +86,11 @@ def tiling_of(tiles: Iterable[Tile], batch: int, q_len: int, kv_len: int) -> Til
         if (
             before is not None
             and not (before.is_masked or tile.is_masked)
-            and (before.batch, before.keys, before.rows.stop) == (tile.batch, tile.keys, tile.rows.start)
+            and (before.batch, before.keys) == (tile.batch, tile.keys)
+            and before.rows.step == tile.rows.step
+            and before.rows.stop - 1 + (tile.rows.step or 1) == tile.rows.start
         ):
-            joined[-1] = tile._replace(rows=slice(before.rows.start, tile.rows.stop))
+            joined[-1] = tile._replace(rows=slice(before.rows.start, tile.rows.stop, tile.rows.step))
         else:
             joined.append(tile)
     rows = [(t.batch.stop - t.batch.start) * t.row_count for t in joined]
