@@ -61,7 +61,7 @@ def test_what_models_do_agrees_with_float64(name, grad, kernel):
 
 
 @pytest.mark.usefixtures("small_ones_too")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_mask_in_any_call_agrees_with_float64(data):
     draw = data.draw

@@ -180,10 +180,10 @@ def test_a_quantised_cache_gives_the_same_tokens(row):
 
 
 def test_a_long_generation_runs_over_its_windows():
-    for row in DECODERS:
+    for row in (row for row in DECODERS if "Mistral" in row.name or "Gemma" in row.name or "chunks" in row.name):
         given = inputs(row, "left")
         want, got = (
-            build(row, implementation).generate(**given, max_new_tokens=40, do_sample=False)
+            build(row, implementation).generate(**given, max_new_tokens=24, do_sample=False)
             for implementation in (row.stock, "fastattn")
         )
         assert torch.equal(got, want), row.name
@@ -235,10 +235,14 @@ def test_packed_sequences_are_documents():
     assert "Document((9, 4, 7))" in repr(seen[0])
 
 
-TILED = [row for row in BY_STRING if any(word in row.name for word in ("Mistral", "chunks", "ModernBERT"))]
+TILED = [
+    pytest.param(row, marks=() if "Mistral" in row.name else pytest.mark.long, id=row.name)
+    for row in BY_STRING
+    if any(word in row.name for word in ("Mistral", "chunks", "ModernBERT"))
+]
 
 
-@pytest.mark.parametrize("row", TILED, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", TILED)
 def test_where_tiles_win_only_they_are_computed(row, monkeypatch):
     """On a machine where tiles are faster: the model's numbers are the same, forward and backward."""
     g = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.integers(0, 19), max_size=3), st.sampled_from(["bhsd", "bshd", "sbhd"]), st.sampled_from([0.0, 5.0]),
     st.sampled_from(["sdpa_math", "torch_flash", "matmul", None]),

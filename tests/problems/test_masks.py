@@ -97,7 +97,7 @@ def test_dense_is_what_the_mask_is_said_to_be(mask, q_len, kv_len):
     assert torch.equal(found.expand(B, 1, -1, -1)[:, 0], by_definition(mask, q_len, kv_len)), mask
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(some, st.integers(1, 700), st.integers(1, 700))
 def test_each_visible_pair_lies_in_one_tile(mask, q_len, kv_len):
     tiling = tiling_of_mask(mask, B, q_len, kv_len)
@@ -115,7 +115,7 @@ def test_each_visible_pair_lies_in_one_tile(mask, q_len, kv_len):
     assert tiling.has_every_row == bool((count > 0).any(-1).all())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(some)
 def test_a_mask_is_a_value(mask):
     assert masks.parse(repr(mask)) == mask
