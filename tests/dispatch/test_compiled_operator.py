@@ -236,17 +236,20 @@ MASKS = [
 def test_a_mask_is_written_as_its_repr_which_can_be_read(mask):
     assert masks.write(mask) == repr(mask)
     assert masks.parse(repr(mask)) == mask
+
+
+def test_a_graph_has_the_words_of_each_mask():
     traced_words = []
 
     def backend(graph, _):
         traced_words.extend(node.args[-1] for node in graph.graph.nodes if OPERATOR in str(node.target))
         return graph.forward
 
-    torch.compile(lambda x: graph_op.attend(x, x, x, mask, "bhsd", traced.CallOptions(), {}), backend=backend)(
-        torch.randn(2, 4, 9, 8)
-    )
-    [text] = traced_words
-    assert graph_op._read(text)[0] == mask
+    def call(x):
+        return [graph_op.attend(x, x, x, mask, "bhsd", traced.CallOptions(), {}) for mask in MASKS]
+
+    torch.compile(call, backend=backend, fullgraph=True)(torch.randn(2, 4, 9, 8))
+    assert [graph_op._read(text)[0] for text in traced_words] == MASKS
 
 
 def test_equal_masks_that_are_other_objects_take_no_other_graph():
