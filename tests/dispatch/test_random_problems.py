@@ -118,13 +118,13 @@ def _all_hold(start: int) -> None:
     assert not refused, "\n".join(refused)
 
 
-@pytest.mark.parametrize("start", range(0, 200, BLOCK))
+@pytest.mark.parametrize("start", range(0, 120, BLOCK))
 def test_pinned_candidates_hold(start):
     _all_hold(start)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("start", range(200, 2000, BLOCK))
+@pytest.mark.parametrize("start", range(120, 2000, BLOCK))
 def test_many_pinned_candidates_hold(start):
     _all_hold(start)
 
