@@ -137,7 +137,7 @@ def unpatch() -> bool:
 def _handle() -> Patch | None:
     """That of the patch in place, if there is one for the process."""
     found = getattr(getattr(F, NAME), OURS, None)
-    return found if isinstance(found, Patch) else None
+    return found if hasattr(found, "rebind") else None  # by a name, as autoreload makes Patch another class
 
 
 @cache
