@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.explain import Explanation, explain
     from fastattn.dispatch.kv_cache import KVCache
     from fastattn.dispatch.patching import Patch, patch, unpatch
+    from fastattn.dispatch.patching_models import ModelPatch
     from fastattn.dispatch.plan import Plan, plan
     from fastattn.dispatch.ranks import sync
     from fastattn.dispatch.sdpa import sdpa
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fastattn.verdicts.verdict import Verdict
 
 __all__ = [
-    "Explanation", "FastattnError", "KVCache", "NoKernelError", "Patch", "Plan", "Problem", "Report", "Stats",
+    "Explanation", "FastattnError", "KVCache", "ModelPatch", "NoKernelError", "Patch", "Plan", "Problem", "Report", "Stats",
     "Verdict", "attention", "clear", "explain", "masks", "merge", "options", "patch", "plan", "report", "sdpa",
     "stats", "sync", "tune", "unpatch",
 ]  # fmt: skip
@@ -37,6 +38,7 @@ __all__ = [
 # Imported when first asked for: a program that only calls attention() pays for what a hit needs.
 _FILES = {
     "Explanation": "dispatch.explain", "explain": "dispatch.explain", "Plan": "dispatch.plan", "plan": "dispatch.plan",
+    "ModelPatch": "dispatch.patching_models",
     "Patch": "dispatch.patching", "patch": "dispatch.patching", "unpatch": "dispatch.patching",
     "Report": "dispatch.by_layer", "report": "dispatch.by_layer", "KVCache": "dispatch.kv_cache",
     "merge": "kernels.merging", "sdpa": "dispatch.sdpa", "sync": "dispatch.ranks",

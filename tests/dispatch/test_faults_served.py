@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import guard, passed_on, resolve
+from fastattn.dispatch import four_dims, guard, resolve
 from fastattn.dispatch.sdpa import entries
 from fastattn.problems import length_buckets, masks
 
@@ -138,7 +138,7 @@ def test_fault_91_what_f_sdpa_refuses_is_refused(name, quick):
 
 
 def test_fault_91_a_torch_that_broadcasts_no_head_says_so_itself(quick, monkeypatch):
-    monkeypatch.setattr(passed_on, "f_sdpa_broadcasts", lambda: False)
+    monkeypatch.setattr(four_dims, "f_sdpa_broadcasts", lambda: False)
     sdpa(*one_head())
     assert counted()["passed_on"] == {"different head counts without enable_gqa": 1}
 
@@ -152,12 +152,9 @@ def test_fault_91_torch_is_asked_once(broken, monkeypatch):
         if broken:
             raise RuntimeError
 
-    monkeypatch.setattr(passed_on, "sdpa", stock)
-    passed_on._broadcasts.clear()
-    try:
-        assert [passed_on.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
-    finally:
-        passed_on._broadcasts.clear()
+    monkeypatch.setattr(four_dims, "sdpa", stock)
+    monkeypatch.setattr(four_dims, "_answers", {})
+    assert [four_dims.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
 
 
 # --- fault 95: calls that are passed on
@@ -171,12 +168,14 @@ def four(*lengths):
 
 PASSED_ON = {
     # what is asked: (a maker of q, k, v for a length, options for it, why)
-    "3-D": (lambda n: [r(2, n, 8) for _ in range(3)], lambda n: {}, "inputs that are not 4-D"),
-    "2-D": (lambda n: [r(n, 8) for _ in range(3)], lambda n: {"is_causal": True}, "inputs that are not 4-D"),
-    "5-D": (lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"scale": 2}, "inputs that are not 4-D"),
-    "a 3-D mask": (lambda n: four(n, n, n), lambda n: {"attn_mask": r(2, n, n) < 0.9}, "a 3-D mask"),
-}
-MASK_AND_CAUSAL = "a mask together with is_causal"
+    "keys for every batch entry": (
+        lambda n: [r(2, 3, n, 8), r(3, n, 8), r(3, n, 8)], lambda n: {"is_causal": True}, four_dims.OTHER_DIMS
+    ),
+    "5-D, a 5-D mask": (
+        lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"attn_mask": r(1, 1, 1, n, n)}, four_dims.OTHER_DIMS
+    ),
+    "a tensor as is_causal": (lambda n: four(n, n, n), lambda n: {"is_causal": 1}, "is_causal or enable_gqa is no bool"),
+}  # fmt: skip
 
 
 def takes(call, *given, **options):
@@ -187,10 +186,7 @@ def takes(call, *given, **options):
     return True
 
 
-if takes(F_sdpa, *four(), attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True):
-    PASSED_ON["a mask with is_causal"] = (
-        lambda n: four(n, n, n), lambda n: {"attn_mask": r(n, n) < 0.9, "is_causal": True}, MASK_AND_CAUSAL
-    )  # fmt: skip
+PASSED_ON = {name: row for name, row in PASSED_ON.items() if takes(F_sdpa, *row[0](4), **row[1](4))}
 
 
 @pytest.fixture
@@ -213,8 +209,8 @@ def test_fault_95_a_call_that_is_passed_on_has_an_entry(name, no_miss):
     assert found["passed_on"] == {why: 5} and found["hits"] == found["misses"] == 0 and found["calls"] == 5
 
 
-def test_fault_95_a_growing_cache_in_three_dimensions_is_one_entry(no_miss):
-    q = r(2, 1, 8)
+def test_fault_95_a_growing_cache_that_is_passed_on_is_one_entry(no_miss):
+    q = r(2, 2, 1, 8)
     for n in range(20, 60):
         k = r(2, n, 8)
         assert torch.equal(sdpa(q, k, k.clone()), F_sdpa(q, k, k))
@@ -267,7 +263,7 @@ def test_fault_95_so_has_attention(switch, monkeypatch):
         )
 
 
-def test_fault_95_a_scale_that_may_be_changed_in_place_is_read_anew():
+def test_fault_95_a_scale_that_may_be_changed_in_place_is_read_anew(untuned):
     q, k, v = (r(2, 4, 8) for _ in range(3))
     scale = torch.tensor(0.5)
     if not takes(F_sdpa, q, k, v, scale=scale):
@@ -286,7 +282,7 @@ def test_fault_95_an_entry_for_every_size_lets_f_sdpa_say_what_is_wrong(bad):
 
 
 @pytest.mark.parametrize("change", ["requires_grad", "dtype", "inference"])
-def test_fault_95_other_tensors_are_right_too(change):
+def test_fault_95_other_tensors_are_right_too(change, untuned):
     q, k, v = (r(2, 4, 8) for _ in range(3))
     sdpa(q, k, v)
     with torch.inference_mode(change == "inference"):
@@ -299,12 +295,12 @@ def test_fault_95_other_tensors_are_right_too(change):
 
 def test_fault_95_the_plain_guard_can_do_it_too(monkeypatch, no_miss):
     monkeypatch.setattr(guard, "NATIVE", False)
-    q, k, v = (r(2, 4, 8) for _ in range(3))
-    sdpa(q, k, v)
+    q = r(2, 2, 4, 8)
+    sdpa(q, r(2, 5, 8), r(2, 5, 8))
     sdpa(*four())
     no_miss()
     sdpa(q, r(2, 7, 8), r(2, 7, 8))
-    assert counted()["passed_on"] == {"inputs that are not 4-D": 2}
+    assert counted()["passed_on"] == {four_dims.OTHER_DIMS: 2}
 
 
 # --- fault 92: a dense mask while decoding

@@ -18,7 +18,7 @@ from fakes import FAST, Clock, add, honest, made_up, turn
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import passed_on
+from fastattn.dispatch import four_dims, passed_on
 from fastattn.kernels import Arguments, registry
 from fastattn.kernels.libraries import availability
 from fastattn.planning import binding
@@ -55,7 +55,7 @@ BOTH = {
 
 @pytest.mark.parametrize("door", ["sdpa", "patched", "traced"])
 @pytest.mark.parametrize("name", BOTH)
-def test_fault_96_a_mask_with_is_causal_is_what_this_torch_makes_of_it(name, door):
+def test_fault_96_a_mask_with_is_causal_is_what_this_torch_makes_of_it(name, door, untuned):
     """sdpa() takes a mask together with is_causal where this torch's F.sdpa does, and raises what that raises elsewhere."""
     (q, k, v), options = BOTH[name]
     theirs = outcome(F_sdpa, q, k, v, **options, is_causal=True)
@@ -73,6 +73,11 @@ def test_fault_96_a_mask_with_is_causal_is_what_this_torch_makes_of_it(name, doo
         assert ours is theirs if isinstance(theirs, type) else torch.equal(ours, theirs)
 
 
+@pytest.fixture(autouse=True)
+def counted_anew():
+    fastattn.stats.reset()
+
+
 @pytest.fixture(params=["takes", "refuses"])
 def f_sdpa(request, monkeypatch):
     """Whatever this torch does, F.sdpa now takes, or refuses, a mask together with is_causal; the calls that had both."""
@@ -80,15 +85,16 @@ def f_sdpa(request, monkeypatch):
 
     def stand_in(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         if mask is not None and is_causal:
-            calls.append(mask)
+            calls.append(mask)  # a first one of 1 x 1 asks what F.sdpa does
             if request.param == "refuses":
                 raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
             drawn = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask = mask & drawn if mask.dtype is torch.bool else mask.masked_fill(~drawn, float("-inf"))
         return F_sdpa(q, k, v, mask, dropout_p, is_causal and mask is None, scale=scale, enable_gqa=enable_gqa)
 
-    for module in (binding, passed_on):
+    for module in (binding, passed_on, four_dims):
         monkeypatch.setattr(module, "sdpa", stand_in)
+    monkeypatch.setattr(four_dims, "_answers", {})
     monkeypatch.setattr(availability, "load_kernel", lambda kernel, real=availability.load_kernel: (
         (lambda q, k, v, m, a: stand_in(q, k, v, m, a.dropout_p, a.upper is not None, scale=a.scale,
                                         enable_gqa=q.shape[1] != k.shape[1]))
@@ -120,13 +126,41 @@ def test_fault_96_sdpa_follows_either_torch(name, f_sdpa, monkeypatch):
         for _ in range(2):
             with pytest.raises(RuntimeError, match="Explicit attn_mask"):
                 sdpa(q, k, v, **options, is_causal=True)
-    else:
-        drawn = {**options, "attn_mask": options["attn_mask"] & torch.ones(6, 6, dtype=torch.bool).tril()
-                 if options["attn_mask"].dtype is torch.bool
-                 else options["attn_mask"].masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), float("-inf"))}  # fmt: skip
-        for _ in range(2):
-            assert torch.equal(sdpa(q, k, v, **options, is_causal=True), F_sdpa(q, k, v, **drawn))
-    assert len(calls) == 2
+        assert [mask.shape[-1] for mask in calls if mask.shape[-1] > 1] == [6, 6]
+        return
+    drawn = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask = options["attn_mask"]
+    drawn = mask & drawn if mask.dtype is torch.bool else mask.masked_fill(~drawn, float("-inf"))
+    is_served = (
+        q.dim() == 4 and mask.dim() == 2
+    )  # what F.sdpa's math would answer it refuses, whatever its fused kernel does
+    want = expect(q, k, v, drawn) if is_served else None
+    for _ in range(2):
+        out = sdpa(q, k, v, **options, is_causal=True)
+        if want is None:
+            assert torch.equal(out, F_sdpa(q, k, v, **{**options, "attn_mask": drawn}))
+        else:
+            assert want.forward(out) <= 1.0
+        if want is not None and q.requires_grad:
+            assert want.backward(*torch.autograd.grad(out, (q, k, v), want.grad)) <= 1.0
+    assert len([mask for mask in calls if mask.shape[-1] > 1]) == (0 if is_served else 2)
+    assert fastattn.stats()["served_by"] == ({"quick": 2} if is_served else {})
+
+
+def test_fault_96_both_are_refused_again_where_torchs_fused_kernel_is_switched_off(f_sdpa, monkeypatch):
+    """A winner that serves a mask with is_causal serves it only while F.sdpa would."""
+    add(monkeypatch, made_up("quick", honest))
+    turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
+    (q, k, v), options = BOTH["bool"]
+    if f_sdpa[0] == "takes":
+        sdpa(q, k, v, **options, is_causal=True)
+        torch.backends.cuda.enable_flash_sdp(False)
+        try:
+            sdpa(q, k, v, **options, is_causal=True)
+        finally:
+            torch.backends.cuda.enable_flash_sdp(True)
+        found = fastattn.stats()
+        assert found["served_by"] == {"quick": 1} and found["passed_on"] == {four_dims.MASK_AND_CAUSAL: 1}
 
 
 def test_fault_96_a_kernel_that_refuses_both_one_day_is_not_chosen(monkeypatch):

@@ -98,7 +98,7 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scal
         # torch's causal biases compare the function, which is not torch's here
         options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
         return passed_on.attend(q, k, v, mask, "bhsd", options)
-    if is_plain and passed_on.why_sdpa_is_passed_on(q, k, v, mask, is_causal, enable_gqa) is None:
+    if is_plain and passed_on.why_not_in_graph(q, k, v, mask, is_causal, enable_gqa) is None:
         options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
         name = stored(q, k, v, mask, "sdpa", options, _may_be_operator(q, k, v, mask, options))
         if name == OPERATOR:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.dispatch.four_dims import MASK_AND_CAUSAL, OTHER_HEADS, is_one_head_broadcast
 from fastattn.dispatch.torch_function import sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
@@ -21,46 +22,17 @@ from fastattn.problems.problem import default_scale
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
-OTHER_HEADS = "different head counts without enable_gqa"
-BY_SIZES = (OTHER_HEADS,)  # reasons that lie in sizes; the others lie in the number of dimensions and in the options
-
-
-def why_sdpa_is_passed_on(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: Any, enable_gqa: Any) -> str | None:
-    """Why fastattn does not serve a call of F.sdpa with these tensors, None if it may. Also asked while tracing."""
+def why_not_in_graph(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: Any, enable_gqa: Any) -> str | None:
+    """Why a call of F.sdpa with these tensors stays what it is in a graph of torch.compile, None if it may be served."""
     if not q.dim() == k.dim() == v.dim() == 4:
         return "inputs that are not 4-D"
     if mask is not None and is_causal:
-        return "a mask together with is_causal"
+        return MASK_AND_CAUSAL
     if mask is not None and mask.dim() == 3:
         return "a 3-D mask"
     if q.shape[1] != k.shape[1] and not enable_gqa and not is_one_head_broadcast(q, k, v, enable_gqa):
         return OTHER_HEADS
     return None
-
-
-def is_one_head_broadcast(q: Tensor, k: Tensor, v: Tensor, enable_gqa: Any) -> bool:
-    """Whether one head of keys and values is for all queries without enable_gqa, as in Falcon: F.sdpa's math broadcasts it."""
-    return not enable_gqa and k.shape[1] == v.shape[1] == 1 < q.shape[1] and f_sdpa_broadcasts()
-
-
-def f_sdpa_broadcasts() -> bool:
-    """Whether F.sdpa of this torch takes such a call; what it refuses must be refused. Asked once."""
-    if not _broadcasts:
-        _broadcasts.append(_try_to_broadcast())
-    return _broadcasts[0]
-
-
-_broadcasts: list[bool] = []  # no functools.cache: Dynamo warns of it, though it does not look in here
-f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as compiled.winner
-
-
-def _try_to_broadcast() -> bool:
-    q, k = (torch.zeros(1, heads, 1, 8, dtype=torch.float32, device="cpu") for heads in (2, 1))
-    try:
-        sdpa(q, k, k)
-    except RuntimeError:
-        return False
-    return True
 
 
 def as_it_was(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Callable[..., Any]:

@@ -6,14 +6,18 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from types import FunctionType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
+import torch
 import torch.nn.functional as F
 
+from fastattn.dispatch import patching_models
+from fastattn.dispatch.patching_models import ModelPatch
 from fastattn.dispatch.sdpa import sdpa
 from fastattn.dispatch.torch_function import NAME, OURS
 from fastattn.environment import torch_private
 from fastattn.environment.log import log
+from fastattn.environment.text import type_name
 
 
 class Patch:
@@ -38,7 +42,7 @@ class Patch:
             if not self._done:
                 log.warning("F.scaled_dot_product_attention was patched again since; it is left as it is")
             return False
-        setattr(F, NAME, self._before)
+        setattr(F, NAME, patching_models.what_stays(self._before))
         for module, name in self._places():
             if getattr(getattr(module, name, None), OURS, None) is self:
                 setattr(module, name, torch_private.sdpa)
@@ -89,15 +93,35 @@ class Patch:
             self.undo()
 
 
-def patch(*, scan: bool = False) -> Patch:
-    """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the whole process.
+@overload
+def patch(model: None = None, *, scan: bool = False) -> Patch: ...
+@overload
+def patch(model: torch.nn.Module, *, scan: bool = False) -> ModelPatch: ...
+def patch(model: torch.nn.Module | None = None, *, scan: bool = False) -> Patch | ModelPatch:
+    """Put `fastattn.sdpa` in the place of torch.nn.functional.scaled_dot_product_attention, for the process or in one model.
 
-    It takes effect when it is called; `with` only undoes it at the end of the block, where nothing patched before it. Code that
-    imported the function by name before keeps the old one, unless scan=True: then every module's global name that is torch's
-    function is bound to ours, and `rebound` of the handle lists them; undoing puts them back. Names in classes, closures and
-    default arguments keep the old one. Patching twice is harmless: it gives the handle that there is.
+    Without a model it is for the whole process, and takes effect when it is called; `with` only undoes it at the end of the
+    block, where nothing patched before it. Code that imported the function by name before keeps the old one, unless
+    scan=True: then every module's global name that is torch's function is bound to ours, and `rebound` of the handle lists
+    them; undoing puts them back. Names in classes, closures and default arguments keep the old one. Patching twice is
+    harmless: it gives the handle that there is.
+
+    With a model (any torch.nn.Module, a part of another one too) F.sdpa is ours while that module, or one inside it, is
+    called, in whatever thread, and when activation checkpointing calls one again in a backward inside the block; everywhere
+    else it is what it was. Until it is undone the modules are of other classes, subclasses of theirs by the same name.
+    Copies and pickles are of the old classes, and not patched. It does not reach names that were imported earlier; methods
+    other than a call, such as `model.encode(x)` and `model.forward(x)`, but for the modules that they call; a plain
+    function that is checkpointed, when it is called again; modules that are added later; compiled code of torch.jit.
+
+    Raises TypeError where the model is no Module, ValueError where there is one and scan is True.
     """
-    handle: Patch = getattr(getattr(F, NAME), OURS, None) or Patch()
+    if model is not None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"patch(): model must be a torch.nn.Module or None, got {type_name(model)}")
+        if scan:
+            raise ValueError("patch(): scan=True binds names of the whole process, and goes with no model")
+        return ModelPatch(model)
+    handle = _handle() or Patch()
     handle._calls += 1
     if scan:
         handle.rebind()
@@ -105,9 +129,15 @@ def patch(*, scan: bool = False) -> Patch:
 
 
 def unpatch() -> bool:
-    """Undo patch(), wherever its handle is; whether anything was undone."""
-    handle: Patch | None = getattr(getattr(F, NAME), OURS, None)
+    """Undo patch(), wherever its handle is; whether anything was undone. Models stay patched until their handles are undone."""
+    handle = _handle()
     return handle is not None and handle.undo()
+
+
+def _handle() -> Patch | None:
+    """That of the patch in place, if there is one for the process."""
+    found = getattr(getattr(F, NAME), OURS, None)
+    return found if hasattr(found, "rebind") else None  # by a name, as autoreload makes Patch another class
 
 
 @cache
@@ -116,7 +146,5 @@ def _as_torchs() -> Any:
     found = FunctionType(sdpa.__code__, sdpa.__globals__, NAME, sdpa.__defaults__, sdpa.__closure__)
     found.__kwdefaults__ = dict(sdpa.__kwdefaults__ or {})
     found.__annotations__ = dict(sdpa.__annotations__)
-    found.__module__, found.__qualname__, found.__doc__ = F.__name__, NAME, torch_private.sdpa.__doc__
-    torch_private.trace_instead(found, sdpa._torchdynamo_inline)  # type: ignore[attr-defined]
-    torch_private.register_builtin(found, "aten::scaled_dot_product_attention")
+    torch_private.as_torchs(found, NAME, sdpa._torchdynamo_inline)  # type: ignore[attr-defined]
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import fallback, passed_on, service, validity
+from fastattn.dispatch import fallback, four_dims, passed_on, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -96,7 +96,6 @@ def _if_guarded(resolved: Resolved, mask: Any, given: dict[str, Any]) -> Resolve
 def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Resolved:
     """Resolve a call of sdpa(): what F.sdpa would take and we can serve, else F.sdpa itself."""
     dropout_p, is_causal, scale, enable_gqa = options
-
     as_it_was = passed_on.as_it_was(dropout_p, is_causal, scale, enable_gqa)
 
     def pass_on(why: str, remember: bool = True, any_sizes: bool = False, reads: tuple[str, ...] = ()) -> Resolved:
@@ -111,19 +110,25 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     circumstances = read_circumstances(tensors, settings, session.is_spent(settings))
     if service.is_passed_on(circumstances, None):
         return pass_on(what_is_allowed(circumstances)[1], *_what_guards_see(circumstances))
-    if (why := passed_on.why_sdpa_is_passed_on(q, k, v, mask, is_causal, enable_gqa)) is not None:
-        return pass_on(why, any_sizes=why not in passed_on.BY_SIZES)
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return pass_on("is_causal or enable_gqa is no bool")
+    seen = four_dims.as_four_dims(q, k, v, mask, enable_gqa)
+    if isinstance(seen, str):
+        return pass_on(seen, any_sizes=seen not in four_dims.BY_SIZES)
+    q, k, v, mask = (q, k, v, mask) if seen is None else seen.views(q, k, v, mask)
     try:
         given = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
         key = call_key(q, k, v, mask, "bhsd", parse_options(given))
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
         return pass_on("F.sdpa alone takes these arguments, or says what is wrong with them")
-    resolved = _resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask))
-    is_broadcast = key.q.shape[1] != key.k.shape[1] and not enable_gqa
-    if is_broadcast and not resolved.is_tuned and resolved.candidate == "default":
-        resolved = resolved._replace(call=as_it_was)  # the default is bound with enable_gqa, which is another kernel
+    asked = asked_of(key, settings, circumstances)
+    if mask is not None and is_causal:
+        if seen is not None or not four_dims.f_sdpa_takes_both(asked.problem, asked.device, asked.facts):
+            return pass_on(four_dims.MASK_AND_CAUSAL)
+        seen = four_dims.BOTH
+    by_math = seen is not None and seen is not four_dims.BOTH
+    resolved = _resolve(key, asked._replace(facts=asked.facts._replace(by_math=by_math)), (q, k, v, mask))
+    resolved = resolved if seen is None else seen.of_caller(resolved, as_it_was)
     return resolved._replace(remember=False) if is_changeable else resolved
 
 

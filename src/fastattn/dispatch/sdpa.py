@@ -35,9 +35,9 @@ def sdpa(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, served by fastattn where fastattn can.
 
-    It accepts exactly what F.scaled_dot_product_attention of this torch accepts on this device; whatever fastattn does not
-    serve (dropout, inputs that are not 4-D, subclasses, transforms, ...) F.scaled_dot_product_attention answers, and it raises
-    what is to be raised.
+    It accepts exactly what F.scaled_dot_product_attention of this torch accepts on this device, inputs of other dimensions than
+    four and a mask together with is_causal included; whatever fastattn does not serve (subclasses, transforms, ...)
+    F.scaled_dot_product_attention answers, and it raises what is to be raised.
     """
     options = (dropout_p, is_causal, scale, enable_gqa)
     try:

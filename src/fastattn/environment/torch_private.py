@@ -157,6 +157,14 @@ def trace_instead(function: Any, twin: Any) -> None:
     function._torchdynamo_orig_callable, function._torchdynamo_wrapper_id = twin, id(function)
 
 
+def as_torchs(function: Any, name: str, twin: Any) -> None:
+    """A function of ours under F.sdpa's name: with its documentation, for pickle in its place, for scripting a builtin."""
+    function.__module__, function.__name__, function.__qualname__ = torch.nn.functional.__name__, name, name
+    function.__doc__ = sdpa.__doc__
+    trace_instead(function, twin)
+    register_builtin(function, "aten::scaled_dot_product_attention")
+
+
 def run_as_python(*functions: Any) -> None:
     """torch.compile is to run these, and all that they call, as plain Python where it does not inline them.
 

@@ -58,7 +58,8 @@ def bind(
     """
     is_tuning = facts is None  # outside of autocast, whatever the problem's calls are in
     facts = ordinary_facts(p) if facts is None else facts
-    if candidate.kernel.name == "default" and not candidate.conversions and p.layout == "bhsd" and not facts.decode:
+    is_default = candidate.kernel.name == "default" and not (candidate.conversions or facts.decode or facts.by_math)
+    if is_default and p.layout == "bhsd":
         direct = _direct_default(p, scale, structured, dropout_p)
         return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
     step = _converted(candidate, p, facts)
@@ -184,7 +185,7 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
 def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     """Whether it is certain that the output lies in memory as F.sdpa's would, so that no call need look."""
     kernel, names, wanted = candidate.kernel, set(candidate.conversions), output_order(p, facts)
-    if kernel.name == "default" or "tiles" in names:  # tiles are written into an output that lies so
+    if (kernel.name == "default" and not facts.by_math) or "tiles" in names:  # written into an output that lies so
         return True
     if wanted == CONTIGUOUS == facts.q_order:
         return bool(kernel.output_lies)
@@ -198,7 +199,8 @@ def _lies_as_default(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
 def _lacks_double_backward(candidate: Accepted, p: Problem, facts: CallFacts) -> bool:
     """Whether F.sdpa's gradients could be differentiated, and its output changed in place, where this kernel's cannot."""
     kernel = candidate.kernel
-    is_able = kernel.twice_differentiable or kernel.name == "default" or "tiles" in candidate.conversions
+    is_default = kernel.name == "default" and not facts.by_math  # on a view it may be a fused kernel
+    is_able = kernel.twice_differentiable or is_default or "tiles" in candidate.conversions
     return p.needs_grad and not is_able and not p.dropout and not is_fused(p, facts)
 
 

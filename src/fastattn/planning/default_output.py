@@ -10,6 +10,8 @@ CONTIGUOUS = (0, 1, 2, 3)
 
 def is_fused(p: Problem, facts: CallFacts) -> bool:
     """Whether F.sdpa would answer by a fused kernel, and not by its math: on a CPU as sdp_utils_cpp.cpp asks, else assumed."""
+    if facts.by_math:
+        return False
     if p.device != "cpu":
         return True
     asks_too_much = p.head_dim != p.head_dim_v or p.dropout or p.mask_grad or facts.mask_asks_grad

@@ -32,6 +32,7 @@ class CallFacts(NamedTuple):
     dense_mask: bool = True  # so does the mask
     sixteenths: bool = False  # dropout is by sixteenths, as cuDNN has it
     also: masks.Mask | None = None  # what the options hide beside a Mask
+    by_math: bool = False  # F.sdpa takes its math: it is given other dimensions than four, or broadcasts
     decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
 
 
