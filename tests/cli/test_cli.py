@@ -11,6 +11,7 @@ import building
 import pytest
 import torch
 from click.testing import CliRunner
+from fakes import Clock, turn
 
 import fastattn
 from fastattn.cli import main, shape_words, tables
@@ -395,3 +396,20 @@ def test_no_help_line_is_cut(words):
 @pytest.mark.parametrize("command", ["tune", "explain"])
 def test_help_explains_shapes(command):
     assert "8x16x196x64 is batch x heads x length x head_dim" in run(command, "--help")
+
+
+def test_compiled_code_has_verdicts_of_its_own(monkeypatch):
+    """tune --compiled, and the regime in the listing and in an explanation."""
+    from fastattn.dispatch import compiled_region
+
+    turn(monkeypatch, Clock())
+    monkeypatch.setattr(compiled_region, "compiled", lambda function: function)
+    words = ("1x2x24x16", "--causal")
+    [verdict] = json.loads(run("tune", *words, "--compiled", "--json"))
+    assert verdict["problem"]["compiled"] is True
+    assert "1 x 2 x 24 d16 causal compiled" in run("cache", "show")
+    assert "top_left, compiled" in run("explain", *words, "--compiled")
+    assert "compiled" not in run("explain", *words).split("device")[0]
+    assert "nothing is tuned for such a call" in run("explain", "1x2x40x16", "--compiled")
+    wrong = run("tune", *words, "--compiled", "--dropout", code=2)
+    assert "--dropout does not go with --compiled" in wrong

@@ -14,7 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from graphs import Graphs
-from hf_models import ROWS, build, inputs, run
+from hf_models import GQA, ROWS, build, inputs, lm, run
 
 import fastattn
 import fastattn.integrations.transformers  # noqa: F401  makes the name known
@@ -115,3 +115,67 @@ def test_a_compiled_model_trains_as_stock_does(row, how):
     ) or (
         row.stock == "eager"  # softcap is plain math: with a winner and without
     )
+
+
+def whole(row, implementation, given, patched=False):
+    """(operators of the graph that AOTAutograd leaves, logits) without padding, as a batch of whole sequences is run."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.compilers import nop
+
+    torch._dynamo.reset()
+    graphs, model = Graphs(), build(row, implementation)
+
+    def keep(graph, inputs):
+        return nop(graphs.of(graph), inputs)
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    with torch.no_grad():
+        return graphs, run(compiled, row, given)
+
+
+OPERATORS = {  # how many of two layers are the operator; the others are F.sdpa
+    "Llama": 0, "Mistral, a window": 2, "Mistral, a window that holds all": 0, "Gemma 3, windows": 1, "Qwen 2": 0, "GPT-2": 0,
+    "ModernBERT, windows": 1, "Llama 4 text, chunks": 0,
+}  # fmt: skip
+BY_NAME = {row.name: row for row in ROWS}
+BY_NAME["Mistral, a window that holds all"] = lm("", "Mistral", {**GQA, "sliding_window": 20})
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "Mistral, a window" else pytest.mark.long) for name in OPERATORS
+])  # fmt: skip
+def test_a_mask_without_padding_is_told_in_a_graph(name):
+    """A triangle is is_causal, a window the operator; no mask of queries by keys is left in the graph, but of chunks."""
+    row = BY_NAME[name]
+    given = inputs(row)
+    graphs, got = whole(row, "fastattn", given)
+    with torch.no_grad():
+        want = run(build(row, row.stock), row, given)
+    assert is_close([got], [want])
+    assert (graphs.calls("fastattn.attend"), graphs.calls("aten._scaled_dot")) == (OPERATORS[name], 2 - OPERATORS[name])
+    assert graphs.has("aten.le") is ("chunks" in name), graphs.operators  # position j <= position i
+
+
+@pytest.mark.long
+def test_a_told_mask_takes_no_more_graphs_than_stock():
+    row, counts = BY_NAME["Mistral, a window"], []
+    given = inputs(row)
+    for implementation in ("sdpa", "fastattn"):
+        torch._dynamo.reset()
+        graphs, model = Graphs(), build(row, implementation)
+        compiled = torch.compile(model, backend=graphs, fullgraph=True)
+        with torch.no_grad():
+            found = [run(compiled, row, shorter(given) if i else given) for i in range(3)]
+            want = [run(build(row, "sdpa"), row, shorter(given) if i else given) for i in range(3)]
+        assert is_close(found, want)
+        counts.append(graphs.count)
+    assert counts[1] <= counts[0]
+
+
+@pytest.mark.long
+def test_an_exported_model_has_their_dense_masks():
+    row = BY_NAME["Mistral, a window"]
+    model, given = build(row, "fastattn"), inputs(row)
+    program = torch.export.export(model, (), {**given, "use_cache": False}, strict=False)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("fastattn" in name for name in names) and "aten.scaled_dot_product_attention.default" in names

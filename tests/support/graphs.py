@@ -10,9 +10,13 @@ class Graphs:
         self.count, self.operators = 0, Counter()
 
     def __call__(self, graph, _):
+        return self.of(graph).forward
+
+    def of(self, graph):
+        """The graph, counted."""
         self.count += 1
         self.operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
+        return graph
 
     def calls(self, name):
         """How many calls of operators with this in their names."""

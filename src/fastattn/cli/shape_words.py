@@ -88,8 +88,11 @@ def problems(
 ) -> dict[Problem, str]:
     """The problems that these arguments mean, each with the preset it comes from. Raises click.UsageError.
 
-    more: window, softcap, dropout, lse and cast_from.
+    more: window, softcap, dropout, lse and cast_from; compiled: of compiled code.
     """
+    compiled = bool(more.pop("compiled", False))
+    if compiled and more.get("dropout"):
+        raise click.UsageError("--dropout does not go with --compiled: compiled code draws its own, unchecked")
     kind, mask_grad = _mask(mask)
     extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy), **more}
     extra["window"] = _window(more.get("window"))
@@ -120,6 +123,7 @@ def problems(
                 problem = problem_of_shape(shape, getattr(torch, each), grad=grad, on=device)
             except (ValueError, NotImplementedError) as error:
                 raise click.UsageError(f"{name}: {str(error).removeprefix('attention(): ')}") from None
+            problem = problem.replace(compiled=compiled)
             found.setdefault(problem, name if name in presets.PRESETS else "")
     return found
 
@@ -189,6 +193,7 @@ def asking(command: F) -> F:
         click.option("--layout", type=click.Choice(list(TO_BHSD)), default="bhsd", show_default=True),
         click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory, or Q,K,V: transposed, packed, cache, ..."),
         click.option("--accuracy", metavar="RUNG", help="exact, dtype, or the largest row error over |P||V|."),
+        click.option("--compiled", is_flag=True, help="In compiled code, as torch.compile makes it; some seconds a candidate."),
         device_option,
         json_option,
     )):  # fmt: skip

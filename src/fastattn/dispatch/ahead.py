@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ def tune(
     progress: Progress | None = None,
     force: bool = False,
     compiling: bool = False,
+    compiled: bool = False,
     **named_inputs: Any,
 ) -> list[Verdict]:
     """Tune problems thoroughly (every candidate is tried) and store the verdicts.
@@ -29,7 +32,10 @@ def tune(
     what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
     every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.
     force: tune again what has a complete verdict. compiling: also try kernels that take seconds to compile first.
-    Returns the verdicts, in the order of the problems.
+    compiled: for compiled code (torch.compile): each candidate is compiled, checked and timed in a graph: some seconds.
+    What is found serves compiled code alone, before what was tuned for eager code.
+    Returns the verdicts, in the order of the problems. Raises TypeError for anything else; ValueError for the caller's own
+    function, and for dropout in compiled code.
     """
     if isinstance(what, torch.nn.Module):
         what = _problems_of(what, inputs, named_inputs)
@@ -42,7 +48,10 @@ def tune(
             raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
         if problem.is_custom:
             raise ValueError(f"fastattn.tune: {problem} has the caller's own function, which no verdict can stand for")
-        found.append(_tune_one(problem, settings, progress, force, compiling))
+        in_regime = problem.replace(compiled=problem.compiled or compiled)
+        if in_regime.compiled and problem.dropout:
+            raise ValueError(f"fastattn.tune: {problem}: compiled code draws its own dropout, which cannot be checked")
+        found.append(_tune_one(in_regime, settings, progress, force, compiling))
     entries.drop_all()
     return found
 
@@ -58,6 +67,8 @@ def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     from fastattn.dispatch.patching import patch
 
     entries.drop_all()
-    with options.scope(mode="cached"), patch(), session.collect() as met:
+    # a model that is compiled already does not come here: its graphs hold what they were traced with
+    as_eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with options.scope(mode="cached"), patch(), session.collect() as met, as_eager:
         model(*inputs, **named)
     return [problem for problem in met if not problem.is_custom]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastattn.dispatch import fallback
 from fastattn.dispatch.compiled_winner import Lengths, TracedCall, ask, choose, keep
 from fastattn.dispatch.graph_op import NAME as OPERATOR
-from fastattn.dispatch.service import Asked
+from fastattn.dispatch.service import Asked, of_regime
 from fastattn.dispatch.session import session
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
@@ -45,7 +45,7 @@ def record_miss(call: TracedCall, lengths: Lengths) -> None:
     found = ask(call, lengths)
     if found is not None:
         asked = found[1]
-        choose(call, asked._replace(problem=asked.problem.bucketed(_bucket(lengths[1]))))
+        choose(call, of_regime(asked._replace(problem=asked.problem.bucketed(_bucket(lengths[1])))))
 
 
 def _bucket(q_len: int) -> str:
@@ -66,6 +66,7 @@ def _stored(call: TracedCall, known: Lengths) -> list[Problem]:
         stored.update(verdict.problem for verdict in session.held(settings))
         stored.update(session.store(settings).buckets(device))
     alike = [s for s in stored if s.lengths != "exact" and all(getattr(s, name) == some[name] for name in names)]
+    alike = [s for s in alike if s.compiled or s.replace(compiled=True) not in stored]  # that regime's own comes first
     return sorted(alike, key=lambda s: (s.kv_len, s.q_len, s.batch, s.lengths, s.digest))
 
 
@@ -82,7 +83,8 @@ def _box(call: TracedCall, known: Lengths, stored: Problem, calls: object) -> Bo
     order = "=" if stored.is_square else "<" if stored.q_len < stored.kv_len else ">"
     points = list(_points(*bounds, order, (stored.batch, stored.q_len, stored.kv_len)))
     everywhere = [found for at in points if (found := ask(call, at)) is not None]
-    if len(everywhere) != len(points) or any(_in_bucket(asked, stored) != stored for _, asked in everywhere):
+    alike = stored.replace(compiled=False)
+    if len(everywhere) != len(points) or any(_in_bucket(asked, stored) != alike for _, asked in everywhere):
         return None
     key, asked = everywhere[0]
     if any(other.facts._replace(extent=0) != asked.facts._replace(extent=0) for _, other in everywhere):
@@ -91,10 +93,10 @@ def _box(call: TracedCall, known: Lengths, stored: Problem, calls: object) -> Bo
     chosen = choose(call, asked)
     if chosen is None:
         return None
-    if not fallback.stands_in_graph(chosen.kernel, chosen.name, asked):
+    if not fallback.stands_in_graph(chosen.kernel, chosen.name, stored):
         name = OPERATOR
     elif _serves(chosen, [at for _, at in everywhere], bounds[2]):
-        name = keep(chosen, key, asked, stored.family().digest, calls)
+        name = keep(chosen, key, asked, alike.family().digest, calls)
     else:
         return None
     is_apart = bounds[1][1] < bounds[2][0] or bounds[1][0] > bounds[2][1]

@@ -12,7 +12,7 @@ from fastattn.dispatch import fallback
 from fastattn.dispatch.circumstances import Circumstances, ranks, what_is_allowed
 from fastattn.dispatch.graph_op import NAME as OPERATOR
 from fastattn.dispatch.resolve import asked_of, bind
-from fastattn.dispatch.service import Asked, decide_service, is_passed_on
+from fastattn.dispatch.service import Asked, decide_service, is_passed_on, of_regime
 from fastattn.dispatch.session import session
 from fastattn.environment import torch_private
 from fastattn.environment.settings import current_settings
@@ -45,12 +45,13 @@ def bind_winner(call: TracedCall, calls: object) -> str:
     if found is None:
         return ""
     key, asked = found
+    asked = of_regime(asked)
     chosen = choose(call, asked)
     if chosen is None:
         return ""
-    if not fallback.stands_in_graph(chosen.kernel, chosen.name, asked):
+    if not fallback.stands_in_graph(chosen.kernel, chosen.name, asked.problem):
         return OPERATOR
-    return keep(chosen, key, asked, asked.problem.digest, calls)
+    return keep(chosen, key, asked, asked.problem.replace(compiled=False).digest, calls)
 
 
 def ask(call: TracedCall, at: Lengths | None = None) -> tuple[CallKey, Asked] | None:

@@ -31,7 +31,7 @@ _all: weakref.WeakSet[Entries] = weakref.WeakSet()
 
 
 class Entries:
-    """The entries of one front door: attention() and sdpa() each have their own.
+    """The entries of one front door: attention(), sdpa() and the operator of compiled code each have their own.
 
     `first` is what a call asks first: the guard of the entry that is hit again and again, which saves the 0.2 us of a lookup;
     where many problems take turns, the lookup itself, as a guard that does not match costs up to 0.3 us.
@@ -175,13 +175,13 @@ def _hits_in(table: dict[int, tuple[Guard, ...]]) -> list[tuple[LeadsTo, int]]:
 
 
 def drop_all() -> None:
-    """Drop every published Call, of attention() and sdpa(); verdicts stay."""
+    """Drop every published Call, of all front doors; verdicts stay."""
     for entries in list(_all):
         entries.drop()
 
 
 def all_hits() -> dict[LeadsTo, int]:
-    """How often entries that lead to each candidate were hit, by attention() and sdpa() together."""
+    """How often entries that lead to each candidate were hit, by all front doors together."""
     found: dict[LeadsTo, int] = {}
     for entries in list(_all):
         for name, hits in entries.hits().items():

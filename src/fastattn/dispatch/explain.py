@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastattn.dispatch import entries, fallback, render, resolve, tune_now
 from fastattn.dispatch.circumstances import Circumstances, read_circumstances
 from fastattn.dispatch.fallback import why_not_default
 from fastattn.dispatch.mask_in_words import mask_in_words
-from fastattn.dispatch.service import Action, Asked, Service, decide_service
+from fastattn.dispatch.service import Action, Asked, Service, decide_service, of_regime
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
@@ -77,11 +77,13 @@ def explain(
     *,
     tune: bool = False,
     compiling: bool = False,
+    compiled: bool = False,
     **options: Any,
 ) -> Explanation:
     """Why `attention` with these arguments is served as it is. Runs and imports nothing unless `tune=True`, which measures now.
 
     compiling: also the kernels that take seconds to compile first, as `fastattn tune --compile` does.
+    compiled: what serves such a call in a graph of torch.compile.
 
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
@@ -90,21 +92,33 @@ def explain(
         not is_ordinary(q, mask, layout, options) and (ordinary := rewrite(q, k, v, mask, layout, options)) is not None
     ):
         q, k, v, mask, layout, options = ordinary[:6]
-    key = call_key(q, k, v, mask, layout, parse_options(options, "explain", ("tune", "compiling")))
+    key = call_key(q, k, v, mask, layout, parse_options(options, "explain", ("tune", "compiling", "compiled")))
     circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
     asked = resolve.asked_of(key, settings, circumstances)
     if tune and not asked.problem.is_custom:  # with the caller's own function there is nothing to choose
-        problem = session.lengths_to_tune(asked.problem)
+        problem = session.lengths_to_tune(asked.problem.replace(compiled=compiled))
         tune_now.tune(problem, settings, key.q.device, thorough=True, compiling=compiling)
         entries.drop_all()
-    return explain_asked(asked, mask)
+    return _explain_compiled(asked, mask) if compiled else explain_asked(asked, mask)
 
 
 def explain_problem(problem: Problem, circumstances: Circumstances | None = None) -> Explanation:
     """The explanation of a problem without tensors."""
     device = Device.of(torch.device(problem.device))
     facts = ordinary_facts(problem)
-    return explain_asked(Asked(problem, facts, device, current_settings(), circumstances or Circumstances()))
+    asked = Asked(problem, facts, device, current_settings(), circumstances or Circumstances())
+    return _explain_compiled(asked) if problem.compiled else explain_asked(asked)
+
+
+def _explain_compiled(asked: Asked, mask: Any = None) -> Explanation:
+    """What serves the call in a graph of torch.compile."""
+    asked = of_regime(asked._replace(circumstances=asked.circumstances._replace(compiling=True)))
+    found = explain_asked(asked, mask)
+    if asked.problem.compiled or asked.kernel is not None:
+        return found
+    if found.verdict is None:
+        return replace(found, why="nothing is tuned for such a call")
+    return replace(found, why=f"{found.why} in eager code; nothing is tuned for compiled code")
 
 
 def explain_asked(asked: Asked, mask: Any = None) -> Explanation:

@@ -14,6 +14,7 @@ from fastattn.kernels.libraries import availability
 from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.decision import Accepted, Decision, Rejected, but_for_copies
+from fastattn.problems.problem import Problem
 from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def in_order(
     for name in verdict.ranked() if verdict is not None else ():
         kernel = registry.row_for(name.split("+")[0], asked.device.type, asked.settings.named)
         is_out = verdict is not None and (verdict.problem, name) in session.demotions
-        if kernel is None or is_out or (tracing and not stands_in_graph(kernel, name, asked)):
+        if kernel is None or is_out or (tracing and not stands_in_graph(kernel, name, asked.problem)):
             continue
         if asked.circumstances.capturing and not is_ready(kernel):
             continue
@@ -141,13 +142,13 @@ def is_ready(kernel: Kernel) -> bool:
     return kernel.compiles is None and availability.is_loaded(kernel)
 
 
-def stands_in_graph(kernel: Kernel, name: str, asked: Asked) -> bool:
+def stands_in_graph(kernel: Kernel, name: str, p: Problem) -> bool:
     """Whether a candidate's own operators can stand in a graph of torch.compile.
 
     A loop over blocks would be unrolled; other libraries' Python breaks the graph, and so does the gradient of a log-sum-exp,
     which is made in the backward. A split into parts asks for the length, which may be a symbol.
     """
-    p, conversions = asked.problem, set(name.split("+")[1:])
+    conversions = set(name.split("+")[1:])
     is_in_loop = IN_BLOCKS & conversions or ("split_kv" in conversions and p.lengths != "exact")
     return kernel.library == "torch" and not is_in_loop and not (p.lse and p.needs_grad)
 

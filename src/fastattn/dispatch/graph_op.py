@@ -1,25 +1,28 @@
 """fastattn::attend: attention() as one operator of a graph, for calls whose kernels cannot stand in the graph themselves.
 
 Those are masks with a meaning, packed sequences, caches, winners in blocks, and kernels of other libraries. When the graph
-runs, the operator calls attention(), which finds its Call as in eager code, for the very lengths of that run. Its arguments are
+runs, the operator finds its Call as attention() does, for the very lengths of that run. Its arguments are
 tensors, and one string that says the rest: none is an object of this process, so a graph from a cache runs in any other.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastattn.dispatch.attention import attention
+from fastattn.dispatch.entries import Entries, no_tensors
 from fastattn.dispatch.passed_on import AUTOCAST_DEVICES, cast
 from fastattn.environment import torch_private
 from fastattn.environment.graph_constants import as_constant
 from fastattn.problems import masks
 from fastattn.problems.call_options import OPTION_DEFAULTS, CallOptions
 from fastattn.problems.layouts import LSE_IN_OUTPUT, TO_BHSD
+
+if TYPE_CHECKING:
+    from fastattn.dispatch.resolve import Resolved
 
 NAME = "fastattn::attend"
 # The operator's tensors and lengths beside q, k and v: attention's arguments of these names.
@@ -79,11 +82,29 @@ _known: dict[str, tuple[Any, str, dict[str, Any]]] = {}
 _KEPT = 1024
 
 
+def _resolve(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Resolved:
+    from fastattn.dispatch import resolve
+
+    return resolve.attention(q, k, v, mask, layout, options, serve)
+
+
+entries = Entries(_resolve)
+
+
+def serve(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, **options: Any) -> Any:
+    """attention() by a table of its own: in compiled code another candidate may be the winner."""
+    try:
+        call = entries.first(q, k, v, mask, layout, options)
+    except Exception as error:
+        call = no_tensors(error)
+    return call(q, k, v, mask) if call is not None else entries.call(q, k, v, mask, layout, options)
+
+
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Any) -> tuple[Tensor, ...]:
     """attention() of the operator's arguments: (out,) or (out, lse)."""
     told, layout, options = _read(more[-1])
     lengths = {name: x for name, x in zip(_LENGTHS, more[:-1], strict=True) if x is not None}
-    found = attention(q, k, v, mask if told is None else told, layout, **options, **lengths)
+    found = serve(q, k, v, mask if told is None else told, layout, **options, **lengths)
     return found if isinstance(found, tuple) else (found,)
 
 

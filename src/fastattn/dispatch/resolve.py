@@ -52,17 +52,17 @@ class Resolved(NamedTuple):
     reads_alignment: bool = False  # its Call is for tensors that start as these do
 
 
-# --- the two front doors
+# --- the front doors
 
 
-def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any]) -> Resolved:
-    """Resolve a call of attention(). Raises what `fastattn.attention` documents."""
+def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, Any], door: Any = None) -> Resolved:
+    """Resolve a call of attention(), or of compiled code's door to it. Raises what `fastattn.attention` documents."""
     if not is_ordinary(q, mask, layout, given):
         from fastattn.problems.rewriting import rewrite
 
         ordinary = rewrite(q, k, v, mask, layout, given)
         if ordinary is not None:
-            return _rewritten(ordinary)
+            return _rewritten(ordinary, door)
     options = parse_options(given)
     settings = current_settings()
     check_layout(layout)
@@ -72,15 +72,19 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
         if service.is_passed_on(circumstances, options.kernel):
             return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
-    return _if_guarded(_resolve(key, asked_of(key, settings, circumstances), (q, k, v, mask)), mask, given)
+    asked = asked_of(key, settings, circumstances)
+    asked = service.of_regime(asked) if door is not None else asked
+    return _if_guarded(_resolve(key, asked, (q, k, v, mask)), mask, given)
 
 
-def _rewritten(ordinary: Rewritten) -> Resolved:
+def _rewritten(ordinary: Rewritten, door: Any) -> Resolved:
     """The ordinary call, which has an entry of its own. What made it another one is looked at in each call."""
     from fastattn.dispatch.attention import attention
 
+    serve = door or attention
+
     def call(q: Any, k: Any, v: Any, mask: Any) -> Any:
-        return ordinary.back(attention(*ordinary[:5], **ordinary.options))
+        return ordinary.back(serve(*ordinary[:5], **ordinary.options))
 
     return Resolved(call, "", "", remember=False)
 

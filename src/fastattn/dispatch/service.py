@@ -57,6 +57,13 @@ class Service(NamedTuple):
         return default_choice.untuned_name(problem.softcap > 0 or problem.lse, problem.is_custom)
 
 
+def of_regime(asked: Asked) -> Asked:
+    """A call of compiled code as it is decided: by the verdict of that regime where one is stored, else as eager code's."""
+    own = asked.problem.replace(compiled=True)
+    verdict = session.find(own, asked.device, asked.settings, asked.circumstances, count_lengths=False)
+    return asked._replace(problem=asked.problem.replace(compiled=verdict is not None))
+
+
 def is_passed_on(circumstances: Circumstances, kernel: str | None) -> bool:
     """Whether F.sdpa is called as it was. An order is carried out in every circumstance but mode "off"."""
     return what_is_allowed(circumstances)[0] == PASS and not (kernel and not circumstances.off)
@@ -79,7 +86,8 @@ def decide_service(asked: Asked, *, count_lengths: bool = True, certain: bool = 
     if asked.drops_all:  # which some libraries refuse to do
         return Service(Action.SERVE, fallback.last_resorts(asked)[0], "dropout_p 1 leaves nothing", remember=False)
     verdict = session.find(problem, asked.device, asked.settings, circumstances, count_lengths=count_lengths)
-    if action == TUNE and not session.is_complete(verdict, asked.device, asked.settings):
+    is_tuned_here = not problem.compiled  # what is for compiled code is tuned ahead alone
+    if action == TUNE and is_tuned_here and not session.is_complete(verdict, asked.device, asked.settings):
         return _untuned(asked, verdict, count_lengths)
     candidate = next(fallback.in_order(asked, verdict, certain=certain, tracing=tracing))
     if verdict is not None:

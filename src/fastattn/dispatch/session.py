@@ -96,8 +96,8 @@ class Session:
             problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
         lengths = lengths[problem.lengths == "all" :]  # a graph that is for a bucket of each length
-        may_tune, may_read = what_is_allowed(circumstances)[0] == TUNE, not circumstances.capturing
-        tables = self.tables.all(settings, device, may_read)
+        may_tune = what_is_allowed(circumstances)[0] == TUNE and not problem.compiled  # which is tuned ahead alone
+        tables = self.tables.all(settings, device, may_read := not circumstances.capturing)
         names = [problem.bucketed(how) for how in lengths] if tables or not may_tune else []
         for table in tables:
             for name in names:

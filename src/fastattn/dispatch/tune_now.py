@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from fastattn.dispatch.compiled_region import Region
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
 from fastattn.environment import clock
 from fastattn.environment.blame import raise_callers
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
+from fastattn.environment.option_scope import options
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability
 from fastattn.problems.call_key import CallKey
@@ -56,10 +58,12 @@ def tune(problem: Problem, settings: Settings, on: torch.device | None = None, *
         torch.inference_mode(False),  # whose tensors have no gradients, which a problem of training asks for
         torch.enable_grad() if problem.needs_grad else torch.no_grad(),
         torch.autocast(on.type, enabled=False),
+        options.scope(mode="cached") if problem.compiled else contextlib.nullcontext(),
         preserve_rng(on) if problem.dropout else contextlib.nullcontext(),
         # not the caller's hooks (checkpointing, save_on_cpu): they would see, and pay for, our tensors
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
     ):
-        verdict = tune_problem(problem, settings, device=on, **how)
+        region = Region(problem) if problem.compiled else None
+        verdict = tune_problem(problem, settings, device=on, region=region, **how)
     session.keep(verdict, settings, Device.of(on), on_disk=verdict.is_lasting)
     return verdict

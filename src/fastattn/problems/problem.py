@@ -58,6 +58,7 @@ class Problem:
     dropout: bool = False
     lse: bool = False
     score_mod: bool = False
+    compiled: bool = False  # inside a region of torch.compile, where Inductor changes what a kernel costs
 
     @property
     def is_banded(self) -> bool:

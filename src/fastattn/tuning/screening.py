@@ -39,6 +39,9 @@ TOO_SLOW_FOR_ROUNDS = 2.0  # the same where there is no time for rounds of all
 ONE_RUN_S = 0.25  # a run this long is enough to go by
 TOO_SLOW_ON_PROBES = 6.0  # the same, of runs on the probes, which are smaller than the problem
 
+# region(candidate, problem, scale, its Call) -> the same in a region of torch.compile
+Region = Callable[[Accepted, Problem, "float | None", binding.Call], binding.Call]
+
 
 class Screening:
     """Checks the candidates of one problem one by one: they share its tensors and its reference."""
@@ -51,9 +54,10 @@ class Screening:
         default_runs: str,
         settings: Settings,
         room: float = float("inf"),
+        region: Region | None = None,
     ) -> None:
-        """room: bytes that a candidate may take beside the sample."""
-        self.room, self._settings = room, settings
+        """room: bytes that a candidate may take beside the sample. region: what is judged and timed in place of its Call."""
+        self.room, self._settings, self._region = room, settings, region
         self.problem, self.device, self.clock, self.default_runs = problem, device, clock, default_runs
         self.reduced = probe_problem(problem)
         self.scale = None if problem.scale == "positive" else stand_in_scale(problem)
@@ -114,17 +118,18 @@ class Screening:
         if candidate.is_in_tiles:
             trial.share = share_in_tiles(self.problem, s.mask)
         call = binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate)
-        run = self._whole(call, s)
-        inputs = s.tensors
-        if candidate.kernel.compiles:  # for these sizes too
+        inside = self._region(candidate, self.problem, self.scale, call) if self._region else call
+        run = self._whole(inside, s)
+        if candidate.kernel.compiles or self._region:  # for these sizes too
             start = self.clock.now()
             run()
             trial.first_call = self.clock.now() - start
         start = self.clock.now()
         found, trial.temporary, trial.saved = memory_use.measure_memory(
-            run, inputs, candidate.kernel.compiles is not None
+            self._whole(call, s), s.tensors, candidate.kernel.compiles is not None
         )
         trial.first_run = self.clock.now() - start
+        found = run() if self._region else found
         if self.full_size is not None and not self._rate:
             trial.errors = self.full_size.errors(found).worst(trial.errors)
             if not trial.errors.passed:
@@ -137,7 +142,7 @@ class Screening:
         trial.run = run
         most, fastest = (TOO_SLOW * self._fastest[0], self._fastest[1]) if self._fastest else (float("inf"), "")
         is_churning = self.problem.lengths != "exact"  # then a plan in that run must not pass for its usual time
-        if trial.first_run < ONE_RUN_S or (is_churning and trial.first_run <= most):
+        if self._region or trial.first_run < ONE_RUN_S or (is_churning and trial.first_run <= most):
             trial.first_run = self.clock.time(run, 1)
         if TOO_SLOW * trial.first_run <= KEEP_WITHIN * most:  # else it cannot win
             trial.new_length = new_length_s(
@@ -193,10 +198,11 @@ class Screening:
     def _measured_once(self, trial: TrialInProgress) -> binding.Call:
         """Its Call for the probes; the time of its very first run is kept, and the bytes that it took beside them."""
         call = binding.bind(trial.candidate, self.reduced, self.scale)
+        inside = self._region(trial.candidate, self.reduced, self.scale, call) if self._region else call
 
         def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
             if trial.first_call is not None:
-                return call(q, k, v, mask)
+                return inside(q, k, v, mask)
             start = self.clock.now()
             if trial.candidate.kernel.compiles:
                 out = call(q, k, v, mask)
@@ -204,7 +210,7 @@ class Screening:
                 inputs = [x for x in (q, k, v, mask) if isinstance(x, Tensor)]
                 out, trial.temporary, _ = memory_use.measure_memory(lambda: call(q, k, v, mask), inputs)
             trial.first_call = self.clock.now() - start
-            return out
+            return inside(q, k, v, mask) if self._region else out
 
         return run
 

@@ -20,7 +20,7 @@ from fastattn.problems.problem import Problem
 from fastattn.tuning.choose import CheckOnCallersTensors, choose
 from fastattn.tuning.cpu_contention import CpuContention
 from fastattn.tuning.freshness import libraries_now, settled
-from fastattn.tuning.screening import Screening
+from fastattn.tuning.screening import Region, Screening
 from fastattn.tuning.stopwatch import MIN_ROUNDS, ClockError, Stopwatch, Watched, stopwatch, time_interleaved
 from fastattn.tuning.trial_in_progress import TrialInProgress
 from fastattn.verdicts.verdict import CROWDED, DRIFT, Outcome, Trial, Verdict
@@ -49,12 +49,13 @@ def tune_problem(
     compiling: bool = False,
     progress: Progress | None = None,
     known: Verdict | None = None,
+    region: Region | None = None,
 ) -> Verdict:
     """Check every candidate's numbers, time those that are right, and name the winner.
 
     prior: candidate names to try first. check: checks a candidate on a slice of the caller's tensors; the winner must pass it.
     thorough: all are tried (the CLI's way). compiling: also what takes seconds to compile first. known: an older Verdict, of
-    which only what changed is tried again.
+    which only what changed is tried again. region: for a problem of compiled code, what is timed in place of a Call.
     """
     on = torch.device(problem.device) if device is None else device
     device_kind = Device.of(on)
@@ -64,7 +65,7 @@ def tune_problem(
     found = candidates.decisions(problem, device_kind, settings)
     native = default_choice.default_runs(problem, device_kind)
     room = float("inf") if thorough else problem.io_bytes + ROOM
-    screening = Screening(problem, on, clock, native, settings, room)
+    screening = Screening(problem, on, clock, native, settings, room, region)
     first = default_choice.fallbacks(problem, device_kind, settings, found)[0]
     kept = settled(known, found) - {first.name}  # what always can run is tried anew
     trials = [TrialInProgress(d) for d in found if isinstance(d, Accepted) and d.name not in kept]

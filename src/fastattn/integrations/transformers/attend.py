@@ -66,6 +66,10 @@ def attend(
             (first, last), attention_mask = attention_mask.told
             if last - first != kv_len:
                 key, value = key[:, :, first:last], value[:, :, first:last]
+    elif torch.compiler.is_dynamo_compiling() and position_bias is None:
+        from fastattn.integrations.transformers import in_graph
+
+        attention_mask = in_graph.told(attention_mask, query, key)
     if position_bias is not None:
         if library.bias_mask is None:
             raise NotImplementedError("fastattn: position_bias needs transformers 5")

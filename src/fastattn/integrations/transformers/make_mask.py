@@ -23,6 +23,10 @@ def make_mask(**given: Any) -> Tensor | None:
 
     It is made once a call of the model for each kind of layer, and shared by all of these.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from fastattn.integrations.transformers import in_graph
+
+        return in_graph.make_mask(given)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch_private.dispatch_modes():
         return library.sdpa_mask(**given)
     owner = given.get("config")
