@@ -16,6 +16,7 @@ from fastattn.environment.settings import Settings
 from fastattn.kernels.kernel import Arguments
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
+from fastattn.problems.masks.unread import Sequences
 
 NEW = ("enable_gqa", "seqused_k", "block_table", "num_splits")  # parameters that torch 2.11's function lacks
 
@@ -58,6 +59,19 @@ def test_enable_gqa_is_said_where_heads_differ(is_old, heads, varlen):
         return
     assert run(q, k, v, None, Arguments(0.125)).shape == q.shape
     assert told[-1].get("enable_gqa") is (True if heads[0] != heads[1] else None)
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+@pytest.mark.parametrize("most", [1, 5])
+def test_packed_sequences_keep_torch_from_cudnn_and_from_taking_tokens_for_sequences(is_old, most, varlen):
+    """Where it has the parameter that does so; with max_q 1 and groups it takes token i for sequence i."""
+    told = varlen(is_old)
+    q, k, v = (torch.randn(1, 5, 4, 64, dtype=torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 1, 2, 3, 4, 5] if most == 1 else [0, 5], dtype=torch.int32)
+    run = row_of(torch_lower.STUB, "torch_varlen").load_packed()
+    found = run(q, k, v, None, Arguments(0.125, packed=Sequences(cu, cu, most, most)))
+    assert found.shape == q.shape and told[-1]["max_q"] == max(2, most) and told[-1]["max_k"] == most
+    assert told[-1].get("enable_gqa") is (None if is_old else True)
 
 
 @pytest.mark.parametrize(("version", "heads", "can"), [

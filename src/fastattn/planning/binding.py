@@ -77,7 +77,8 @@ def bind(
 
 def _converted(candidate: Accepted, p: Problem, facts: CallFacts) -> Run:
     """The kernel with its conversions around it."""
-    step = availability.load_kernel(candidate.kernel)
+    load = availability.load_packed if "packed" in candidate.conversions else availability.load_kernel
+    step = load(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)

@@ -96,7 +96,7 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
     if p.mask == "block":
         if not kernel.custom_mask:
             yield "a BlockMask is not supported"
-    elif p.mask and not kernel.masks:
+    elif p.mask and not kernel.masks and not (kernel.load_packed and p.packing):
         yield f"a mask is not supported ({p.mask} {p.mask_shape})"
     elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
         yield f"a float mask is not supported ({p.mask})"

@@ -11,6 +11,7 @@ import torch
 
 from fastattn.environment.settings import check_accuracy
 from fastattn.problems import bands, length_buckets, masks
+from fastattn.problems.packing import Packing, packing_of
 
 
 def default_scale(head_dim: int) -> float:
@@ -108,6 +109,26 @@ class Problem:
         own = [masks.Causal(self.causal)] if self.causal is not None else []
         own += [masks.Window(*self.window)] if self.window is not None else []
         return masks.all_of(own) if own else None
+
+    @property
+    def packing(self) -> Packing | None:
+        """How sequences are packed, where that is all that hides keys."""
+        return packing_of(self.structure, self.q_len, self.kv_len) if self.structure and self.batch == 1 else None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all that hides keys is where sequences end, and a triangle or a window within each."""
+        return self.packing is not None
+
+    @property
+    def any_window(self) -> bands.Sides | None:
+        """The window: of the whole, or of each packed sequence."""
+        return self.window if self.packing is None else self.packing.window
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether its mask holds lengths that nobody reads: no tile can be made of it."""
+        return "Unread(" in self.structure
 
     @property
     def has_unread_keys(self) -> bool:

@@ -10,18 +10,19 @@ import inspect
 import torch
 from torch.nn.attention import varlen
 
-from stubs import INF, Stub, attend, band, check_aligned, check_half, module, signed
+from stubs import INF, Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
 from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
 
 
-def run_flash(q, k, v, scale, is_causal, left, right):
-    """mha_fwd of flash_api.cpp on (b, s, h, d)."""
+def run_flash(q, k, v, scale, is_causal, left, right, longest=None):
+    """mha_fwd of flash_api.cpp on (b, s, h, d), and mha_varlen_fwd, whose seqlen_k is the longest."""
     check_half(q, k, v)
     check_aligned(q, k, v)
     assert q.shape[3] == k.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0 and q.shape[2] % k.shape[2] == 0
     q_len, kv_len = q.shape[1], k.shape[1]
-    assert q.shape[0] and q_len and kv_len
-    left, right = (-1 if n >= kv_len else n for n in (left, right))
+    assert q.shape[0] and (q_len and kv_len or longest)
+    longest = kv_len if longest is None else longest
+    left, right = (-1 if n >= longest else n for n in (left, right))
     right = 0 if is_causal and q_len > 1 else right
     visible = band(q_len, kv_len, None if left < 0 else left, None if right < 0 else right, kv_len - q_len)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -102,15 +103,15 @@ def _with_later_parameters(real):
 @signed("torch", "varlen_attn", real=_with_later_parameters(inspect.signature(varlen.varlen_attn)))
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa, seqused_k,
                 block_table, num_splits):  # fmt: skip
-    """Only for equal lengths, which is all that the adapter asks for."""
-    assert query.dim() == key.dim() == value.dim() == 3 and enable_gqa | (query.shape[1] == key.shape[1])
-    for cu, total, longest in ((cu_seq_q, len(query), max_q), (cu_seq_k, len(key), max_k)):
-        assert cu.dtype is torch.int32 and cu.tolist() == list(range(0, total + 1, longest))
-    assert len(cu_seq_q) == len(cu_seq_k) and seqused_k is None and block_table is None
-    batch = len(cu_seq_q) - 1
-    dense = (x.unflatten(0, (batch, n)) for x, n in ((query, max_q), (key, max_k), (value, max_k)))
-    out, lse = run_flash(*dense, scale, window_size == (-1, 0), *window_size)
-    out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1, 2)
+    """As aten::_flash_attention_forward with cu_seqlens."""
+    assert enable_gqa | (query.shape[1] == key.shape[1]) and seqused_k is None and block_table is None
+    if max_q == 1 and query.shape[1] > key.shape[1] and tuple(window_size) == (-1, -1):
+        assert len(query) == len(cu_seq_q) - 1, "q is reshaped to one token a sequence"
+        cu_seq_q = torch.arange(len(query) + 1, dtype=torch.int32)
+    is_causal = window_size == (-1, 0)
+    out, lse = for_each_sequence(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, lambda *one: run_flash(*one, scale, is_causal, *window_size, max_k)
+    )  # fmt: skip
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
@@ -130,7 +131,8 @@ STUB = Stub(
         "aten_efficient": "softcap bottom_right_tall window window_left window_right window_tall window_left_past_keys"
         " lse_empty_rows grad_bottom_right grad_window window_top_left_tall",
         "torch_varlen": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
-        " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall",
+        " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall"
+        " packed_softcap packed_top_left packed_scale_negative packed_float32 unread_top_left",
     },
     cases={
         **LSE_WITH_MASK,
@@ -138,6 +140,11 @@ STUB = Stub(
         "window_top_left_tall": {"sq": 19, "skv": 5, "window": (3, 0), "is_causal": True},
     },
     mutations=(
+        ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
+        ("a.packed.cu_kv", "a.packed.cu_q"),
+        ("a.packed.max_kv", "a.packed.max_q"),
+        ("max(2, a.packed.max_q)", "a.packed.max_q"),
+        ("found[1])[None]", "found[1])"),
         ("is_causal=right == 0", "is_causal=True"),
         ("window_size_left=left", "window_size_left=left + 1"),
         ("window_size_right=right", "window_size_right=-1"),

@@ -15,7 +15,7 @@ from fastattn.problems.problem import Problem
 
 def _can_fold(p: Problem) -> bool:
     """Rows of one kv head's queries may be stacked where no row needs to know its own index."""
-    return p.group > 1 and not p.is_banded and (p.q_len == 1 or p.mask is None)
+    return p.group > 1 and not p.is_banded and p.packing is None and (p.q_len == 1 or p.mask is None)
 
 
 def when_gqa_fold(kernel: Kernel, p: Problem, facts: CallFacts) -> str:

@@ -104,6 +104,11 @@ class Packed(Mask):
             return range(0, end, max(1, self.queries))
         return _firsts(self.queries)
 
+    def of_lengths(self, q_len: int, kv_len: int, device: Any) -> Mask:
+        if not (isinstance(self.queries, int) and isinstance(self.keys, int)):
+            return self
+        return Packed(*both_cut(self.queries, q_len, self.keys, kv_len), self.corner, self.window)
+
     def like(self, kv_len: int) -> Mask:
         if isinstance(self.queries, int):
             return self
@@ -179,6 +184,17 @@ class Filled(Mask):
             raise ValueError(f"Filled speaks of {self.queries} queries, got q_len {q_len}")
         if max(each(self.keys)) > kv_len:
             raise ValueError(f"Filled speaks of {max(each(self.keys))} keys, got kv_len {kv_len}")
+
+
+def both_cut(queries: int, q_len: int, keys: int, kv_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens cut into sequences of one length, as many of queries as of keys; the last one may be shorter."""
+    cut = [
+        (length,) * (tokens // length) + ((tokens % length,) if tokens % length else ()) if length else ()
+        for length, tokens in ((queries, q_len), (keys, kv_len))
+    ]
+    count = max(1, *map(len, cut))
+    of_q, of_kv = (lengths + (0,) * (count - len(lengths)) for lengths in cut)
+    return of_q, of_kv
 
 
 @lru_cache(256)
