@@ -168,7 +168,7 @@ BUILDS = [
     ({"FP16"}, {"dtype": "float16"}, "dtype float16: this build lacks it"),
     ({"LOCAL"}, {"window": (3, 2)}, "a window (3, 2): this build lacks it"),
     ({"LOCAL"}, in_documents("Document(8) & Window(3, 2)"), "a window (3, 2): this build lacks it"),
-    ({"VARLEN"}, in_documents("Document(8)"), "packed sequences (Document(8)): this build lacks it"),
+    ({"VARLEN"}, in_documents("Document(8)"), "lengths (Document(8)): this build lacks it"),
     ({"SOFTCAP"}, {"softcap": 2.0}, "softcap 2: this build lacks it, or has no flash_attn_config to tell"),
     ({"SM8x"}, {"capability": 86}, "sm86: this build lacks it, or has no flash_attn_config to tell"),
     ({"HDIM256"}, dims(200), "head_dim 200 > 192: this build lacks it"),

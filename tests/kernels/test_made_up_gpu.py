@@ -31,8 +31,8 @@ from fastattn.problems import call_key, call_options
 from fastattn.problems.classify import classify
 
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
-    "torch_cuda", "torch_lower", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine", "xformers", "mslk",
-    "flashinfer_ragged", "natten", "sage_2",
+    "torch_cuda", "torch_lower", "torch_varlen", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine",
+    "xformers", "mslk", "flashinfer_ragged", "natten", "sage_2",
 ]  # fmt: skip
 WINNER = "flash_attn_2"
 COSTS = {"default": DEFAULT, WINNER: FAST}

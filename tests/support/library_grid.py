@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import stubs
 import torch
-from building import corner, expect, facts_of, hold, mask_of, problem_of, qkv
+from building import back, corner, expect, facts_of, hold, mask_of, problem_of, qkv
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -28,7 +28,7 @@ from fastattn.kernels.limits import OneOf
 from fastattn.planning import binding, candidates
 from fastattn.planning.decision import Accepted, Rejected
 from fastattn.problems.masks import Causal
-from fastattn.problems.rewriting import sequences
+from fastattn.problems.rewriting import caches, sequences
 
 BR = Causal("bottom_right")
 WIDE, TALL = {"sq": 5, "skv": 19}, {"sq": 19, "skv": 5}
@@ -121,6 +121,29 @@ PACKED: dict[str, dict[str, Any]] = {
     "unread_longest_told": {"lengths": OWN, "unread": True, "max_q_len": 9, "max_kv_len": 7, "window": (2, 0), "mask": BR},
     "unread_one_or_none": {"lengths": ((1, 0, 1), (5, 3, 2)), "behind": 1, "unread": True, "max_q_len": 1, "hq": 8, "hkv": 2},
 }  # fmt: skip
+# Caches that are filled to some lengths, what lies behind is NaN, or finite where the lengths are on a GPU; only for rows that
+# have an entry point for them.
+FILL = {"b": 3, "sq": 1, "skv": 33, "filled": (33, 5, 20)}
+CACHED: dict[str, dict[str, Any]] = {
+    "filled": {**FILL},
+    "filled_rows": {**FILL, "sq": 4},
+    "filled_corner": {**FILL, "sq": 4, "mask": BR, "layout": "bshd"},
+    "filled_window": {**FILL, "sq": 4, "mask": BR, "window": (3, 0)},
+    "filled_window_decode": {**FILL, "mask": BR, "window": (3, -1)},
+    "filled_short": {**FILL, "sq": 4, "mask": BR, "filled": (33, 2, 20), "return_lse": True},
+    "filled_empty": {**FILL, "filled": (33, 0, 20), "return_lse": True, "hq": 8, "hkv": 2},
+    "filled_softcap": {**FILL, "softcap": 2.0},
+    "filled_scale": {**FILL, "scale": 0.7},
+    "filled_scale_negative": {**FILL, "sq": 4, "mask": BR, "scale": -0.4},
+    "filled_head_dim_20": {**FILL, "d": 20},
+    "filled_grad": {**FILL, "sq": 4, "grad": True},
+    "filled_float32": {**FILL, "dtype": torch.float32},
+    "filled_causal": {**FILL, "sq": 4, "is_causal": True},
+    "unread_filled": {**FILL, "unread": True, "hq": 8, "hkv": 2},
+    "unread_filled_corner": {**FILL, "sq": 4, "mask": BR, "unread": True, "return_lse": True, "layout": "bshd"},
+    "unread_filled_window": {**FILL, "sq": 4, "mask": BR, "window": (3, 0), "unread": True},
+    "unread_filled_empty": {**FILL, "filled": (33, 0, 20), "unread": True},
+}  # fmt: skip
 MADE = ("b", "hq", "hkv", "sq", "skv", "d", "dv", "memory", "layout", "dtype", "grad")
 STUBS = stubs.all_stubs()
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
@@ -199,11 +222,32 @@ def packed(case: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "b": 1, "sq": tokens[0], "skv": tokens[1], "layout": "bshd", "mask": mask, "seen": seen}
 
 
+def cached(case: dict[str, Any]) -> dict[str, Any]:
+    """A call on a cache as one with a Mask; "seen" is what it leaves, by a loop over its entries."""
+    rest = {name: value for name, value in case.items() if name != "unread"}
+    is_unread, corner, filled = case.get("unread", False), rest.pop("mask", None), case["filled"]
+    told = {name: rest.pop(name) for name in ("window",) if name in rest}
+    q, k = torch.empty(len(filled), 1, case["sq"], 8), torch.empty(len(filled), 1, case["skv"], 8)
+    lengths = torch.tensor(filled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "is_readable", lambda _: not is_unread)
+        patch.setattr(caches, "is_on_gpu", lambda _: is_unread)
+        mask = caches.of_cache(q, k, k, corner, "bhsd", told, lengths, None).mask
+    i, j = torch.arange(case["sq"])[:, None], torch.arange(case["skv"])
+    left = told.get("window", (-1,))[0]
+    seen = []
+    for n in filled:
+        at = i + n - case["sq"]
+        near = (j <= at) & (j >= at - (10**6 if left < 0 else left))
+        seen.append((j < n) & near if corner else (j < n).expand(case["sq"], -1))
+    return {**rest, "mask": mask, "seen": torch.stack(seen)[:, None], "behind": 1e4 if is_unread else float("nan")}
+
+
 def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dtype | None = None) -> list[str]:
     """Hold every candidate of a kernel for a call to float64; the reasons where there is none."""
     torch.manual_seed(0)
-    case = packed(case) if "lengths" in case else case
-    options = {k: v for k, v in case.items() if k not in (*MADE, "mask", "seen")}
+    case = packed(case) if "lengths" in case else cached(case) if "filled" in case else case
+    options = {k: v for k, v in case.items() if k not in (*MADE, "mask", "seen", "filled", "behind")}
     made = {"dtype": dtype or getattr(torch, kernel.dtypes[0]), **sizes_for(kernel), **stub.sizes}
     made |= {k: v for k, v in case.items() if k in MADE}
     off_by_one = made.get("memory") == "misaligned"
@@ -227,6 +271,10 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
     drawn = corner(mask, options.get("is_causal", False))
     want = expect(q, k, v, case.get("seen", mask), layout=layout, corners=drawn, **asked)
+    if "filled" in case:  # the reference has its own: it multiplies what is hidden by zero
+        k, v = k.clone(), v.clone()
+        for b, n in enumerate(case["filled"]):
+            back(layout, k)[b, :, n:] = back(layout, v)[b, :, n:] = case["behind"]
     for candidate in found:
         assert isinstance(candidate, Accepted)
         call = binding.bind(candidate, p, options.get("scale"), facts, structured=isinstance(mask, Causal))
@@ -240,7 +288,7 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         assert isinstance(call(q, k, v, dense), tuple) is p.lse, (
             "with a log-sum-exp where it is asked for, and only there"
         )
-        assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), (
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, (q, k, v), strict=True)), (
             f"{candidate.name} changed its inputs"
         )
     return []
@@ -248,7 +296,7 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
 
 def calls_of(stub: stubs.Stub, kernel: Kernel) -> dict[str, dict[str, Any]]:
     """The calls that a row is held to, by name."""
-    return {**GRID, **(PACKED if kernel.load_packed else {}), **stub.cases}
+    return {**GRID, **(PACKED if kernel.load_packed else {}), **(CACHED if kernel.load_cached else {}), **stub.cases}
 
 
 def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:

@@ -38,9 +38,8 @@ class Arguments(NamedTuple):
     lse: bool = False
     score_mod: Callable[..., Tensor] | None = None
     deterministic: bool = False  # the backward must give the same bits on every run
-    packed: Sequences | None = (
-        None  # of load_packed alone: where sequences begin; the band is around their own diagonals
-    )
+    packed: Sequences | None = None  # for load_packed: where sequences begin; the band is around their own diagonals
+    kv_lens: Tensor | None = None  # for load_cached: int32 [batch]; the band is around the last filled key's diagonal
 
     def window_sides(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
@@ -106,6 +105,8 @@ class Kernel:
     )
     # its entry point for packed sequences, a batch of one: a.packed says where each begins, and nothing of the mask is left
     load_packed: Callable[[], Run] | None = None
+    # its entry point for caches, which it reads as far as a.kv_lens says; forward alone, and nothing of the mask is left
+    load_cached: Callable[[], Run] | None = None
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
     prepare: Callable[[], object] | None = (

@@ -1,4 +1,4 @@
-"""What kernels for packed sequences are told: how a Problem's are packed, and where those of one call begin."""
+"""What kernels for packed sequences and caches are told: of a Problem what kind, of a call where they begin and end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastattn.problems.masks.values import each
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 class Packing(NamedTuple):
@@ -32,6 +33,40 @@ class Packing(NamedTuple):
         if self.lower is None and self.upper in (None, 0):
             return None
         return (-1 if self.lower is None else -self.lower), (-1 if self.upper is None else self.upper)
+
+
+class Filling(NamedTuple):
+    """A cache that is filled to some length, and nothing else. has_corner: the queries are the last of what is filled.
+
+    left: keys that such a query sees before its own, -1 is no limit.
+    """
+
+    has_corner: bool
+    left: int
+
+
+@lru_cache(256)
+def filling_of(structure: str) -> Filling | None:
+    """The filling that a Problem's structure comes to; None where its mask says something else."""
+    mask = masks.parse(structure)
+    return Filling(mask.queries > 0, mask.left) if isinstance(mask, masks.Filled) else None
+
+
+def kv_lens_of(mask: masks.Mask, batch: int, kv_len: int, device: torch.device) -> Tensor:
+    """How much of each batch entry a mask that filling_of knows calls filled: int32 [batch]."""
+    assert isinstance(mask, masks.Filled), f"{mask!r} is no cache"
+    if isinstance(mask, masks.FilledUnread) and mask.lengths is not None:
+        return mask.lengths[:batch]  # a check looks at the first entry alone
+    keys = each(mask.keys)
+    return _kv_lens(tuple(min(keys[b % len(keys)], kv_len) for b in range(batch)), device)
+
+
+@lru_cache(64)  # the next layer asks for the same ones
+def _kv_lens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(lengths, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 @lru_cache(256)

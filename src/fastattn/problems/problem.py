@@ -11,7 +11,7 @@ import torch
 
 from fastattn.environment.settings import check_accuracy
 from fastattn.problems import bands, length_buckets, masks
-from fastattn.problems.packing import Packing, packing_of
+from fastattn.problems.packing import Filling, Packing, filling_of, packing_of
 
 
 def default_scale(head_dim: int) -> float:
@@ -114,6 +114,11 @@ class Problem:
     def packing(self) -> Packing | None:
         """How sequences are packed, where that is all that hides keys."""
         return packing_of(self.structure, self.q_len, self.kv_len) if self.structure and self.batch == 1 else None
+
+    @property
+    def filling(self) -> Filling | None:
+        """How a cache is filled, where that is all that hides keys."""
+        return filling_of(self.structure) if "Filled" in self.structure else None
 
     @property
     def is_packed(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stubs import Stub, for_each_sequence, module, signed
-from stubs.flash_attn_3 import MUTATIONS, REFUSES, forward
+from stubs.flash_attn_3 import MUTATIONS, REFUSES, forward, with_kvcache
 
 
 @signed("fa3_fwd", "flash_attn_func")
@@ -32,6 +32,12 @@ def flash_attn_varlen_func(
     return (out, lse) if return_attn_probs else out
 
 
+@signed("fa3_fwd", "flash_attn_with_kvcache")
+def flash_attn_with_kvcache(**named):
+    assert named["q"].dtype is torch.bfloat16
+    return with_kvcache(**named, left_out=("LOCAL",))
+
+
 STUB = Stub(
     file="flash_attn_3",
     library="fa3-fwd",
@@ -39,14 +45,17 @@ STUB = Stub(
     kernels=("fa3_fwd",),
     modules=lambda: {
         "fa3_fwd_interface": module(
-            "fa3_fwd_interface", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+            "fa3_fwd_interface",
+            flash_attn_func=flash_attn_func,
+            flash_attn_varlen_func=flash_attn_varlen_func,
+            flash_attn_with_kvcache=flash_attn_with_kvcache,
         )
     },
     refuses={
         "fa3_fwd": f"{REFUSES} window window_left window_right window_self window_causal window_wide window_tall"
         " window_left_past_keys grad grad_causal grad_bottom_right grad_head_dim packed_window packed_window_left"
         " packed_window_right packed_window_causal packed_grad packed_grad_window packed_behind packed_nothing_grad unread_grad"
-        " unread_longest_told",
+        " unread_longest_told unread_filled_window",
     },
     mutations=(
         *MUTATIONS,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastattn.kernels.adapters import flash_attn_3
 from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
 
@@ -64,9 +66,42 @@ def flash_attn_varlen_func(
     return (out, lse) if return_attn_probs else out
 
 
+def with_kvcache(
+    q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, window_size, softcap, num_splits, return_softmax_lse,
+    left_out=(), **others,
+):  # fmt: skip
+    """Tiles are loaded to the cache's end: what lies behind the filled keys is multiplied by a weight of zero."""
+    others = {name: value for name, value in others.items() if value is not None}
+    assert others == {"attention_chunk": 0, "rotary_interleaved": True, "sm_margin": 0} and num_splits == 0
+    assert not any(x.requires_grad for x in (q, k_cache, v_cache)), "no backward"
+    check_half(q, k_cache, v_cache)
+    check_aligned(q, k_cache, v_cache)
+    assert cache_seqlens.dtype is torch.int32 and cache_seqlens.is_contiguous() and cache_seqlens.shape == q.shape[:1]
+    assert "LOCAL" not in left_out or window_size == (-1, -1), "... does not support local attention."
+    (q_len, kv_len), left = (q.shape[1], k_cache.shape[1]), window_size[0]
+    seen = []
+    for n in cache_seqlens.tolist():
+        right = 0 if causal and q_len > 1 else None
+        near = band(q_len, n, left if 0 <= left < kv_len - 1 else None, right, n - q_len)
+        seen.append(torch.nn.functional.pad(near, (0, kv_len - n)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    assert scale > 0
+    out, lse = attend(q, k, v, scale=scale, visible=torch.stack(seen)[:, None], softcap=softcap)
+    out = out.transpose(1, 2).contiguous()
+    return (out, lse, None, None) if return_softmax_lse else out
+
+
+@signed("flash_attn_3", "flash_attn_with_kvcache")
+def flash_attn_with_kvcache(**named):
+    return with_kvcache(**named)
+
+
 REFUSES = (
     "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask mask_and_causal"
     " mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
+    " filled filled_rows filled_corner filled_window filled_window_decode filled_short filled_empty"
+    " filled_softcap filled_scale filled_scale_negative filled_head_dim_20 filled_grad filled_float32 filled_causal"
 )
 MUTATIONS = (
     ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
@@ -96,7 +131,10 @@ STUB = Stub(
     kernels=("flash_attn_3",),
     modules=lambda: {
         "flash_attn_interface": module(
-            "flash_attn_interface", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+            "flash_attn_interface",
+            flash_attn_func=flash_attn_func,
+            flash_attn_varlen_func=flash_attn_varlen_func,
+            flash_attn_with_kvcache=flash_attn_with_kvcache,
         ),
         "flash_attn_config": config(),
     },

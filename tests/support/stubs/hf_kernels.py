@@ -35,11 +35,13 @@ MODULES = {
         "flash_attn2",
         flash_attn_func=flash_attn_2.flash_attn_func,
         flash_attn_varlen_func=flash_attn_2.flash_attn_varlen_func,
+        flash_attn_with_kvcache=flash_attn_2.flash_attn_with_kvcache,
     ),
     "flash-attn3": module(
         "flash_attn3",
         flash_attn_func=flash_attn_3.flash_attn_func,
         flash_attn_varlen_func=flash_attn_3.flash_attn_varlen_func,
+        flash_attn_with_kvcache=flash_attn_3.flash_attn_with_kvcache,
     ),
     "flash-attn4": module(
         "flash_attn4",
@@ -96,7 +98,8 @@ STUB = Stub(
     patch=_patch,
     sizes={"d": 64},
     refuses={
-        "hf_flash_attn_2": SHARED, "hf_flash_attn_3": SHARED, "hf_flash_attn_4": SHARED,
+        "hf_flash_attn_2": f"{SHARED} filled_scale_negative filled_grad filled_float32 filled_causal",
+        "hf_flash_attn_3": flash_attn_3.REFUSES, "hf_flash_attn_4": SHARED,
         "hf_sage": sage_2.STUB.refuses["sage_2_fp16"].replace(" float_mask_hides_64", ""),
     },
     mutations=(

@@ -5,12 +5,9 @@ The efficient op's bottom-right triangle hides nothing with more queries than ke
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from torch.nn.attention import varlen
 
-from stubs import INF, Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
+from stubs import INF, Stub, attend, band, check_aligned, check_half
 from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
 
 
@@ -89,50 +86,16 @@ def efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     return out.transpose(1, 2).contiguous(), padded_lse(lse, compute_log_sumexp), None, None, q_len, kv_len
 
 
-def _with_later_parameters(real):
-    """The signature of torch 2.13: an older torch has fewer parameters, and the adapter refuses that one."""
-    later = {"enable_gqa": False, "seqused_k": None, "block_table": None, "num_splits": None}
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in later.items()
-        if name not in real.parameters
-    ]
-    return real.replace(parameters=[*real.parameters.values(), *more])
-
-
-@signed("torch", "varlen_attn", real=_with_later_parameters(inspect.signature(varlen.varlen_attn)))
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa, seqused_k,
-                block_table, num_splits):  # fmt: skip
-    """As aten::_flash_attention_forward with cu_seqlens."""
-    assert enable_gqa | (query.shape[1] == key.shape[1]) and seqused_k is None and block_table is None
-    if max_q == 1 and query.shape[1] > key.shape[1] and tuple(window_size) == (-1, -1):
-        assert len(query) == len(cu_seq_q) - 1, "q is reshaped to one token a sequence"
-        cu_seq_q = torch.arange(len(query) + 1, dtype=torch.int32)
-    is_causal = window_size == (-1, 0)
-    out, lse = for_each_sequence(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, lambda *one: run_flash(*one, scale, is_causal, *window_size, max_k)
-    )  # fmt: skip
-    return (out, lse) if return_aux is not None and return_aux.lse else out
-
-
 STUB = Stub(
     file="torch_lower",
     library="torch",
     version=torch.__version__,
-    modules=lambda: {
-        "torch.nn.attention.varlen": module(
-            "torch.nn.attention.varlen", varlen_attn=varlen_attn, AuxRequest=varlen.AuxRequest
-        )
-    },
     patch=private({"cuda_flash_forward": flash, "cuda_efficient_forward": efficient}),
     refuses={
         "aten_flash": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall",
         "aten_efficient": "softcap bottom_right_tall window window_left window_right window_tall window_left_past_keys"
         " lse_empty_rows grad_bottom_right grad_window window_top_left_tall",
-        "torch_varlen": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
-        " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall"
-        " packed_softcap packed_top_left packed_scale_negative packed_float32 unread_top_left",
     },
     cases={
         **LSE_WITH_MASK,
@@ -140,24 +103,13 @@ STUB = Stub(
         "window_top_left_tall": {"sq": 19, "skv": 5, "window": (3, 0), "is_causal": True},
     },
     mutations=(
-        ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
-        ("a.packed.cu_kv", "a.packed.cu_q"),
-        ("a.packed.max_kv", "a.packed.max_q"),
-        ("max(2, a.packed.max_q)", "a.packed.max_q"),
-        ("found[1])[None]", "found[1])"),
         ("is_causal=right == 0", "is_causal=True"),
         ("window_size_left=left", "window_size_left=left + 1"),
         ("window_size_right=right", "window_size_right=-1"),
         ("return_debug_mask=False, scale=a.scale", "return_debug_mask=False"),
-        ("scale=a.scale, return_aux", "return_aux"),
         ("scale=a.scale, compute_log_sumexp", "compute_log_sumexp"),
-        ("window_size=(left, right)", "window_size=(left + 1, right)"),
-        ("window_size=(left, right)", "window_size=(left, -1)"),
         ("-1 if n is None else n", "n if n is None else n + 1"),
         ("return lse.masked_fill(lse == INF, -INF)", "return lse"),
-        ("dtype=int32", "dtype=int64"),
-        ('"enable_gqa": True', '"enable_gqa": False'),
-        (".unflatten(1, (batch, q_len)).transpose(0, 1)", ".unflatten(1, (q_len, batch)).permute(2, 0, 1)"),
         ("lse[..., :s].detach()", "lse.detach()"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 1"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 2"),

@@ -86,12 +86,41 @@ def of_packed(function: Callable[..., Any]) -> Run:
     return run
 
 
+def load_cached() -> Run:
+    from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    return of_cached(flash_attn_with_kvcache)
+
+
+def of_cached(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_with_kvcache, which reads no key behind cache_seqlens, and splits the keys where queries are few."""
+    attend = require_keywords(
+        function, "q", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
+        "return_softmax_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.window_sides(0, 0)
+        found = attend(
+            q=q, k_cache=k, v_cache=v, cache_seqlens=a.kv_lens,
+            softmax_scale=a.scale, causal=right == 0, window_size=(-1 if left is None else left, -1),
+            softcap=a.softcap, num_splits=0, return_softmax_lse=a.lse,
+        )  # fmt: skip
+        if not a.lse:
+            return found
+        out, lse = found[:2]
+        return out, lse.masked_fill(lse == INF, -INF)
+
+    return run
+
+
 KERNELS = (
     Kernel(
         name="flash_attn_2",
         summary="FlashAttention 2 (package flash-attn)",
         load=load,
         load_packed=load_packed,
+        load_cached=load_cached,
         library="flash-attn",
         versions=("2.6", "3"),
         devices=("cuda",),

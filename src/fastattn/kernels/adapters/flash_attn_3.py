@@ -27,6 +27,7 @@ from fastattn.kernels import (
     Tensor,
     require_keywords,
 )
+from fastattn.kernels.adapters import flash_attn_2
 
 INF = float("inf")
 
@@ -91,6 +92,13 @@ def of_packed(function: Callable[..., Any]) -> Run:
     return run
 
 
+def load_cached(module: str) -> Run:
+    return of_cached(import_module(module).flash_attn_with_kvcache)
+
+
+of_cached = flash_attn_2.of_cached  # the two are called alike
+
+
 def natural(found: Any, a: Arguments, shaped: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
     """What it returns, (out, lse) or out alone, as it is asked for."""
     out, lse = found[:2] if isinstance(found, tuple) else (found, None)
@@ -134,12 +142,17 @@ def _is_pair(p: Any, device: Device) -> bool:
 
 
 PAIR = "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}"
+UNREAD = RefuseWhen(  # its loads of a tile end where the cache does, and a weight of 0 times NaN is NaN
+    "{p.structure}: it multiplies what lies behind the filled part by zero, and that may be anything",
+    lambda p, _: p.has_unread_keys,
+)
 NEEDS = (
     Range("capability", min=80, max=90),
     Range("head_dim", min=1, max=256),
     Range("head_dim_v", min=1, max=512),
     *GRID, *NOT_EMPTY,
     OneOf("scale", ("positive",)),
+    UNREAD,
     RefuseWhen(
         PAIR + " on sm{device.capability}: unequal ones are 129-192 with 97-128, or 1-64 with 1-512, on sm90",
         lambda p, device: not _is_pair(p, device),
@@ -150,8 +163,8 @@ NEEDS = (
 def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
     """What the two packages have in common."""
     return Kernel(
-        name=name, summary=summary, load=partial(load, module), load_packed=partial(load_packed, module), devices=("cuda",),
-        layout="bshd", corner="bottom_right",
+        name=name, summary=summary, load=partial(load, module), load_packed=partial(load_packed, module),
+        load_cached=partial(load_cached, module), devices=("cuda",), layout="bshd", corner="bottom_right",
         softcap=True, lse=True, head_dim_multiple=8, dense_last_dim=True, aligned=True, **row,
     )  # fmt: skip
 
@@ -165,7 +178,7 @@ OPTIONAL = (
     ("HDIM256", "head_dim {p.head_dim} > 192", lambda p, _: p.head_dim > 192),
     ("HDIMDIFF64", PAIR, lambda p, _: p.head_dim <= 64 < p.head_dim_v),
     ("HDIMDIFF192", PAIR, lambda p, _: p.head_dim_v <= 128 < p.head_dim),
-    ("VARLEN", "packed sequences ({p.structure})", lambda p, _: p.is_packed),
+    ("VARLEN", "lengths ({p.structure})", lambda p, _: p.is_packed or p.filling is not None),
 )
 KERNELS = (
     kernel(

@@ -82,9 +82,12 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
 def _flash(base: Kernel, number: int, its: Any, **changes: Any) -> Kernel:
     """A row of FlashAttention `number`; its: the adapter of the package."""
     repository = f"{HUB}/flash-attn{number}"
+    if base.load_cached is not None:
+        changes["load_cached"] = partial(load, repository, lambda module: its.of_cached(module.flash_attn_with_kvcache))
     return _row(
         base, f"hf_flash_attn_{number}", f"FlashAttention {number}", repository, lambda module: its.of(module.flash_attn_func),
-        load_packed=partial(load, repository, lambda module: its.of_packed(module.flash_attn_varlen_func)), **changes,
+        load_packed=partial(load, repository, lambda module: its.of_packed(module.flash_attn_varlen_func)),
+        **changes,
     )  # fmt: skip
 
 

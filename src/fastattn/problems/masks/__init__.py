@@ -15,10 +15,10 @@ from fastattn.problems.masks.kinds import Causal, Chunked, Dilated, Global, Neig
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.packed import Filled, Packed
 from fastattn.problems.masks.sequences import Document, Padding, Prefix
-from fastattn.problems.masks.unread import PackedUnread
+from fastattn.problems.masks.unread import FilledUnread, PackedUnread
 from fastattn.problems.masks.written import parse, write
 
 __all__ = [
-    "ALiBi", "Bias", "Causal", "Chunked", "Dilated", "Document", "Filled", "Global", "Mask", "Neighborhood", "Packed",
-    "PackedUnread", "Padding", "Prefix", "Window", "all_of", "leaves", "parse", "write",
+    "ALiBi", "Bias", "Causal", "Chunked", "Dilated", "Document", "Filled", "FilledUnread", "Global", "Mask", "Neighborhood",
+    "Packed", "PackedUnread", "Padding", "Prefix", "Window", "all_of", "leaves", "parse", "write",
 ]  # fmt: skip

@@ -144,9 +144,16 @@ class Filled(Mask):
         object.__setattr__(self, "queries", whole_numbers("queries", queries, 0, 1)[0])
         object.__setattr__(self, "left", whole_numbers("left", left, -1, 1)[0])
 
-    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+    def filled(self, b: Tensor) -> Tensor:
+        """How much of batch entries is filled."""
         keys = each(self.keys)
-        filled = b.new_tensor(keys)[b % len(keys)]
+        return b.new_tensor(keys)[b % len(keys)]
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return self.sees_of(self.filled(b), p, j)
+
+    def sees_of(self, filled: Tensor, p: Tensor, j: Tensor) -> Tensor:
+        """sees() where so much is filled."""
         if not self.queries:
             return j < filled
         at = p + filled - self.queries

@@ -1,4 +1,4 @@
-"""Packed sequences whose lengths nobody reads, as they lie on a GPU: reading one would wait for it."""
+"""Packed sequences and caches whose lengths nobody reads, as they lie on a GPU: reading one would wait for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fastattn.problems import bands
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.mask import Mask
-from fastattn.problems.masks.packed import Packed, both_cut
+from fastattn.problems.masks.packed import Filled, Packed, both_cut
 from fastattn.problems.masks.runs import Runs
+from fastattn.problems.masks.values import about
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +88,45 @@ class PackedUnread(Packed):
     def like(self, kv_len: int) -> Mask:
         queries, keys = (1 << max(0, n - 1).bit_length() for n in (self.queries, self.keys))  # type: ignore[operator]
         return PackedUnread(queries, keys, self.corner, self.window, self.are_same)
+
+
+@dataclass(frozen=True, slots=True, repr=False, init=False)
+class FilledUnread(Filled):
+    """A cache that is filled to lengths that lie on a GPU: as Filled, but they are not read. kv_lens makes it there.
+
+    keys, queries, left: as of Filled, keys standing for what is not known. lengths: how much of each batch entry is filled,
+    int32 [batch], no more than there are keys. Raises TypeError or ValueError for anything else.
+    """
+
+    lengths: Any = None  # a Tensor
+
+    def __init__(self, keys: Any, queries: Any = 0, left: Any = -1, lengths: Any = None) -> None:
+        Filled.__init__(self, keys, queries, left)
+        object.__setattr__(self, "lengths", lengths)
+
+    def __eq__(self, other: object) -> bool:
+        """Lengths equal themselves alone."""
+        if not isinstance(other, FilledUnread) or self.lengths is not other.lengths:
+            return False
+        return (self.keys, self.queries, self.left) == (other.keys, other.queries, other.left)
+
+    def __hash__(self) -> int:
+        return hash((self.keys, self.queries, self.left, id(self.lengths)))
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return self.sees_of(self.filled(b) if self.lengths is None else self.lengths.long()[b], p, j)
+
+    def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
+        if self.lengths is None:
+            return Filled.runs(self, b, rows, kv_len)
+        return runs.run(0, kv_len, kv_len), ()  # any key may be seen, none is known to be
+
+    def is_per_batch(self) -> bool:
+        return True
+
+    def like(self, kv_len: int) -> Mask:
+        half = about(kv_len / 2, kv_len)
+        return FilledUnread((half - half // 2, half + half // 2), self.queries, self.left)
 
 
 @lru_cache(64)  # the next layer asks for the same ones

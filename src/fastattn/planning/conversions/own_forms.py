@@ -1,4 +1,4 @@
-"""Packed sequences as a kernel's own entry point takes them: told where they begin, and no mask."""
+"""Packed sequences and caches as a kernel's own entry point takes them: told where they begin and end, and no mask."""
 
 from __future__ import annotations
 
@@ -14,39 +14,78 @@ from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.conversion import NO, REQUIRED, map_output
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.masks.unread import Sequences
-from fastattn.problems.packing import Packing, sequences_of
+from fastattn.problems.packing import kv_lens_of, sequences_of
 from fastattn.problems.problem import Problem
 
 INF = float("inf")
 
 
-def takes_packed(kernel: Kernel, p: Problem) -> bool:
-    """Whether the kernel is told where sequences begin, and no mask is made of them."""
-    packing = p.packing if kernel.load_packed is not None else None
-    return packing is not None and _why_not(kernel, p, packing) is None
+OWN_FORMS = frozenset({"packed", "cached"})
+
+
+def takes_own_form(kernel: Kernel, p: Problem) -> bool:
+    """Whether the kernel is told the lengths, and no mask is made of them."""
+    return REQUIRED in (_packed(kernel, p), _cached(kernel, p))
+
+
+def has_own_form(kernel: Kernel, p: Problem) -> bool:
+    """Whether it has an entry point for such problems, which may still refuse this one."""
+    return (_packed(kernel, p), _cached(kernel, p)) != (NO, NO)
 
 
 def when_packed(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return _or_dense(kernel, _packed(kernel, p))
+
+
+def when_cached(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return _or_dense(kernel, _cached(kernel, p))
+
+
+def _or_dense(kernel: Kernel, answer: str) -> str:
+    """What its own entry point cannot draw it may take as a mask."""
+    return NO if answer != REQUIRED and kernel.masks else answer
+
+
+def _packed(kernel: Kernel, p: Problem) -> str:
     packing = p.packing if kernel.load_packed is not None else None
     if packing is None:
         return NO
-    why = _why_not(kernel, p, packing)
-    if why is None:
-        return REQUIRED
-    return NO if kernel.masks else why
-
-
-def _why_not(kernel: Kernel, p: Problem, packing: Packing) -> str | None:
-    """What of the packing its entry point cannot draw."""
-    if not packing.corner:
-        return None
     if packing.window and not kernel.window:
         return f"packed sequences with a window are not supported ({p.structure})"
-    if kernel.corner not in (packing.corner, "any") and not packing.are_same:
+    if packing.corner and kernel.corner not in (packing.corner, "any") and not packing.are_same:
         return f"packed, {packing.corner}, queries and keys of lengths of their own: it draws {kernel.corner}"
-    if p.scale not in kernel.causal_scales:
-        return f"causal with a scale that is {p.scale}, not {' or '.join(kernel.causal_scales)}"
-    return None
+    return _of_scale(kernel, p) if packing.corner else REQUIRED
+
+
+def _cached(kernel: Kernel, p: Problem) -> str:
+    filling = p.filling if kernel.load_cached is not None else None
+    if filling is None:
+        return NO
+    if p.needs_grad or p.dropout:
+        return (
+            f"{'gradients' if p.needs_grad else 'dropout'} of a cache that is filled to some length are not supported"
+        )
+    if filling.left >= 0 and not kernel.window:
+        return f"a cache with a window is not supported ({p.structure})"
+    return _of_scale(kernel, p) if filling.has_corner else REQUIRED
+
+
+def _of_scale(kernel: Kernel, p: Problem) -> str:
+    if p.scale in kernel.causal_scales:
+        return REQUIRED
+    return f"causal with a scale that is {p.scale}, not {' or '.join(kernel.causal_scales)}"
+
+
+def cached(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+    filling = p.filling
+    assert filling is not None
+    upper, lower = 0 if filling.has_corner else None, -filling.left if filling.left >= 0 else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        lengths = kv_lens_of(mask, q.shape[0], k.shape[2], q.device)
+        return step(q, k, v, None, a._replace(lower=lower, upper=upper, kv_lens=lengths))
+
+    return run
 
 
 def packed(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:

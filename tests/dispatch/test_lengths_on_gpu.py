@@ -1,4 +1,4 @@
-"""Packed sequences on a GPU that is made up: libraries are told where they begin, and nobody reads a length."""
+"""Packed sequences and caches on a GPU that is made up: libraries are told their lengths, and nobody reads one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import sys
 import pytest
 import stubs
 import torch
-from fakes import FAST, Clock, turn
+from fakes import FAST, Clock, made_up, problem, turn
 from library_grid import gpu
-from stubs import flash_attn_2, flash_attn_3, flash_attn_4, torch_lower
+from stubs import flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen
 
 import fastattn
 from fastattn import attention, masks
+from fastattn.planning.conversions import own_forms
+from fastattn.planning.conversions.heads import when_gqa_fold
+from fastattn.problems.call_facts import ordinary_facts
 from fastattn.problems.packing import packing_of
-from fastattn.problems.rewriting import sequences
+from fastattn.problems.rewriting import caches, sequences
 
 WINNER = "flash_attn_2+packed"
 BR = masks.Causal("bottom_right")
@@ -24,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Lengths in tensors are taken for a GPU's; FlashAttention 2 is here, and the fastest."""
-    monkeypatch.setattr(sequences, "is_readable", lambda lengths: not isinstance(lengths, torch.Tensor))
-    monkeypatch.setattr(sequences, "is_on_gpu", lambda lengths: isinstance(lengths, torch.Tensor))
+    for module in (sequences, caches):
+        monkeypatch.setattr(module, "is_readable", lambda lengths: not isinstance(lengths, torch.Tensor))
+        monkeypatch.setattr(module, "is_on_gpu", lambda lengths: isinstance(lengths, torch.Tensor))
     clock = turn(monkeypatch, Clock({"flash_attn_2": FAST}))
     with gpu(monkeypatch, flash_attn_2.STUB):
         yield clock
@@ -103,7 +107,9 @@ def test_lengths_that_are_known_take_the_same_way(on_gpu):
 def test_gradients_are_right_and_zero_behind_the_last_sequence(on_gpu):
     cu_q, cu_kv = ends(20, 0, 41), ends(50, 3, 20)
     found, want = (packed(64, 80, grad=True) for _ in range(2))
-    out = attention(*found, BR, layout="thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, max_q_len=41, max_kv_len=50)
+    call = {"layout": "thd", "cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv, "max_q_len": 41, "max_kv_len": 50}
+    out = attention(*found, BR, **call)
+    assert fastattn.explain(*found, BR, **call).served_by == WINNER
     exact = one_by_one(*want, cu_q, cu_kv, BR)
     is_close(out, exact)
     assert out[61:].eq(0).all()
@@ -123,7 +129,8 @@ def test_what_is_told_of_the_longest_sequence_reaches_the_library(on_gpu):
         assert given["cu_seqlens_q"] is given["cu_seqlens_k"] and given["cu_seqlens_q"].dtype is torch.int32
 
 
-def test_a_jagged_tensor_takes_it_too_and_nothing_is_masked(on_gpu):
+def test_a_jagged_tensor_takes_it_too_and_nothing_is_hidden_behind_it(on_gpu, monkeypatch):
+    monkeypatch.setattr(own_forms, "_hidden", None)  # no token lies behind its last sequence
     tensors, cu = packed(64), ends(30, 33, 1)
     nested = [torch.nested.nested_tensor_from_jagged(x, cu) for x in tensors]
     out = attention(*nested, layout="bshd", is_causal=True)
@@ -203,9 +210,9 @@ def test_what_is_packed_sequences_and_nothing_else(structure, q_len, found):
     assert (packing and (packing.corner, packing.lower, packing.upper, packing.are_same)) == found
 
 
-@pytest.mark.parametrize("stub", [flash_attn_3.STUB, flash_attn_4.STUB, torch_lower.STUB], ids=lambda s: s.file)
+@pytest.mark.parametrize("stub", [flash_attn_3.STUB, flash_attn_4.STUB, torch_varlen.STUB], ids=lambda s: s.file)
 def test_the_others_serve_by_name(stub, monkeypatch, on_gpu):
-    name = {"torch_lower": "torch_varlen"}.get(stub.file, stub.file)
+    name = stub.file
     tensors, cu = packed(64), ends(30, 33, 1)
     with gpu(monkeypatch, stub):
         out = attention(*tensors, layout="thd", cu_seqlens_q=cu, is_causal=True, kernel=name)
@@ -220,3 +227,100 @@ def test_sequences_all_alike_that_the_tokens_do_not_fill_keep_their_diagonal(on_
     found = attention(q, k, v, mask, kernel="flash_attn_2")
     want = attention(q.double(), k.double(), v.double(), mask.dense(1, 50, 40))
     is_close(found, want)
+
+
+# --- caches
+
+CACHED = "flash_attn_2+cached"
+
+
+def cache(q_len=1, layout="bhsd", behind=9.0, filled=(40, 7, 25)):
+    g = torch.Generator().manual_seed(0)
+    shapes = (3, 8, q_len, 64), (3, 2, 48, 64), (3, 2, 48, 64)
+    q, k, v = (torch.randn(shape, generator=g).bfloat16() for shape in shapes)
+    for x in (k, v):
+        for b, n in enumerate(filled):
+            x[b, :, n:] = behind
+    return tuple(x.transpose(1, 2).contiguous() for x in (q, k, v)) if layout == "bshd" else (q, k, v)
+
+
+def entry_by_entry(q, k, v, filled, mask=None, window=None):
+    """In float64, a call for each batch entry."""
+    parts = ((q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n]) for b, n in enumerate(filled))
+    return torch.cat([
+        attention(*(x.double() for x in part), mask, window=window, kernel="sdpa_math") for part in parts
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("q_len, mask, window", [(1, None, None), (4, BR, None), (4, BR, (5, 0)), (1, BR, (5, -1))])
+def test_a_cache_is_served_by_the_librarys_own_entry_point_however_it_is_filled(q_len, mask, window, on_gpu, reads):
+    for number, filled in enumerate([(40, 7, 25), (41, 8, 26), (48, 1, 33)]):
+        q, k, v = cache(q_len, filled=filled)
+        reads.clear()
+        found = attention(q, k, v, mask, kv_lens=torch.tensor(filled), window=window)
+        assert number == 0 or not reads, "a hit waits for nothing"
+        is_close(found, entry_by_entry(q, k, v, filled, mask, window))
+        if number == 0:
+            timed = list(on_gpu.timed)
+    assert CACHED in timed and on_gpu.timed == timed, "one verdict for all"
+    shown = fastattn.explain(q, k, v, mask, kv_lens=torch.tensor(filled), window=window)
+    assert shown.served_by == CACHED and shown.problem.structure.startswith("FilledUnread((12, 34)")
+
+
+def test_lengths_of_a_cache_that_are_known_take_the_same_way(on_gpu):
+    q, k, v = cache(behind=float("nan"))
+    found = attention(q, k, v, kv_lens=[40, 7, 25])
+    is_close(found, entry_by_entry(q, k, v, (40, 7, 25)))
+    assert fastattn.explain(q, k, v, kv_lens=[40, 7, 25]).served_by == CACHED
+
+
+def test_flash_attention_3_is_refused_where_what_lies_behind_may_be_nan(monkeypatch, on_gpu):
+    with gpu(monkeypatch, flash_attn_3.STUB):
+        [row] = [r for r in fastattn.explain(*cache(), kv_lens=[40, 7, 25]).rows if r.candidate == "flash_attn_3"]
+        assert "it multiplies what lies behind the filled part by zero" in row.reason
+        filled = torch.tensor([40, 7, 25])
+        is_close(attention(*cache(), kv_lens=filled, kernel="flash_attn_3"), entry_by_entry(*cache(), (40, 7, 25)))
+
+
+def test_one_length_for_all_may_lie_on_a_gpu_too(on_gpu):
+    q, k, v = cache(filled=(20, 20, 20))
+    is_close(attention(q, k, v, kv_lens=torch.tensor(20)), entry_by_entry(q, k, v, (20, 20, 20)))
+    assert stubs.calls[-1][1]["cache_seqlens"].tolist() == [20, 20, 20]
+
+
+def test_pages_are_gathered_and_then_a_cache(on_gpu):
+    q, k, v = cache(layout="bshd")
+    pages = [x.reshape(12, 12, 2, 64) for x in (k, v)]
+    table, filled = torch.arange(12).reshape(3, 4), torch.tensor([40, 7, 25])
+    found = attention(q, *pages, layout="bshd", kv_lens=filled, page_table=table)
+    is_close(found.transpose(1, 2), entry_by_entry(*(x.transpose(1, 2) for x in (q, k, v)), (40, 7, 25)))
+    assert stubs.calls[-1][0] == "flash_attn_with_kvcache"
+
+
+def test_gradients_of_a_cache_are_by_a_dense_mask(on_gpu):
+    q, k, v = (x.requires_grad_() for x in cache())
+    found = attention(q, k, v, kv_lens=torch.tensor([40, 7, 25]))
+    want = entry_by_entry(q, k, v, (40, 7, 25))
+    is_close(found, want)
+    got, expected = (torch.autograd.grad(x.double().sum(), (q, k, v)) for x in (found, want))
+    for a, b in zip(got, expected, strict=True):
+        is_close(a, b)
+    [row] = [
+        r for r in fastattn.explain(q, k, v, kv_lens=torch.tensor([40, 7, 25])).rows if r.candidate == "flash_attn_2"
+    ]
+    assert row.reason == "gradients of a cache that is filled to some length are not supported"
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([40, 7]), torch.tensor([[40, 7, 25]])], ids=["few", "2d"])
+def test_lengths_of_a_cache_of_a_wrong_shape_are_refused(lengths, on_gpu):
+    with pytest.raises(ValueError, match="kv_lens must be 3 numbers on cpu, got shape"):
+        attention(*cache(), kv_lens=lengths)
+
+
+@pytest.mark.parametrize("structure", ["", "Document(8)", "Filled((4, 1))"])
+def test_rows_of_a_group_are_not_stacked_where_a_kernel_counts_them(structure):
+    """A triangle at the last filled key, and where a sequence begins, are told in rows."""
+    kernel = made_up("x", None, gqa_fold=True, load_packed=lambda: None, load_cached=lambda: None, devices=("cuda",))
+    mask = {"structure": structure, "mask": "bool", "mask_shape": "11qk"} if structure else {}
+    p = problem(device="cuda", q_heads=8, kv_heads=2, q_len=1, kv_len=1 if "Document" in structure else 64, **mask)
+    assert when_gqa_fold(kernel, p, ordinary_facts(p)) == ("no" if structure else "optional")
