@@ -22,6 +22,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 STUBS = (
     "torch_cuda",
     "torch_lower",
+    "torch_varlen",
     "flash_attn_3",
     "cudnn_frontend",
     "xformers",

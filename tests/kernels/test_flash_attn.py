@@ -26,6 +26,10 @@ def dims(head_dim, head_dim_v=None):
     return {"head_dim": head_dim, "head_dim_v": head_dim_v or head_dim}
 
 
+def in_documents(structure):
+    return {"structure": structure, "mask": "bool", "mask_shape": "11qk"}
+
+
 def pair(head_dim, head_dim_v, capability):
     return (
         f"head_dim {head_dim} with head_dim_v {head_dim_v} on sm{capability}: unequal ones are"
@@ -163,6 +167,8 @@ BUILDS = [
     ({"BACKWARD"}, TRAIN, "training: this build lacks it"),
     ({"FP16"}, {"dtype": "float16"}, "dtype float16: this build lacks it"),
     ({"LOCAL"}, {"window": (3, 2)}, "a window (3, 2): this build lacks it"),
+    ({"LOCAL"}, in_documents("Document(8) & Window(3, 2)"), "a window (3, 2): this build lacks it"),
+    ({"VARLEN"}, in_documents("Document(8)"), "lengths (Document(8)): this build lacks it"),
     ({"SOFTCAP"}, {"softcap": 2.0}, "softcap 2: this build lacks it, or has no flash_attn_config to tell"),
     ({"SM8x"}, {"capability": 86}, "sm86: this build lacks it, or has no flash_attn_config to tell"),
     ({"HDIM256"}, dims(200), "head_dim 200 > 192: this build lacks it"),
@@ -205,7 +211,7 @@ def test_the_library_repacked_from_xformers_serves_all_but_softcap(monkeypatch):
     with grid.installed(stub, monkeypatch):
         found = {name: grid.run(kernel, stub, call) for name, call in grid.GRID.items()}
     assert found.pop("softcap") == ["softcap 2: this build lacks it, or has no flash_attn_config to tell"]
-    assert {name for name, reasons in found.items() if reasons} == set(flash_attn_3.REFUSES.split())
+    assert {name for name, reasons in found.items() if reasons} == set(flash_attn_3.REFUSES.split()) - set(grid.PACKED)
 
 
 @pytest.mark.parametrize("returned", ["out and lse", "out"])

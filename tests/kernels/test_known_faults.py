@@ -105,6 +105,7 @@ def few_kv_heads(kernel: str, *outside: dict[str, Any]) -> Case:
 
 
 GROUPED = {"capability": 100, "q_heads": 14, "kv_heads": 7, "torch": "2.11.0"}
+PACKED = {"structure": "Causal() & Document(8)", "mask": "bool", "mask_shape": "11qk"}
 OLD_TORCH = {"torch": "2.10.1"}
 NO_TRIANGLE = {"cudnn": 91400, "window": (3, 2), "kv_len": 1025}
 CASES = (
@@ -144,9 +145,17 @@ CASES = (
     one_query_up_to_9_26("cudnn_frontend"),
     one_query_up_to_9_26("te_fused"),
     *(before_b34(about, inside, outside) for about, inside, outside in (
-        ("has no softcap", {"softcap": 2.0}, {"softcap": 0.0}), ("has no window", {"window": (8, 8)}, {"window": None}),
+        ("has no softcap", {"softcap": 2.0}, {"softcap": 0.0}), ("has no window before", {"window": (8, 8)}, {"window": None}),
         ("q_len != kv_len", {"kv_len": 100}, {"kv_len": 64}),
     )),
+    before_b34("fails on empty sequences", PACKED, {"structure": ""}),
+    *(
+        Case(
+            kernel, "four packed sequences", ({"capability": 120, **PACKED}, {"capability": 121, **PACKED}),
+            ({"capability": 110}, {"structure": ""}, {"batch": 2}),
+        )
+        for kernel in ("flash_attn_4", "hf_flash_attn_4")
+    ),
     small_dims("flash_attn_4"),
     large_dims("flash_attn_4"),
     small_dims("hf_flash_attn_4"),

@@ -16,10 +16,10 @@ import torch
 from building import problem_of, qkv
 from library_grid import (
     EACH,
-    GRID,
     MUTATIONS,
     STUBS,
     broken,
+    calls_of,
     find_killer,
     forget,
     installed,
@@ -46,7 +46,7 @@ FIND = "run python tests/support/find_killers.py"
 def test_every_call_of_the_grid_is_right_or_refused_as_listed(stub, name, monkeypatch):
     refused = {}
     with installed(stub, monkeypatch):
-        for case, call in {**GRID, **stub.cases}.items():
+        for case, call in calls_of(stub, row_of(stub, name)).items():
             try:
                 reasons = run(row_of(stub, name), stub, call)
             except Exception as error:

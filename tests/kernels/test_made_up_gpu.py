@@ -6,7 +6,7 @@ What no CPU call meets: rows of libraries among the candidates, a winner of a li
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import pytest
 import stubs
 import torch
 from fakes import DEFAULT, FAST, Clock, ship, turn
-from library_grid import installed
+from library_grid import H100, gpu
 from stubs import flash_attn_2, flashinfer_single, sage_1
 
 import fastattn
@@ -23,7 +23,6 @@ from fastattn.dispatch import fallback, resolve
 from fastattn.dispatch.circumstances import Circumstances
 from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
-from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.libraries import availability
@@ -31,23 +30,12 @@ from fastattn.planning import binding
 from fastattn.problems import call_key, call_options
 from fastattn.problems.classify import classify
 
-H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
-    "torch_cuda", "torch_lower", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine", "xformers", "mslk",
-    "flashinfer_ragged", "natten", "sage_2",
+    "torch_cuda", "torch_lower", "torch_varlen", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine",
+    "xformers", "mslk", "flashinfer_ragged", "natten", "sage_2",
 ]  # fmt: skip
 WINNER = "flash_attn_2"
 COSTS = {"default": DEFAULT, WINNER: FAST}
-
-
-@contextmanager
-def gpu(monkeypatch, *those: stubs.Stub):
-    """A machine with an H100 and these libraries."""
-    with monkeypatch.context() as patch, ExitStack() as stack:
-        patch.setattr(Device, "of", staticmethod(lambda device: H100))
-        for stub in those:
-            stack.enter_context(installed(stub, patch))
-        yield
 
 
 @pytest.fixture

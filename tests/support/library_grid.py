@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import stubs
 import torch
-from building import corner, expect, facts_of, hold, mask_of, problem_of, qkv
+from building import back, corner, expect, facts_of, hold, mask_of, problem_of, qkv
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -27,6 +28,7 @@ from fastattn.kernels.limits import OneOf
 from fastattn.planning import binding, candidates
 from fastattn.planning.decision import Accepted, Rejected
 from fastattn.problems.masks import Causal
+from fastattn.problems.rewriting import caches, sequences
 
 BR = Causal("bottom_right")
 WIDE, TALL = {"sq": 5, "skv": 19}, {"sq": 19, "skv": 5}
@@ -83,8 +85,68 @@ GRID: dict[str, dict[str, Any]] = {
     "misaligned": {"memory": "misaligned"},
     "float32": {"dtype": torch.float32},
 }  # fmt: skip
+# Packed sequences: (lengths of queries, of keys), tokens behind the last, and whether the lengths are on a GPU, where no one
+# reads them; only for rows that have an entry point for them.
+SAME, OWN, HOLES = ((5, 9, 1), (5, 9, 1)), ((5, 2, 9), (7, 2, 3)), ((0, 5, 3, 0), (4, 0, 6, 0))
+PACKED: dict[str, dict[str, Any]] = {
+    "packed": {"lengths": SAME},
+    "packed_causal": {"lengths": SAME, "is_causal": True},
+    "packed_own_lengths": {"lengths": OWN},
+    "packed_top_left": {"lengths": OWN, "is_causal": True},
+    "packed_bottom_right": {"lengths": OWN, "mask": BR},
+    "packed_window": {"lengths": SAME, "window": (3, 2)},
+    "packed_window_left": {"lengths": SAME, "window": (3, -1)},
+    "packed_window_right": {"lengths": SAME, "window": (-1, 2)},
+    "packed_window_causal": {"lengths": OWN, "window": (2, 5), "mask": BR},
+    "packed_empty": {"lengths": HOLES, "mask": BR, "return_lse": True},
+    "packed_grad": {"lengths": HOLES, "mask": BR, "grad": True, "hq": 4, "hkv": 2},
+    "packed_grad_window": {"lengths": SAME, "window": (3, 0), "is_causal": True, "grad": True},
+    "packed_behind": {"lengths": OWN, "behind": 3, "grad": True},
+    "packed_nothing": {"lengths": ((0,), (0,)), "behind": 3, "return_lse": True},
+    "packed_nothing_grad": {"lengths": ((0,), (0,)), "behind": 3, "grad": True},
+    "packed_one_query": {"lengths": ((1, 1, 1), (5, 9, 2)), "hq": 8, "hkv": 2},
+    "packed_softcap": {"lengths": SAME, "softcap": 2.0},
+    "packed_scale": {"lengths": SAME, "scale": 0.7, "return_lse": True},
+    "packed_scale_negative": {"lengths": SAME, "scale": -0.4},
+    "packed_gqa": {"lengths": SAME, "hq": 8, "hkv": 2, "is_causal": True},
+    "packed_head_dim_20": {"lengths": SAME, "d": 20},
+    "packed_head_dim_v": {"lengths": SAME, "d": 16, "dv": 32},
+    "packed_misaligned": {"lengths": SAME, "memory": "misaligned"},
+    "packed_float32": {"lengths": SAME, "dtype": torch.float32},
+    "unread": {"lengths": OWN, "unread": True},
+    "unread_causal": {"lengths": SAME, "is_causal": True, "unread": True},
+    "unread_top_left": {"lengths": OWN, "is_causal": True, "unread": True},
+    "unread_behind": {"lengths": OWN, "mask": BR, "behind": 3, "unread": True, "return_lse": True},
+    "unread_grad": {"lengths": HOLES, "mask": BR, "behind": 2, "unread": True, "grad": True},
+    "unread_longest_told": {"lengths": OWN, "unread": True, "max_q_len": 9, "max_kv_len": 7, "window": (2, 0), "mask": BR},
+    "unread_one_or_none": {"lengths": ((1, 0, 1), (5, 3, 2)), "behind": 1, "unread": True, "max_q_len": 1, "hq": 8, "hkv": 2},
+}  # fmt: skip
+# Caches that are filled to some lengths, what lies behind is NaN, or finite where the lengths are on a GPU; only for rows that
+# have an entry point for them.
+FILL = {"b": 3, "sq": 1, "skv": 33, "filled": (33, 5, 20)}
+CACHED: dict[str, dict[str, Any]] = {
+    "filled": {**FILL},
+    "filled_rows": {**FILL, "sq": 4},
+    "filled_corner": {**FILL, "sq": 4, "mask": BR, "layout": "bshd"},
+    "filled_window": {**FILL, "sq": 4, "mask": BR, "window": (3, 0)},
+    "filled_window_decode": {**FILL, "mask": BR, "window": (3, -1)},
+    "filled_short": {**FILL, "sq": 4, "mask": BR, "filled": (33, 2, 20), "return_lse": True},
+    "filled_empty": {**FILL, "filled": (33, 0, 20), "return_lse": True, "hq": 8, "hkv": 2},
+    "filled_softcap": {**FILL, "softcap": 2.0},
+    "filled_scale": {**FILL, "scale": 0.7},
+    "filled_scale_negative": {**FILL, "sq": 4, "mask": BR, "scale": -0.4},
+    "filled_head_dim_20": {**FILL, "d": 20},
+    "filled_grad": {**FILL, "sq": 4, "grad": True},
+    "filled_float32": {**FILL, "dtype": torch.float32},
+    "filled_causal": {**FILL, "sq": 4, "is_causal": True},
+    "unread_filled": {**FILL, "unread": True, "hq": 8, "hkv": 2},
+    "unread_filled_corner": {**FILL, "sq": 4, "mask": BR, "unread": True, "return_lse": True, "layout": "bshd"},
+    "unread_filled_window": {**FILL, "sq": 4, "mask": BR, "window": (3, 0), "unread": True},
+    "unread_filled_empty": {**FILL, "filled": (33, 0, 20), "unread": True},
+}  # fmt: skip
 MADE = ("b", "hq", "hkv", "sq", "skv", "d", "dv", "memory", "layout", "dtype", "grad")
 STUBS = stubs.all_stubs()
+H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
 
 
 def sizes_for(kernel: Kernel) -> dict[str, int]:
@@ -118,6 +180,16 @@ def installed(stub: stubs.Stub, monkeypatch):
         forget()
 
 
+@contextmanager
+def gpu(monkeypatch, *those: stubs.Stub):
+    """A machine with an H100 and these libraries."""
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        patch.setattr(Device, "of", staticmethod(lambda device: H100))
+        for stub in those:
+            stack.enter_context(installed(stub, patch))
+        yield
+
+
 def forget() -> None:
     availability.forget_libraries()
 
@@ -126,10 +198,56 @@ def silicon(stub: stubs.Stub, kernel: str) -> Device:
     return Device("cuda", "made-up GPU", stub.capabilities.get(kernel, stub.capability), cuda="12.8", cudnn=92300)
 
 
+def packed(case: dict[str, Any]) -> dict[str, Any]:
+    """A call of packed sequences as one of a batch of one, with a Mask; "seen" is what it leaves, by a loop over sequences."""
+    rest = {name: value for name, value in case.items() if name not in ("lengths", "behind", "unread")}
+    most = [rest.pop(name, None) for name in ("max_q_len", "max_kv_len")]
+    is_unread, behind, corner = case.get("unread", False), case.get("behind", 0), rest.pop("mask", None)
+    ends = [torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) for lengths in case["lengths"]]
+    ends = [ends[0]] * 2 if torch.equal(*ends) else ends
+    tokens = [int(cu[-1]) + behind for cu in ends]
+    told = {name: rest.pop(name) for name in ("is_causal", "window") if name in rest}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "is_readable", lambda _: not is_unread)
+        patch.setattr(sequences, "is_on_gpu", lambda _: True)
+        q, k = (torch.empty(n, 1, 8) for n in tokens)
+        mask = sequences.of_packed(q, k, k, corner, told, *ends, *most).mask
+    seen = torch.zeros(1, 1, *tokens, dtype=torch.bool)
+    left, right = (10**6 if n < 0 else n for n in told.get("window", (-1, -1)))
+    right = 0 if corner or told.get("is_causal") else right
+    for (first, last), (first_key, last_key) in zip(*(pairwise(cu.tolist()) for cu in ends), strict=True):
+        i, j = torch.arange(last - first)[:, None], torch.arange(last_key - first_key)
+        at = j - i - (len(j) - len(i) if corner else 0)
+        seen[0, 0, first:last, first_key:last_key] = (at <= right) & (at >= -left)
+    return {**rest, "b": 1, "sq": tokens[0], "skv": tokens[1], "layout": "bshd", "mask": mask, "seen": seen}
+
+
+def cached(case: dict[str, Any]) -> dict[str, Any]:
+    """A call on a cache as one with a Mask; "seen" is what it leaves, by a loop over its entries."""
+    rest = {name: value for name, value in case.items() if name != "unread"}
+    is_unread, corner, filled = case.get("unread", False), rest.pop("mask", None), case["filled"]
+    told = {name: rest.pop(name) for name in ("window",) if name in rest}
+    q, k = torch.empty(len(filled), 1, case["sq"], 8), torch.empty(len(filled), 1, case["skv"], 8)
+    lengths = torch.tensor(filled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "is_readable", lambda _: not is_unread)
+        patch.setattr(caches, "is_on_gpu", lambda _: is_unread)
+        mask = caches.of_cache(q, k, k, corner, "bhsd", told, lengths, None).mask
+    i, j = torch.arange(case["sq"])[:, None], torch.arange(case["skv"])
+    left = told.get("window", (-1,))[0]
+    seen = []
+    for n in filled:
+        at = i + n - case["sq"]
+        near = (j <= at) & (j >= at - (10**6 if left < 0 else left))
+        seen.append((j < n) & near if corner else (j < n).expand(case["sq"], -1))
+    return {**rest, "mask": mask, "seen": torch.stack(seen)[:, None], "behind": 1e4 if is_unread else float("nan")}
+
+
 def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dtype | None = None) -> list[str]:
     """Hold every candidate of a kernel for a call to float64; the reasons where there is none."""
     torch.manual_seed(0)
-    options = {k: v for k, v in case.items() if k not in (*MADE, "mask")}
+    case = packed(case) if "lengths" in case else cached(case) if "filled" in case else case
+    options = {k: v for k, v in case.items() if k not in (*MADE, "mask", "seen", "filled", "behind")}
     made = {"dtype": dtype or getattr(torch, kernel.dtypes[0]), **sizes_for(kernel), **stub.sizes}
     made |= {k: v for k, v in case.items() if k in MADE}
     off_by_one = made.get("memory") == "misaligned"
@@ -151,7 +269,12 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
     if isinstance(found[0], Rejected):
         return list(found[0].reasons)
     asked = {name: options[name] for name in ("scale", "window", "softcap") if name in options}
-    want = expect(q, k, v, mask, layout=layout, corners=corner(mask, options.get("is_causal", False)), **asked)
+    drawn = corner(mask, options.get("is_causal", False))
+    want = expect(q, k, v, case.get("seen", mask), layout=layout, corners=drawn, **asked)
+    if "filled" in case:  # the reference has its own: it multiplies what is hidden by zero
+        k, v = k.clone(), v.clone()
+        for b, n in enumerate(case["filled"]):
+            back(layout, k)[b, :, n:] = back(layout, v)[b, :, n:] = case["behind"]
     for candidate in found:
         assert isinstance(candidate, Accepted)
         call = binding.bind(candidate, p, options.get("scale"), facts, structured=isinstance(mask, Causal))
@@ -160,15 +283,20 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
             kernel.unfused and made["dtype"].itemsize == 2
         )  # scores to q's dtype, as plain matmul
         rung = "dtype" if rounds else "exact"
-        dense = mask if isinstance(mask, torch.Tensor) else None
+        dense = mask if isinstance(mask, torch.Tensor) or "seen" in case else None
         hold(want, call, q, k, v, dense, rung)
         assert isinstance(call(q, k, v, dense), tuple) is p.lse, (
             "with a log-sum-exp where it is asked for, and only there"
         )
-        assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)), (
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, (q, k, v), strict=True)), (
             f"{candidate.name} changed its inputs"
         )
     return []
+
+
+def calls_of(stub: stubs.Stub, kernel: Kernel) -> dict[str, dict[str, Any]]:
+    """The calls that a row is held to, by name."""
+    return {**GRID, **(PACKED if kernel.load_packed else {}), **(CACHED if kernel.load_cached else {}), **stub.cases}
 
 
 def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:
@@ -210,7 +338,7 @@ def broken(stub: stubs.Stub, text: str, other: str) -> list[Kernel]:
 def is_red(kernel: Kernel, stub: stubs.Stub, case: str) -> bool:
     """Whether a call of the grid is wrong, or refused where it should not be, or the other way round."""
     try:
-        refused = bool(run(kernel, stub, {**GRID, **stub.cases}[case]))
+        refused = bool(run(kernel, stub, calls_of(stub, kernel)[case]))
     except Exception:
         return True
     return refused != (case in stub.refuses.get(kernel.name, "").split())
@@ -218,7 +346,7 @@ def is_red(kernel: Kernel, stub: stubs.Stub, case: str) -> bool:
 
 def find_killer(stub: stubs.Stub, kernels: list[Kernel]) -> tuple[str, str] | None:
     """The first kernel and case of all that are red, while the stub is installed."""
-    each = ((kernel, case) for kernel in kernels for case in {**GRID, **stub.cases})
+    each = ((kernel, case) for kernel in kernels for case in calls_of(stub, kernel))
     return next(((kernel.name, case) for kernel, case in each if is_red(kernel, stub, case)), None)
 
 

@@ -46,6 +46,10 @@ DOMAIN = {
     ("mask", "mask_shape"): [
         (None, ""), ("bool", "11qk"), ("bool", "1hqk"), ("bool", "b11k"), ("same", "bhqk"), ("float32", "bhqk"),
     ],
+    ("structure", "mask", "mask_shape"): [
+        ("", None, ""), ("Causal() & Document(8)", "bool", "11qk"), ("Document(8) & Window(3, 2)", "bool", "11qk"),
+        ("Filled(40)", "bool", "11qk"),
+    ],
     ("needs_grad",): [(False,), (True,)],
     ("deterministic",): [(False,), (True,)],
     ("dropout",): [(False,), (True,)],
@@ -106,6 +110,8 @@ class Space:
         if p.causal == "bottom_right" and (p.mask or p.q_len == p.kv_len or (p.q_len == 1 and p.window is None)):
             return False
         if p.causal and p.window and p.window[1] >= 0:
+            return False
+        if p.structure and (p.mask, p.mask_shape, p.causal, p.window) != ("bool", "11qk", None, None):
             return False
         return not (p.mask and p.mask != "bool" and p.mask != p.dtype and p.mask != "float32")
 

@@ -20,7 +20,7 @@ def mask_in_words(asked: Asked, mask: Any, served: str, verdict: Verdict | None)
     """ "" where a call has no mask that tiles could use, or it is not to be read unasked."""
     p = asked.problem
     sizes = (p.batch, p.q_len, p.kv_len)
-    if not is_large(p):
+    if not is_large(p) or p.is_unread:
         return ""
     if p.structure and isinstance(mask, Mask):
         tiling = tiling_of_mask(mask if asked.facts.also is None else mask & asked.facts.also, *sizes)

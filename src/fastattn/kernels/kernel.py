@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from fastattn.environment.torch_private import private
 from fastattn.kernels.limits import Need
+
+if TYPE_CHECKING:
+    from fastattn.problems.masks.unread import Sequences
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -37,6 +40,8 @@ class Arguments(NamedTuple):
     lse: bool = False
     score_mod: Callable[..., Tensor] | None = None
     deterministic: bool = False  # the backward must give the same bits on every run
+    packed: Sequences | None = None  # for load_packed: where sequences begin; the band is around their own diagonals
+    kv_lens: Tensor | None = None  # for load_cached: int32 [batch]; the band is around the last filled key's diagonal
 
     def window_sides(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
@@ -101,6 +106,10 @@ class Kernel:
     load_backward: Callable[[], Backward] | None = (
         None  # forward runs without a graph, the backward makes the scores again
     )
+    # its entry point for packed sequences, a batch of one: a.packed says where each begins, and nothing of the mask is left
+    load_packed: Callable[[], Run] | None = None
+    # its entry point for caches, which it reads as far as a.kv_lens says; forward alone, and nothing of the mask is left
+    load_cached: Callable[[], Run] | None = None
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
     prepare: Callable[[], object] | None = (

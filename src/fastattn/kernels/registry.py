@@ -25,7 +25,7 @@ FALLBACKS = ("default", "sdpa_math")
 ORDER = {
     "default": "torch_sdpa", "torch_flash": "torch_cuda torch_sdpa", "torch_cudnn": "torch_cuda",
     "torch_efficient": "torch_cuda", "aten_flash": "torch_lower", "aten_efficient": "torch_lower",
-    "torch_varlen": "torch_lower", "matmul_mixed": "matmul", "matmul_shifted": "matmul", "matmul": "matmul",
+    "torch_varlen": "torch_varlen", "matmul_mixed": "matmul", "matmul_shifted": "matmul", "matmul": "matmul",
     "torch_math": "torch_sdpa", "flex": "flex", "sdpa_math": "sdpa_math",
     "flash_attn_3": "flash_attn_3", "fa3_fwd": "flash_attn_3", "flash_attn_4": "flash_attn_4",
     "flash_attn_2": "flash_attn_2", "cudnn_frontend": "cudnn_frontend",

@@ -20,6 +20,7 @@ from fastattn.planning.conversions.blocks import IN_BLOCKS
 from fastattn.planning.conversions.conversion import map_output
 from fastattn.planning.conversions.double_backward import twice_differentiable
 from fastattn.planning.conversions.lse_gradient import with_lse_gradient
+from fastattn.planning.conversions.own_forms import OWN_FORMS
 from fastattn.planning.conversions.tiles import where_they_pay
 from fastattn.planning.decision import Accepted
 from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
@@ -78,7 +79,8 @@ def bind(
 
 def _converted(candidate: Accepted, p: Problem, facts: CallFacts) -> Run:
     """The kernel with its conversions around it."""
-    step = availability.load_kernel(candidate.kernel)
+    own = OWN_FORMS.intersection(candidate.conversions)
+    step = availability.load_form(candidate.kernel, *own) if own else availability.load_kernel(candidate.kernel)
     if candidate.kernel.library != "torch":
         step = _on_its_device(step)
     step = _in_layout(step, candidate.kernel)

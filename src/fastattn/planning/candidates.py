@@ -13,6 +13,7 @@ from fastattn.kernels.libraries import availability
 from fastattn.kernels.limits import Range
 from fastattn.planning.conversions import BY_NAME, CONVERSIONS
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
+from fastattn.planning.conversions.own_forms import has_own_form
 from fastattn.planning.decision import Accepted, Decision, Rejected
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.problem import Problem
@@ -98,7 +99,7 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
             yield "a BlockMask is not supported"
     elif p.structure and kernel.mask_blocks:
         pass  # its conversion says what squares cannot
-    elif p.mask and not kernel.masks:
+    elif p.mask and not kernel.masks and not has_own_form(kernel, p):
         yield f"a mask is not supported ({p.mask} {p.mask_shape})"
     elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
         yield f"a float mask is not supported ({p.mask})"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastattn.environment.settings import check_accuracy
 from fastattn.problems import bands, length_buckets, masks
+
+if TYPE_CHECKING:
+    from fastattn.problems.packing import Filling, Packing
 
 
 def default_scale(head_dim: int) -> float:
@@ -109,6 +112,39 @@ class Problem:
         own = [masks.Causal(self.causal)] if self.causal is not None else []
         own += [masks.Window(*self.window)] if self.window is not None else []
         return masks.all_of(own) if own else None
+
+    @property
+    def packing(self) -> Packing | None:
+        """How sequences are packed, where that is all that hides keys."""
+        if not self.structure or self.batch > 1:
+            return None
+        from fastattn.problems.packing import packing_of  # here, as no other call needs it
+
+        return packing_of(self.structure, self.q_len, self.kv_len)
+
+    @property
+    def filling(self) -> Filling | None:
+        """How a cache is filled, where that is all that hides keys."""
+        if "Filled" not in self.structure:
+            return None
+        from fastattn.problems.packing import filling_of
+
+        return filling_of(self.structure)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all that hides keys is where sequences end, and a triangle or a window within each."""
+        return self.packing is not None
+
+    @property
+    def any_window(self) -> bands.Sides | None:
+        """The window: of the whole, or of each packed sequence."""
+        return self.window if self.packing is None else self.packing.window
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether its mask holds lengths that nobody reads: no tile can be made of it."""
+        return "Unread(" in self.structure
 
     @property
     def has_unread_keys(self) -> bool:

@@ -179,6 +179,43 @@ def attend(q, k, v, *, scale, visible=None, bias=None, softcap=0.0, empty_lse=-I
     return out, lse.float()
 
 
+def for_each_sequence(q, k, v, cu_q, cu_kv, max_q, max_kv, one):
+    """Packed sequences, (tokens, heads, dims): one(q, k, v) -> (out, lse) for each, out (1, length, heads, dims).
+
+    What is in no sequence is not written, neither in the output nor in the gradients: NaN stands there.
+    """
+    assert q.dim() == k.dim() == v.dim() == 3 and len(cu_q) == len(cu_kv) > 1
+    for cu, total, longest in ((cu_q, len(q), max_q), (cu_kv, len(k), max_kv)):
+        assert cu.dtype is torch.int32 and cu.is_contiguous() and cu[0] == 0 and cu[-1] <= total, "out of bounds"
+        assert cu.diff().min() >= 0 and int(cu.diff().max()) <= longest, "rows beyond the longest are not computed"
+    q, k, v = (Unwritten.apply(x, int(cu[-1])) for x, cu in ((q, cu_q), (k, cu_kv), (v, cu_kv)))
+    outs, lses = [], []
+    for n in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_kv[n], cu_kv[n + 1])
+        if cu_q[n] < cu_q[n + 1]:
+            out, lse = one(q[None, rows], k[None, keys], v[None, keys])
+            outs.append(out[0])
+            lses.append(lse[0])
+    behind = q.new_full((len(q) - int(cu_q[-1]), q.shape[1], v.shape[2]), float("nan"))
+    lse = torch.full((q.shape[1], len(behind)), float("nan"))
+    return torch.cat([*outs, behind]), torch.cat([*lses, lse], 1)
+
+
+class Unwritten(torch.autograd.Function):
+    """A tensor whose gradient is not written from some row on."""
+
+    @staticmethod
+    def forward(ctx, x, end):
+        ctx.end = end
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.end :] = float("nan")
+        return grad, None
+
+
 def check_half(*tensors) -> None:
     assert len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.float16, torch.bfloat16)
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from stubs import Stub, attend, band, check_aligned, check_half, module, signed
+from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
 
 
-@signed("flash_attn_4", "flash_attn_func")
-def flash_attn_func(
-    q, k, v, softmax_scale, causal, window_size, softcap, num_splits, deterministic, return_lse, **others
-):
+def forward(q, k, v, *, softmax_scale, causal, window_size, softcap):
+    """(out, lse) of _flash_attn_fwd."""
     check_half(q, k, v)
     check_aligned(q, k, v)  # b36 copies what is not; the betas before August 2026 did not look
-    assert num_splits == 1 and not any(others.values())
     d, dv, (q_len, kv_len) = q.shape[3], v.shape[3], (q.shape[1], k.shape[1])
     assert d % 8 == dv % 8 == 0 and 8 <= d <= 256 and 8 <= dv <= 256 and k.shape == (*v.shape[:3], d)
     assert q.shape[2] % k.shape[2] == 0
-    is_training = any(x.requires_grad for x in (q, k, v))
-    assert not is_training or q.shape[2] == k.shape[2] or d == dv, "GQA backward requires head_dim == head_dim_v"
     left, right = window_size
     if left is not None and right is not None and left < 0 and right < 0:
         left = right = None
@@ -26,7 +21,38 @@ def flash_attn_func(
     assert scale > 0  # a row's maximum is taken before it is scaled
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = attend(q, k, v, scale=scale, visible=visible, softcap=softcap)
-    return out.transpose(1, 2).contiguous(), lse if return_lse or is_training else None
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def is_training(q, k, v):
+    found = any(x.requires_grad for x in (q, k, v))
+    dims, heads = (q.shape[-1], v.shape[-1]), (q.shape[-2], k.shape[-2])
+    assert not found or heads[0] == heads[1] or dims[0] == dims[1], "GQA backward requires head_dim == head_dim_v"
+    return found
+
+
+@signed("flash_attn_4", "flash_attn_func")
+def flash_attn_func(
+    q, k, v, softmax_scale, causal, window_size, softcap, num_splits, deterministic, return_lse, **others
+):
+    assert num_splits == 1 and not any(others.values())
+    keeps_lse = is_training(q, k, v) or return_lse
+    out, lse = forward(q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap)
+    return out, lse if keeps_lse else None
+
+
+@signed("flash_attn_4", "flash_attn_varlen_func")
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, num_splits,
+    deterministic, return_lse, **others,
+):  # fmt: skip
+    assert num_splits == 1 and not any(others.values())
+    named = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
+    keeps_lse = is_training(q, k, v) or return_lse
+    out, lse = for_each_sequence(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, lambda *one: forward(*one, **named)
+    )
+    return out, lse if keeps_lse else None
 
 
 STUB = Stub(
@@ -35,13 +61,20 @@ STUB = Stub(
     version="4.0.0b36",
     modules=lambda: {
         "flash_attn": module("flash_attn"),
-        "flash_attn.cute": module("flash_attn.cute", flash_attn_func=flash_attn_func),
+        "flash_attn.cute": module(
+            "flash_attn.cute", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+        ),
     },
     refuses={
         "flash_attn_4": "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask"
-        " mask_and_causal mask_grad float32",
+        " mask_and_causal mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left",
     },
     mutations=(
+        ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
+        ("a.packed.cu_kv", "a.packed.cu_q"),
+        ("a.packed.max_kv", "a.packed.max_q"),
+        ("num_splits=1, deterministic", "num_splits=0, deterministic"),
+        ("(out[None], lse.detach()[None]) if a.lse else out[None]", "out[None], lse"),
         ("causal=right == 0", "causal=False"),
         ("causal=right == 0", "causal=True"),
         ("(left, right or None)", "(-1 if left is None else left, right or None)"),

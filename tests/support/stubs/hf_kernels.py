@@ -12,7 +12,7 @@ from stubs import Stub, flash_attn_2, flash_attn_3, flash_attn_4, module, sage_2
 COMMIT = "0123456789abcdef"
 SHARED = (
     "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask mask_and_causal mask_grad"
-    " float32"
+    " float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
 )
 
 
@@ -31,9 +31,23 @@ def sageattn(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, kwargs):
 
 
 MODULES = {
-    "flash-attn2": module("flash_attn2", flash_attn_func=flash_attn_2.flash_attn_func),
-    "flash-attn3": module("flash_attn3", flash_attn_func=flash_attn_3.flash_attn_func),
-    "flash-attn4": module("flash_attn4", flash_attn_func=flash_attn_4.flash_attn_func),
+    "flash-attn2": module(
+        "flash_attn2",
+        flash_attn_func=flash_attn_2.flash_attn_func,
+        flash_attn_varlen_func=flash_attn_2.flash_attn_varlen_func,
+        flash_attn_with_kvcache=flash_attn_2.flash_attn_with_kvcache,
+    ),
+    "flash-attn3": module(
+        "flash_attn3",
+        flash_attn_func=flash_attn_3.flash_attn_func,
+        flash_attn_varlen_func=flash_attn_3.flash_attn_varlen_func,
+        flash_attn_with_kvcache=flash_attn_3.flash_attn_with_kvcache,
+    ),
+    "flash-attn4": module(
+        "flash_attn4",
+        flash_attn_func=flash_attn_4.flash_attn_func,
+        flash_attn_varlen_func=flash_attn_4.flash_attn_varlen_func,
+    ),
     "sage-attention": module("sage_attention", sageattn=sageattn),
 }
 
@@ -84,14 +98,16 @@ STUB = Stub(
     patch=_patch,
     sizes={"d": 64},
     refuses={
-        "hf_flash_attn_2": SHARED, "hf_flash_attn_3": SHARED, "hf_flash_attn_4": SHARED,
+        "hf_flash_attn_2": f"{SHARED} filled_scale_negative filled_grad filled_float32 filled_causal",
+        "hf_flash_attn_3": flash_attn_3.REFUSES, "hf_flash_attn_4": SHARED,
         "hf_sage": sage_2.STUB.refuses["sage_2_fp16"].replace(" float_mask_hides_64", ""),
     },
     mutations=(
-        ('"FlashAttention 2", f"{HUB}/flash-attn2"', '"FlashAttention 2", f"{HUB}/flash-attn4"'),
-        ("_function(flash_attn_4.of)", "_function(flash_attn_2.of)"),
-        ("_function(flash_attn_3.of)", "_function(flash_attn_4.of)"),
-        ('flash-attn3", _function', 'flash-attn2", _function'),
+        ("_flash(FLASH_2, 2, flash_attn_2)", "_flash(FLASH_2, 2, flash_attn_4)"),
+        ("_flash(FLASH_4, 4, flash_attn_4", "_flash(FLASH_4, 4, flash_attn_2"),
+        ("_flash(FLASH_3, 3, flash_attn_3", "_flash(FLASH_3, 3, flash_attn_4"),
+        ("_flash(FLASH_3, 3, flash_attn_3", "_flash(FLASH_3, 2, flash_attn_3"),
+        ("its.of_packed(module.flash_attn_varlen_func)", "its.of(module.flash_attn_func)"),
         ("[: -len(flash_attn_3.OPTIONAL)]", ""),
         ("needs=HF_SAGE", "needs=()"),
         ('f"{kind}--', 'f"{kind}-'),

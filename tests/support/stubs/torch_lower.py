@@ -5,23 +5,21 @@ The efficient op's bottom-right triangle hides nothing with more queries than ke
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from torch.nn.attention import varlen
 
-from stubs import INF, Stub, attend, band, check_aligned, check_half, module, signed
+from stubs import INF, Stub, attend, band, check_aligned, check_half
 from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
 
 
-def run_flash(q, k, v, scale, is_causal, left, right):
-    """mha_fwd of flash_api.cpp on (b, s, h, d)."""
+def run_flash(q, k, v, scale, is_causal, left, right, longest=None):
+    """mha_fwd of flash_api.cpp on (b, s, h, d), and mha_varlen_fwd, whose seqlen_k is the longest."""
     check_half(q, k, v)
     check_aligned(q, k, v)
     assert q.shape[3] == k.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0 and q.shape[2] % k.shape[2] == 0
     q_len, kv_len = q.shape[1], k.shape[1]
-    assert q.shape[0] and q_len and kv_len
-    left, right = (-1 if n >= kv_len else n for n in (left, right))
+    assert q.shape[0] and (q_len and kv_len or longest)
+    longest = kv_len if longest is None else longest
+    left, right = (-1 if n >= longest else n for n in (left, right))
     right = 0 if is_causal and q_len > 1 else right
     visible = band(q_len, kv_len, None if left < 0 else left, None if right < 0 else right, kv_len - q_len)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -88,49 +86,16 @@ def efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     return out.transpose(1, 2).contiguous(), padded_lse(lse, compute_log_sumexp), None, None, q_len, kv_len
 
 
-def _with_later_parameters(real):
-    """The signature of torch 2.13: an older torch has fewer parameters, and the adapter refuses that one."""
-    later = {"enable_gqa": False, "seqused_k": None, "block_table": None, "num_splits": None}
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in later.items()
-        if name not in real.parameters
-    ]
-    return real.replace(parameters=[*real.parameters.values(), *more])
-
-
-@signed("torch", "varlen_attn", real=_with_later_parameters(inspect.signature(varlen.varlen_attn)))
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa, seqused_k,
-                block_table, num_splits):  # fmt: skip
-    """Only for equal lengths, which is all that the adapter asks for."""
-    assert query.dim() == key.dim() == value.dim() == 3 and enable_gqa | (query.shape[1] == key.shape[1])
-    for cu, total, longest in ((cu_seq_q, len(query), max_q), (cu_seq_k, len(key), max_k)):
-        assert cu.dtype is torch.int32 and cu.tolist() == list(range(0, total + 1, longest))
-    assert len(cu_seq_q) == len(cu_seq_k) and seqused_k is None and block_table is None
-    batch = len(cu_seq_q) - 1
-    dense = (x.unflatten(0, (batch, n)) for x, n in ((query, max_q), (key, max_k), (value, max_k)))
-    out, lse = run_flash(*dense, scale, window_size == (-1, 0), *window_size)
-    out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1, 2)
-    return (out, lse) if return_aux is not None and return_aux.lse else out
-
-
 STUB = Stub(
     file="torch_lower",
     library="torch",
     version=torch.__version__,
-    modules=lambda: {
-        "torch.nn.attention.varlen": module(
-            "torch.nn.attention.varlen", varlen_attn=varlen_attn, AuxRequest=varlen.AuxRequest
-        )
-    },
     patch=private({"cuda_flash_forward": flash, "cuda_efficient_forward": efficient}),
     refuses={
         "aten_flash": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall",
         "aten_efficient": "softcap bottom_right_tall window window_left window_right window_tall window_left_past_keys"
         " lse_empty_rows grad_bottom_right grad_window window_top_left_tall",
-        "torch_varlen": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
-        " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall",
     },
     cases={
         **LSE_WITH_MASK,
@@ -142,15 +107,9 @@ STUB = Stub(
         ("window_size_left=left", "window_size_left=left + 1"),
         ("window_size_right=right", "window_size_right=-1"),
         ("return_debug_mask=False, scale=a.scale", "return_debug_mask=False"),
-        ("scale=a.scale, return_aux", "return_aux"),
         ("scale=a.scale, compute_log_sumexp", "compute_log_sumexp"),
-        ("window_size=(left, right)", "window_size=(left + 1, right)"),
-        ("window_size=(left, right)", "window_size=(left, -1)"),
         ("-1 if n is None else n", "n if n is None else n + 1"),
         ("return lse.masked_fill(lse == INF, -INF)", "return lse"),
-        ("dtype=int32", "dtype=int64"),
-        ('"enable_gqa": True', '"enable_gqa": False'),
-        (".unflatten(1, (batch, q_len)).transpose(0, 1)", ".unflatten(1, (q_len, batch)).permute(2, 0, 1)"),
         ("lse[..., :s].detach()", "lse.detach()"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 1"),
         ("0 if a.upper is None else 1 if a.upper == 0 else 2", "0 if a.upper is None else 2"),

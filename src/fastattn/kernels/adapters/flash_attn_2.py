@@ -52,11 +52,75 @@ def of(function: Callable[..., Any]) -> Run:
     return run
 
 
+def load_packed() -> Run:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return of_packed(flash_attn_varlen_func)
+
+
+def of_packed(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_varlen_func. It writes no row that is in no sequence, and a zero where a sequence has no keys."""
+    attend = require_keywords(
+        function, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale",
+        "causal", "window_size", "softcap", "deterministic", "return_attn_probs",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        assert a.packed is not None
+        left, right = a.window_sides(0, 0)
+        found = attend(
+            q=q[0], k=k[0], v=v[0],
+            cu_seqlens_q=a.packed.cu_q, cu_seqlens_k=a.packed.cu_kv,
+            max_seqlen_q=max(2, a.packed.max_q),  # with one, and groups, it takes token i for sequence i, which some may lack
+            max_seqlen_k=a.packed.max_kv,
+            dropout_p=a.dropout_p, softmax_scale=a.scale, causal=right == 0,
+            window_size=(-1 if left is None else left, -1 if right is None else right),
+            softcap=a.softcap, deterministic=a.deterministic, return_attn_probs=a.lse,
+        )  # fmt: skip
+        if not a.lse:
+            return found[None]
+        out, lse, _ = found
+        lse = lse.detach()
+        return out[None], lse.masked_fill(lse == INF, -INF)[None]
+
+    return run
+
+
+def load_cached() -> Run:
+    from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    return of_cached(flash_attn_with_kvcache)
+
+
+def of_cached(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_with_kvcache, which reads no key behind cache_seqlens, and splits the keys where queries are few."""
+    attend = require_keywords(
+        function, "q", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
+        "return_softmax_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.window_sides(0, 0)
+        found = attend(
+            q=q, k_cache=k, v_cache=v, cache_seqlens=a.kv_lens,
+            softmax_scale=a.scale, causal=right == 0, window_size=(-1 if left is None else left, -1),
+            softcap=a.softcap, num_splits=0, return_softmax_lse=a.lse,
+        )  # fmt: skip
+        if not a.lse:
+            return found
+        out, lse = found[:2]
+        return out, lse.masked_fill(lse == INF, -INF)
+
+    return run
+
+
 KERNELS = (
     Kernel(
         name="flash_attn_2",
         summary="FlashAttention 2 (package flash-attn)",
         load=load,
+        load_packed=load_packed,
+        load_cached=load_cached,
         library="flash-attn",
         versions=("2.6", "3"),
         devices=("cuda",),

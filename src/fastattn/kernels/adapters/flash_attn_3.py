@@ -27,6 +27,7 @@ from fastattn.kernels import (
     Tensor,
     require_keywords,
 )
+from fastattn.kernels.adapters import flash_attn_2
 
 INF = float("inf")
 
@@ -47,7 +48,7 @@ def of(function: Callable[..., Any]) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         left, right = a.window_sides(q.shape[1], k.shape[1])
-        found = attend(
+        return natural(attend(
             q=q, k=k, v=v,
             softmax_scale=a.scale,
             causal=right == 0,
@@ -56,16 +57,57 @@ def of(function: Callable[..., Any]) -> Run:
             num_splits=1 if a.needs_grad or is_compiling() else 0,  # 0 lets it split the keys where queries are few
             deterministic=a.deterministic,
             **({"return_attn_probs": a.lse} if asks_lse else {}),
-        )  # fmt: skip
-        out, lse = found[:2] if isinstance(found, tuple) else (found, None)
-        if not a.lse:
-            return out
-        if lse is None:
-            raise NotImplementedError("this FlashAttention 3, of July or August 2025, returns no log-sum-exp")
-        lse = lse.detach()
-        return out, lse.masked_fill(lse == INF, -INF)
+        ), a)  # fmt: skip
 
     return run
+
+
+def load_packed(module: str) -> Run:
+    return of_packed(import_module(module).flash_attn_varlen_func)
+
+
+def of_packed(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_varlen_func. It writes no row that is in no sequence."""
+    attend = require_keywords(
+        function, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+        "window_size", "softcap", "num_splits", "deterministic",
+    )  # fmt: skip
+    asks_lse = "return_attn_probs" in inspect.signature(function).parameters
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        assert a.packed is not None
+        left, right = a.window_sides(0, 0)
+        return natural(attend(
+            q=q[0], k=k[0], v=v[0],
+            cu_seqlens_q=a.packed.cu_q, cu_seqlens_k=a.packed.cu_kv,
+            max_seqlen_q=a.packed.max_q, max_seqlen_k=a.packed.max_kv,
+            softmax_scale=a.scale, causal=right == 0,
+            window_size=(-1 if left is None else left, -1 if right is None else right),
+            softcap=a.softcap,
+            num_splits=1,  # sequences are many, and what it splits it must put together
+            deterministic=a.deterministic,
+            **({"return_attn_probs": a.lse} if asks_lse else {}),
+        ), a, lambda x: x[None])  # fmt: skip
+
+    return run
+
+
+def load_cached(module: str) -> Run:
+    return of_cached(import_module(module).flash_attn_with_kvcache)
+
+
+of_cached = flash_attn_2.of_cached  # the two are called alike
+
+
+def natural(found: Any, a: Arguments, shaped: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+    """What it returns, (out, lse) or out alone, as it is asked for."""
+    out, lse = found[:2] if isinstance(found, tuple) else (found, None)
+    if not a.lse:
+        return shaped(out)
+    if lse is None:
+        raise NotImplementedError("this FlashAttention 3, of July or August 2025, returns no log-sum-exp")
+    lse = lse.detach()
+    return shaped(out), shaped(lse.masked_fill(lse == INF, -INF))
 
 
 @cache
@@ -100,12 +142,17 @@ def _is_pair(p: Any, device: Device) -> bool:
 
 
 PAIR = "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}"
+UNREAD = RefuseWhen(  # its loads of a tile end where the cache does, and a weight of 0 times NaN is NaN
+    "{p.structure}: it multiplies what lies behind the filled part by zero, and that may be anything",
+    lambda p, _: p.has_unread_keys,
+)
 NEEDS = (
     Range("capability", min=80, max=90),
     Range("head_dim", min=1, max=256),
     Range("head_dim_v", min=1, max=512),
     *GRID, *NOT_EMPTY,
     OneOf("scale", ("positive",)),
+    UNREAD,
     RefuseWhen(
         PAIR + " on sm{device.capability}: unequal ones are 129-192 with 97-128, or 1-64 with 1-512, on sm90",
         lambda p, device: not _is_pair(p, device),
@@ -116,7 +163,8 @@ NEEDS = (
 def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
     """What the two packages have in common."""
     return Kernel(
-        name=name, summary=summary, load=partial(load, module), devices=("cuda",), layout="bshd", corner="bottom_right",
+        name=name, summary=summary, load=partial(load, module), load_packed=partial(load_packed, module),
+        load_cached=partial(load_cached, module), devices=("cuda",), layout="bshd", corner="bottom_right",
         softcap=True, lse=True, head_dim_multiple=8, dense_last_dim=True, aligned=True, **row,
     )  # fmt: skip
 
@@ -124,12 +172,13 @@ def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
 OPTIONAL = (
     ("BACKWARD", "training", lambda p, _: p.needs_grad),
     ("FP16", "dtype float16", lambda p, _: p.dtype == "float16"),
-    ("LOCAL", "a window ({p.window[0]}, {p.window[1]})", lambda p, _: p.window is not None),
+    ("LOCAL", "a window ({p.any_window[0]}, {p.any_window[1]})", lambda p, _: p.any_window is not None),
     ("SOFTCAP", "softcap {p.softcap:g}", lambda p, _: p.softcap),
     ("SM8x", "sm{device.capability}", lambda _, device: device.capability < 90),
     ("HDIM256", "head_dim {p.head_dim} > 192", lambda p, _: p.head_dim > 192),
     ("HDIMDIFF64", PAIR, lambda p, _: p.head_dim <= 64 < p.head_dim_v),
     ("HDIMDIFF192", PAIR, lambda p, _: p.head_dim_v <= 128 < p.head_dim),
+    ("VARLEN", "lengths ({p.structure})", lambda p, _: p.is_packed or p.filling is not None),
 )
 KERNELS = (
     kernel(

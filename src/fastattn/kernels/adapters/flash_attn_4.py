@@ -33,13 +33,48 @@ def load() -> Run:
     return of(flash_attn_func)
 
 
-def of(function: Callable[..., Any]) -> Run:
-    """Its flash_attn_func, wherever it comes from."""
+def load_packed() -> Run:
+    from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return of_packed(flash_attn_varlen_func)
+
+
+def of_packed(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_varlen_func. It writes no row that is in no sequence."""
+    check_silicon()
+    attend = require_keywords(
+        function, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
+        "window_size", "softcap", "num_splits", "deterministic", "return_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        assert a.packed is not None
+        left, right = a.window_sides(0, 0)
+        out, lse = attend(
+            q=q[0], k=k[0], v=v[0],
+            cu_seqlens_q=a.packed.cu_q, cu_seqlens_k=a.packed.cu_kv,
+            max_seqlen_q=a.packed.max_q, max_seqlen_k=a.packed.max_kv,
+            softmax_scale=a.scale, causal=right == 0, window_size=(left, right or None),
+            softcap=a.softcap, num_splits=1, deterministic=a.deterministic, return_lse=a.lse,
+        )  # fmt: skip
+        return (out[None], lse.detach()[None]) if a.lse else out[None]
+
+    return run
+
+
+def check_silicon() -> set[tuple[int, int]]:
+    """The capabilities of the GPUs that are here. Raises ImportError where it would take one for another."""
     import torch
 
     here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
         raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
+    return here
+
+
+def of(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_func, wherever it comes from."""
+    here = check_silicon()
     attend = require_keywords(
         function, "q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "num_splits", "deterministic",
         "return_lse",
@@ -103,12 +138,17 @@ BEFORE_B34 = (
         "q_len {p.q_len} != kv_len {p.kv_len} and " + DIMS + ": its kernel for 256 is wrong then",
         lambda p, device: p.q_len != p.kv_len and _is_sm100(device) and p.head_dim > 192,
     ),
+    RefuseWhen(
+        "packed sequences ({p.structure}) and " + DIMS + ": its kernel for 256 fails on empty ones, and has no window",
+        lambda p, device: p.is_packed and _is_sm100(device) and p.head_dim > 192,
+    ),
 )
 KERNELS = (
     Kernel(
         name="flash_attn_4",
         summary="FlashAttention 4 (package flash-attn-4)",
         load=load,
+        load_packed=load_packed,
         library="flash-attn-4",
         versions=("4", "5"),
         devices=("cuda",),

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from fastattn.kernels import Kernel, OneOf, Run, require_keywords
@@ -80,8 +79,16 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
     )  # fmt: skip
 
 
-def _function(of: Callable[..., Run]) -> Callable[[ModuleType], Run]:
-    return lambda module: of(module.flash_attn_func)
+def _flash(base: Kernel, number: int, its: Any, **changes: Any) -> Kernel:
+    """A row of FlashAttention `number`; its: the adapter of the package."""
+    repository = f"{HUB}/flash-attn{number}"
+    if base.load_cached is not None:
+        changes["load_cached"] = partial(load, repository, lambda module: its.of_cached(module.flash_attn_with_kvcache))
+    return _row(
+        base, f"hf_flash_attn_{number}", f"FlashAttention {number}", repository, lambda module: its.of(module.flash_attn_func),
+        load_packed=partial(load, repository, lambda module: its.of_packed(module.flash_attn_varlen_func)),
+        **changes,
+    )  # fmt: skip
 
 
 [FLASH_2], [FLASH_3, _], [FLASH_4] = flash_attn_2.KERNELS, flash_attn_3.KERNELS, flash_attn_4.KERNELS
@@ -92,10 +99,9 @@ SAGE = next(kernel for kernel in sageattention.KERNELS if kernel.name == "sage_2
 HF_SAGE = (*sageattention.CUDA_2, OneOf("capability", (80, 89, 90, 120)))  # its sageattn chooses by these
 HUB = "kernels-community"
 KERNELS = (
-    _row(FLASH_2, "hf_flash_attn_2", "FlashAttention 2", f"{HUB}/flash-attn2", _function(flash_attn_2.of)),
-    _row(FLASH_3, "hf_flash_attn_3", "FlashAttention 3", f"{HUB}/flash-attn3", _function(flash_attn_3.of), needs=WHOLE),
-    _row(FLASH_4, "hf_flash_attn_4", "FlashAttention 4", f"{HUB}/flash-attn4", _function(flash_attn_4.of),
-         needs=OLD_FLASH_4),
+    _flash(FLASH_2, 2, flash_attn_2),
+    _flash(FLASH_3, 3, flash_attn_3, needs=WHOLE),
+    _flash(FLASH_4, 4, flash_attn_4, needs=OLD_FLASH_4),
     _row(SAGE, "hf_sage", "SageAttention 2", f"{HUB}/sage-attention",
          lambda module: sageattention.of_2(module, "sageattn"), needs=HF_SAGE),
 )  # fmt: skip

@@ -7,9 +7,6 @@ query's own key. Where no key is visible flash says a log-sum-exp of +inf, the e
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from fastattn.kernels import (
@@ -48,49 +45,6 @@ def load_flash() -> Run:
             is_causal=right == 0, return_debug_mask=False, scale=a.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return (out, natural(lse)) if a.lse else out
-
-    return run
-
-
-def import_varlen() -> Any:
-    """A second to import: for whoever runs it."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    return varlen_attn, AuxRequest
-
-
-def load_varlen() -> Run:
-    from torch import arange, int32
-
-    if find_spec("torch.nn.attention.varlen") is None:
-        raise ImportError("this torch has no torch.nn.attention.varlen")
-
-    @cache
-    def entry() -> Any:
-        attend, aux_request = import_varlen()
-        told = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size")
-        return require_keywords(attend, *told), aux_request
-
-    def starts(batch: int, length: int, device: Any) -> Tensor:
-        return arange(0, (batch + 1) * length, length, dtype=int32, device=device)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-        left, right = (-1 if n is None else n for n in a.window_sides(q_len, kv_len))
-        attend, aux_request = entry()
-        # where heads are equal it keeps torch from cuDNN, and torch 2.11 has no such parameter
-        grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-        found = attend(
-            query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1),
-            cu_seq_q=starts(batch, q_len, q.device), max_q=q_len,
-            cu_seq_k=starts(batch, kv_len, q.device), max_k=kv_len,
-            window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
-            scale=a.scale, return_aux=aux_request(lse=a.lse), **grouped,
-        )  # fmt: skip
-        if not a.lse:
-            return found.unflatten(0, (batch, q_len))
-        out, lse = found
-        return out.unflatten(0, (batch, q_len)), natural(lse).unflatten(1, (batch, q_len)).transpose(0, 1)
 
     return run
 
@@ -201,21 +155,6 @@ KERNELS = (
             RefuseWhen(
                 "training with a window {p.window}: its backward is not told of it",
                 lambda p, _: bool(p.window and p.needs_grad),
-            ),
-        ),
-    ),
-    replace(
-        FLASH,
-        name="torch_varlen",
-        summary="torch.nn.attention.varlen, every sequence of one length",
-        load=load_varlen,
-        prepare=import_varlen,
-        dropout=False,
-        needs=(
-            *FLASH_NEEDS,
-            RefuseWhen(
-                "{p.q_heads} heads and {p.kv_heads} kv heads with torch {device.torch} < 2.12",
-                lambda p, device: p.group > 1 and device.torch_version < (2, 12),
             ),
         ),
     ),

@@ -97,7 +97,7 @@ def forget_libraries() -> None:
     """Look at the installed libraries anew."""
     _broken.clear()
     _loaded.clear()
-    for remembered in (library_version, load_kernel, why_unavailable, why_unprepared):
+    for remembered in (library_version, load_kernel, load_form, why_unavailable, why_unprepared):
         remembered.cache_clear()
 
 
@@ -105,6 +105,16 @@ def forget_libraries() -> None:
 def load_kernel(kernel: Kernel) -> Run:
     """The kernel's entry point, imported once. Raises whatever the library raises."""
     run = kernel.load()
+    _loaded.add(kernel)
+    return run
+
+
+@cache
+def load_form(kernel: Kernel, form: str) -> Run:
+    """The same of its entry point for "packed" sequences, or for caches: "cached"."""
+    load = {"packed": kernel.load_packed, "cached": kernel.load_cached}[form]
+    assert load is not None
+    run = load()
     _loaded.add(kernel)
     return run
 

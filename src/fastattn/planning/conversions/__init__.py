@@ -15,6 +15,7 @@ from fastattn.planning.conversions.kv_parts import split_kv, when_split_kv
 from fastattn.planning.conversions.mask_blocks import mask_blocks, when_mask_blocks
 from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
 from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
+from fastattn.planning.conversions.own_forms import cached, packed, when_cached, when_packed
 from fastattn.planning.conversions.recompute import recompute, when_recompute
 from fastattn.planning.conversions.tiles import in_tiles, when_tiles
 
@@ -22,6 +23,8 @@ COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of
 
 CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("tiles", "only the tiles of the scores that a mask leaves", when_tiles, in_tiles, instead_of=COPIES),
+    Conversion("packed", "told where packed sequences begin, in place of a mask", when_packed, packed),
+    Conversion("cached", "told how much of a cache is filled, in place of a mask", when_cached, cached),
     Conversion("mask_dense", "the triangle or window as a dense mask", when_mask_dense, mask_dense),
     Conversion("mask_blocks", "a mask as squares that are skipped or not", when_mask_blocks, mask_blocks),
     Conversion("mask_additive", "a bool mask as the float mask that is added", when_mask_additive, mask_additive),

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.plain_math import unfold
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
+from fastattn.planning.conversions.own_forms import takes_own_form
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
@@ -19,7 +20,7 @@ def _can_fold(p: Problem) -> bool:
 
 
 def when_gqa_fold(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return OPTIONAL if kernel.gqa_fold and _can_fold(p) else NO
+    return OPTIONAL if kernel.gqa_fold and _can_fold(p) and not takes_own_form(kernel, p) else NO
 
 
 def gqa_fold(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:

@@ -20,6 +20,8 @@ def when_mask_blocks(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
         return "a mask that adds to the scores is not supported"
     if p.has_unread_keys:
         return "keys that are not filled must not be read, and it reads whole blocks"
+    if p.is_unread:
+        return "lengths that lie on a GPU are not read, and squares are made of them"
     return REQUIRED
 
 

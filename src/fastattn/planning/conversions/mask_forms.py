@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED
+from fastattn.planning.conversions.own_forms import takes_own_form
 from fastattn.problems import bands, dense_masks
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.masks import Mask
@@ -27,6 +28,8 @@ def _draws(kernel: Kernel, p: Problem) -> bool:
 
 
 def when_mask_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    if takes_own_form(kernel, p):
+        return NO
     if p.structure:
         return REQUIRED if kernel.masks else NO  # candidates.py says that it takes no mask
     if not p.is_banded or (_draws(kernel, p) and (p.mask is None or kernel.mask_and_causal)):
@@ -78,6 +81,8 @@ def _is_bool_mask(kernel: Kernel, p: Problem, facts: CallFacts) -> bool:
 
 
 def when_mask_additive(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    if takes_own_form(kernel, p):
+        return NO
     return REQUIRED if _is_bool_mask(kernel, p, facts) and "bool" not in kernel.masks and kernel.masks else NO
 
 

@@ -16,6 +16,7 @@ from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.conversions.double_backward import followed_gradients, must_be_followed
 from fastattn.planning.conversions.mask_forms import when_mask_dense
+from fastattn.planning.conversions.own_forms import takes_own_form
 from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_look, tiled_by_mask, undivided
 from fastattn.planning.default_output import output_order
 from fastattn.problems.call_facts import CallFacts
@@ -48,6 +49,8 @@ def is_large(p: Problem) -> bool:
 
 def when_tiles(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     is_told = bool(p.structure) or (p.is_banded and p.mask is None and when_mask_dense(kernel, p, facts) == REQUIRED)
+    if p.is_unread or takes_own_form(kernel, p):
+        return NO
     if p.dropout or p.mask_grad or not (is_told or may_be_tiled(p)):
         return NO
     if p.has_unread_keys or (is_told and "additive" in kernel.masks and p.dense_mask_bytes > p.memory_limit):

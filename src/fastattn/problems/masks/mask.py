@@ -90,6 +90,10 @@ class Mask:
         """The same for the first heads, or for more, whose biases begin anew."""
         return self
 
+    def of_lengths(self, q_len: int, kv_len: int, device: torch.device) -> Mask:
+        """The same for tensors of these lengths: one that stands for others becomes one of those."""
+        return self
+
     def like(self, kv_len: int) -> Mask:
         """The mask that stands for all that are about the same, in batches of any size: they share a verdict."""
         return self

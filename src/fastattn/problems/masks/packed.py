@@ -104,6 +104,11 @@ class Packed(Mask):
             return range(0, end, max(1, self.queries))
         return _firsts(self.queries)
 
+    def of_lengths(self, q_len: int, kv_len: int, device: Any) -> Mask:
+        if not (isinstance(self.queries, int) and isinstance(self.keys, int)):
+            return self
+        return Packed(*both_cut(self.queries, q_len, self.keys, kv_len), self.corner, self.window)
+
     def like(self, kv_len: int) -> Mask:
         if isinstance(self.queries, int):
             return self
@@ -139,9 +144,16 @@ class Filled(Mask):
         object.__setattr__(self, "queries", whole_numbers("queries", queries, 0, 1)[0])
         object.__setattr__(self, "left", whole_numbers("left", left, -1, 1)[0])
 
-    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+    def filled(self, b: Tensor) -> Tensor:
+        """How much of batch entries is filled."""
         keys = each(self.keys)
-        filled = b.new_tensor(keys)[b % len(keys)]
+        return b.new_tensor(keys)[b % len(keys)]
+
+    def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
+        return self.sees_of(self.filled(b), p, j)
+
+    def sees_of(self, filled: Tensor, p: Tensor, j: Tensor) -> Tensor:
+        """sees() where so much is filled."""
         if not self.queries:
             return j < filled
         at = p + filled - self.queries
@@ -179,6 +191,17 @@ class Filled(Mask):
             raise ValueError(f"Filled speaks of {self.queries} queries, got q_len {q_len}")
         if max(each(self.keys)) > kv_len:
             raise ValueError(f"Filled speaks of {max(each(self.keys))} keys, got kv_len {kv_len}")
+
+
+def both_cut(queries: int, q_len: int, keys: int, kv_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens cut into sequences of one length, as many of queries as of keys; the last one may be shorter."""
+    cut = [
+        (length,) * (tokens // length) + ((tokens % length,) if tokens % length else ()) if length else ()
+        for length, tokens in ((queries, q_len), (keys, kv_len))
+    ]
+    count = max(1, *map(len, cut))
+    of_q, of_kv = (lengths + (0,) * (count - len(lengths)) for lengths in cut)
+    return of_q, of_kv
 
 
 @lru_cache(256)

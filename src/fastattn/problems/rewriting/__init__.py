@@ -46,6 +46,7 @@ def rewrite(q: Any, k: Any, v: Any, mask: Any, layout: Any, options: dict[str, A
         return of_jagged(q, k, v, mask, layout, rest)
     if layout == "thd":
         refuse(asked & {*OF_CACHES}, "is of a cache, and goes with the layouts bhsd, bshd and sbhd")
-        return of_packed(q, k, v, mask, rest, *(options.get(name) for name in OF_SEQUENCES))
+        of_q, of_kv, most_q, most_kv = (options.get(name) for name in OF_SEQUENCES)
+        return of_packed(q, k, v, mask, rest, of_q, of_kv, most_q, most_kv)
     refuse(asked & {*OF_SEQUENCES}, "goes with layout='thd'")
     return of_cache(q, k, v, mask, layout, rest, options.get("kv_lens"), options.get("page_table"))

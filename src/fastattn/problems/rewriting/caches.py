@@ -12,7 +12,14 @@ from fastattn.problems import dense_masks, masks
 from fastattn.problems.call_key import as_structured, call_key, told
 from fastattn.problems.call_options import CallOptions, parse_options
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.problems.rewriting.rewritten import Rewritten, as_it_is, check_whole, is_readable, whole_numbers
+from fastattn.problems.rewriting.rewritten import (
+    Rewritten,
+    as_it_is,
+    check_whole,
+    is_on_gpu,
+    is_readable,
+    whole_numbers,
+)
 
 # Masks that say the same whatever kv_len is, so that they may lie over a part of the cache.
 _BY_POSITION = (masks.Causal, masks.Window, masks.Dilated, masks.Chunked, masks.Prefix, masks.Global, masks.ALiBi)
@@ -35,6 +42,11 @@ def of_cache(
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[s] != v.shape[s] or _is_dense(mask):
         call_key(q, k, v, mask, layout, CallOptions())  # raises for what does not fit the whole cache
     corner, left, rest = _corner(mask, options)
+    if is_on_gpu(kv_lens) and (corner or mask is None):
+        lengths = _on_gpu(kv_lens, q, b)
+        rows = q.shape[s] if corner and (q.shape[s] > 1 or left >= 0) else 0  # one query sees all that is filled
+        told = masks.FilledUnread(k.shape[s], rows, left, lengths)
+        return Rewritten(q, k, v, told, layout, rest if corner else options, as_it_is)
     if not readable:
         mask = _unread(q, k, mask, kv_lens, (b, s), left, corner)
         return Rewritten(q, k, v, mask, layout, rest, as_it_is)
@@ -57,6 +69,16 @@ def of_cache(
     else:
         mask = masks.Filled(filled) if mask is None else as_structured(mask) & masks.Filled(filled)
     return Rewritten(q, k, v, mask, layout, options, as_it_is)
+
+
+def _on_gpu(kv_lens: Tensor, q: Tensor, b: int) -> Tensor:
+    """How much of each batch entry is filled, as kernels take it. Raises ValueError for another number of entries."""
+    if kv_lens.shape not in ((), (q.shape[b],)) or kv_lens.device != q.device:
+        raise ValueError(
+            f"attention(): kv_lens must be {q.shape[b]} numbers on {q.device}, got shape {tuple(kv_lens.shape)} on"
+            f" {kv_lens.device}"
+        )
+    return kv_lens.to(torch.int32).expand(q.shape[b]).contiguous()
 
 
 def _corner(mask: Any, options: dict[str, Any]) -> tuple[bool, int, dict[str, Any]]:

@@ -34,7 +34,7 @@ def of_jagged(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str,
     packed = of_packed(
         q.values(), k.values(), v.values(), mask,
         options,
-        offsets, offsets if k.offsets() is offsets else k.offsets(), None, None,
+        offsets, offsets if k.offsets() is offsets else k.offsets(), None, None, True,
     )  # fmt: skip
 
     def back(found: Any) -> Tensor:

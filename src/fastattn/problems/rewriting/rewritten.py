@@ -51,6 +51,11 @@ def check_whole(name: str, given: Any) -> None:
         raise TypeError(f"attention(): {name} must be whole numbers, got {dtype_name(given.dtype)}")
 
 
+def is_on_gpu(lengths: Any) -> bool:
+    """Whether they are a plain tensor on a GPU, which a kernel may read there, and nothing is being traced."""
+    return type(lengths) is Tensor and lengths.is_cuda and not torch.compiler.is_compiling()
+
+
 def is_readable(lengths: Any) -> bool:
     """Whether numbers may be looked at: those on a GPU would wait for it, and a graph that is traced has none."""
     if not isinstance(lengths, Tensor):

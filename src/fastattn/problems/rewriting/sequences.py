@@ -12,7 +12,8 @@ from fastattn.environment.text import type_name
 from fastattn.problems import bands, masks
 from fastattn.problems.call_key import as_structured
 from fastattn.problems.call_options import window_sides
-from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_readable, whole_numbers
+from fastattn.problems.masks.unread import Sequences
+from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_on_gpu, is_readable, whole_numbers
 
 
 def of_packed(
@@ -25,8 +26,12 @@ def of_packed(
     of_kv: Any,
     most_q: Any,
     most_kv: Any,
+    is_whole: bool = False,
 ) -> Rewritten:
-    """The call on a batch of one. Raises TypeError, ValueError or RuntimeError for lengths that do not fit."""
+    """The call on a batch of one. is_whole: no token lies behind the last sequence.
+
+    Raises TypeError, ValueError or RuntimeError for lengths that do not fit.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"attention(): {name} must have 3 dimensions (thd), got shape {tuple(x.shape)}")
@@ -48,6 +53,8 @@ def of_packed(
         if len(queries) != len(keys):
             raise ValueError(f"attention(): cu_seqlens_q has {len(queries)} sequences, cu_seqlens_kv {len(keys)}")
         told: Any = _mask_of(queries, keys, corner, window, q.shape[0] == k.shape[0] == sum(queries) == sum(keys))
+    elif is_on_gpu(of_q) and is_on_gpu(of_kv):
+        told = _unread(q, k, (of_q, of_kv), (most_q, most_kv), corner, window, is_whole)
     else:
         told = _packed_mask(q, k, of_q, of_kv, corner, window)
     options = {name: value for name, value in options.items() if name not in ("is_causal", "window")}
@@ -95,6 +102,37 @@ def _lengths(name: str, given: Any, tokens: int, most: Any, name_of_most: str) -
     if most is not None and whole_numbers(name_of_most, [most])[0] < longest:
         raise ValueError(f"attention(): {name_of_most} is {most}, the longest sequence of {name} has {longest} tokens")
     return lengths
+
+
+def _unread(
+    q: Tensor,
+    k: Tensor,
+    ends: tuple[Tensor, Tensor],
+    most: tuple[Any, Any],
+    corner: str,
+    window: bands.Sides | None,
+    is_whole: bool,
+) -> masks.Mask:
+    """The mask of packed sequences whose lengths stay on the GPU. What is not told of them is taken for as large as can be."""
+    for name, cu in zip(("cu_seqlens_q", "cu_seqlens_kv"), ends, strict=True):
+        if cu.dim() != 1 or cu.shape != ends[0].shape or cu.shape[0] < 2 or cu.device != q.device:
+            raise ValueError(
+                f"attention(): {name} must be one number more than there are sequences, as many of keys as of queries, on"
+                f" {q.device}; got shape {tuple(cu.shape)} beside {tuple(ends[0].shape)}, on {cu.device}"
+            )
+    tokens = q.shape[0], k.shape[0]
+    are_same = ends[0] is ends[1] and tokens[0] == tokens[1]
+    cu_q = ends[0].to(torch.int32).contiguous()
+    cu_kv = cu_q if are_same else ends[1].to(torch.int32).contiguous()
+    told = [
+        n if n is None else whole_numbers(name, [n])[0]
+        for name, n in zip(("max_q_len", "max_kv_len"), most, strict=True)
+    ]
+    told = [told[0] or told[1], told[1] or told[0]] if are_same else told
+    max_q, max_kv = (n if m is None else min(n, m) for n, m in zip(tokens, told, strict=True))
+    of_q, of_kv = (-(-n // (cu_q.shape[0] - 1)) for n in tokens)
+    sequences = Sequences(cu_q, cu_kv, max_q, max_kv, tokens if is_whole else None)
+    return masks.PackedUnread(of_q, of_kv, corner, window or (-1, -1), are_same, sequences)
 
 
 def _packed_mask(q: Tensor, k: Tensor, of_q: Any, of_kv: Any, corner: str, window: bands.Sides | None) -> Tensor:

@@ -179,7 +179,7 @@ def _mask(
 ) -> Tensor | Mask | None:
     """A mask of the problem's class that leaves the pairs of a pattern; a float one cancels part of the scores."""
     if p.structure:
-        return p.told_mask
+        return p.told_mask and p.told_mask.of_lengths(p.q_len, p.kv_len, g.device)
     if p.mask is None:
         return None
     sizes = {"b": p.batch, "h": p.q_heads, "q": p.q_len, "k": p.kv_len}

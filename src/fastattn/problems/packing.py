@@ -1,0 +1,125 @@
+"""What kernels for packed sequences and caches are told: of a Problem what kind, of a call where they begin and end."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastattn.problems import bands, masks
+from fastattn.problems.masks.packed import both_cut
+from fastattn.problems.masks.unread import Sequences, sequences_of_lengths
+from fastattn.problems.masks.values import each
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """How sequences are packed. In each, a query at its corner's diagonal sees keys from `lower` to `upper` beside its own.
+
+    corner: "" where nothing but the sequences' ends hides keys. are_same: each sequence has as many queries as keys, so that
+    both corners coincide.
+    """
+
+    corner: str
+    lower: int | None
+    upper: int | None
+    are_same: bool
+
+    @property
+    def window(self) -> bands.Sides | None:
+        """(left, right) where it takes more than a triangle to say what is hidden in a sequence, -1 is no limit."""
+        if self.lower is None and self.upper in (None, 0):
+            return None
+        return (-1 if self.lower is None else -self.lower), (-1 if self.upper is None else self.upper)
+
+
+class Filling(NamedTuple):
+    """A cache that is filled to some length, and nothing else. has_corner: the queries are the last of what is filled.
+
+    left: keys that such a query sees before its own, -1 is no limit.
+    """
+
+    has_corner: bool
+    left: int
+
+
+@lru_cache(256)
+def filling_of(structure: str) -> Filling | None:
+    """The filling that a Problem's structure comes to; None where its mask says something else."""
+    mask = masks.parse(structure)
+    return Filling(mask.queries > 0, mask.left) if isinstance(mask, masks.Filled) else None
+
+
+def kv_lens_of(mask: masks.Mask, batch: int, kv_len: int, device: torch.device) -> Tensor:
+    """How much of each batch entry a mask that filling_of knows calls filled: int32 [batch]."""
+    assert isinstance(mask, masks.Filled), f"{mask!r} is no cache"
+    if isinstance(mask, masks.FilledUnread) and mask.lengths is not None:
+        return mask.lengths[:batch]  # a check looks at the first entry alone
+    keys = each(mask.keys)
+    return _kv_lens(tuple(min(keys[b % len(keys)], kv_len) for b in range(batch)), device)
+
+
+@lru_cache(64)  # the next layer asks for the same ones
+def _kv_lens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(lengths, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+
+
+@lru_cache(256)
+def packing_of(structure: str, q_len: int, kv_len: int) -> Packing | None:
+    """The packing that a Problem's structure comes to; None where its mask says something else as well."""
+    found = _parts(masks.parse(structure))
+    if found is None:
+        return None
+    base, corner, window = found
+    if isinstance(base, masks.Document):
+        if q_len != kv_len:
+            return None  # queries and keys are not the same tokens
+        are_same = True
+    else:
+        assert isinstance(base, masks.Packed)
+        corner, window, are_same = base.corner, base.window, isinstance(base, masks.PackedUnread) and base.are_same
+    lower, upper = bands.band(corner or None, window, 0, 0)
+    return Packing(corner or ("top_left" if (lower, upper) != (None, None) else ""), lower, upper, are_same)
+
+
+def sequences_of(mask: masks.Mask, q_len: int, kv_len: int, device: torch.device) -> Sequences | None:
+    """The sequences of a mask that packing_of knows. Lengths that are not read stay where they are.
+
+    None where it has a triangle at the lower right of sequences "all alike" that the tokens do not fill: its diagonal is then
+    not that of the last one's own lengths.
+    """
+    found = _parts(mask)
+    assert found is not None, f"{mask!r} is not packed"
+    base = found[0]
+    if isinstance(base, masks.PackedUnread):
+        return base.of_lengths(q_len, kv_len, device).sequences  # type: ignore[attr-defined]
+    if isinstance(base, masks.Document):
+        length = base.lengths
+        queries = both_cut(length, q_len, length, q_len)[0] if isinstance(length, int) else length
+        return sequences_of_lengths(queries, queries, device)  # type: ignore[arg-type]
+    whole = base.of_lengths(q_len, kv_len, device)
+    assert isinstance(base, masks.Packed) and isinstance(whole, masks.Packed)
+    is_uneven = {*each(whole.queries), base.queries} != {base.queries} or {*each(whole.keys), base.keys} != {base.keys}
+    if isinstance(base.queries, int) and base.corner == "bottom_right" and is_uneven:
+        return None
+    return sequences_of_lengths(whole.queries, whole.keys, device)  # type: ignore[arg-type]
+
+
+def _parts(mask: masks.Mask) -> tuple[masks.Mask, str, bands.Sides | None] | None:
+    """(what says where sequences end, the corner and the window beside it); None where there is anything else."""
+    parts = mask.parts()
+    bases = [part for part in parts if isinstance(part, (masks.Document, masks.Packed)) and not part.is_per_batch()]
+    corners = [part for part in parts if isinstance(part, masks.Causal)]
+    windows = [part for part in parts if isinstance(part, masks.Window)]
+    is_all = len(bases) + len(corners) + len(windows) == len(parts)
+    if not is_all or len(bases) != 1 or len(corners) > 1 or len(windows) > 1:
+        return None
+    if isinstance(bases[0], masks.Packed) and len(parts) > 1:
+        return None  # its positions are those of the whole, not of each sequence
+    corner = corners[0].corner if corners else ""
+    return bases[0], corner, (windows[0].left, windows[0].right) if windows else None
