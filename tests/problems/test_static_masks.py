@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -60,6 +62,8 @@ def test_it_is_a_value_that_later_writes_do_not_reach():
     assert torch.equal(mask.dense(1, 300, 300)[0, 0], WINDOW)
     assert mask == copy.deepcopy(mask) == pickle.loads(pickle.dumps(mask)) != masks.Static(~WINDOW)
     assert repr(mask) == "Static(1x300x300, 13% seen)"
+    with torch.inference_mode():
+        assert not masks.Static(WINDOW).seen.is_inference()
 
 
 WRONG = [
@@ -93,12 +97,31 @@ def test_attention_and_its_gradients_are_those_of_the_tensor(kernel):
 def test_masks_that_leave_about_as_much_share_a_verdict_but_not_an_answer(monkeypatch):
     turn(monkeypatch, Clock())
     q, k, v = qkv(b=1, hq=2, sq=300, d=16)
-    other, before = WINDOW.flip(1), fastattn.stats()["tunings"]
-    mask, mirrored = masks.Static(WINDOW), masks.Static(other)
-    assert mask.like(300) == mirrored.like(300) == masks.Window(32, 32)
-    for seen, told in ((WINDOW, mask), (other, mirrored), (WINDOW, mask)):
+    other, before = (ROWS - KEYS).abs() <= 15, fastattn.stats()["tunings"]
+    mask, narrower = masks.Static(WINDOW), masks.Static(other)
+    assert mask.like(300) == narrower.like(300) == masks.Window(256, 256)
+    for seen, told in ((WINDOW, mask), (other, narrower), (WINDOW, mask)):
         assert Expected(q, k, v, seen).forward(attention(q, k, v, told)) <= 1
     assert fastattn.stats()["tunings"] == before + 1
+
+
+def test_it_stands_for_a_window_that_leaves_as_many_squares():
+    rows, keys = torch.arange(4096)[:, None], torch.arange(4096)
+    assert masks.Static((rows - keys).abs() <= 300).like(4096) == masks.Window(512, 512)
+    assert masks.Static(torch.rand(512, 512) < 0.1).like(512) == masks.Window(512, 512)  # scattered: nothing is hidden
+    assert masks.Static(torch.zeros(8, 8, dtype=torch.bool)).like(8) == masks.Window(1, 1)
+
+
+def test_clear_lets_go_of_it():
+    mask = masks.Static(WINDOW)
+    q, k, v = qkv(b=1, hq=1, sq=300, d=16)
+    for kernel in ("torch_flash", "flex"):
+        attention(q, k, v, mask, kernel=kernel)
+    held = weakref.ref(mask.seen)
+    del mask
+    fastattn.clear()
+    gc.collect()
+    assert held() is None
 
 
 def test_in_a_graph_it_is_a_constant():

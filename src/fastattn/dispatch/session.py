@@ -21,6 +21,7 @@ from fastattn.dispatch.lengths_seen import LengthsSeen
 from fastattn.dispatch.shared_tables import SharedTables
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
+from fastattn.environment.remembered import forget
 from fastattn.environment.settings import Settings
 from fastattn.problems import length_buckets
 from fastattn.problems.problem import Problem
@@ -58,10 +59,11 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
-        """See clear() below."""
+        """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
         with self.lock:
             self._forget()
         entries.drop_all()
+        forget()
 
     def after_fork(self) -> None:
         """No other thread is left in the child: the lock is new, and nobody is tuning."""
@@ -243,8 +245,4 @@ class Session:
 session = Session()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=session.after_fork)
-
-
-def clear() -> None:
-    """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
-    session.clear()
+clear = session.clear

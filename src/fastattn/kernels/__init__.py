@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
+from fastattn.environment.remembered import remembered
 from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
 from fastattn.kernels.limits import (
     BFLOAT16,
@@ -31,6 +32,6 @@ from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlock
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
     "Arguments", "Backward", "Device", "Forbid", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen", "Run",
-    "Tensor", "additive", "as_4d", "as_bias", "fold", "log", "require_keywords", "require_private", "scratch", "sdpa_math",
-    "sees_nothing", "unfold",
+    "Tensor", "additive", "as_4d", "as_bias", "fold", "log", "remembered", "require_keywords", "require_private", "scratch",
+    "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip

@@ -7,7 +7,6 @@ BlockMask here, a cap a score_mod.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from fastattn.kernels import (
@@ -23,6 +22,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     log,
+    remembered,
 )
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
@@ -78,7 +78,7 @@ def load() -> Run:
             warnings.simplefilter("ignore")
             return attend(*given, **options)
 
-    kept_band, kept_squares, kept_cap = lru_cache(64)(band_mask), lru_cache(32)(square_mask), lru_cache(64)(cap)
+    kept_band, kept_squares, kept_cap = kept(band_mask), kept(square_mask), kept(cap)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         is_traced = torch.compiler.is_compiling()  # nothing is kept then, and Dynamo would warn of a cache
@@ -102,6 +102,17 @@ def load() -> Run:
         return (found[0], found[1].lse.detach()) if a.lse else found
 
     return run
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, remembered, and of tensors that may be saved for a backward, whatever mode they were made in."""
+    import torch
+
+    def made(*given: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(*given)
+
+    return remembered(32)(made)
 
 
 def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.environment.remembered import remembered
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, REQUIRED
 from fastattn.planning.conversions.own_forms import takes_own_form
@@ -70,7 +70,7 @@ def _dense(mask: Mask, *problem: Any) -> Tensor:
 KEPT_BYTES = 16 * 2**20  # of one dense mask that is kept
 
 
-@lru_cache(2)
+@remembered(2)
 def _kept(mask: Mask, *problem: Any) -> Tensor:
     with torch.inference_mode(False):
         return mask.dense(*problem).contiguous()

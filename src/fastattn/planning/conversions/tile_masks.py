@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.environment.remembered import remembered
 from fastattn.problems.dense_masks import as_4d
 from fastattn.problems.masks import Mask
 from fastattn.problems.masks.runs import Runs
@@ -68,7 +68,7 @@ def _made(
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(seen.logical_not(), float("-inf"))
 
 
-_kept = lru_cache(32)(_made)
+_kept = remembered(32)(_made)
 
 
 def _bytes(tile: Tile, dtype: torch.dtype) -> int:

@@ -23,13 +23,14 @@ class Static(Mask):
 
     A plain dense mask could be written into, so it is looked at in every call, and on CUDA in none. tensor: bool
     [q_len, kv_len] or [batch or 1, 1, q_len, kv_len], True where a query sees a key. Row i is of query i, so it goes
-    with Causal("bottom_right") only where q_len is kv_len. Raises TypeError for what is no bool tensor, ValueError for
-    other shapes.
+    with Causal("bottom_right") only where q_len is kv_len. It is remembered until
+    fastattn.clear(). Raises TypeError for what is no bool tensor, ValueError for other shapes.
     """
 
     seen: Tensor = field(compare=False)  # [batch or 1, q_len, kv_len] on the CPU
     digest: bytes  # of what it says: by this values are compared
-    share: float = field(compare=False)  # of all pairs, how many are seen
+    alike: Window = field(compare=False)  # what stands for it
+    copies: dict[Any, Tensor] = field(compare=False)  # of `seen`, one on each device that asked
 
     def __init__(self, tensor: Any) -> None:
         import torch
@@ -43,20 +44,29 @@ class Static(Mask):
         shape = (1, 1, *tensor.shape)[-4:]
         if tensor.dim() not in (2, 4) or shape[1] != 1 or 0 in shape:
             raise ValueError(
-                "Static is made of [q_len, kv_len] or [batch or 1, 1, q_len, kv_len]; "
-                f" where heads differ pass the tensor itself. Got shape {tuple(tensor.shape)}"
+                "Static is made of [q_len, kv_len] or [batch or 1, 1, q_len, kv_len]; where heads differ pass the tensor"
+                f" itself. Got shape {tuple(tensor.shape)}"
             )
-        seen = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device="cpu").copy_(
-            tensor.detach().view(shape)[:, 0]
-        )
+        with torch.inference_mode(False):
+            seen = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device="cpu")
+            seen.copy_(tensor.detach().view(shape)[:, 0])
+        # a window of w to each side of n keys hides (1 - w / n) squared of all
+        side = shape[3] * (1.0 - (1.0 - _share_of_squares(seen)) ** 0.5)
+        side = 1 << max(0, round(side) - 1).bit_length()  # the next power of two
         object.__setattr__(self, "seen", seen)
         object.__setattr__(self, "digest", blake2b(repr(shape).encode() + as_bytes(seen)).digest())
-        object.__setattr__(self, "share", float(seen.float().mean()))
+        object.__setattr__(self, "alike", Window(side, side))
+        object.__setattr__(self, "copies", {seen.device: seen})
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
         """Of positions that are given as part() gives them: b [entries, 1, 1, 1], p [queries, 1], j [keys]."""
-        seen = self.seen.to(p.device)
-        return seen[b.flatten() % len(seen)].index_select(1, p.flatten()).index_select(2, j)[:, None]
+        import torch
+
+        if p.device not in self.copies:
+            with torch.inference_mode(False):
+                self.copies[p.device] = self.seen.to(p.device)
+        seen = _taken(_taken(self.copies[p.device], 1, p.flatten()), 2, j)
+        return _taken(seen, 0, b.flatten() % len(seen))[:, None]
 
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
         import torch
@@ -72,9 +82,7 @@ class Static(Mask):
         return q_len != kv_len
 
     def like(self, kv_len: int) -> Mask:
-        """A window that leaves about as much: w to each side of n keys hide (1 - w / n) squared of all pairs."""
-        side = 1 << max(0, round(kv_len * (1.0 - (1.0 - self.share) ** 0.5)) - 1).bit_length()  # the next power of two
-        return Window(side, side)
+        return self.alike
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         check_entries(self, len(self.seen), batch)
@@ -82,7 +90,34 @@ class Static(Mask):
             raise ValueError(f"{self!r} is for (q_len, kv_len) {tuple(self.seen.shape[1:])}, got ({q_len}, {kv_len})")
 
     def __repr__(self) -> str:
-        return f"Static({'x'.join(map(str, self.seen.shape))}, {self.share:.0%} seen)"
+        seen = int(self.seen.count_nonzero()) / self.seen.numel()
+        return f"Static({'x'.join(map(str, self.seen.shape))}, {seen:.0%} seen)"
+
+    def __reduce__(self) -> Any:
+        return Static, (self.seen[:, None],)
+
+
+def _taken(x: Tensor, dim: int, at: Tensor) -> Tensor:
+    """x at these places along a dimension: a view where they are neighbours, which is looked at where it costs nothing."""
+    import torch
+
+    may_look = at.device.type == "cpu" and len(at) > 0 and not torch.compiler.is_compiling()
+    if may_look and bool((at.diff() == 1).all()):
+        return x.narrow(dim, int(at[0]), len(at))
+    return x.index_select(dim, at)
+
+
+SQUARE = 128
+
+
+def _share_of_squares(seen: Tensor) -> float:
+    """What share of the mask's squares has a key that is seen: what kernels that skip squares or tiles compute."""
+    import torch
+    from torch.nn.functional import pad
+
+    rows = [seen[:, at : at + SQUARE].view(torch.uint8).amax(1) for at in range(0, seen.shape[1], SQUARE)]
+    some = pad(torch.stack(rows), (0, -seen.shape[2] % SQUARE)).unflatten(-1, (-1, SQUARE)).amax(-1)
+    return int(some.count_nonzero()) / some.numel()
 
 
 def _runs_of(seen: Tensor) -> Runs:

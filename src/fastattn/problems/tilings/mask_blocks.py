@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from fastattn.environment.remembered import remembered
 from fastattn.problems.dense_masks import as_bytes
 from fastattn.problems.masks import Mask, runs
 
@@ -32,7 +33,7 @@ class MaskBlocks:
     kv_len: int
 
 
-@lru_cache(32)  # a model asks for the same one in each layer
+@remembered(32)  # a model asks for the same one in each layer
 def blocks_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int, device: torch.device) -> MaskBlocks:
     """The squares of a mask that adds nothing to the scores. No tensor of queries by keys is made."""
     entries, rows = range(batch if mask.is_per_batch() else 1), range(0, q_len, SIZE)
@@ -45,7 +46,9 @@ def blocks_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int, device: torc
                 at, _ = patterns.setdefault(as_bytes(found), (len(patterns), found))
                 pattern[b, row, square] = at
     kept = torch.stack([p for _, p in patterns.values()])
-    return MaskBlocks(pattern.to(device), kept.to(device), q_len, kv_len)
+    room = (1 << (len(kept) - 1).bit_length()) - len(kept)  # kernels are compiled for a number of patterns
+    with torch.inference_mode(False):
+        return MaskBlocks(pattern.to(device, copy=True), pad(kept, (0, 0, 0, 0, 0, room)).to(device), q_len, kv_len)
 
 
 def _seen_squares(mask: Mask, b: int, rows: range, q_len: int, kv_len: int) -> Iterator[tuple[int, Tensor]]:

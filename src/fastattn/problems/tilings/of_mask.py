@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
+from fastattn.environment.remembered import remembered
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.combined import all_of
 from fastattn.problems.masks.mask import Mask
@@ -13,7 +13,7 @@ from fastattn.problems.tilings.tile import GAP, Tile, Tiling, rows_of_a_tile, ti
 FEWEST = 16  # rows of a tile that ends where the mask changes: what sees little is not worth a call of its own
 
 
-@lru_cache(256)  # masks are small and frozen: a model asks for the same one in each layer
+@remembered(256)  # masks are small and frozen: a model asks for the same one in each layer
 def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
     """The tiling of a mask."""
     ends = range(1, batch + 1) if mask.is_per_batch() else [batch]
