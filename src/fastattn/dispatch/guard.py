@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
 
 Guard = Callable[..., Any]
-LeadsTo = tuple[str, str]  # (candidate, why the call is passed on or "")
+LeadsTo = tuple[str, str, float]  # (candidate, why the call is passed on or "", what a call saves in us)
 Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
@@ -178,7 +178,8 @@ def build_guard(
     values["check"] = make(list(unique.values()), at, resolved.any_sizes)
     conditions.append("scope() is SCOPE")
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
-    guard.hits, guard.leads_to = hits, (resolved.candidate, resolved.passed_on)  # type: ignore[attr-defined]
+    leads_to = resolved.candidate, resolved.passed_on, resolved.saves_us
+    guard.hits, guard.leads_to = hits, leads_to  # type: ignore[attr-defined]
     return guard
 
 

@@ -50,6 +50,7 @@ class Resolved(NamedTuple):
     passed_on: str = ""  # why F.sdpa answers the call as it was made
     any_sizes: bool = False  # nothing was decided by a size
     reads_alignment: bool = False  # its Call is for tensors that start as these do
+    saves_us: float = 0.0  # a call, by the Verdict's own times
 
 
 # --- the two front doors
@@ -220,6 +221,7 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
         decision.verdict is not None,
         reads_alignment=validity.reads_alignment(candidate, asked),
+        saves_us=decision.verdict.saves_us(candidate.name) if decision.verdict is not None else 0.0,
     )
 
 
