@@ -165,9 +165,10 @@ def build_guard(
             conditions.append("m.nbytes * K_BYTES == k.nbytes * M_BYTES")
         unit = k.nbytes // k.shape[dim]
         values.update(LOW=low * unit, HIGH=high * unit, K_BYTES=k.nbytes, V_BYTES=v.nbytes)
-        same = v.nbytes == k.nbytes
         conditions.append("LOW <= k.nbytes <= HIGH")
-        conditions.append("v.nbytes == k.nbytes" if same else "v.nbytes * K_BYTES == k.nbytes * V_BYTES")
+        conditions.append(
+            "v.nbytes == k.nbytes" if v.nbytes == k.nbytes else "v.nbytes * K_BYTES == k.nbytes * V_BYTES"
+        )
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
         conditions += [f"{name}.is_contiguous()" for name, x in grows if x.is_contiguous()]
     conditions.append(f"check({names})")

@@ -16,9 +16,9 @@ class Stats(dict[str, Any]):
 
     calls, hits, misses, tunings: counts. tuning_s: seconds spent on tuning. served_by: {candidate: calls}. passed_on: {reason:
     calls that went to F.sdpa as they were}. untuned: {problem: misses that were served untuned}. demoted: {candidate: what it
-    raised}. saved_s: seconds saved, an estimate: each hit counts the default's time less the winner's, as the tuning of that very
-    problem measured them, with the backward where gradients are wanted. Hits of lengths that share a verdict are not in it: its
-    times are of other lengths.
+    raised}. saved_s: seconds saved, an estimate: each hit counts the default's time less the winner's, as the tuning of that
+    very problem measured them, with the backward where gradients are wanted. Hits of lengths that share a verdict are not in
+    it: its times are of other lengths.
     """
 
     def __repr__(self) -> str:
