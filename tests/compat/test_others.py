@@ -1,15 +1,19 @@
 """xFormers' and SageAttention's functions by their definition, and the names of missing packages answered by ours."""
 
 import importlib
+import json
 import sys
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastattn
-from fastattn.compat import install, uninstall, xformers
+from fastattn.compat import install, sageattention, uninstall, xformers
 from fastattn.compat.sageattention import sageattn, sageattn_varlen
 
+SIGNATURES = Path(__file__).parents[1] / "support" / "signatures"
 SAME = {"atol": 1e-10, "rtol": 1e-8}
 
 
@@ -89,6 +93,58 @@ def test_tensors_of_three_and_five_dimensions_and_a_bias_that_is_added():
     torch.testing.assert_close(found, want.float())
 
 
+def test_a_bias_of_groups_is_one_of_all_heads():
+    q, k, v = draw(2, 5, 2, 3, 8), draw(2, 7, 2, 3, 8, seed=1), draw(2, 7, 2, 3, 8, seed=2)
+    bias = draw(2, 2, 3, 5, 7, seed=3)
+    want = reference(*(x.flatten(2, 3) for x in (q, k, v)), bias=bias.flatten(1, 2)).unflatten(2, (2, 3))
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, bias), want, **SAME)
+    k = draw(2, 7, 2, 1, 8, seed=1).expand(-1, -1, -1, 3, -1)  # a key head for a group, and a value head for each
+    want = reference(*(x.flatten(2, 3) for x in (q, k, v)), bias=bias.flatten(1, 2)).unflatten(2, (2, 3))
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, bias), want, **SAME)
+    for query, given in ((q, bias[:, 0]), (q[:, :, 0], bias), (q[:, :, 0, 0], bias[:, 0])):
+        with pytest.raises(ValueError, match=f"attn_bias must have {query.dim()} dimensions"):
+            xformers.memory_efficient_attention(query, query, query, given)
+
+
+def test_a_triangle_with_a_tensor_that_is_added():
+    q, k, v = draw(2, 5, 3, 8), draw(2, 7, 3, 8, seed=1), draw(2, 7, 3, 8, seed=2)
+    added = draw(2, 3, 5, 7, seed=3)
+    bias = xformers.LowerTriangularMask().add_bias(added)
+    want = reference(q, k, v, ROW >= KEY, added)
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, bias), want, **SAME)
+    dense = bias.materialize((2, 3, 5, 7), torch.float64)
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, dense), want, **SAME)
+
+
+# what xFormers' documentation prints for LocalAttentionFromBottomRightMask(window_left=1, window_right=2)
+PRINTED = {
+    (4, 4): [[1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]],
+    (4, 5): [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]],
+}
+
+
+@pytest.mark.parametrize("shape", PRINTED)
+def test_materialize_is_what_xformers_documentation_prints(shape):
+    bias = xformers.LocalAttentionFromBottomRightMask(window_left=1, window_right=2)
+    assert bias.materialize(shape=shape).exp().tolist() == PRINTED[shape]
+
+
+@pytest.mark.parametrize(
+    "name", [*BIASES, "BlockDiagonalMask", "BlockDiagonalCausalMask", "BlockDiagonalCausalFromBottomRightMask"]
+)
+def test_a_bias_that_is_materialized_says_the_same(name):
+    bias = BIASES[name][0] if name in BIASES else getattr(xformers, name).from_seqlens([2, 3], [4, 3])
+    q, k, v = draw(1, 5, 3, 8), draw(1, 7, 3, 8, seed=1), draw(1, 7, 3, 8, seed=2)
+    dense = bias.materialize((1, 3, 5, 7), torch.float64)
+    assert dense.shape == (1, 3, 5, 7) and dense.dtype is torch.float64
+    want = xformers.memory_efficient_attention(q, k, v, bias)
+    torch.testing.assert_close(xformers.memory_efficient_attention(q, k, v, dense), want, **SAME)
+    assert bias.materialize((5, 7)).dtype is torch.float32
+    if name not in BIASES:
+        with pytest.raises(ValueError, match=r"shape must end in \(5, 7\), got \(5, 6\)"):
+            bias.materialize((5, 6))
+
+
 def test_what_xformers_has_and_we_have_not_is_refused():
     q = draw(1, 4, 2, 8)
     with pytest.raises(NotImplementedError, match="op is not chosen here"):
@@ -111,6 +167,44 @@ def test_sageattn_is_exact():
     for bad, kind in (({"tensor_layout": "BHSD"}, ValueError), ({"is_casual": True}, TypeError)):
         with pytest.raises(kind, match=next(iter(bad))):
             sageattn(q, k, v, **bad)
+
+
+SIBLINGS = {
+    # positional arguments behind is_causal, or behind the layout
+    "sageattn_qk_int8_pv_fp16_cuda": (True, "per_warp", 0.3, "fp32", False, False, True),
+    "sageattn_qk_int8_pv_fp8_cuda": (True, "per_thread", 0.3, "fp32+fp16", True, True, True),
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": (True, "per_thread", 0.3, "fp32+fp32", True, True),
+    "sageattn_qk_int8_pv_fp16_triton": ("cuda", True, None, 0.3, True, True),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_sageattns_siblings_are_exact_too(name):
+    function = getattr(sageattention, name)
+    real = json.loads((SIGNATURES / "sageattention.json").read_text())["functions"][name]
+    ours = [
+        str(p).split(":")[0] + (f"={p.default!r}" if p.default is not p.empty else "")
+        for p in signature(function).parameters.values()
+    ]
+    assert ", ".join(ours).replace("**options", "**kwargs") == real
+    q, k, v = draw(2, 3, 5, 8), draw(2, 3, 5, 8, seed=1), draw(2, 3, 5, 8, seed=2)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    found, lse = function(q, k, v, "HND", *SIBLINGS[name])
+    torch.testing.assert_close(found, want, **SAME)
+    assert lse.shape == (2, 3, 5)
+    for bad, kind in (({"tensor_layout": "BHSD"}, ValueError), ({"is_casual": True}, TypeError)):
+        with pytest.raises(kind, match=f"{name}.*{next(iter(bad))}"):
+            function(q, k, v, **bad)
+
+
+def test_sageattns_mask_is_a_bool_one():
+    q, k, v = draw(2, 3, 5, 8), draw(2, 3, 7, 8, seed=1), draw(2, 3, 7, 8, seed=2)
+    seen = ROW >= KEY - 2
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    found = sageattention.sageattn_qk_int8_pv_fp16_triton(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(found, want, **SAME)
+    with pytest.raises(NotImplementedError, match=r"attn_mask must be bool, got torch\.float64"):
+        sageattention.sageattn_qk_int8_pv_fp16_triton(q, k, v, attn_mask=seen.double())
 
 
 USES = {

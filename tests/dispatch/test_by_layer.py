@@ -7,6 +7,7 @@ from fakes import FAST, Clock, add, honest, made_up, turn
 
 import fastattn
 from fastattn import attention
+from fastattn.dispatch.four_dims import OTHER_DIMS
 
 
 class Layer(torch.nn.Module):
@@ -43,19 +44,23 @@ def three_d(q, k, v):
     return F.scaled_dot_product_attention(q[0], k[0], v[0])[None]
 
 
+def mixed(q, k, v):
+    return F.scaled_dot_product_attention(q, k[0], v[0])
+
+
 X = torch.randn(1, 2, 32, 16)
 
 
 def test_layers_that_are_alike_share_a_row(monkeypatch):
     add(monkeypatch, made_up("a", honest))
     turn(monkeypatch, Clock({"default": 4e-3, "a": FAST}, other=5e-3))
-    found = fastattn.report(model(stock, stock, attention, stock, three_d), X)
+    found = fastattn.report(model(stock, three_d, attention, stock, mixed), X)
     assert [row.layers for row in found.rows] == [
         ("0.attend", "1.attend", "2.attend", "3.attend"), ("4.attend",),
     ]  # fmt: skip
     alike, other = found.rows
     assert alike.served_by == "a" and alike.gain == pytest.approx(4.0) and alike.problem.startswith("1 x 2 x 32 d16")
-    assert other.served_by == "F.sdpa" and other.why == "passed on: inputs that are not 4-D" and other.gain is None
+    assert other.served_by == "F.sdpa" and other.why == f"passed on: {OTHER_DIMS}" and other.gain is None
     text = str(found)
     assert "[0-3].attend" in text and "4.00x" in text
     assert text.endswith("4 of 5 calls were timed by their tunings: 16 ms by F.sdpa, 4 ms by what serves (4.00x)")

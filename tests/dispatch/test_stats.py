@@ -78,6 +78,31 @@ def test_hits_are_not_lost_when_entries_are_dropped(monkeypatch):
     assert fastattn.stats()["hits"] == 8
 
 
+def test_what_was_saved_by_the_tunings_own_times(clock):
+    """Three hits of a problem whose default takes 4 ms and whose winner 1 ms; the default's own hits save nothing."""
+    for _ in range(4):
+        attention(*qkv(20))
+    assert fastattn.stats()["saved_s"] == pytest.approx(3 * (DEFAULT - FAST))
+    assert "saved     about 9 ms, by the times of the tunings (an estimate)" in repr(fastattn.stats())
+    clock.costs["matmul"] = 2 * DEFAULT
+    for _ in range(4):
+        attention(*qkv(24))
+    assert fastattn.stats()["served_by"]["default"] == 4
+    fastattn.clear()
+    assert fastattn.stats()["saved_s"] == pytest.approx(3 * (DEFAULT - FAST)), "what is dropped is counted"
+    fastattn.stats.reset()
+    assert fastattn.stats()["saved_s"] == 0 and "saved" not in repr(fastattn.stats())
+
+
+def test_times_of_other_lengths_say_nothing_of_what_was_saved():
+    """A decode's verdict is of its bucket's canonical length."""
+    q, _, _ = qkv(1)
+    for n in range(100, 104):
+        k = qkv(n)[1]
+        attention(q, k, k.clone())
+    assert fastattn.stats()["served_by"] == {"matmul": 4} and fastattn.stats()["saved_s"] == 0
+
+
 def test_reset_starts_anew():
     attention(*qkv(20))
     attention(*qkv(20))

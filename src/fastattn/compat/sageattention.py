@@ -1,9 +1,13 @@
-"""sageattn() and sageattn_varlen() of SageAttention, computed exactly: nothing is quantised unless a kernel is named."""
+"""sageattn(), its siblings that name a kernel, and sageattn_varlen() of SageAttention 2: all exact: nothing is quantised.
+
+The siblings have the package's signatures, and its arguments about quantising have no say.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.dispatch.attention import attention
@@ -19,10 +23,56 @@ def sageattn(
     return_lse: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """Attention in layout "HND" [batch, heads, length, head_dim] or "NHD". Raises ValueError, TypeError for other arguments."""
-    if tensor_layout not in LAYOUTS:
-        raise ValueError(f"sageattn: tensor_layout must be 'HND' or 'NHD', got {tensor_layout!r}")
-    _check_options("sageattn", options)
-    return attention(q, k, v, None, LAYOUTS[tensor_layout], is_causal=is_causal, scale=sm_scale, return_lse=return_lse)
+    return _attend("sageattn", q, k, v, None, tensor_layout, is_causal, sm_scale, return_lse, options)
+
+
+def sageattn_qk_int8_pv_fp16_cuda(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False, qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None, pv_accum_dtype: str = "fp32", smooth_k: bool = True, smooth_v: bool = False,
+    return_lse: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """As sageattn()."""
+    return _attend(
+        "sageattn_qk_int8_pv_fp16_cuda", q, k, v, None, tensor_layout, is_causal, sm_scale, return_lse, options
+    )
+
+
+def sageattn_qk_int8_pv_fp8_cuda(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False, qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None, pv_accum_dtype: str = "fp32+fp16", smooth_k: bool = True, smooth_v: bool = False,
+    return_lse: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """As sageattn()."""
+    return _attend(
+        "sageattn_qk_int8_pv_fp8_cuda", q, k, v, None, tensor_layout, is_causal, sm_scale, return_lse, options
+    )
+
+
+def sageattn_qk_int8_pv_fp8_cuda_sm90(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False, qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None, pv_accum_dtype: str = "fp32+fp32", smooth_k: bool = True, return_lse: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """As sageattn()."""
+    return _attend(
+        "sageattn_qk_int8_pv_fp8_cuda_sm90", q, k, v, None, tensor_layout, is_causal, sm_scale, return_lse, options
+    )
+
+
+def sageattn_qk_int8_pv_fp16_triton(
+    q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", quantization_backend: str = "triton", is_causal: bool = False,
+    attn_mask: Tensor | None = None, sm_scale: float | None = None, smooth_k: bool = True, return_lse: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """As sageattn(), with a bool mask that broadcasts to [batch, heads, q_len, kv_len]: True attends.
+
+    Raises NotImplementedError for a float mask, which the package adds in units of its own (of a logarithm to base 2).
+    """
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        raise NotImplementedError(f"sageattn_qk_int8_pv_fp16_triton: attn_mask must be bool, got {attn_mask.dtype}")
+    return _attend(
+        "sageattn_qk_int8_pv_fp16_triton", q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, options
+    )
 
 
 def sageattn_varlen(
@@ -35,6 +85,16 @@ def sageattn_varlen(
         q, k, v, masks.Causal() if is_causal else None, "thd", cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k,
         max_q_len=max_seqlen_q, max_kv_len=max_seqlen_k, scale=sm_scale,
     )  # fmt: skip
+
+
+def _attend(
+    function: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tensor_layout: str, is_causal: bool,
+    sm_scale: float | None, return_lse: bool, options: dict[str, Any],
+) -> Any:  # fmt: skip
+    if tensor_layout not in LAYOUTS:
+        raise ValueError(f"{function}: tensor_layout must be 'HND' or 'NHD', got {tensor_layout!r}")
+    _check_options(function, options)
+    return attention(q, k, v, mask, LAYOUTS[tensor_layout], is_causal=is_causal, scale=sm_scale, return_lse=return_lse)
 
 
 def _check_options(function: str, options: dict[str, Any]) -> None:

@@ -20,6 +20,17 @@ from fastattn.problems import bands, masks
 class AttentionBias:
     """What all biases are."""
 
+    def materialize(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The bias as a tensor [..., q_len, kv_len] of this shape: 0 where a query sees a key, -inf where not."""
+        seen = self._seen(torch.ones(*shape[-2:], dtype=torch.bool, device=device))
+        return torch.zeros(tuple(shape), dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+
+    def _seen(self, pairs: Tensor) -> Tensor:
+        """Which of the pairs (q_len, kv_len), all True, see each other."""
+        raise NotImplementedError(f"materialize() of {type(self).__name__}")
+
 
 @dataclass(frozen=True)
 class LowerTriangularMask(AttentionBias):
@@ -28,12 +39,35 @@ class LowerTriangularMask(AttentionBias):
     device: Any = None
     corner = "top_left"
 
+    def add_bias(self, bias: Tensor) -> LowerTriangularMaskWithTensorBias:
+        """The triangle with a tensor that is added, [batch, heads, q_len, kv_len]."""
+        return LowerTriangularMaskWithTensorBias(bias)
+
+    def _seen(self, pairs: Tensor) -> Tensor:
+        return pairs.tril()
+
+
+class LowerTriangularMaskWithTensorBias(AttentionBias):
+    """The triangle at the top left, and a tensor that is added."""
+
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
+
+    def materialize(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """As of all biases, with the tensor added."""
+        return LowerTriangularMask().materialize(shape, dtype, device) + self.bias.to(device=device, dtype=dtype)
+
 
 @dataclass(frozen=True)
 class LowerTriangularFromBottomRightMask(AttentionBias):
     """The triangle at the lower right."""
 
     corner = "bottom_right"
+
+    def _seen(self, pairs: Tensor) -> Tensor:
+        return pairs.tril(pairs.shape[1] - pairs.shape[0])
 
 
 @dataclass(frozen=True)
@@ -42,6 +76,10 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
 
     window_left: int
     window_right: int
+
+    def _seen(self, pairs: Tensor) -> Tensor:
+        at = pairs.shape[1] - pairs.shape[0]
+        return pairs.triu(at - self.window_left).tril(at + self.window_right)
 
 
 @dataclass(frozen=True)
@@ -81,6 +119,18 @@ class BlockDiagonalMask(AttentionBias):
         parts = x.split([n * length for n, length in zip(self.batch_sizes, lengths, strict=True)], 1)
         return [part[0].unflatten(0, (n, -1)) for part, n in zip(parts, self.batch_sizes, strict=True)]
 
+    def _seen(self, pairs: Tensor) -> Tensor:
+        if tuple(pairs.shape) != (sum(self.q_seqlen), sum(self.kv_seqlen)):
+            wanted = sum(self.q_seqlen), sum(self.kv_seqlen)
+            raise ValueError(f"materialize(): shape must end in {wanted}, got {tuple(pairs.shape)}")
+        blocks = [
+            torch.ones(n, m, dtype=torch.bool, device=pairs.device)
+            for n, m in zip(self.q_seqlen, self.kv_seqlen, strict=True)
+        ]
+        at = [m - n if self.corner == "bottom_right" else 0 for n, m in zip(self.q_seqlen, self.kv_seqlen, strict=True)]
+        blocks = [block.tril(to) for block, to in zip(blocks, at, strict=True)] if self.corner else blocks
+        return torch.block_diag(*blocks).bool()
+
     def make_causal(self) -> BlockDiagonalCausalMask:
         """The same with a triangle at the top left of each sequence."""
         return BlockDiagonalCausalMask(self.q_seqlen, self.kv_seqlen, self.batch_sizes)
@@ -108,21 +158,36 @@ def memory_efficient_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of [batch, length, heads, head_dim], [batch, length, head_dim] or [batch, length, groups, heads, head_dim].
 
-    attn_bias: None, a float tensor that is added, [batch, heads, q_len, kv_len] or [batch, q_len, kv_len], or one of the biases
-    above. Raises TypeError for another, NotImplementedError for an op.
+    attn_bias: None, a float tensor that is added, [batch, heads, q_len, kv_len], or [batch, q_len, kv_len] for a query of 3
+    dimensions, [batch, groups, heads, q_len, kv_len] for one of 5, or one of the biases above. Raises TypeError for another,
+    ValueError for a tensor of other dimensions, NotImplementedError for an op.
     """
     if op is not None:
         raise NotImplementedError("memory_efficient_attention: op is not chosen here; fastattn chooses by measuring")
     shape = query.shape
+    attn_bias = _with_heads(attn_bias, query.dim())
     if query.dim() == 3:
         query, key, value = (x[:, :, None] for x in (query, key, value))
-        attn_bias = attn_bias[:, None] if isinstance(attn_bias, Tensor) and attn_bias.dim() == 3 else attn_bias
     elif query.dim() == 5:  # heads of a group share a key head, which is repeated by a stride of 0
         query = query.flatten(2, 3)
-        key, value = (x[:, :, :, 0] if x.stride(3) == 0 else x.flatten(2, 3) for x in (key, value))
+        is_repeated = key.stride(3) == value.stride(3) == 0
+        key, value = (x[:, :, :, 0] if is_repeated else x.flatten(2, 3) for x in (key, value))
     out = _attend(query, key, value, attn_bias, p, scale)
     out = out.reshape(*shape[:-1], value.shape[-1])
     return out if output_dtype is None else out.to(output_dtype)
+
+
+def _with_heads(bias: Any, dims: int) -> Any:
+    """A tensor's dimensions between the batch and the lengths as one, that of heads."""
+    if isinstance(bias, LowerTriangularMaskWithTensorBias):
+        return LowerTriangularMaskWithTensorBias(_with_heads(bias.bias, dims))
+    if not isinstance(bias, Tensor):
+        return bias
+    if bias.dim() != dims:
+        raise ValueError(
+            f"memory_efficient_attention: attn_bias must have {dims} dimensions as query has, got {tuple(bias.shape)}"
+        )
+    return bias[:, None] if dims == 3 else bias.flatten(1, 2) if dims == 5 else bias
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float | None) -> Tensor:
@@ -140,6 +205,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float |
         return attention(q[0], k[0], v[0], mask, "thd", **options)[None]
     if isinstance(bias, (LowerTriangularMask, LowerTriangularFromBottomRightMask)):
         return attention(q, k, v, masks.Causal(bias.corner), "bshd", **options)
+    if isinstance(bias, LowerTriangularMaskWithTensorBias):
+        return attention(q, k, v, bias.bias, "bshd", is_causal=True, **options)
     if isinstance(bias, LocalAttentionFromBottomRightMask):
         if q.shape[1] == k.shape[1]:
             return attention(q, k, v, masks.Window(bias.window_left, bias.window_right), "bshd", **options)

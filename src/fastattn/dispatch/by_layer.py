@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import attention, entries, sdpa
+from fastattn.dispatch import attention, entries, four_dims, sdpa
 from fastattn.dispatch.explain import Explanation, explain
 from fastattn.dispatch.patching import patch
 from fastattn.dispatch.resolve import Resolved
@@ -132,11 +132,13 @@ def _entered(module: torch.nn.Module, name: str, path: list[str]) -> Generator[N
 
 def _row_of(resolved: Resolved, given: tuple[Any, ...]) -> Row:
     q, k, v, mask, layout, options = given
-    if layout == "sdpa":
-        dropout_p, is_causal, scale, _ = options
-        layout, options = "bhsd", {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if resolved.passed_on:
         return Row((), _in_brief(q, k), "F.sdpa", f"passed on: {resolved.passed_on}")
+    if layout == "sdpa":
+        dropout_p, is_causal, scale, enable_gqa = options
+        layout, options = "bhsd", {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        seen = four_dims.as_four_dims(q, k, v, mask, enable_gqa)
+        q, k, v, mask = seen.views(q, k, v, mask) if isinstance(seen, four_dims.FourDims) else (q, k, v, mask)
     explained: Explanation = explain(q, k, v, mask, layout, **options)
     before = after = None
     if explained.verdict is not None:

@@ -37,11 +37,14 @@ class Counts:
         with self._lock:
             self.passed_on[why] += 1
 
-    def hits(self) -> tuple[Counter[str], Counter[str]]:
-        """Hits since the last reset: by candidate; and of calls that are passed on, by the reason."""
+    def hits(self) -> tuple[Counter[str], Counter[str], float]:
+        """Hits since the last reset: by candidate; of calls that are passed on, by the reason; what they saved in us."""
         served: Counter[str] = Counter()
         passed_on: Counter[str] = Counter()
-        for (candidate, why), n in entries.all_hits().items():
-            if since := n - self._hits_before.get((candidate, why), 0):
+        saved_us = 0.0
+        for leads_to, n in entries.all_hits().items():
+            candidate, why, saves_us = leads_to
+            if since := n - self._hits_before.get(leads_to, 0):
                 (passed_on if why else served)[why or candidate] += since
-        return served, passed_on
+                saved_us += since * saves_us
+        return served, passed_on, saved_us

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
 
 Guard = Callable[..., Any]
-LeadsTo = tuple[str, str]  # (candidate, why the call is passed on or "")
+LeadsTo = tuple[str, str, float]  # (candidate, why the call is passed on or "", what a call saves in us)
 Sizes = dict[str, int]  # tensor name -> dimension whose size is free
 
 # State a plan may depend on beside its tensors: how to read it.
@@ -165,9 +165,10 @@ def build_guard(
             conditions.append("m.nbytes * K_BYTES == k.nbytes * M_BYTES")
         unit = k.nbytes // k.shape[dim]
         values.update(LOW=low * unit, HIGH=high * unit, K_BYTES=k.nbytes, V_BYTES=v.nbytes)
-        same = v.nbytes == k.nbytes
         conditions.append("LOW <= k.nbytes <= HIGH")
-        conditions.append("v.nbytes == k.nbytes" if same else "v.nbytes * K_BYTES == k.nbytes * V_BYTES")
+        conditions.append(
+            "v.nbytes == k.nbytes" if v.nbytes == k.nbytes else "v.nbytes * K_BYTES == k.nbytes * V_BYTES"
+        )
         # Strides that follow the length are free; a contiguous tensor stays one, so that they cannot become 0.
         conditions += [f"{name}.is_contiguous()" for name, x in grows if x.is_contiguous()]
     conditions.append(f"check({names})")
@@ -178,7 +179,8 @@ def build_guard(
     values["check"] = make(list(unique.values()), at, resolved.any_sizes)
     conditions.append("scope() is SCOPE")
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
-    guard.hits, guard.leads_to = hits, (resolved.candidate, resolved.passed_on)  # type: ignore[attr-defined]
+    leads_to = resolved.candidate, resolved.passed_on, resolved.saves_us
+    guard.hits, guard.leads_to = hits, leads_to  # type: ignore[attr-defined]
     return guard
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import fallback, four_dims, passed_on, service, validity
+from fastattn.dispatch import dtensors, fallback, four_dims, passed_on, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -50,6 +50,7 @@ class Resolved(NamedTuple):
     passed_on: str = ""  # why F.sdpa answers the call as it was made
     any_sizes: bool = False  # nothing was decided by a size
     reads_alignment: bool = False  # its Call is for tensors that start as these do
+    saves_us: float = 0.0  # a call, by the Verdict's own times
 
 
 # --- the front doors
@@ -69,6 +70,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     circumstances = Circumstances()
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
+        if (local := dtensors.local_attention(circumstances, q, k, v, mask, layout, given)) is not None:
+            return Resolved(local, "", "", remember=False)  # its own call is counted, and has an entry
         if service.is_passed_on(circumstances, options.kernel):
             return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
@@ -112,6 +115,8 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     if not all(isinstance(x, Tensor) for x in tensors) or len(tensors) != 3 + (mask is not None):
         return pass_on("an argument is no tensor", remember=False)
     circumstances = read_circumstances(tensors, settings, session.is_spent(settings))
+    if (local := dtensors.local_sdpa(circumstances, tensors, options)) is not None:
+        return Resolved(local, "", "", remember=False)
     if service.is_passed_on(circumstances, None):
         return pass_on(what_is_allowed(circumstances)[1], *_what_guards_see(circumstances))
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
@@ -216,17 +221,12 @@ def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resol
         candidate.name,
         "tuned now" if decision.action is Action.TUNE else decision.why,
         decision.remember and decision.action is Action.SERVE and may_remember(asked.circumstances),
-        _state_read_by(candidate, asked, decision.verdict),
+        validity.state_read_here(candidate, asked, decision.verdict),
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
         decision.verdict is not None,
         reads_alignment=validity.reads_alignment(candidate, asked),
+        saves_us=decision.verdict.saves_us(candidate.name) if decision.verdict is not None else 0.0,
     )
-
-
-def _state_read_by(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> tuple[str, ...]:
-    unless = fallback.unless_in_tiles(candidate, asked, verdict)
-    others = validity.state_read_by(unless.candidate, asked) if unless is not None else ()
-    return tuple(dict.fromkeys((*validity.state_read_by(candidate, asked), *others)))
 
 
 def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | None = None) -> binding.Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastattn.dispatch import fallback
 from fastattn.dispatch.circumstances import ASKED_BY_SDPA
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
@@ -11,6 +12,7 @@ from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import INT32
 from fastattn.problems.call_key import CallKey, is_block_mask
 from fastattn.problems.layouts import TO_BHSD
+from fastattn.verdicts.verdict import Verdict
 
 
 def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
@@ -30,6 +32,13 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     if facts.autocast:
         reads.append(f"autocast_{problem.device}")
     return tuple(dict.fromkeys(reads))
+
+
+def state_read_here(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> tuple[str, ...]:
+    """The same of a call that may be served by another candidate where a mask hides too little for tiles."""
+    unless = fallback.unless_in_tiles(candidate, asked, verdict)
+    others = state_read_by(unless.candidate, asked) if unless is not None else ()
+    return tuple(dict.fromkeys((*state_read_by(candidate, asked), *others)))
 
 
 def reads_alignment(candidate: Accepted, asked: Asked) -> bool:

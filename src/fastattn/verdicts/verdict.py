@@ -100,6 +100,13 @@ class Verdict:
             return None
         return before.time_us / after.time_us
 
+    def saves_us(self, candidate: str) -> float:
+        """The incumbent's time less a candidate's; 0.0 where one has none, or they are of a bucket's canonical lengths."""
+        before, after = self.trial(self.incumbent), self.trial(candidate)
+        if self.problem.lengths != "exact" or before is None or after is None or not (before.time_us and after.time_us):
+            return 0.0
+        return before.time_us - after.time_us
+
     def share_worth_tiles(self, tiles: str, plain: str) -> float:
         """In how large a share of all pairs tiles cost no more than another candidate, which computes all of them.
 
