@@ -339,14 +339,14 @@ def test_fault_34_checkpointing_recomputes_with_the_same_kernel(reentrant, monke
         return verdict
 
     ran = []
-    real_resolve = resolve._resolve
+    real_resolve = resolve.resolve_key
 
     def watched(*args):
         resolved = real_resolve(*args)
         return resolved._replace(call=lambda *a: (ran.append(resolved.candidate), resolved.call(*a))[1])
 
     monkeypatch.setattr(tune_now, "tune_problem", flipping)
-    monkeypatch.setattr(resolve, "_resolve", watched)
+    monkeypatch.setattr(resolve, "resolve_key", watched)
     q = torch.randn(1, 2, 20, 16, requires_grad=True)
     k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
     out = checkpoint(lambda x: attention(x * 1.0, k, v), q, use_reentrant=reentrant)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import four_dims, guard, resolve
+from fastattn.dispatch import drop_in, four_dims, guard, resolve
 from fastattn.dispatch.sdpa import entries
 from fastattn.problems import length_buckets, masks
 
@@ -192,7 +192,7 @@ PASSED_ON = {name: row for name, row in PASSED_ON.items() if takes(F_sdpa, *row[
 @pytest.fixture
 def no_miss(monkeypatch):
     """From the moment it is called, a miss fails the test."""
-    return lambda: monkeypatch.setattr(resolve, "drop_in", lambda *_: pytest.fail("a miss"))
+    return lambda: monkeypatch.setattr(drop_in, "drop_in", lambda *_: pytest.fail("a miss"))
 
 
 @pytest.mark.parametrize("name", PASSED_ON)
@@ -236,13 +236,13 @@ def test_fault_95_circumstances_that_a_guard_sees_pass_on_by_an_entry(switch, qu
         "an empty tensor": contextlib.nullcontext,
     }[switch]
     q, k, v = four(4, 0, 0) if switch == "an empty tensor" else four()
-    real = resolve.drop_in
+    real = drop_in.drop_in
     with context():
         sdpa(q, k, v)
         no_miss()
         assert torch.equal(sdpa(q, k, v), F_sdpa(q, k, v))
         assert sum(counted()["passed_on"].values()) == 2
-    monkeypatch.setattr(resolve, "drop_in", real)
+    monkeypatch.setattr(drop_in, "drop_in", real)
     q, k, v = four()
     for _ in range(2):
         sdpa(q, k, v)

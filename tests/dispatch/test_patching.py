@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import resolve
+from fastattn.dispatch import drop_in
 from fastattn.dispatch.session import session
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -209,13 +209,13 @@ def test_fault_23_a_name_imported_earlier_keeps_the_old_one():
 def spied():
     """The misses of sdpa() inside."""
     calls = []
-    real = resolve.drop_in
+    real = drop_in.drop_in
 
-    def drop_in(*args):
+    def spied_on(*args):
         calls.append("drop_in")
         return real(*args)
 
-    with mock.patch.object(resolve, "drop_in", drop_in):
+    with mock.patch.object(drop_in, "drop_in", spied_on):
         yield calls
 
 

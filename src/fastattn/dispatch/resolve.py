@@ -1,4 +1,4 @@
-"""A miss from start to finish: what is asked, the decision, a tuning if it comes first, and the Call that serves."""
+"""A miss of attention() from start to finish: what is asked, the decision, a tuning if it comes first, and the Call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import dtensors, fallback, four_dims, passed_on, service, validity
+from fastattn.dispatch import dtensors, fallback, passed_on, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -77,7 +77,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     key = call_key(q, k, v, mask, layout, options)
     asked = asked_of(key, settings, circumstances)
     asked = service.of_regime(asked) if door is not None else asked
-    return _if_guarded(_resolve(key, asked, (q, k, v, mask)), mask, given)
+    return _if_guarded(resolve_key(key, asked, (q, k, v, mask)), mask, given)
 
 
 def _rewritten(ordinary: Rewritten, door: Any) -> Resolved:
@@ -100,47 +100,6 @@ def _if_guarded(resolved: Resolved, mask: Any, given: dict[str, Any]) -> Resolve
     return resolved if is_guarded else resolved._replace(remember=False)
 
 
-def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Resolved:
-    """Resolve a call of sdpa(): what F.sdpa would take and we can serve, else F.sdpa itself."""
-    dropout_p, is_causal, scale, enable_gqa = options
-    as_it_was = passed_on.as_it_was(dropout_p, is_causal, scale, enable_gqa)
-
-    def pass_on(why: str, remember: bool = True, any_sizes: bool = False, reads: tuple[str, ...] = ()) -> Resolved:
-        session.counts.pass_on(why)
-        return Resolved(as_it_was, "default", why, remember and not is_changeable, reads, None, False, why, any_sizes)
-
-    is_changeable = any(hasattr(value, "ndim") for value in options)  # a tensor, which may be changed in place
-    settings = current_settings()
-    tensors = [x for x in (q, k, v, mask) if x is not None]
-    if not all(isinstance(x, Tensor) for x in tensors) or len(tensors) != 3 + (mask is not None):
-        return pass_on("an argument is no tensor", remember=False)
-    circumstances = read_circumstances(tensors, settings, session.is_spent(settings))
-    if (local := dtensors.local_sdpa(circumstances, tensors, options)) is not None:
-        return Resolved(local, "", "", remember=False)
-    if service.is_passed_on(circumstances, None):
-        return pass_on(what_is_allowed(circumstances)[1], *_what_guards_see(circumstances))
-    if type(is_causal) is not bool or type(enable_gqa) is not bool:
-        return pass_on("is_causal or enable_gqa is no bool")
-    seen = four_dims.as_four_dims(q, k, v, mask, enable_gqa)
-    if isinstance(seen, str):
-        return pass_on(seen, any_sizes=seen not in four_dims.BY_SIZES)
-    q, k, v, mask = (q, k, v, mask) if seen is None else seen.views(q, k, v, mask)
-    try:
-        given = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
-        key = call_key(q, k, v, mask, "bhsd", parse_options(given))
-    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
-        return pass_on("F.sdpa alone takes these arguments, or says what is wrong with them")
-    asked = asked_of(key, settings, circumstances)
-    if mask is not None and is_causal:
-        if seen is not None or not four_dims.f_sdpa_takes_both(asked.problem, asked.device, asked.facts):
-            return pass_on(four_dims.MASK_AND_CAUSAL)
-        seen = four_dims.BOTH
-    by_math = seen is not None and seen is not four_dims.BOTH
-    resolved = _resolve(key, asked._replace(facts=asked.facts._replace(by_math=by_math)), (q, k, v, mask))
-    resolved = resolved if seen is None else seen.of_caller(resolved, as_it_was)
-    return resolved._replace(remember=False) if is_changeable else resolved
-
-
 def without_tensors(key: CallKey) -> tuple[Resolved, Asked]:
     """Resolve a call of attention() of which only the key is left, as things are now (a plan that was pickled).
 
@@ -154,7 +113,7 @@ def without_tensors(key: CallKey) -> tuple[Resolved, Asked]:
     asked = asked_of(key, settings, circumstances)
     if service.is_passed_on(circumstances, asked.kernel):
         return _passed_on(circumstances, key.layout, key.options, key.mask), asked
-    return _resolve(key, asked, None), asked
+    return resolve_key(key, asked, None), asked
 
 
 def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, mask: Any) -> Resolved:
@@ -165,11 +124,11 @@ def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, 
     session.counts.pass_on(why)
     is_custom = options.score_mod is not None or is_block_mask(mask)
     name = default_choice.untuned_name(options.softcap > 0 or options.return_lse, is_custom)
-    remember, any_sizes, reads = _what_guards_see(circumstances)
+    remember, any_sizes, reads = what_guards_see(circumstances)
     return Resolved(call, name, why, remember, reads, None, False, why, any_sizes)
 
 
-def _what_guards_see(circumstances: Circumstances) -> tuple[bool, bool, tuple[str, ...]]:
+def what_guards_see(circumstances: Circumstances) -> tuple[bool, bool, tuple[str, ...]]:
     """(whether a guard can see why the call is passed on, whether it is for every size, what it must read)."""
     name = what_passes_on(circumstances)
     return name in SEEN_BY_GUARDS, name != "empty", SEEN_BY_GUARDS.get(name, ())
@@ -189,7 +148,8 @@ def asked_of(key: CallKey, settings: Settings, circumstances: Circumstances) -> 
 # --- from the decision to the Call
 
 
-def _resolve(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resolved:
+def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Resolved:
+    """What a call of this key comes to. given: its tensors, None where only the key is left."""
     session.note_process_group_change(asked.circumstances)
     for met in session.collectors:
         met[asked.problem] = None

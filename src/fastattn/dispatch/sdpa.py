@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def _resolve(q: Any, k: Any, v: Any, mask: Any, layout: str, options: tuple[Any, ...]) -> Resolved:
-    from fastattn.dispatch import resolve
+    from fastattn.dispatch import drop_in
 
-    return resolve.drop_in(q, k, v, mask, options)
+    return drop_in.drop_in(q, k, v, mask, options)
 
 
 entries = Entries(_resolve)
