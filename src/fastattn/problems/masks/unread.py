@@ -128,6 +128,13 @@ class FilledUnread(Filled):
         half = about(kv_len / 2, kv_len)
         return FilledUnread((half - half // 2, half + half // 2), self.queries, self.left)
 
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        entries = batch if self.lengths is None else len(self.lengths)
+        if entries != batch or self.queries not in (0, q_len):
+            raise ValueError(
+                f"a cache of {entries} entries and {self.queries} queries, got batch {batch}, q_len {q_len}"
+            )
+
 
 @lru_cache(64)  # the next layer asks for the same ones
 def sequences_of_lengths(queries: tuple[int, ...], keys: tuple[int, ...], device: Any) -> Sequences:
