@@ -15,8 +15,8 @@ HEAD = """# The kernels
 
 Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a
 conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
-has, and why each other kernel is out. `packed` and `cache` among the options: its library has an entry point that is told the lengths of
-packed sequences, or how much of a cache is filled ([packing](packing.md#on-cuda)).
+has, and why each other kernel is out. `packed` and `cache` among the options: its library has an entry point
+that is told the lengths of packed sequences, or how much of a cache is filled ([packing](packing.md#on-cuda)).
 """
 OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask")
 FAULTS = """## Known faults

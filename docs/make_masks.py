@@ -80,8 +80,8 @@ The dense form serves with dropout, in an export, where nothing may be learnt, a
 of a query and a key, where tiles cost what they save. A Bias and what stands beside it are made one float mask in each
 call, in which what is hidden is found. A Filled mask is always served in tiles, as what lies behind must not be read.
 Packed and Filled are what
-[layout "thd" and kv_lens](packing.md) come to, PackedUnread and FilledUnread where their lengths lie on a GPU: those are never looked
-at, and no tile is made of them."""
+[layout "thd" and kv_lens](packing.md) come to, PackedUnread and FilledUnread where their lengths lie on a GPU: those
+are never looked at, and no tile is made of them."""
 
 
 def page() -> str:

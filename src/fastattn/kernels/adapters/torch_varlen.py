@@ -1,6 +1,6 @@
 """torch.nn.attention.varlen, torch's flash kernel for packed sequences and caches: without any library, from torch 2.11 on.
 
-Read in torch 2.11, 2.13 and 2.14. It writes no row that is in no sequence.
+Read in torch 2.13. It writes no row that is in no sequence.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ def import_varlen() -> Any:
     return varlen_attn, AuxRequest
 
 
-def varlen_entry() -> Callable[[], tuple[Any, Any, bool]]:
-    """What gives (varlen_attn, AuxRequest, whether it is told of groups of heads). Raises ImportError where there is none."""
+def varlen_entry(*more: str) -> Callable[[], tuple[Any, Any, bool]]:
+    """What gives (varlen_attn, AuxRequest, whether it is told of groups of heads). more: parameters that it must have.
+
+    Raises ImportError where there is none.
+    """
     if find_spec("torch.nn.attention.varlen") is None:
         raise ImportError("this torch has no torch.nn.attention.varlen")
 
@@ -32,7 +35,7 @@ def varlen_entry() -> Callable[[], tuple[Any, Any, bool]]:
     def entry() -> tuple[Any, Any, bool]:
         attend, aux_request = import_varlen()
         told = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size")
-        return require_keywords(attend, *told), aux_request, "enable_gqa" in signature(attend).parameters
+        return require_keywords(attend, *told, *more), aux_request, "enable_gqa" in signature(attend).parameters
 
     return entry
 
@@ -61,13 +64,12 @@ def load_cached_varlen() -> Run:
     """Of a cache: as packed sequences of the cache's size, of which each is used as far as kv_lens says."""
     from torch import arange, int32
 
-    entry = varlen_entry()
+    entry = varlen_entry("seqused_k", "enable_gqa")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         left, right = (-1 if n is None else n for n in a.window_sides(0, 0))
         attend, aux_request, _ = entry()
-        require_keywords(attend, "seqused_k", "enable_gqa")
         starts = (arange(0, (batch + 1) * n, n, dtype=int32, device=q.device) for n in (q_len, kv_len))
         found = attend(
             query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1), seqused_k=a.kv_lens, enable_gqa=True,

@@ -23,7 +23,7 @@ class Sequences:
     """Where each packed sequence begins and the end of the last: int32 [sequences + 1], as kernels take them.
 
     No sequence is longer than max_q and max_kv, some may be empty. tokens: how many queries and keys lie in sequences, None
-    where nobody knows. corner: of the triangle and the window in each sequence, "" where there is none.
+    where nobody knows.
     """
 
     cu_q: Tensor
@@ -31,7 +31,6 @@ class Sequences:
     max_q: int
     max_kv: int
     tokens: tuple[int, int] | None = None
-    corner: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False, init=False)
