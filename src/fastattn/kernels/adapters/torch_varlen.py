@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Any
 
 from fastattn.kernels import Arguments, RefuseWhen, Run, Tensor, require_keywords
-from fastattn.kernels.adapters.torch_lower import FLASH, FLASH_NEEDS, natural
+from fastattn.kernels.adapters import torch_lower
 
 
 def import_varlen() -> Any:
@@ -55,7 +55,7 @@ def load_packed_varlen() -> Run:
             window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
             scale=a.scale, return_aux=aux_request(lse=a.lse), **({"enable_gqa": True} if can_group else {}),
         )  # fmt: skip
-        return (found[0][None], natural(found[1])[None]) if a.lse else found[None]
+        return (found[0][None], torch_lower.natural(found[1])[None]) if a.lse else found[None]
 
     return run
 
@@ -86,7 +86,7 @@ def shaped(found: Any, a: Arguments, batch: int, q_len: int) -> Any:
     if not a.lse:
         return found.unflatten(0, (batch, q_len))
     out, lse = found
-    return out.unflatten(0, (batch, q_len)), natural(lse).unflatten(1, (batch, q_len)).transpose(0, 1)
+    return out.unflatten(0, (batch, q_len)), torch_lower.natural(lse).unflatten(1, (batch, q_len)).transpose(0, 1)
 
 
 def load_varlen() -> Run:
@@ -117,7 +117,7 @@ def load_varlen() -> Run:
 
 KERNELS = (
     replace(
-        FLASH,
+        torch_lower.FLASH,
         name="torch_varlen",
         summary="torch.nn.attention.varlen: packed sequences, or every sequence of one length",
         load=load_varlen,
@@ -126,7 +126,7 @@ KERNELS = (
         prepare=import_varlen,
         dropout=False,
         needs=(
-            *FLASH_NEEDS,
+            *torch_lower.FLASH_NEEDS,
             RefuseWhen(
                 "{p.q_heads} heads and {p.kv_heads} kv heads with torch {device.torch} < 2.12",
                 lambda p, device: p.group > 1 and device.torch_version < (2, 12),
