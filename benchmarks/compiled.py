@@ -5,7 +5,7 @@
 Start-up: a new process compiles a small model and runs it once, with empty caches of Inductor (cold), then with those it
 left (warm): stock, stock with fastattn imported, patched, by attention(). The ways take turns. Run time: the same model
 compiled in one process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered by name,
-alternate in each round; times are medians. Everything is tuned before, in eager code; "tuned compiled" is attention() once more,
+alternate in each round; times are medians. Everything is tuned before, in eager code; "tuned compiled" is attention() again,
 after `fastattn.tune(model, x, compiled=True)`. Exit code 1 where an answer is wrong.
 """
 

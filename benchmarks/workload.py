@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn import masks
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -36,7 +38,7 @@ class Case:
     head_dim: int
     head_dim_v: int = 0  # 0: head_dim
     causal: bool = False
-    mask: str = ""
+    mask: str = ""  # "bool b11k", "float 1hqk", or one of fastattn.masks
     cache: bool = False
     layout: str = "bhsd"
     share: float = 1.0
@@ -72,26 +74,29 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None
+    mask: Tensor | masks.Mask | None
     grad: Tensor | None
 
-    def run(self, call: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Callable[[], Any]:
+    def run(self, call: Callable[[Tensor, Tensor, Tensor, Any], Tensor]) -> Callable[[], Any]:
         """call(q, k, v, mask), followed by its backward in training."""
         q, k, v, mask, grad = self.q, self.k, self.v, self.mask, self.grad
         if grad is None:
             return lambda: call(q, k, v, mask)
         return lambda: torch.autograd.grad(call(q, k, v, mask), (q, k, v), grad)
 
-    def sdpa(self) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-        """What the user would write without fastattn."""
+    def sdpa(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+        """What the user would write without fastattn; a mask with a meaning is a dense one there, made before."""
         c = self.case
+        dense = self.mask
+        if isinstance(dense, masks.Mask):
+            dense = dense.dense(c.batch, c.q_len, c.kv_len, self.q.device)
         options = ({"is_causal": True} if c.causal else {}) | ({"enable_gqa": True} if c.q_heads != c.kv_heads else {})
         if c.layout == "bhsd":
-            return lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, **options)
+            return lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, dense, **options)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            return F.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, dense, **options).transpose(1, 2)
 
         return run
 
@@ -112,8 +117,10 @@ def inputs(c: Case, device: str = "cpu") -> Inputs:
     room = c.kv_len + c.kv_len // 4 if c.cache else c.kv_len
     q = laid(c.q_heads, c.q_len, c.q_len, c.head_dim)
     k, v = (laid(c.kv_heads, c.kv_len, room, d) for d in (c.head_dim, c.head_dim_v or c.head_dim))
-    mask = None
-    if c.mask:
+    mask: Any = None
+    if "(" in c.mask:
+        mask = masks.parse(c.mask).of_lengths(c.q_len, c.kv_len, torch.device(device))
+    elif c.mask:
         kind, letters = c.mask.split()
         sizes = {"b": c.batch, "h": c.q_heads, "q": c.q_len, "k": c.kv_len}
         shape = [sizes[letter] if letter in letters else 1 for letter in "bhqk"]

@@ -15,7 +15,8 @@ HEAD = """# The kernels
 
 Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a
 conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
-has, and why each other kernel is out.
+has, and why each other kernel is out. `packed` and `cache` among the options: its library has an entry point
+that is told the lengths of packed sequences, or how much of a cache is filled ([packing](packing.md#on-cuda)).
 """
 OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask", "mask_blocks")
 FAULTS = """## Known faults
@@ -54,11 +55,17 @@ def overview(rows: list[Kernel]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for k in rows:
-        options = ", ".join(SAID.get(o, o) for o in OPTIONS if getattr(k, o))
+        options = ", ".join(options_of(k))
         dtypes = ", ".join(SHORT[d] for d in k.dtypes)
         cells = (k.name, library_of(k), ", ".join(k.devices), dtypes, CORNERS[k.corner], ", ".join(k.masks), options)
         lines.append(f"| {' | '.join(cells)} | {'yes' if k.grad else 'no'} |")
     return "\n".join(lines) + "\n"
+
+
+def options_of(k: Kernel) -> list[str]:
+    """What it does beside plain attention; `packed` and `cache`: it has an entry point that is told the lengths."""
+    own = [name for name, load in (("packed", k.load_packed), ("cache", k.load_cached)) if load is not None]
+    return [SAID.get(o, o) for o in OPTIONS if getattr(k, o)] + own
 
 
 def library_of(k: Kernel) -> str:
@@ -74,7 +81,7 @@ def groups(rows: list[Kernel]) -> dict[str, list[Kernel]]:
 
 
 def one(k: Kernel) -> str:
-    options = [SAID.get(o, o) for o in OPTIONS if getattr(k, o)]
+    options = options_of(k)
     backward = "no" if not k.grad else ("yes, and for a float mask" if k.mask_grad else "yes")
     first, last = k.versions
     lines = [

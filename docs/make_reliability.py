@@ -43,8 +43,8 @@ STAYS = (
         "The error is raised to the caller: no other kernel can answer in that process.",
     ),
     (
-        "Packed (`thd`) and paged inputs",
-        "They are not built yet, and raise NotImplementedError with the option's name.",
+        "Lengths on a GPU",
+        "They are not read, so nothing says that `max_q_len` or `kv_lens` is wrong there ([packing](packing.md#on-cuda)).",
     ),
     (
         "Kernels of CUDA (4, 6, 8, 9, 11, 15, 16, 61)",

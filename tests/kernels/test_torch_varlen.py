@@ -91,3 +91,18 @@ def test_groups_are_refused_where_torch_cannot_be_told_of_them(version, heads, c
 def test_it_is_imported_before_its_first_run_is_timed():
     row = row_of(torch_varlen.STUB, "torch_varlen")
     assert row.prepare is not None and callable(row.prepare()[0])
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_cache_needs_a_torch_that_can_be_told_how_much_is_used(is_old, varlen):
+    varlen(is_old)
+    q, k, v = (torch.randn(2, n, 4, 64, dtype=torch.bfloat16) for n in (1, 9, 9))
+    run = row_of(torch_varlen.STUB, "torch_varlen").load_cached()
+    told = Arguments(0.125, kv_lens=torch.tensor([9, 4], dtype=torch.int32))
+    if is_old:
+        with pytest.raises(
+            ImportError, match="its varlen_attn takes no seqused_k, enable_gqa: another version is needed"
+        ):
+            run(q, k, v, None, told)
+        return
+    assert run(q, k, v, None, told).shape == q.shape

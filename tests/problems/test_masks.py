@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastattn import masks
+from fastattn.problems.masks.unread import sequences_of_lengths
 from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 
@@ -259,3 +260,41 @@ def test_a_picture_shows_a_row_for_each_query():
 def test_a_mask_with_a_tensor_is_refused_by_type():
     with pytest.raises(TypeError):
         masks.Causal() & torch.ones(3, 3, dtype=torch.bool)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=5),
+    st.sampled_from(["", "top_left", "bottom_right"]), st.tuples(st.integers(-1, 6), st.integers(-1, 6)), st.integers(0, 3),
+)  # fmt: skip
+def test_packed_sequences_that_are_not_read_hide_the_same(sizes, corner, window, behind):
+    queries, keys = zip(*sizes, strict=True)
+    known = masks.Packed(queries, keys, corner, window)
+    unread = masks.PackedUnread(5, 9, corner, window, False, sequences_of_lengths(queries, keys, "cpu"))
+    q_len, kv_len = sum(queries) + behind, sum(keys) + behind
+    assert torch.equal(unread.dense(1, q_len, kv_len), known.dense(1, q_len, kv_len))
+    tiles = tiling_of_mask(unread, 1, q_len, kv_len).tiles if q_len and kv_len else ()
+    assert all(tile.is_masked for tile in tiles), "nothing is taken for visible that was not looked at"
+    assert masks.parse(repr(unread.like(kv_len))) == unread.like(kv_len) == masks.PackedUnread(8, 16, corner, window)
+
+
+@pytest.mark.parametrize("queries", [0, 4])
+@pytest.mark.parametrize("left", [-1, 3])
+def test_a_cache_whose_lengths_are_not_read_hides_the_same(queries, left):
+    filled = (20, 0, 7)
+    unread = masks.FilledUnread(24, queries, left, torch.tensor(filled, dtype=torch.int32))
+    known = masks.Filled(filled, queries, left)
+    assert torch.equal(unread.dense(3, 4, 24), known.dense(3, 4, 24))
+    like = unread.like(24)
+    assert masks.parse(repr(like)) == like and hash(masks.parse(repr(like))) == hash(like)
+    assert unread != masks.FilledUnread(24, queries, left, torch.tensor(filled)), "other lengths, whatever they are"
+    with pytest.raises(ValueError, match="a cache of 3 entries"):
+        unread.check(2, 1, 4, 24)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: masks.PackedUnread((3, 4), (3, 4)), lambda: masks.PackedUnread(3, 4, are_same=True),
+], ids=["lengths", "not the same"])  # fmt: skip
+def test_packed_sequences_that_are_not_read_have_one_number_each(make):
+    with pytest.raises(ValueError, match="queries and keys are a number each"):
+        make()

@@ -157,11 +157,14 @@ ADAPTERS = SOURCE / "kernels" / "adapters"
 
 @pytest.mark.parametrize("path", sorted(ADAPTERS.glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_an_adapter_imports_the_contract_alone(path):
-    """And the standard library; what it is an adapter of, it imports in load(). The hub and mslk have others' kernels."""
+    """And the standard library; what it is an adapter of, it imports in load().
+
+    The hub, mslk and torch_varlen have others' kernels.
+    """
     top = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
     modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
-    siblings = {"fastattn.kernels.adapters"} if path.stem in ("hf_kernels", "mslk") else set()
+    siblings = {"fastattn.kernels.adapters"} if path.stem in ("hf_kernels", "mslk", "torch_varlen") else set()
     assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} <= {"fastattn.kernels", *siblings}
     assert {name for name in imports_of(path) if name.startswith("fastattn")} == {"fastattn.kernels", *siblings}
 

@@ -74,6 +74,6 @@ STUB = Stub(
         ('"enable_gqa": True', '"enable_gqa": False'),
         (".unflatten(1, (batch, q_len)).transpose(0, 1)", ".unflatten(1, (q_len, batch)).permute(2, 0, 1)"),
         ("-1 if n is None else n", "n if n is None else n + 1"),
-        ("natural(lse)", "lse"),
+        ("torch_lower.natural(lse)", "lse"),
     ),
 )

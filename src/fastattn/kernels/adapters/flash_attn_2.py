@@ -59,7 +59,10 @@ def load_packed() -> Run:
 
 
 def of_packed(function: Callable[..., Any]) -> Run:
-    """Its flash_attn_varlen_func. It writes no row that is in no sequence, and a zero where a sequence has no keys."""
+    """Its flash_attn_varlen_func. It writes no row that is in no sequence, and zeros where a sequence has no keys.
+
+    With a longest query of 1, and groups, it takes token i for sequence i (flash-attention#1537): it is told 2.
+    """
     attend = require_keywords(
         function, "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "dropout_p", "softmax_scale",
         "causal", "window_size", "softcap", "deterministic", "return_attn_probs",
@@ -71,7 +74,7 @@ def of_packed(function: Callable[..., Any]) -> Run:
         found = attend(
             q=q[0], k=k[0], v=v[0],
             cu_seqlens_q=a.packed.cu_q, cu_seqlens_k=a.packed.cu_kv,
-            max_seqlen_q=max(2, a.packed.max_q),  # with one, and groups, it takes token i for sequence i, which some may lack
+            max_seqlen_q=max(2, a.packed.max_q),
             max_seqlen_k=a.packed.max_kv,
             dropout_p=a.dropout_p, softmax_scale=a.scale, causal=right == 0,
             window_size=(-1 if left is None else left, -1 if right is None else right),

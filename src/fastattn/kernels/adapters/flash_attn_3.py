@@ -27,7 +27,6 @@ from fastattn.kernels import (
     Tensor,
     require_keywords,
 )
-from fastattn.kernels.adapters import flash_attn_2
 
 INF = float("inf")
 
@@ -96,7 +95,22 @@ def load_cached(module: str) -> Run:
     return of_cached(import_module(module).flash_attn_with_kvcache)
 
 
-of_cached = flash_attn_2.of_cached  # the two are called alike
+def of_cached(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_with_kvcache. What lies behind cache_seqlens it multiplies by zero."""
+    attend = require_keywords(
+        function, "q", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
+        "return_softmax_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.window_sides(0, 0)
+        return natural(attend(
+            q=q, k_cache=k, v_cache=v, cache_seqlens=a.kv_lens,
+            softmax_scale=a.scale, causal=right == 0, window_size=(-1 if left is None else left, -1),
+            softcap=a.softcap, num_splits=0, return_softmax_lse=a.lse,
+        ), a)  # fmt: skip
+
+    return run
 
 
 def natural(found: Any, a: Arguments, shaped: Callable[[Tensor], Tensor] = lambda x: x) -> Any:

@@ -1,6 +1,6 @@
 """torch.nn.attention.varlen, torch's flash kernel for packed sequences and caches: without any library, from torch 2.11 on.
 
-Read in torch 2.11, 2.13 and 2.14. It writes no row that is in no sequence.
+Read in torch 2.13. It writes no row that is in no sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Any
 
 from fastattn.kernels import Arguments, RefuseWhen, Run, Tensor, require_keywords
-from fastattn.kernels.adapters.torch_lower import FLASH, FLASH_NEEDS, natural
+from fastattn.kernels.adapters import torch_lower
 
 
 def import_varlen() -> Any:
@@ -23,8 +23,11 @@ def import_varlen() -> Any:
     return varlen_attn, AuxRequest
 
 
-def varlen_entry() -> Callable[[], tuple[Any, Any, bool]]:
-    """What gives (varlen_attn, AuxRequest, whether it is told of groups of heads). Raises ImportError where there is none."""
+def varlen_entry(*more: str) -> Callable[[], tuple[Any, Any, bool]]:
+    """What gives (varlen_attn, AuxRequest, whether it is told of groups of heads). more: parameters that it must have.
+
+    Raises ImportError where there is none.
+    """
     if find_spec("torch.nn.attention.varlen") is None:
         raise ImportError("this torch has no torch.nn.attention.varlen")
 
@@ -32,7 +35,7 @@ def varlen_entry() -> Callable[[], tuple[Any, Any, bool]]:
     def entry() -> tuple[Any, Any, bool]:
         attend, aux_request = import_varlen()
         told = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size")
-        return require_keywords(attend, *told), aux_request, "enable_gqa" in signature(attend).parameters
+        return require_keywords(attend, *told, *more), aux_request, "enable_gqa" in signature(attend).parameters
 
     return entry
 
@@ -52,7 +55,7 @@ def load_packed_varlen() -> Run:
             window_size=(left, right),  # a tuple: its triangle is meant where this equals (-1, 0)
             scale=a.scale, return_aux=aux_request(lse=a.lse), **({"enable_gqa": True} if can_group else {}),
         )  # fmt: skip
-        return (found[0][None], natural(found[1])[None]) if a.lse else found[None]
+        return (found[0][None], torch_lower.natural(found[1])[None]) if a.lse else found[None]
 
     return run
 
@@ -61,13 +64,12 @@ def load_cached_varlen() -> Run:
     """Of a cache: as packed sequences of the cache's size, of which each is used as far as kv_lens says."""
     from torch import arange, int32
 
-    entry = varlen_entry()
+    entry = varlen_entry("seqused_k", "enable_gqa")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         left, right = (-1 if n is None else n for n in a.window_sides(0, 0))
         attend, aux_request, _ = entry()
-        require_keywords(attend, "seqused_k", "enable_gqa")
         starts = (arange(0, (batch + 1) * n, n, dtype=int32, device=q.device) for n in (q_len, kv_len))
         found = attend(
             query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1), seqused_k=a.kv_lens, enable_gqa=True,
@@ -84,7 +86,7 @@ def shaped(found: Any, a: Arguments, batch: int, q_len: int) -> Any:
     if not a.lse:
         return found.unflatten(0, (batch, q_len))
     out, lse = found
-    return out.unflatten(0, (batch, q_len)), natural(lse).unflatten(1, (batch, q_len)).transpose(0, 1)
+    return out.unflatten(0, (batch, q_len)), torch_lower.natural(lse).unflatten(1, (batch, q_len)).transpose(0, 1)
 
 
 def load_varlen() -> Run:
@@ -115,7 +117,7 @@ def load_varlen() -> Run:
 
 KERNELS = (
     replace(
-        FLASH,
+        torch_lower.FLASH,
         name="torch_varlen",
         summary="torch.nn.attention.varlen: packed sequences, or every sequence of one length",
         load=load_varlen,
@@ -124,7 +126,7 @@ KERNELS = (
         prepare=import_varlen,
         dropout=False,
         needs=(
-            *FLASH_NEEDS,
+            *torch_lower.FLASH_NEEDS,
             RefuseWhen(
                 "{p.q_heads} heads and {p.kv_heads} kv heads with torch {device.torch} < 2.12",
                 lambda p, device: p.group > 1 and device.torch_version < (2, 12),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.unread import Sequences
 
 INF = float("inf")
-
-
 OWN_FORMS = frozenset({"packed", "cached"})
 
 
 def takes_own_form(kernel: Kernel, p: Problem) -> bool:
     """Whether the kernel is told the lengths, and no mask is made of them."""
-    return REQUIRED in (_packed(kernel, p), _cached(kernel, p))
+    return bool(p.structure) and REQUIRED in (_packed(kernel, p), _cached(kernel, p))
 
 
 def has_own_form(kernel: Kernel, p: Problem) -> bool:
@@ -35,11 +32,11 @@ def has_own_form(kernel: Kernel, p: Problem) -> bool:
 
 
 def when_packed(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return _or_dense(kernel, _packed(kernel, p))
+    return _or_dense(kernel, _packed(kernel, p)) if p.structure else NO
 
 
 def when_cached(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return _or_dense(kernel, _cached(kernel, p))
+    return _or_dense(kernel, _cached(kernel, p)) if p.structure else NO
 
 
 def _or_dense(kernel: Kernel, answer: str) -> str:
@@ -96,14 +93,14 @@ def packed(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 
     packing = p.packing
     assert packing is not None
-    lower, upper, corner = packing.lower, packing.upper, packing.corner
+    lower, upper = packing.lower, packing.upper
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         q_len, kv_len = q.shape[2], k.shape[2]
         sequences = sequences_of(mask, q_len, kv_len, q.device)
         if sequences is None:
             return sdpa_math(q, k, v, mask.dense(q.shape[0], q_len, kv_len, q.device), a)
-        a = a._replace(lower=lower, upper=upper, packed=replace(sequences, corner=corner))
+        a = a._replace(lower=lower, upper=upper, packed=sequences)
         if sequences.tokens == (q_len, kv_len):
             return step(q, k, v, None, a)
         return (_cut if sequences.tokens is not None else _hidden)(step, sequences, q, k, v, a)

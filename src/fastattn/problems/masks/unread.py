@@ -23,7 +23,7 @@ class Sequences:
     """Where each packed sequence begins and the end of the last: int32 [sequences + 1], as kernels take them.
 
     No sequence is longer than max_q and max_kv, some may be empty. tokens: how many queries and keys lie in sequences, None
-    where nobody knows. corner: of the triangle and the window in each sequence, "" where there is none.
+    where nobody knows.
     """
 
     cu_q: Tensor
@@ -31,7 +31,6 @@ class Sequences:
     max_q: int
     max_kv: int
     tokens: tuple[int, int] | None = None
-    corner: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False, init=False)
@@ -127,6 +126,13 @@ class FilledUnread(Filled):
     def like(self, kv_len: int) -> Mask:
         half = about(kv_len / 2, kv_len)
         return FilledUnread((half - half // 2, half + half // 2), self.queries, self.left)
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        entries = batch if self.lengths is None else len(self.lengths)
+        if entries != batch or self.queries not in (0, q_len):
+            raise ValueError(
+                f"a cache of {entries} entries and {self.queries} queries, got batch {batch}, q_len {q_len}"
+            )
 
 
 @lru_cache(64)  # the next layer asks for the same ones

@@ -1,8 +1,8 @@
 """Packed sequences, caches, sinks and biases, rewritten as an ordinary call: four dimensions, and a mask with the lengths.
 
 Layout "thd" is a batch of one with a Document mask, a cache that is filled to `kv_lens` is its filled part with a Filled
-mask, pages are gathered. Lengths on the CPU are read in each call; on CUDA, and while a graph is traced that no operator of
-ours may stand in, nothing is read: the mask is a bool tensor that is made of them.
+mask, pages are gathered. Lengths on the CPU are read in each call. Those on CUDA are not: the mask holds them where they lie
+(masks/unread.py). While a graph is traced that no operator of ours may stand in, it is a bool tensor that is made of them.
 """
 
 from __future__ import annotations
