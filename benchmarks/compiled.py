@@ -6,7 +6,8 @@ Start-up: a new process compiles a small model and runs it once, with empty cach
 left (warm): stock, stock with fastattn imported, patched, by attention(). The ways take turns. Run time: the same model
 compiled in one process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered by name,
 alternate in each round; times are medians. Everything is tuned before, in eager code; "tuned compiled" is attention() again,
-after `fastattn.tune(model, x, compiled=True)`. Exit code 1 where an answer is wrong.
+after `fastattn.tune(model, x, compiled=True)`. Training: a window, forward and backward, in eager code and by fastattn::attend.
+Exit code 1 where an answer is wrong.
 """
 
 from __future__ import annotations
@@ -185,10 +186,41 @@ def run_time(case: Case, dtype: torch.dtype, seconds: float) -> Result:
     return Result(case.name, str(dtype)[6:], ms, spread(found, STOCK, AGAIN), error, (winner, in_regime))
 
 
-def table(title: str, unit: str, results: list[Result]) -> Table:
+# --- training through the operator
+
+
+def training(length: int, dtype: torch.dtype, seconds: float) -> Result:
+    """ms of a forward and backward in a window: in eager code, and by fastattn::attend, which makes the forward twice."""
+    import fastattn
+
+    window = fastattn.masks.Causal() & fastattn.masks.Window(length // 8 - 1, 0)
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, h, length, 64, generator=g).to(dtype).requires_grad_() for h in (8, 2, 2))
+
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, window)
+
+    def trained(call: Callable[..., torch.Tensor]) -> torch.Tensor:
+        out = call(q, k, v)
+        return torch.cat([out.detach(), torch.autograd.grad(out.sum(), q)[0]])
+
+    with torch.no_grad():
+        eager(q, k, v)
+    operator = torch.compile(eager, fullgraph=True)
+    runs = {"eager": partial(trained, eager), "fastattn::attend": partial(trained, operator)}
+    answers = [run().float() for run in runs.values()]
+    found = interleave({**runs, "eager again": partial(trained, eager)}, rounds=15, seconds=seconds)
+    ms = {name: 1e3 * median(found[name]) for name in runs}
+    name = f"forward + backward, 1 x 8/2 x {length} d64, window {length // 8}"
+    return Result(
+        name, str(dtype)[6:], ms, spread(found, "eager", "eager again"), float((answers[0] - answers[1]).abs().max())
+    )
+
+
+def table(title: str, unit: str, results: list[Result], base: str = STOCK) -> Table:
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     names = list(dict.fromkeys("pinned winner" if n.startswith("pinned") else n for r in results for n in r.times))
-    headings = [f"{n}{part}" for n in names for part in ([f" {unit}"] if n == STOCK else [f" {unit}", ""])]
+    headings = [f"{n}{part}" for n in names for part in ([f" {unit}"] if n == base else [f" {unit}", ""])]
     for heading in (
         "",
         "dtype",
@@ -200,9 +232,7 @@ def table(title: str, unit: str, results: list[Result]) -> Table:
         cells = [r.name, r.dtype]
         for name in names:
             cells += (
-                [f"{times[name]:.2f}"]
-                if name == STOCK
-                else [f"{times[name]:.2f}", f"{times[STOCK] / times[name]:.2f}x"]
+                [f"{times[name]:.2f}"] if name == base else [f"{times[name]:.2f}", f"{times[base] / times[name]:.2f}x"]
             )
         shown.add_row(*cells)
     return shown
@@ -225,11 +255,12 @@ def main() -> int:
 
     console, facts = open_console(150), environment()
     console.print(in_one_line(facts))
-    starts, runs = [], []
+    starts, runs, trainings = [], [], []
     dtypes = args.dtype or (["float32"] if args.smoke else ["float32", "bfloat16"])
     with tempfile.TemporaryDirectory() as store:
         fastattn.options(cache_dir=store, tune_budget=1e6)
         for dtype in (getattr(torch, name) for name in dtypes):
+            trainings.append(training(256 if args.smoke else 2048, dtype, 0.3 if args.smoke else args.seconds))
             for number, case in enumerate(SMOKE if args.smoke else CASES):
                 print(f"{case.name}, {dtype} ...", file=sys.stderr)
                 runs.append(run_time(case, dtype, 0.3 if args.smoke else args.seconds))
@@ -240,9 +271,10 @@ def main() -> int:
         console.print(
             f"{r.name}, {r.dtype}: A/A {100 * r.spread:.0f}%, winner {r.winners[0]}, in compiled code {r.winners[1]}"
         )
+    console.print(table("training through the operator: times over eager code", "ms", trainings, "eager"))
     console.print(table("the first compiled call of a process: times over stock", "s", starts))
-    keep(args, facts, "compiled", console, [*runs, *starts])
-    wrong = [r for r in runs if r.error > (1e-3 if r.dtype == "float32" else 1e-1)]
+    keep(args, facts, "compiled", console, [*runs, *trainings, *starts])
+    wrong = [r for r in [*runs, *trainings] if r.error > (1e-3 if r.dtype == "float32" else 1e-1)]
     for r in wrong:
         console.print(f"wrong: {r.name}, {r.dtype}: a difference of {r.error:.2g}", style="red")
     return 1 if wrong else 0

@@ -210,6 +210,21 @@ def test_training_in_compiled_code(made_up):
     assert verdict.winner.startswith("torch_math") and verdict.trial(verdict.winner).backward is not None
 
 
+def test_what_trains_by_the_operator_makes_its_forward_twice():
+    given = qkv(grad=True)
+    problem = fastattn.explain(*given, is_causal=True).problem
+    candidate, calls = accepted(problem)["matmul+recompute"], []
+    bound = binding.bind(candidate, problem, None)
+
+    def call(*tensors):
+        calls.append(torch.is_grad_enabled())
+        return bound(*tensors)
+
+    out = compiled_region.Region(problem)(candidate, problem, None, call)(*given, None)
+    assert calls == [False, True] and torch.allclose(out, exact(*given, is_causal=True), atol=1e-5)
+    out.sum().backward()
+
+
 def test_a_model_is_run_for_its_problems(made_up):
     """A compiled model too: it is run as it was before."""
 

@@ -1,4 +1,4 @@
-"""torch.export, torch.jit.trace and torch.onnx: what a call of ours becomes in a program that leaves the process.
+"""torch.export, AOTInductor, torch.jit.trace and torch.onnx: what a call of ours becomes in a program that leaves the process.
 
 Of torch's own operators, always: fastattn::attend needs fastattn wherever it runs.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -36,6 +39,7 @@ CALLS = {
     "patched": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
 }
 OPTIONS = {"window": {"mask": WINDOW}}
+STOCK = {"attention": {"is_causal": True}, "patched": {"is_causal": True, "enable_gqa": True}}
 
 
 def want(name, given):
@@ -97,10 +101,44 @@ def test_a_scripted_caller_of_the_patched_function_calls_torchs():
 
 
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="torch.onnx needs onnxscript")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_packaged_program_needs_torch_alone(tmp_path):
+    """AOTInductor: the package of all three calls runs in a process that never heard of fastattn."""
+    given = qkv()
+
+    class All(torch.nn.Module):
+        def forward(self, q, k, v):
+            return [call(q, k, v) for call in CALLS.values()]
+
+    with fastattn.patch():
+        program = torch.export.export(All(), tuple(given), strict=True)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "all.pt2"))
+    torch.save((given, [want(name, given) for name in CALLS]), tmp_path / "data.pt")
+    code = (
+        "import sys, torch; run = torch._inductor.aoti_load_package(sys.argv[1]); given, want = torch.load(sys.argv[2])\n"
+        "assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(run(*given), want, strict=True))\n"
+        "assert 'fastattn' not in sys.modules"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, package, str(tmp_path / "data.pt")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="torch.onnx needs onnx and onnxscript")
 @pytest.mark.parametrize("name", CALLS)
 def test_onnx_takes_it_as_it_takes_stock(name):
     given = qkv(kv_heads=4)
+
+    def exported(call):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(Attends(call), tuple(given), dynamo=True, verbose=False)
+        assert {node.domain for node in program.model.graph} == {""}
+        return [node.op_type for node in program.model.graph]
+
+    mask = WINDOW.dense(2, 24, 24)
+    stock = exported(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **STOCK.get(name, {"attn_mask": mask})))
     with fastattn.patch():
-        program = torch.onnx.export(Attends(CALLS[name]), tuple(given), dynamo=True, verbose=False)
-    assert not any("fastattn" in str(node.domain) for node in program.model.graph)
+        assert exported(CALLS[name]) == stock

@@ -19,13 +19,11 @@ from hf_models import GQA, ROWS, build, inputs, lm, run
 import fastattn
 import fastattn.integrations.transformers  # noqa: F401  makes the name known
 from fastattn.dispatch import fallback
-from fastattn.dispatch.service import Asked
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
-from fastattn.problems.call_facts import ordinary_facts
 from fastattn.verdicts.verdict import Trial, Verdict
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -84,11 +82,10 @@ def store_another_winner():
     missed, settings = list(session.misses), current_settings()
     for p in missed:
         device = Device.of(torch.device(p.device))
-        asked = Asked(p, ordinary_facts(p), device, settings, None)
         found = candidates.decisions(p, device, settings)
         for d in found:
             is_other = isinstance(d, Accepted) and d.kernel.name in ("torch_flash", "torch_math", "sdpa_math")
-            if is_other and fallback.stands_in_graph(d.kernel, d.name, asked):
+            if is_other and fallback.stands_in_graph(d.kernel, d.name, p):
                 trials = (Trial("default", time_us=9.0), Trial(d.name, time_us=1.0))
                 session.store(settings).put(Verdict(p, d.name, trials), device)
                 break

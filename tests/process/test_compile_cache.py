@@ -62,3 +62,26 @@ def test_the_second_process_compiles_from_the_cache(tmp_path):
     assert first[:3] == [0, 2, 0]  # forward and backward are a graph each
     assert second[:3] == [2, 0, 1]
     assert first[3] == second[3]
+
+
+STOCK = """
+import sys
+import torch, fastattn
+import torch.nn.functional as F
+before = {name for name in sys.modules if name.startswith("fastattn")}
+q = torch.randn(1, 2, 8, 8)
+seen = []
+def backend(graph, inputs):
+    seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return graph.forward
+torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend=backend, fullgraph=True)(q)
+assert {name for name in sys.modules if name.startswith("fastattn")} == before, "tracing stock code came by fastattn"
+assert len(seen) == 1 and "scaled_dot_product_attention" in seen[0], seen
+"""
+
+
+@pytest.mark.long
+def test_stock_code_is_traced_as_if_fastattn_were_not_imported():
+    """No clock: nothing of ours is run, or imported, while stock code is traced. benchmarks/compiled.py has the times."""
+    ran = subprocess.run([sys.executable, "-c", STOCK], capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr

@@ -32,13 +32,27 @@ class Region:
             return compiled(_with_code(call))
         if p != self._problem:
             return call  # the operator runs it; of a smaller problem it may be no candidate that can be ordered
-        return compiled(_operator(candidate.name, p, scale))
+        return _with_forward(call) if p.needs_grad else compiled(_operator(candidate.name, p, scale))
 
 
 def is_operator(candidate: Accepted, p: Problem) -> bool:
     """Whether a candidate is fastattn::attend in a graph: as compiled.attention() decides."""
     is_mask_made = candidate.kernel.name == "default" and p.window is not None and p.q_len > 1
     return bool(p.structure) or is_mask_made or not fallback.stands_in_graph(candidate.kernel, candidate.name, p)
+
+
+def _with_forward(call: Call) -> Call:
+    """What the operator costs in training: a forward without a graph, and all of it again.
+
+    It cannot be ordered by name: that forward is of a problem without gradients, of which this may be no candidate.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+        with torch.no_grad():
+            call(q, k, v, mask)
+        return call(q, k, v, mask)
+
+    return run
 
 
 def _with_code(call: Call) -> Any:
