@@ -132,11 +132,19 @@ def test_many_pinned_candidates_hold(start):
 def test_the_draw_reaches_every_kernel_and_conversion():
     """1000 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
 
-    But tiles and parts of the keys, which are for larger problems than these: planning/test_tiles.py, test_kv_parts.py and
-    test_told_masks.py look at them.
+    But tiles and parts of the keys, which are for larger problems than these, squares, and packing: planning/test_tiles.py,
+    test_kv_parts.py, test_told_masks.py, kernels/test_flex.py and test_lengths_on_gpu.py look at them.
     """
     missing = {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
-    missing |= {c.name for c in conversions.CONVERSIONS} - {"gqa_expand", "dense", "tiles", "split_kv"}
+    missing |= {c.name for c in conversions.CONVERSIONS} - {
+        "gqa_expand",
+        "dense",
+        "tiles",
+        "split_kv",
+        "mask_blocks",
+        "packed",
+        "cached",
+    }
     for seed in range(1000):
         p, r = drawn(seed)
         s = plain_sample(p, DEVICE, seed)

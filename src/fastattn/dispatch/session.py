@@ -59,11 +59,9 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
-        """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
         with self.lock:
             self._forget()
         entries.drop_all()
-        forget()
 
     def after_fork(self) -> None:
         """No other thread is left in the child: the lock is new, and nobody is tuning."""
@@ -245,4 +243,9 @@ class Session:
 session = Session()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=session.after_fork)
-clear = session.clear
+
+
+def clear() -> None:
+    """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
+    session.clear()
+    forget()
