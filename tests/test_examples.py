@@ -56,7 +56,7 @@ def embedded(request, tmp_path):
 @pytest.fixture(params=TRAINED)
 def trained(request, tmp_path):
     dtypes = [f"--dtype={dtype}" for dtype in request.param]
-    found = run(tmp_path, "nanogpt.py", "--steps", "5", *dtypes)
+    found = run(tmp_path, "nanogpt.py", "--steps", "8", *dtypes)
     return {**found, "asked": set(request.param)}
 
 
