@@ -15,7 +15,7 @@ from tiny import Problem, decoding, many, tensors
 from torch import Tensor
 
 import fastattn
-from fastattn.dispatch import resolve
+from fastattn.dispatch import drop_in, resolve
 from fastattn.dispatch.attention import entries
 from fastattn.dispatch.sdpa import entries as drop_in_entries
 from fastattn.environment.settings import scoped_settings
@@ -86,7 +86,7 @@ def drop_in_row(bench: Bench) -> None:
     q, k, v = tensors()
     options = (0.0, False, None, False)
     drop_in_entries.drop()
-    real = resolve.drop_in(q, k, v, None, options)
+    real = drop_in.drop_in(q, k, v, None, options)
     drop_in_entries.publish(real._replace(call=null), q, k, v, None, "sdpa", options)
     sdpa = fastattn.sdpa
     if sdpa(q, k, v) is not q:
