@@ -103,6 +103,8 @@ def serve(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, **options: An
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Any) -> tuple[Tensor, ...]:
     """attention() of the operator's arguments: (out,) or (out, lse)."""
     told, layout, options = _read(more[-1])
+    if "+recompute" in options.get("kernel", "") and not (torch.is_grad_enabled() and q.requires_grad):
+        options = {**options, "kernel": options["kernel"].replace("+recompute", "")}  # of the backward alone
     lengths = {name: x for name, x in zip(_LENGTHS, more[:-1], strict=True) if x is not None}
     found = serve(q, k, v, mask if told is None else told, layout, **options, **lengths)
     return found if isinstance(found, tuple) else (found,)
