@@ -192,8 +192,10 @@ def test_a_memory_that_others_could_have_written_is_none(site, root):
 
 
 def test_its_kernel_gives_the_sentence_as_its_reason_and_never_loads_it(site, monkeypatch):
-    # transformers, imported by another test, finds the folder tests/kernels when it looks for the hub's package of that name
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    # transformers, imported by another test, finds the folder tests/kernels when it looks for the hub's package of that name;
+    # torch.compile imports triton where it is installed
+    for name in ("kernels", "triton"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     site.put("natten", EXITS)
     real = catalogue.installed_distribution
     known = catalogue.library_of("natten")
