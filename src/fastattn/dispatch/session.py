@@ -92,9 +92,7 @@ class Session:
         count_lengths: bool = True,
     ) -> Verdict | None:
         """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
-        problem = (
-            problem.replace(deterministic=False) if circumstances.deterministic else problem
-        )  # its winner may serve
+        problem = problem.replace(deterministic=False) if circumstances.deterministic else problem  # it serves too
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
         lengths = lengths[problem.lengths == "all" :]  # a graph that is for a bucket of each length
         may_tune = what_is_allowed(circumstances)[0] == TUNE and not problem.compiled  # which is tuned ahead alone
