@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from building import expect
-from fakes import FAST, Clock, add, honest, made_up, turn
+from fakes import quick_wins
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
@@ -27,9 +27,7 @@ def counted_anew():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A kernel that wins wherever it is timed."""
-    add(monkeypatch, made_up("quick", honest))
-    return turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
+    return quick_wins(monkeypatch)
 
 
 def counted():

@@ -6,18 +6,17 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_processes import outputs_of
 
 import fastattn
 from fastattn.dispatch import passed_on
 
 F_sdpa = F.scaled_dot_product_attention
-TIMEOUT_S = 60
 
 # Runs on each of two ranks. What must hold is asserted there.
 SCRIPT = """
@@ -116,15 +115,7 @@ def test_fault_30_dtensors_on_two_ranks(tmp_path):
     )
     environments = [{**os.environ, **own, "RANK": str(rank)} for rank in range(2)]
     ranks = [subprocess.Popen(command, env=environment, text=True, **pipes) for environment in environments]
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
-            assert time.monotonic() < deadline, "a rank hangs"
-            time.sleep(0.05)
-    finally:
-        for r in ranks:  # if one failed the other waits for it
-            r.kill()
-    outputs = [r.communicate() for r in ranks]
+    outputs = outputs_of(ranks)
     assert [out.splitlines()[-1:] for out, _ in outputs] == [["ok"], ["ok"]], [err for _, err in outputs]
 
 

@@ -8,12 +8,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import FAST, Clock, add, honest, made_up, qkv, turn
+from rank_processes import outputs_of
 
 import fastattn
 from fastattn.dispatch import tune_now
@@ -21,7 +21,6 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import reload_settings
 from fastattn.verdicts.manifest import export_manifest
 
-TIMEOUT_S = 60
 SOURCE = Path(fastattn.__file__).parent
 
 SCRIPT = """
@@ -81,15 +80,7 @@ def two_ranks(tmp_path, body, **environment):
         command = [sys.executable, "-W", "ignore", "-c", SCRIPT.replace("BODY", body)]
         environ = {**os.environ, **own, **environment}
         ranks.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks):
-            assert time.monotonic() < deadline, "a rank hangs"
-            time.sleep(0.05)
-    finally:
-        for r in ranks:  # if one failed the other waits for it
-            r.kill()
-    outputs = [r.communicate() for r in ranks]
+    outputs = outputs_of(ranks)
     assert [r.returncode for r in ranks] == [0, 0], [err for _, err in outputs]
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 

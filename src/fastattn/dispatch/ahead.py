@@ -69,6 +69,11 @@ def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     entries.drop_all()
     # a model that is compiled already does not come here: its graphs hold what they were traced with
     as_eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with options.scope(mode="cached"), patch(), session.collect() as met, as_eager:
-        model(*inputs, **named)
+    met: dict[Problem, None] = {}
+    session.collectors.append(met)
+    try:
+        with options.scope(mode="cached"), patch(), as_eager:
+            model(*inputs, **named)
+    finally:
+        session.collectors.remove(met)
     return [problem for problem in met if not problem.is_custom]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
@@ -40,7 +38,7 @@ class Session:
         self.lock = RLock()
         self.tables = SharedTables()
         self.tuning_s = 0.0  # of the process's tuning budget
-        self.collectors: list[dict[Problem, None]] = []
+        self.collectors: list[dict[Problem, None]] = []  # each notes every problem that is resolved, in order
         self.counts = Counts()
         self._forget()
 
@@ -59,6 +57,7 @@ class Session:
         self._is_distributed = False  # at the last miss
 
     def clear(self) -> None:
+        """See clear() below."""
         with self.lock:
             self._forget()
         entries.drop_all()
@@ -92,11 +91,13 @@ class Session:
         count_lengths: bool = True,
     ) -> Verdict | None:
         """The verdict known for a problem: of the lengths it would be tuned with, or of any where nothing may be tuned."""
-        problem = problem.replace(deterministic=False) if circumstances.deterministic else problem  # it serves too
+        if circumstances.deterministic:
+            problem = problem.replace(deterministic=False)  # a winner found without that mode may serve
         lengths = ("kv", "all") if problem.q_len <= length_buckets.DECODE_Q_LEN else ("exact", "all")
         lengths = lengths[problem.lengths == "all" :]  # a graph that is for a bucket of each length
         may_tune = what_is_allowed(circumstances)[0] == TUNE and not problem.compiled  # which is tuned ahead alone
-        tables = self.tables.all(settings, device, may_read := not circumstances.capturing)
+        may_read = not circumstances.capturing
+        tables = self.tables.all(settings, device, may_read)
         names = [problem.bucketed(how) for how in lengths] if tables or not may_tune else []
         for table in tables:
             for name in names:
@@ -227,16 +228,6 @@ class Session:
         if circumstances.distributed != self._is_distributed:
             self._is_distributed = circumstances.distributed
             entries.drop_all()
-
-    @contextmanager
-    def collect(self) -> Generator[dict[Problem, None]]:
-        """Collect every problem that is resolved inside, in order."""
-        met: dict[Problem, None] = {}
-        self.collectors.append(met)
-        try:
-            yield met
-        finally:
-            self.collectors.remove(met)
 
 
 session = Session()

@@ -97,12 +97,11 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
     if p.mask == "block":
         if not kernel.custom_mask:
             yield "a BlockMask is not supported"
-    elif p.structure and kernel.mask_blocks:
-        pass  # its conversion says what squares cannot
-    elif p.mask and not kernel.masks and not has_own_form(kernel, p):
-        yield f"a mask is not supported ({p.mask} {p.mask_shape})"
-    elif p.mask and p.mask != "bool" and "additive" not in kernel.masks:
-        yield f"a float mask is not supported ({p.mask})"
+    elif p.mask and not (p.structure and kernel.mask_blocks):  # whose conversion says what squares cannot
+        if not kernel.masks and not has_own_form(kernel, p):
+            yield f"a mask is not supported ({p.mask} {p.mask_shape})"
+        elif p.mask != "bool" and "additive" not in kernel.masks:
+            yield f"a float mask is not supported ({p.mask})"
     for asked, can, what in (
         (p.softcap, kernel.softcap, f"softcap ({p.softcap:g})"),
         (p.dropout, kernel.dropout, "dropout"),
