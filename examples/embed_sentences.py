@@ -25,7 +25,7 @@ import torch
 from rich.text import Text
 
 import fastattn
-from fastattn.dispatch.session import session
+from fastattn.dispatch.ahead import collect
 
 SENTENCES = """
 Attention is a weighted mean.
@@ -125,7 +125,7 @@ def one_dtype(name, model, tokenized, reference, given):
     model = model.to(DTYPES[name])
     stock = embed(model, tokenized)
     before, start = fastattn.stats()["tunings"], time.perf_counter()
-    with session.collect() as met:
+    with collect() as met:
         ours = patched_embed(model, tokenized)
     first_s = time.perf_counter() - start
     timed = compare(model, tokenized, given.rounds, given.seconds) if given.rounds else (None, None, None)

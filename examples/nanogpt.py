@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
-from fastattn.dispatch.session import session
+from fastattn.dispatch.ahead import collect
 
 # What a user would do on a CPU. bfloat16: autocast. float16: the model in float32 and its attention in half, the loss scaled as
 # in recipes for GPUs; not autocast, as few CPUs have float16 products: a step took ten to twenty times as long.
@@ -110,7 +110,7 @@ def train(dtype, text, size, steps, progress):
     """One row of the result, as data."""
     copies = {name: Copy(size, dtype, within) for name, within in COPIES.items()}
     before, order, bar = fastattn.stats()["tunings"], random.Random(SEED), progress.add_task(dtype, total=steps)
-    with session.collect() as met:
+    with collect() as met:
         for batch in batches(text, size, steps):
             for name in order.sample(list(copies), len(copies)):  # nobody always follows the same neighbour
                 copies[name].step(*batch)

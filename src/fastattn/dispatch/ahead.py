@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,17 @@ def _tune_one(problem: Problem, settings: Settings, progress: Progress | None, f
     return known or tune_now.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
 
 
+@contextmanager
+def collect() -> Generator[dict[Problem, None]]:
+    """Collect every problem that is resolved inside, in order."""
+    met: dict[Problem, None] = {}
+    session.collectors.append(met)
+    try:
+        yield met
+    finally:
+        session.collectors.remove(met)
+
+
 def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Problem]:
     """The problems that one run of a model misses on, collected without timing anything."""
     from fastattn.dispatch.patching import patch
@@ -69,11 +80,6 @@ def _problems_of(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[st
     entries.drop_all()
     # a model that is compiled already does not come here: its graphs hold what they were traced with
     as_eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    met: dict[Problem, None] = {}
-    session.collectors.append(met)
-    try:
-        with options.scope(mode="cached"), patch(), as_eager:
-            model(*inputs, **named)
-    finally:
-        session.collectors.remove(met)
+    with options.scope(mode="cached"), patch(), collect() as met, as_eager:
+        model(*inputs, **named)
     return [problem for problem in met if not problem.is_custom]
