@@ -153,7 +153,7 @@ def _three(x: float | None) -> float | None:
 
 def special(name: str, device: str, smoke: bool) -> Iterator[Found]:
     """What random grids do not meet; name: a kernel, or SERVED."""
-    for what, run in SPECIAL.items():
+    for what, run in (SPECIAL | (OF_SERVED if name == SERVED else {})).items():
         order: dict[str, Any] = {} if name == SERVED else {"kernel": name}
         if order and any(k.approximate for k in registry.rows() if k.name == name):
             order["accuracy"] = 0.1
@@ -243,6 +243,27 @@ def graph(device: str, order: dict[str, Any], smoke: bool) -> float | None:
     return judged(out, q, k, v, is_causal=True)
 
 
+def compiled(device: str, order: dict[str, Any], smoke: bool, **options: Any) -> float | None:
+    """In a graph of torch.compile, captured as a CUDA graph, on a CPU only traced; then run on other numbers."""
+    on = gpu_rehearsal.where(device)
+    if on != torch.device(device):
+        return None  # in a rehearsal triton is a stub, which Dynamo looks into
+    torch.compiler.reset()
+    run = torch.compile(
+        lambda q, k, v: fastattn.attention(q, k, v, is_causal=True, **options, **order),
+        backend="cudagraphs" if on.type == "cuda" else "aot_eager", fullgraph=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        for _ in range(3):
+            q, k, v = (torch.randn(2, 8, 128, 64, device=on, dtype=torch.bfloat16) for _ in range(3))
+            out = run(q, k, v)
+    return judged(out, q, k, v, is_causal=True, **options)
+
+
+def compiled_window(device: str, order: dict[str, Any], smoke: bool) -> float | None:
+    return compiled(device, order, smoke, window=(31, 0))
+
+
 SPECIAL: dict[str, Callable[..., float | None]] = {
     "offsets beyond 2^31": far_offsets,
     "70,000 heads": many_heads,
@@ -250,6 +271,10 @@ SPECIAL: dict[str, Callable[..., float | None]] = {
     "misaligned views": misaligned,
     "odd strides": odd_strides,
     "CUDA graph": graph,
+}
+OF_SERVED: dict[str, Callable[..., float | None]] = {  # what stands in the graph is the winner
+    "compiled, in a CUDA graph": compiled,
+    "compiled, in a CUDA graph, a window": compiled_window,
 }
 
 

@@ -9,7 +9,7 @@ from fakes import honest, made_up
 from library_grid import row_of
 from stubs import flash_attn_3
 
-from fastattn.kernels.libraries import availability, catalogue
+from fastattn.kernels.libraries import availability, catalogue, versions
 
 
 def install(monkeypatch, found):
@@ -47,7 +47,7 @@ def test_flash_attention_3_is_found_by_whoever_brings_its_module(found, version,
     ("4.0.0b34", "4.0.0b34", "=="), ("2.8.3.post2", "2.8.3", "=="), ("4.0b34", "4.0.0b34", "=="),
 ])  # fmt: skip
 def test_a_beta_is_a_version_where_one_is_named(version, other, sign):
-    here, wanted = catalogue.comparable(version, other)
+    here, wanted = versions.comparable(version, other)
     assert (here > wanted, here < wanted) == (">" in sign and here != wanted, sign == "<")
     assert sign != "==" or here == wanted
     assert sign != ">" or here > wanted

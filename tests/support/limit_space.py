@@ -26,7 +26,7 @@ from fastattn.planning.decision import Rejected
 from fastattn.problems.call_facts import CallFacts
 
 WIDTHS = (8, 32, 40, 64, 72, 96, 128, 136, 160, 168, 192, 200, 224, 232, 256, 264)
-LENGTHS = (1, 2, 64, 65, 100)
+LENGTHS = (1, 2, 64, 65, 100, 600)
 # field -> what it may be; several names change together
 DOMAIN = {
     ("capability",): [(n,) for n in (70, 75, 80, 86, 89, 90, 100, 103, 110, 120, 121)],

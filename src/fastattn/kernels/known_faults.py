@@ -23,7 +23,7 @@ from pkgutil import get_data
 from typing import Any
 
 from fastattn.environment.device import Device
-from fastattn.kernels.libraries.catalogue import comparable
+from fastattn.kernels.libraries.versions import comparable
 from fastattn.kernels.limits import OF_CALL, ORDINARY
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem

@@ -15,6 +15,7 @@ from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
 from fastattn.kernels.kernel import Kernel, Run
 from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.libraries.versions import comparable
 
 
 def why_absent(kernel: Kernel) -> str | None:
@@ -23,9 +24,9 @@ def why_absent(kernel: Kernel) -> str | None:
     if found is None:
         return f"package {kernel.library} is not installed"
     first, last = kernel.versions
-    if first and operator.lt(*catalogue.comparable(found, first)):
+    if first and operator.lt(*comparable(found, first)):
         return f"package {kernel.library} {found} < {first}"
-    if last and operator.ge(*catalogue.comparable(found, last)):
+    if last and operator.ge(*comparable(found, last)):
         return f"package {kernel.library} {found} >= {last}, which is not known to work"
     return why_unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
 

@@ -7,7 +7,6 @@ Found means: a distribution of that name is installed. A module of that name pro
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -146,6 +145,15 @@ LIBRARIES = (
         sm=(60, 121),
     ),
     Library(
+        name="FFPA",
+        environment=("FFPA_",),
+        distributions=("ffpa-attn",),
+        module="ffpa_attn",
+        entry="ffpa_attn_func",
+        install="pip install ffpa-attn",
+        sm=(80, 121),
+    ),
+    Library(
         name="Hugging Face kernels",
         environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_", "LOCAL_KERNELS", *HUB_CACHES),
         distributions=("kernels",),
@@ -168,30 +176,6 @@ LIBRARIES = (
 def library_of(distribution: str) -> Library | None:
     """The library that a distribution brings, if it is one of those above."""
     return next((library for library in LIBRARIES if distribution in library.distributions), None)
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """The numbers a version begins with: "2.13.0+cu130" is (2, 13, 0), "4.0.0b36" is (4, 0, 0)."""
-    return tuple(int(n) for n in re.match(r"\d*(?:\.\d+)*", version)[0].split(".") if n)  # type: ignore[index]
-
-
-_PRE_RELEASE = re.compile(r"\d+(?:\.\d+)*(a|b|rc)(\d+)")
-
-
-def comparable(version: str, other: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two versions as numbers that compare; a pre-release counts as its release, unless `other` names one.
-
-    "4.0.0b36" is 4.0.0 beside "4", and comes after "4.0.0b34" and before what follows the betas.
-    """
-    if _PRE_RELEASE.match(other) is None:
-        return version_numbers(version), version_numbers(other)
-    return _with_pre_release(version), _with_pre_release(other)
-
-
-def _with_pre_release(version: str) -> tuple[int, ...]:
-    numbers = (*version_numbers(version), 0, 0, 0)[:4]
-    found = _PRE_RELEASE.match(version)
-    return (*numbers, ("a", "b", "rc").index(found[1]), int(found[2])) if found else (*numbers, 3, 0)
 
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:
