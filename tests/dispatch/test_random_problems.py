@@ -133,7 +133,7 @@ def test_the_draw_reaches_every_kernel_and_conversion():
     """1000 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
 
     But tiles and parts of the keys, which are for larger problems than these, squares, and packing: planning/test_tiles.py,
-    test_kv_parts.py, test_told_masks.py, kernels/test_flex.py and test_lengths_on_gpu.py look at them.
+    test_kv_parts.py, test_kv_len.py, test_told_masks.py, kernels/test_flex.py and test_lengths_on_gpu.py look at them.
     """
     missing = {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
     missing |= {c.name for c in conversions.CONVERSIONS} - {
@@ -141,6 +141,7 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         "dense",
         "tiles",
         "split_kv",
+        "pad_lengths",
         "mask_blocks",
         "packed",
         "cached",

@@ -146,10 +146,10 @@ def stands_in_graph(kernel: Kernel, name: str, p: Problem) -> bool:
     """Whether a candidate's own operators can stand in a graph of torch.compile.
 
     A loop over blocks would be unrolled; other libraries' Python breaks the graph, and so does the gradient of a log-sum-exp,
-    which is made in the backward. A split into parts asks for the length, which may be a symbol.
+    which is made in the backward. Parts and padding ask for the length, which may be a symbol.
     """
     conversions = set(name.split("+")[1:])
-    is_in_loop = IN_BLOCKS & conversions or ("split_kv" in conversions and p.lengths != "exact")
+    is_in_loop = IN_BLOCKS & conversions or ({"split_kv", "pad_lengths"} & conversions and p.lengths != "exact")
     return kernel.library == "torch" and not is_in_loop and not (p.lse and p.needs_grad)
 
 

@@ -97,6 +97,7 @@ class Kernel:
     mask_grad: bool = False
     deterministic: bool = True  # the same bits on every run, backward included
     no_broadcast: bool = False  # q, k and v must not be broadcast views
+    pad_lengths: bool = False  # worth trying with keys padded to a multiple of 32, where the CPU has AMX
     contiguous: bool = False  # worth trying with dense copies of q, k, v
     fp32: bool = False  # worth trying with half inputs cast to float32 and the output back
     unfused: bool = False  # materialises the scores, some three times over

@@ -67,6 +67,7 @@ KERNELS = (
         gqa_fold=True,
         tiles=True,
         split_kv=True,
+        pad_lengths=True,
         equal_head_dims=True,
         output_lies="as_query",
         dense_last_dim=True,

@@ -11,6 +11,7 @@ from fastattn.planning.conversions.conversion import Conversion
 from fastattn.planning.conversions.dtype import fp32, when_by_heads, when_fp32
 from fastattn.planning.conversions.head_dim import pad_head_dims, when_pad
 from fastattn.planning.conversions.heads import gqa_expand, gqa_fold, when_gqa_expand, when_gqa_fold
+from fastattn.planning.conversions.kv_len import pad_lengths, when_pad_lengths
 from fastattn.planning.conversions.kv_parts import split_kv, when_split_kv
 from fastattn.planning.conversions.mask_blocks import mask_blocks, when_mask_blocks
 from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
@@ -31,6 +32,13 @@ CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("gqa_fold", "the query group folded into rows", when_gqa_fold, gqa_fold),
     Conversion("gqa_expand", "keys and values repeated for each query head", when_gqa_expand, gqa_expand),
     Conversion("split_kv", "the keys in parts, for each thread some", when_split_kv, split_kv),
+    Conversion(
+        "pad_lengths",
+        "keys padded to a multiple of 32",
+        when_pad_lengths,
+        pad_lengths,
+        instead_of=("contiguous", "by_heads"),
+    ),
     Conversion("contiguous", "q, k, v copied to dense memory", when_contiguous, contiguous),
     Conversion("by_heads", "a few heads at a time", when_by_heads, blocks.by_heads, requires="fp32"),
     Conversion("fp32", "cast to float32, the output back", when_fp32, fp32),
