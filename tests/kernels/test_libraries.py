@@ -87,7 +87,7 @@ def test_nothing_is_copied_where_the_library_takes_strides(stub, name, layout, m
     q, k, v = qkv(**made)
     options = {"accuracy": 0.5} if kernel.approximate else {}
     with installed(stub, monkeypatch):
-        p = problem_of(q, k, v, None, layout, **options).replace(device="cuda", threads=0)
+        p = problem_of(q, k, v, None, layout, **options).replace(device=kernel.devices[0], threads=0)
         found = candidates.decide(kernel, p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
         assert found[0].name == name, "a plain call needs no conversion"
         call = binding.bind(found[0], p, None)
@@ -138,7 +138,7 @@ def test_fault_15_determinism_is_asked_for_or_refused(stub, name, monkeypatch):
         pytest.skip("no backward")
     q, k, v = qkv(dtype=getattr(torch, kernel.dtypes[0]), grad=True, **{**sizes_for(kernel), **stub.sizes})
     with installed(stub, monkeypatch):
-        p = problem_of(q, k, v).replace(device="cuda", threads=0, deterministic=True)
+        p = problem_of(q, k, v).replace(device=kernel.devices[0], threads=0, deterministic=True)
         found = candidates.decide(kernel, p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
         if not kernel.deterministic:
             assert "not deterministic, and torch.use_deterministic_algorithms is on" in found[0].reasons

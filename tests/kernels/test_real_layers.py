@@ -1,4 +1,4 @@
-"""The grid of calls through the real Python of FlashAttention 2, xFormers, MSLK and Transformer Engine, without a GPU.
+"""The grid of calls through the real Python of FlashAttention 2, xFormers, MSLK and Transformer Engine, and vLLM whole: no GPU.
 
 A stub says what its author read. Here the library's own checks, classes of biases and autograd functions run, and only what is
 compiled has a stand-in, which computes as its C++ does. Each library has a process of its own, as what torch says of CUDA is
@@ -167,6 +167,7 @@ LIBRARIES = {
     "xformers": (XFORMERS, ("xformers_flash", "xformers_flash3", "xformers_cutlass")),
     "mslk": (MSLK, ("mslk_flash", "mslk_flash3", "mslk_cutlass", "mslk_blackwell")),
     "transformer_engine": (with_flash_attn, ("te_flash", "te_unfused")),
+    "vllm_cpu": (lambda: None, ("vllm_cpu",)),
 }
 ALSO_NEEDED = {"te_flash": "flash-attn"}
 EACH = [pytest.param(file, name, id=name) for file, (_, names) in LIBRARIES.items() for name in names]
@@ -189,10 +190,11 @@ def main(file: str) -> None:
 
 def outcomes(kernel, stub, patch) -> dict[str, str]:
     pretend(stub.capabilities.get(kernel.name, stub.capability))
-    calls = {**library_grid.GRID, **stub.cases}
+    is_on_cpu = kernel.devices == ("cpu",)
+    calls = library_grid.calls_of(stub, kernel) if is_on_cpu else {**library_grid.GRID, **stub.cases}
     calls |= {f"causal {dtype}": {"is_causal": True, "dtype": getattr(torch, dtype)} for dtype in kernel.dtypes}
 
-    told = replace(kernel, load=lambda: OnCuda()(kernel.load()))
+    told = kernel if is_on_cpu else replace(kernel, load=lambda: OnCuda()(kernel.load()))
     return {case: outcome(told, stub, call) for case, call in calls.items()}
 
 

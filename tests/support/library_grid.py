@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import stubs
 import torch
-from building import back, corner, expect, facts_of, hold, mask_of, problem_of, qkv
+from building import CPU, back, corner, expect, facts_of, hold, mask_of, problem_of, qkv
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
@@ -195,6 +195,8 @@ def forget() -> None:
 
 
 def silicon(stub: stubs.Stub, kernel: str) -> Device:
+    if row_of(stub, kernel).devices == ("cpu",):
+        return CPU
     return Device("cuda", "made-up GPU", stub.capabilities.get(kernel, stub.capability), cuda="12.8", cudnn=92300)
 
 
@@ -262,7 +264,7 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
         mask = mask.requires_grad_() if kind == "grad" else mask
     if kernel.approximate:
         options["accuracy"] = 0.5
-    p = problem_of(q, k, v, mask, layout, **options).replace(device="cuda", threads=0)
+    p = problem_of(q, k, v, mask, layout, **options).replace(device=kernel.devices[0], threads=0)
     facts = facts_of(q, k, v, mask, layout, **options)
     settings = Settings(kernels=(f"+{kernel.name}",))
     found = candidates.decide(kernel, p, silicon(stub, kernel.name), settings, facts=facts)
@@ -300,9 +302,13 @@ def calls_of(stub: stubs.Stub, kernel: Kernel) -> dict[str, dict[str, Any]]:
 
 
 def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:
-    """The stubbed kernels of its file; what runs on the CPU is tested with the real thing."""
+    """The stubbed kernels of its file; torch's own on the CPU are tested with the real thing."""
     found = (file or import_module(f"fastattn.kernels.adapters.{stub.file}")).KERNELS
-    return [k for k in found if k.devices == ("cuda",) and (not stub.kernels or k.name in stub.kernels)]
+    return [
+        k
+        for k in found
+        if (k.devices == ("cuda",) or k.library != "torch") and (not stub.kernels or k.name in stub.kernels)
+    ]
 
 
 EACH = [pytest.param(stub, kernel.name, id=kernel.name) for stub in STUBS for kernel in rows_of(stub)]

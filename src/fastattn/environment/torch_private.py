@@ -51,6 +51,8 @@ PRIVATE = {
     "frame_strategy": "torch._C._dynamo.eval_frame._FrameExecStrategy",
     "frame_action": "torch._C._dynamo.eval_frame._FrameAction",
     "set_frame_strategy": "torch._C._dynamo.eval_frame.set_code_exec_strategy",
+    "operator_names": "torch._C._dispatch_get_all_op_names",
+    "init_amx": "torch.cpu._init_amx",
     "strict_range": "torch.fx.experimental.symbolic_shapes.StrictMinMaxConstraint",
 }
 
@@ -110,6 +112,7 @@ mkldnn_allow_tf32: Callable[[], bool | None] = _or("mkldnn_allow_tf32", lambda: 
 cpu_fp16_reduction: Callable[[], bool] = _or("cpu_fp16_reduction", lambda: False)
 _priority: Callable[[], list[int]] = _or("sdp_priority", list)
 _priority_at_start = _priority()
+operator_names: Callable[[], list[str]] = _or("operator_names", list)
 is_view: Callable[[torch.Tensor], bool] = _or("is_view", lambda x: True)  # of another tensor, to autograd
 # a tensor without memory that answers operators by __torch_dispatch__ alone; None where there is none
 wrapper_subclass: Callable[..., Any] | None = private("wrapper_subclass")

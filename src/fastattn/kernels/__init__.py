@@ -11,6 +11,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.remembered import remembered
 from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
+from fastattn.kernels.libraries.operator_files import load_operators
 from fastattn.kernels.limits import (
     BFLOAT16,
     FLASH_2_BACKWARD,
@@ -32,6 +33,6 @@ from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlock
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
     "Arguments", "Backward", "Device", "Forbid", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen", "Run",
-    "Tensor", "additive", "as_4d", "as_bias", "fold", "log", "remembered", "require_keywords", "require_private", "scratch",
-    "sdpa_math", "sees_nothing", "unfold",
+    "Tensor", "additive", "as_4d", "as_bias", "fold", "load_operators", "log", "remembered", "require_keywords",
+    "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip

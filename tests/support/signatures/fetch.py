@@ -1,13 +1,15 @@
 """Snapshots of the kernel libraries' signatures, read by ast from their real source: python tests/signatures/fetch.py [NAME].
 
 NAME.json says under "sources" where from: [source, file in it, [functions]]. A source is name==version, a wheel on PyPI, or
-owner/name@commit, a clone of that repository on GitHub: MIRRORS/owner+name/repo. Its "functions" are written anew.
+owner/name@commit, a clone of that repository on GitHub: MIRRORS/owner+name/repo. Its "functions" are written anew. Of a
+compiled file the schemas of its operators are read.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,11 @@ def main(wanted: list[str]) -> None:
         snapshot = json.loads(path.read_text(encoding="utf-8"))
         found = snapshot["functions"] = {}
         for source, file, names in snapshot["sources"]:
-            tree = ast.parse(from_git(source, file) if "@" in source else from_pypi(source, file))
+            text = from_git(source, file) if "@" in source else from_pypi(source, file)
+            if file.endswith(".so"):
+                found.update({name: schema(text, name) for name in names})
+                continue
+            tree = ast.parse(text)
             found.update({name: parameters(tree, name) for name in names})
         path.write_text(json.dumps(snapshot, indent=1) + "\n", encoding="utf-8")
         print(path)
@@ -46,20 +52,24 @@ def parameters(tree: ast.AST, name: str) -> str:
     return ast.unparse(arguments)
 
 
-def from_git(source: str, file: str) -> str:
+def schema(compiled: bytes, name: str) -> str:
+    """What follows the name of one of torch's operators in the schema that a compiled file registers."""
+    [found] = set(re.findall(name.encode() + rb"(\(Tensor[^\0]*|\(int[^\0]*)", compiled))
+    return found.decode()
+
+
+def from_git(source: str, file: str) -> bytes:
     repository, commit = source.split("@")
     where = MIRRORS / repository.replace("/", "+") / "repo"
-    return subprocess.run(
-        ["git", "-C", where, "show", f"{commit}:{file}"], check=True, capture_output=True, text=True
-    ).stdout
+    return subprocess.run(["git", "-C", where, "show", f"{commit}:{file}"], check=True, capture_output=True).stdout
 
 
-def from_pypi(source: str, file: str) -> str:
+def from_pypi(source: str, file: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder]
         subprocess.run([*fetch, "--python-version", "3.12", "--implementation", "cp", source], check=True)
         [wheel] = Path(folder).iterdir()
-        return zipfile.ZipFile(wheel).read(file).decode()
+        return zipfile.ZipFile(wheel).read(file)
 
 
 if __name__ == "__main__":

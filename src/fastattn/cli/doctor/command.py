@@ -122,7 +122,7 @@ def _by_reason(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _libraries(rows: Sequence[Row]) -> Text:
-    """What is installed, each with its version and reasons; then what is not, each with the command that installs it."""
+    """What is installed, each with its version and reasons; then what is not, by what it needs, and how to install it."""
     text = Text()
     width = max(len(row.name) for row in rows)
     for row in sorted((row for row in rows if row.found), key=lambda row: not row.usable):
@@ -130,13 +130,13 @@ def _libraries(rows: Sequence[Row]) -> Text:
         text.append(f"\n{mark} ", style).append(f"{row.name:<{width}}  {row.version}  ")
         text.append("; ".join(row.why_not) or "usable", style)
         text.append(f"\n  {'':<{width}}  {row.fix}" if row.fix else "", "cyan")
-    absent = [row for row in rows if not row.found]
-    shared = [reason for reason in absent[0].why_not if all(reason in row.why_not for row in absent)] if absent else []
-    if absent:
+    absent: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if not row.found:
+            absent.setdefault(row.why_not[:2], []).append(row)
+    for shared, together in absent.items():
         text.append("\n\n" if text else "\n").append(f"kernel libraries: {'; '.join(shared)}", "dim")
-    for row in absent:
-        own = "; ".join(reason for reason in row.why_not if reason not in shared)
-        text.append(f"\n  {row.name:<{width}}  ").append(row.fix or "", "cyan").append(
-            f"  ({own})" if own else "", "dim"
-        )
+        for row in together:
+            own = f"  ({'; '.join(row.why_not[2:])})" if row.why_not[2:] else ""
+            text.append(f"\n  {row.name:<{width}}  ").append(row.fix or "", "cyan").append(own, "dim")
     return text

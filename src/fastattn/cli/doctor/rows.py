@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from fastattn.cli.doctor.machine import Machine
 from fastattn.environment.settings import Settings
+from fastattn.environment.text import first_line
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
-from fastattn.kernels.libraries import availability, catalogue, import_probe
+from fastattn.kernels.libraries import availability, catalogue, import_probe, operator_files
 from fastattn.kernels.libraries.catalogue import Library
 
 NOT_INSTALLED = "not installed"
@@ -33,8 +34,8 @@ def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
     """Its row; what is installed is imported in a child process."""
     found = catalogue.installed_distribution(library)
     why = [] if found else [NOT_INSTALLED]
-    why += _of_hardware(*library.sm, machine)
-    error = import_probe.why_import_fails(library.module, library.entry, timeout_s, library.after) if found else None
+    why += _of_hardware(*library.sm, machine) if library.device == "cuda" else []
+    error = _why_import_fails(library, timeout_s) if found else None
     fix = library.repair if error else None if found else library.install
     if error:
         why.append(error)
@@ -47,6 +48,14 @@ def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
         why_not=tuple(why),
         fix=fix,
     )
+
+
+def _why_import_fails(library: Library, timeout_s: float) -> str | None:
+    try:
+        what = operator_files.what_to_import(library)
+    except ImportError as error:
+        return f"ImportError: {first_line(error)}"
+    return import_probe.why_import_fails(what, library.entry, timeout_s, library.after)
 
 
 def _of_hardware(first: int, last: int, machine: Machine) -> list[str]:

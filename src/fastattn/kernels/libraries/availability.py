@@ -14,7 +14,7 @@ from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
 from fastattn.kernels.kernel import Kernel, Run
-from fastattn.kernels.libraries import catalogue, import_probe
+from fastattn.kernels.libraries import catalogue, import_probe, operator_files
 from fastattn.kernels.libraries.versions import comparable
 
 
@@ -84,13 +84,13 @@ def why_unprepared(kernel: Kernel) -> str | None:
 def import_crash_reason(kernel: Kernel) -> str | None:
     """Why importing the library would end this process; beside whatever other library is here."""
     library = catalogue.library_of(kernel.library)
-    if library is None or library.module in sys.modules:
+    if library is None or operator_files.is_imported(library):
         return None
     others = [other.module for other in catalogue.LIBRARIES if other.module in sys.modules]
     root, _ = cache_layers(current_settings().cache_dir)
     known = library_version(kernel.library) or ""
     return import_probe.why_import_crashes(
-        library.module, library.entry, known, root[0] if root else None, others, library.after
+        operator_files.what_to_import(library), library.entry, known, root[0] if root else None, others, library.after
     )
 
 

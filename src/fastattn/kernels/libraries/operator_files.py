@@ -1,0 +1,54 @@
+"""Libraries that are a file of torch's operators: it is loaded by its path, and the package around it is not imported."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.environment.torch_private import operator_names
+from fastattn.kernels.libraries.catalogue import Library, library_of
+
+
+def what_to_import(library: Library) -> str:
+    """A library's module; of a file of operators the path of the one for this CPU. Raises ImportError where there is none."""
+    if not library.operators:
+        return library.module
+    here = getattr(torch.cpu, "get_capabilities", dict)()
+    built_for = dict.fromkeys(needed for _, needed in library.operators)
+    file = next((file for file, needed in library.operators if here.get(needed)), None)
+    if file is None:
+        raise ImportError(f"its operators are built for CPUs with {', '.join(built_for)}, of which this one has none")
+    spec = find_spec(library.module)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder) / file).is_file():
+            return str(path)
+    raise ImportError(f"its package {library.module} has no file {file}")
+
+
+def is_imported(library: Library) -> bool:
+    """Whether its module is in this process, or its operators are, whoever loaded them."""
+    if not library.operators:
+        return library.module in sys.modules
+    namespace, _, name = library.entry.partition(".")
+    return hasattr(getattr(torch.ops, namespace), name)
+
+
+def load_operators(distribution: str) -> Any:
+    """The operators of a library, loaded if nobody has. Raises ImportError where others have their namespace.
+
+    A namespace that is defined twice ends the process.
+    """
+    library = library_of(distribution)
+    assert library is not None
+    namespace = library.entry.partition(".")[0]
+    if not is_imported(library):
+        if any(name.startswith(f"{namespace}::") for name in operator_names()):
+            raise ImportError(
+                f"another library has torch.ops.{namespace} in this process: to define it twice would end it"
+            )
+        torch.ops.load_library(what_to_import(library))
+    return getattr(torch.ops, namespace)

