@@ -6,7 +6,7 @@ from fastattn.problems.masks import Causal
 from stubs import Stub
 from stubs.ffpa_cute import DECODE, FEWEST, REFUSED, modules
 
-LONG = {"b": 1, "hq": 3, "hkv": 3, "sq": FEWEST, "skv": FEWEST, "d": 264}
+LONG = {"b": 1, "hq": 1, "hkv": 1, "sq": FEWEST, "skv": FEWEST, "d": 264}
 SHORT = " wide tall one_key bottom_right_wide decode gqa_decode bshd sbhd"  # lengths of the grid's own
 STUB = Stub(
     file="ffpa",
