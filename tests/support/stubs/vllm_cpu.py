@@ -118,6 +118,8 @@ STUB = Stub(
     cases={
         "window_alike": {"window": (3, 3)},
         "head_dim_80": {"d": 80},
+        "head_dim_v_64": {"d": 32, "dv": 64},
+        "last_stride_2_of_one": {"memory": "last_stride_2", "b": 1},
         "several_blocks": {"sq": 7, "skv": 300, "mask": Causal("bottom_right"), "hq": 4, "hkv": 2},
         "packed_window_alike": {"lengths": ((5, 9, 1), (5, 9, 1)), "window": (2, 2)},
         "packed_several_blocks": {"lengths": ((3, 140, 5), (260, 140, 129))},

