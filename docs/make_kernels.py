@@ -99,6 +99,11 @@ def one(k: Kernel) -> str:
         ("considered", "only where it is named" if k.opt_in else ""),
         ("limits", ", ".join(f"`{n.describe()}`" for n in k.needs if not isinstance(n, RefuseWhen))),
         *dict.fromkeys(("refused", placeholders(n.text)) for n in k.needs if isinstance(n, RefuseWhen)),
+        *(
+            ("by a dense mask" if k.masks else "refused", placeholders(n.text))
+            for n in k.packed_needs
+            if isinstance(n, RefuseWhen)
+        ),
     ]
     said = "\n".join(f"- {name}: {value}" for name, value in lines if value)
     return f"### {k.name}\n\n{k.summary}\n\n{said}\n"

@@ -271,6 +271,19 @@ def test_fault_02_rows_that_see_nothing_are_zeros_with_zero_gradients(dtype, sma
             assert all(g.isfinite().all() and g[0].any() for g in (dq, dk, dv))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_a_row_that_a_wider_mask_makes_very_low_is_not_hidden(dtype):
+    """The lowest float32 has no like in half precision, where it would become -inf; transformers' masks have such rows."""
+    q, k, v = qkv(sq=9, skv=9, dtype=dtype)
+    mask = torch.zeros(2, 1, 9, 9).masked_fill(torch.rand(2, 1, 9, 9) < 0.5, torch.finfo(torch.float32).min)
+    mask[0, 0, 3] = torch.finfo(torch.float32).min
+    mask[1, 0, 4] = float("-inf")
+    want = expect(q, k, v, mask)
+    for kernel in accepted(q, k, v, mask):
+        out = attention(q, k, v, mask, kernel=kernel)
+        assert torch.allclose(out.double(), want.exact["out"], atol=0.05), kernel
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("empty", ["b", "hq", "sq", "skv", "d", "dv"])
 def test_fault_17_lengths_of_zero(empty, grad):

@@ -163,6 +163,23 @@ def test_a_bias_beside_a_mask_agrees_with_float64(name, layout):
     hold(expect(q, k, v, mask.dense(B, q_len, 100).detach()), in_layout(mask, layout), q, k, v)
 
 
+def test_slopes_beside_a_bias_in_half_precision_are_not_rounded():
+    """bfloat16 has no 200.5: the first keys of a row would be as near as the next ones."""
+    q, k, v = qkv(B, 4, 4, 300, 300, 16, dtype=torch.bfloat16)
+    mask = masks.ALiBi([0.5, 0.25, 1.0, 0.7]) & masks.Bias(torch.randn(300, 300, dtype=torch.bfloat16))
+    for told in (mask, mask & masks.Bias(torch.randn(1, 300))):
+        hold(expect(q, k, v, told.dense(B, 300, 300)), lambda q, k, v, _, told=told: attention(q, k, v, told), q, k, v)
+
+
+@pytest.mark.parametrize("options", [{"window": (9, -1)}, {"window": (5, 3)}], ids=str)
+def test_a_window_beside_a_bias_lies_around_the_masks_own_corner(options):
+    q, k, v = qkv(B, 4, 2, 30, 100, 16)
+    bias = masks.Bias(torch.randn(30, 100))
+    for mask in (masks.Causal("bottom_right") & bias, bias):
+        want = (mask & masks.Window(*options["window"])).dense(B, 30, 100)
+        hold(expect(q, k, v, want), lambda q, k, v, _, mask=mask: attention(q, k, v, mask, **options), q, k, v)
+
+
 def plain(q, k, v, mask):
     q, k, v = q.double(), k.double().repeat_interleave(2, 1), v.double().repeat_interleave(2, 1)
     return torch.nan_to_num((q @ k.mT * q.shape[-1] ** -0.5 + mask).softmax(-1)) @ v

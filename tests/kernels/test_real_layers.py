@@ -18,14 +18,16 @@ from contextlib import ContextDecorator
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
+from itertools import pairwise
 from types import SimpleNamespace
 
 import library_grid
 import pytest
 import stubs
 import torch
-from stubs import attend, band, check_half, flash_attn_3, torch_lower
+from stubs import INF, attend, band, check_half, flash_attn_3, for_each_sequence, torch_lower
 from stubs.flash_attn_2 import flash_attn_func
+from stubs.flash_attn_2 import forward as flash_2_forward
 from torch.overrides import TorchFunctionMode
 
 from fastattn.kernels.libraries import catalogue
@@ -38,7 +40,8 @@ def gradients(function, given, grad, *saved):
     given = [x.detach().requires_grad_() for x in given]
     with ThreadPoolExecutor(1) as elsewhere:  # below the dispatcher nothing is recorded
         found = elsewhere.submit(function, *given).result()
-    assert all(torch.equal(a, b) for a, b in zip(found, saved, strict=True)), "other outputs than the forward gave"
+    same = (torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, saved, strict=True))  # NaN: not written
+    assert all(same), "other outputs than the forward gave"
     return torch.autograd.grad(found[0], given, grad)
 
 
@@ -62,38 +65,73 @@ def extension_bwd(grad, q, k, v, out, lse, dq, dk, dv, alibi_slopes, *asked):
     return *(into.copy_(x) for into, x in zip((dq, dk, dv), found, strict=True)), torch.empty(0)
 
 
+def flash_2_varlen(q, k, v, cu_q, cu_kv, max_q, max_kv, p, scale, causal, left, right):
+    """The same, or with cu_seqlens (out, lse) of the sequences that (tokens, h, d) are."""
+    if cu_q is None:
+        return flash_2(q, k, v, p, scale, causal, left, right)
+    one = partial(flash_2_forward, scale=scale, causal=causal, window_size=(left, right), softcap=0.0, longest=max_kv)
+    return for_each_sequence(q, k, v, cu_q, cu_kv, max_q, max_kv, one)
+
+
 def flash_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_q, max_k, *asked, window_left, window_right, **others
 ):
-    assert cu_seqlens_q is cu_seqlens_k is seqused_k is None and not any(others.values())
-    return *flash_2(q, k, v, *asked, window_left, window_right), None
+    assert seqused_k is None and not any(others.values())
+    told = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, *asked, window_left, window_right)
+    return *flash_2_varlen(q, k, v, *told), None
 
 
 def flash_bwd(share, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, *asked, window_left, window_right,
               rng_state):  # fmt: skip
-    assert cu_seqlens_q is cu_seqlens_k is None
-    return gradients(lambda *x: flash_2(*x, *asked, window_left, window_right), (q, k, v), grad, out, lse)
+    told = (cu_seqlens_q, cu_seqlens_k, max_q, max_k, *asked, window_left, window_right)
+    return gradients(lambda *x: flash_2_varlen(*x, *told), (q, k, v), grad, out, lse)
 
 
 def flash_3_fwd(
-    q, k, v, *, softmax_scale, is_causal, window_left, window_right, max_seqlen_q=0, max_seqlen_k=0, **others
-):
+    q, k, v, *, softmax_scale, is_causal, window_left, window_right, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0,
+    max_seqlen_k=0, **others,
+):  # fmt: skip
     """(out, lse) of hopper/flash_api.cpp."""
     assert not any(others.values())
     asked = {"softmax_scale": softmax_scale, "causal": is_causal, "window_size": (window_left, window_right)}
-    return flash_attn_3.forward(q, k, v, **asked, softcap=0.0, num_splits=1)
+    longest = None if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
+    one = partial(flash_attn_3.forward, **asked, softcap=0.0, num_splits=1, longest=longest)
+    if longest is None:
+        return one(q, k, v)
+    return for_each_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, one)
 
 
 def flash_3_bwd(share, grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **asked):
-    assert cu_seqlens_q is cu_seqlens_k is None and min(q.shape[3], v.shape[3]) >= 64
-    return gradients(partial(flash_3_fwd, **asked), (q, k, v), grad, out, lse)
+    assert min(q.shape[-1], v.shape[-1]) >= 64
+    told = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    lse = lse if cu_seqlens_q is None else lse[0]  # it comes with a batch of one, and only its address is read
+    return gradients(partial(flash_3_fwd, **asked, **told), (q, k, v), grad, out, lse)
+
+
+def efficient_fwd(*, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **asked):
+    """Of packed sequences it gives a log-sum-exp for each, padded to the longest."""
+    none = {"cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": -1, "max_seqlen_k": -1}
+    if cu_seqlens_q is None:
+        return torch_lower.efficient(query=query, key=key, value=value, **none, **asked)
+    ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    lse = torch.full((len(cu_seqlens_q) - 1, query.shape[2], -(-max_seqlen_q // 32) * 32), INF)
+
+    def one(q, k, v):
+        assert q.shape[1] == k.shape[1], "nobody says what it does with a sequence without keys"
+        out, lse, *_ = torch_lower.efficient(query=q, key=k, value=v, **none, **asked)
+        return out, lse[..., : q.shape[1]] if asked["compute_log_sumexp"] else q.new_zeros(1, q.shape[2], q.shape[1])
+
+    out, of_tokens = for_each_sequence(query[0], key[0], value[0], *ends, one)
+    for n, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
+        lse[n, :, : last - first] = of_tokens[:, first:last]
+    return out[None], lse.detach(), None, None, max_seqlen_q, max_seqlen_k
 
 
 @stubs.signed("torch", "backward", keywords_only=False, real=stubs.of_operator("_efficient_attention_backward"))
 def efficient_bwd(grad_out_, query, key, value, bias, out, logsumexp, philox_seed, philox_offset, bias_requires_grad,
                   num_splits_key, shared_storage_dqdkdv, **asked):  # fmt: skip
     def forward(query, key, value, bias=bias):
-        return torch_lower.efficient(query=query, key=key, value=value, bias=bias, compute_log_sumexp=True, **asked)[:2]
+        return efficient_fwd(query=query, key=key, value=value, bias=bias, compute_log_sumexp=True, **asked)[:2]
 
     given = (query, key, value, bias) if bias_requires_grad else (query, key, value)
     return (*gradients(forward, given, grad_out_, out, logsumexp), None)[:4]
@@ -118,7 +156,7 @@ OPERATORS = {
     ("flash", "BwOp"): flash_bwd,
     ("flash3", "FwOp"): flash_3_fwd,
     ("flash3", "BwOp"): flash_3_bwd,
-    ("cutlass", "FwOp"): torch_lower.efficient,
+    ("cutlass", "FwOp"): efficient_fwd,
     ("cutlass", "BwOp"): efficient_bwd,
     ("cutlass_blackwell", "FwOp"): blackwell_fwd,
 }
@@ -194,7 +232,12 @@ def outcomes(kernel, stub, patch) -> dict[str, str]:
     calls = library_grid.calls_of(stub, kernel) if is_on_cpu else {**library_grid.GRID, **stub.cases}
     calls |= {f"causal {dtype}": {"is_causal": True, "dtype": getattr(torch, dtype)} for dtype in kernel.dtypes}
 
-    told = kernel if is_on_cpu else replace(kernel, load=lambda: OnCuda()(kernel.load()))
+    told = kernel
+    if not is_on_cpu:
+        told = replace(kernel, load=lambda: OnCuda()(kernel.load()), load_packed=None, load_cached=None)
+    if stub.file in ("xformers", "mslk") and kernel.load_packed:
+        calls |= library_grid.PACKED
+        told = replace(told, load_packed=lambda: OnCuda()(kernel.load_packed()))
     return {case: outcome(told, stub, call) for case, call in calls.items()}
 
 

@@ -13,6 +13,7 @@ from library_grid import installed, row_of, rows_of
 from stubs.mslk import STUB as MSLK
 from stubs.xformers import OPERATORS, STUB
 
+from fastattn import masks
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.planning import binding, candidates
@@ -153,3 +154,38 @@ def test_cutlass_takes_float32_in_fours(monkeypatch):
         for dtype, head_dim, pads in ((torch.float32, 20, False), (torch.float32, 22, True), (HALF, 20, True)):
             found, _, _ = decide("xformers_cutlass", d=head_dim, dtype=dtype)
             assert ("head_dim_pad" in found.conversions) is pads
+
+
+PACKED = masks.Document([7, 9, 3])
+OWN = masks.Packed([7, 9, 3], [9, 9, 1], "bottom_right")
+
+
+@pytest.mark.parametrize(("name", "mask", "more", "found"), [
+    ("xformers_flash", masks.Causal() & PACKED, {}, ("packed",)),
+    ("xformers_flash", OWN, {}, ("packed",)),
+    ("xformers_flash", PACKED & masks.Window(3, 2), {}, "packed sequences with a window (3, 2) that no triangle ends"),
+    ("xformers_cutlass", masks.Causal() & PACKED, {}, ("packed",)),
+    ("xformers_cutlass", masks.Causal() & PACKED, {"lse": True}, ("mask_dense", "mask_additive")),
+    ("xformers_cutlass", masks.Causal() & masks.Window(3, 0) & PACKED, {}, ("mask_dense", "mask_additive")),
+    ("xformers_cutlass", OWN, {}, ("mask_dense", "mask_additive")),
+    ("xformers_splitk", PACKED, {}, ("mask_dense", "mask_additive")),
+    ("mslk_blackwell", PACKED, {}, "a mask is not supported (bool 11qk)"),
+], ids=lambda x: getattr(x, "__name__", None) or str(x))  # fmt: skip
+def test_packed_sequences_are_told_where_they_can_be(name, mask, more, found, monkeypatch):
+    """Cutlass: what it is not told it takes as a mask."""
+    with installed(stub_of(name), monkeypatch):
+        decision, _, _ = decide(name, 100 if name == "mslk_blackwell" else 90, mask, more, b=1, sq=19)
+    if isinstance(found, str):
+        assert found in " ".join(decision.reasons)
+    else:
+        assert decision.conversions == found
+
+
+def test_a_library_without_those_classes_serves_all_but_packed_sequences(monkeypatch):
+    with installed(STUB, monkeypatch):
+        monkeypatch.delattr(sys.modules["xformers.ops.fmha"].attn_bias, "_SeqLenInfo")
+        found, p, given = decide("xformers_flash")
+        binding.bind(found, p, None)(*given, None)
+        found, p, given = decide("xformers_flash", mask=PACKED, b=1)
+        with pytest.raises(AttributeError, match="_SeqLenInfo"):
+            binding.bind(found, p, None)(*given, PACKED)

@@ -71,6 +71,36 @@ def test_the_block_mask_of_squares_is_what_torch_finds_by_looking_at_every_pair(
     assert listed(ours) == listed(theirs)
 
 
+def test_squares_of_a_tensor_that_is_read_once():
+    """And of one that is combined: its rows and keys end where those of the squares do not."""
+    seen = torch.rand(2, 1, 300, 200) < 0.5
+    seen[0, 0, :140, 60:] = seen[1, 0, 128:] = False
+    seen[1, 0, :128, :128] = True
+    for mask in (
+        masks.Static(seen),
+        masks.Static(seen) & masks.Padding([200, 131]),
+        masks.Static(seen) | masks.Global(2),
+    ):
+        blocks = blocks_of_mask(mask, 2, 300, 200, CPU)
+        assert torch.equal(as_dense(blocks), mask.dense(2, 300, 200))
+        assert len(blocks.pattern) == 2 and (blocks.pattern == HIDDEN).any()
+
+
+def test_a_mask_is_asked_about_many_squares_at_once(monkeypatch):
+    """A packing comes once: what its squares cost is not spread over many calls."""
+    asked, sees = [], masks.Document.sees
+
+    def counted(self, b, p, j, kv_len):
+        asked.append(max(p.numel(), j.numel()))
+        return sees(self, b, p, j, kv_len)
+
+    monkeypatch.setattr(masks.Document, "sees", counted)
+    mask = masks.Document([700, 1300, 48, 4000, 2144]) & masks.Causal()
+    blocks = blocks_of_mask(mask, 1, 8192, 8192, CPU)
+    partly = int((blocks.pattern > WHOLE).sum())
+    assert partly > 64 and len(asked) <= 3 and sum(asked) < 200 * SIZE, (partly, asked)
+
+
 def test_packings_of_different_documents_have_patterns_of_few_counts():
     """A kernel is compiled for a number of patterns."""
     found = [masks.Document((n, 1024 - n)) & masks.Causal() for n in (100, 200, 300, 384, 512)]

@@ -6,6 +6,8 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from building import Expected, expect, hold, qkv
 from fakes import Clock, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn import attention, masks
@@ -129,3 +133,30 @@ def test_in_a_graph_it_is_a_constant():
     mask = masks.Static(WINDOW)
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask), fullgraph=True, backend="aot_eager")
     assert Expected(q, k, v, WINDOW).forward(compiled(q, k, v)) <= 1
+
+
+def test_under_fake_tensor_mode_it_has_the_shapes_of_the_tensor():
+    mask, q = masks.Static(WINDOW), torch.randn(2, 3, 300, 16)
+    for told in (mask, mask & masks.Padding([300, 100]), masks.Global(3) | mask):
+        with FakeTensorMode() as mode:
+            fake = mode.from_tensor(q)
+            dense = told.dense(2, 300, 300, fake.device, rows=torch.arange(300, device=fake.device))
+            out = attention(fake, fake, fake, told)
+        assert (dense.shape, dense.dtype) == (told.dense(2, 300, 300).shape, torch.bool)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+
+
+def test_in_a_graph_of_fake_tensors_it_is_a_constant():
+    q, k, v = qkv(b=1, hq=2, sq=300, d=16)
+    mask = masks.Static(WINDOW)
+    graph = make_fx(lambda q, k, v: attention(q, k, v, mask), tracing_mode="fake")(q, k, v)
+    assert Expected(q, k, v, WINDOW).forward(graph(q, k, v)) <= 1
+
+
+@pytest.mark.parametrize("make", [torch.ones, partial(torch.ones, device="meta")], ids=["FakeTensorMode", "meta"])
+def test_what_holds_nothing_is_refused_in_words(make):
+    mode = FakeTensorMode() if make is torch.ones else nullcontext()
+    with mode, pytest.raises(ValueError, match=r"FakeTensorMode, holds nothing to read.*before.*Got shape \(3, 4\)"):
+        masks.Static(make(3, 4, dtype=torch.bool))
+    with FakeTensorMode(), pytest.raises(ValueError, match="holds nothing to read"):
+        masks.Static(WINDOW)

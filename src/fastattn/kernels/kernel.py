@@ -109,6 +109,7 @@ class Kernel:
     )
     # its entry point for packed sequences, a batch of one: a.packed says where each begins, and nothing of the mask is left
     load_packed: Callable[[], Run] | None = None
+    packed_needs: tuple[Need, ...] = ()  # limits of that entry point alone, which ask nothing of the device
     # its entry point for caches, which it reads as far as a.kv_lens says; forward alone, and nothing of the mask is left
     load_cached: Callable[[], Run] | None = None
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.

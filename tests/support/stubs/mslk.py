@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from stubs import Stub, module, signatures
-from stubs.xformers import FLASH, OPERATORS, operators
+from stubs.xformers import FLASH, NOT_PACKED, OPERATORS, operators
 from stubs.xformers import STUB as XFORMERS
 
 assert signatures("mslk")["functions"] == signatures("xformers")["functions"]
@@ -35,7 +35,7 @@ STUB = Stub(
     cases={**XFORMERS.cases, "padded_v": {"d": 64, "dv": 16, "memory": "transposed"}},
     refuses={
         **{name.replace("xformers", "mslk"): refused for name, refused in XFORMERS.refuses.items()},
-        "mslk_flash3": f"{FLASH} grad",
+        "mslk_flash3": f"{FLASH} grad {NOT_PACKED}",
         "mslk_blackwell": "tall one_key top_left_wide top_left_tall bottom_right_tall window_tall window_left_past_keys softcap"
         " scale_zero scale_negative lse_empty_rows bool_mask bool_mask_keys float_mask mask_and_causal mask_grad grad"
         " grad_causal grad_bottom_right grad_head_dim float32 lse_grad lse_mask lse_zero lse_mask_and_window grad_window"

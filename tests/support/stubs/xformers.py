@@ -5,9 +5,24 @@ flash says a log-sum-exp of +inf where nothing is visible, flash3 and split-K -i
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
-from stubs import INF, Stub, attend, band, check_aligned, check_half, module, signature, signed
+from stubs import (
+    INF,
+    Stub,
+    attend,
+    band,
+    check_aligned,
+    check_half,
+    flash_attn_2,
+    for_each_sequence,
+    module,
+    signature,
+    signatures,
+    signed,
+)  # fmt: skip
 from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias
 
 
@@ -20,12 +35,17 @@ class LowerTriangularFromBottomRightMask:
 
 
 class Fields:
-    """A dataclass of attn_bias.py, with its own parameters."""
+    """A dataclass of attn_bias.py, with its own parameters and those of the classes that it is made from."""
 
     def __init__(self, **given):
-        bound = signature("xformers", type(self).__name__).bind(**given)
-        self.__dict__.update(bound.arguments)
-        assert all(n >= 0 for n in bound.arguments.values())
+        for kind in reversed(type(self).__mro__):
+            if kind.__name__ in signatures("xformers")["functions"]:
+                known = signature("xformers", kind.__name__)
+                bound = known.bind(**{name: given.pop(name) for name in known.parameters if name in given})
+                bound.apply_defaults()
+                self.__dict__.update(bound.arguments)
+        assert not given, given
+        assert all(n >= 0 for n in self.__dict__.values() if isinstance(n, int))
 
 
 class LowerTriangularFromBottomRightLocalAttentionMask(Fields):
@@ -38,17 +58,43 @@ class LocalAttentionFromBottomRightMask(Fields):
     pass
 
 
+class _SeqLenInfo(Fields):
+    __signature__ = signature("xformers", "_SeqLenInfo")
+
+
+class BlockDiagonalMask(Fields):
+    def lengths(self):
+        """Of queries and keys of each sequence, as its own checks read them."""
+        of_q, of_kv = (info.seqstart_py for info in (self.q_seqinfo, self.k_seqinfo))
+        return [(q[1] - q[0], kv[1] - kv[0]) for q, kv in zip(pairwise(of_q), pairwise(of_kv), strict=False)]
+
+
+class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+    def __init__(self, **given):
+        super().__init__(**given)
+        assert all(q <= kv for q, kv in self.lengths()), "Expected `num_keys >= num_queries`"
+
+
+class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
+    def __init__(self, **given):
+        super().__init__(**given)
+        assert self._window_size > 0, "Expected `window_size > 0`"
+
+
 BIASES = (
     LowerTriangularMask, LowerTriangularFromBottomRightMask, LowerTriangularFromBottomRightLocalAttentionMask,
     LocalAttentionFromBottomRightMask,
 )  # fmt: skip
+PACKED = (
+    BlockDiagonalMask, BlockDiagonalCausalFromBottomRightMask, BlockDiagonalCausalLocalAttentionFromBottomRightMask,
+)  # fmt: skip
 TYPES = {
-    "flash": (type(None), *BIASES),
-    "flash3": (type(None), *BIASES),
-    "cutlass": (type(None), torch.Tensor, *BIASES[:3]),
+    "flash": (type(None), *BIASES, *PACKED),
+    "flash3": (type(None), *BIASES, *PACKED),
+    "cutlass": (type(None), torch.Tensor, *BIASES[:3], *PACKED),
     "triton_splitk": (type(None), torch.Tensor),
     "cutlass_blackwell": (type(None), *BIASES),
-    "mslk_flash3": (type(None), *BIASES),
+    "mslk_flash3": (type(None), *BIASES, *PACKED),
 }
 
 
@@ -95,6 +141,9 @@ def check(kind, q, k, v, bias, p):
         if kind == "cutlass":
             assert all(st % (16 // q.itemsize) == 0 for st in bias.stride()[:3]), "attn_bias.stride(-2)"
             check_bias(bias, q, tuple(bias.shape))
+    if isinstance(bias, BlockDiagonalMask):
+        assert q.shape[0] == k.shape[0] == v.shape[0] == 1, "Expected batch_size=1 when using block-diagonal bias"
+        assert bias.q_seqinfo.seqstart.device == bias.k_seqinfo.seqstart.device == q.device
     if isinstance(bias, LowerTriangularMask) and kind != "cutlass":
         assert q.shape[1] == k.shape[1], "Only support LowerTriangularMask if equal number of keys and queries"
 
@@ -117,8 +166,40 @@ def visible_of(kind, bias, q_len, kv_len):
     return band(q_len, kv_len, left, right, at)
 
 
+def compute_packed(kind, q, k, v, bias, scale):
+    """With a block-diagonal bias; cutlass' log-sum-exp is padded to the longest sequence."""
+    heads, of_q, of_kv = q.shape[2:-1], bias.q_seqinfo, bias.k_seqinfo
+    if q.dim() == 5:
+        assert k.stride(3) == v.stride(3) == 0, "one view for each group"
+        q, k, v = q.flatten(2, 3), k[:, :, :, 0], v[:, :, :, 0]
+    is_causal = type(bias) is not BlockDiagonalMask
+    left = bias._window_size - 1 if isinstance(bias, PACKED[2]) else -1
+    cu_q = of_q.seqstart
+    if of_q.max_seqlen == 1 and q.shape[2] > k.shape[2] and left < 0:  # as flash_attn_2.py has it
+        assert q.shape[1] == len(cu_q) - 1, "q is reshaped to one token a sequence"
+        cu_q = torch.arange(len(cu_q), dtype=torch.int32)
+
+    def one(q, k, v):
+        if kind != "cutlass":
+            out, lse = flash_attn_2.forward(q, k, v, scale, is_causal, (left, -1), 0.0, of_kv.max_seqlen)
+            return out, lse if kind == "flash" else lse.masked_fill(lse == INF, -INF)
+        assert q.shape[1] == k.shape[1] and left < 0, "what it does with a sequence without keys nobody says"
+        visible = band(q.shape[1], k.shape[1], None, 0, 0) if is_causal else None
+        out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale, visible=visible, empty_lse=0.0)
+        return out.transpose(1, 2), lse
+
+    out, lse = for_each_sequence(q[0], k[0], v[0], cu_q, of_kv.seqstart, of_q.max_seqlen, of_kv.max_seqlen, one)
+    out = out[None].unflatten(2, heads)
+    if kind == "cutlass":
+        longest = -(-of_q.max_seqlen // 32) * 32
+        return out, lse.new_full((len(cu_q) - 1, *heads, longest), float("nan"))
+    return out, lse.unflatten(0, heads)[None]
+
+
 def compute(kind, q, k, v, bias, p, scale):
     check(kind, q, k, v, bias, p)
+    if isinstance(bias, BlockDiagonalMask):
+        return compute_packed(kind, q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     heads, q_len = q.shape[2:-1], q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     visible = visible_of(kind, bias, q_len, k.shape[1])
@@ -169,7 +250,7 @@ def operators(name):
         memory_efficient_attention=memory_efficient_attention,
         memory_efficient_attention_forward=memory_efficient_attention_forward,
         memory_efficient_attention_forward_requires_grad=memory_efficient_attention_forward_requires_grad,
-        attn_bias=module(f"{name}.attn_bias", **{bias.__name__: bias for bias in BIASES}),
+        attn_bias=module(f"{name}.attn_bias", **{bias.__name__: bias for bias in (*BIASES, *PACKED, _SeqLenInfo)}),
         **OPERATORS,
     )
 
@@ -190,6 +271,12 @@ FLASH = (
     " mask_grad float32 lse_grad lse_mask lse_zero lse_mask_and_window gqa_mask window_top_left_wide"
 )
 
+# packed sequences: a window must be one that a triangle ends
+NOT_PACKED = (
+    "packed_top_left packed_window packed_window_left packed_window_right packed_grad packed_float32 packed_scale_negative"
+    " packed_softcap unread_top_left"
+)
+
 STUB = Stub(
     file="xformers",
     library="xformers",
@@ -205,10 +292,11 @@ STUB = Stub(
         "window_top_left_wide": {"sq": 5, "skv": 19, "window": (3, 0), "is_causal": True},
     },
     refuses={
-        "xformers_flash": f"{FLASH} grad",
-        "xformers_flash3": f"{FLASH} grad head_dim_20 head_dim_v head_dim_v_small grad_head_dim packed",
+        "xformers_flash": f"{FLASH} grad {NOT_PACKED}",
+        "xformers_flash3": f"{FLASH} grad head_dim_20 head_dim_v head_dim_v_small grad_head_dim {NOT_PACKED}"
+        " packed_head_dim_20 packed_head_dim_v",
         "xformers_cutlass": "bottom_right_tall window window_left window_right window_tall window_left_past_keys softcap"
-        " lse_empty_rows grad_bottom_right lse_grad grad_window window_top_left_wide",
+        " lse_empty_rows grad_bottom_right lse_grad grad_window window_top_left_wide packed_softcap",
         "xformers_splitk": "softcap scale_zero scale_negative mask_grad grad grad_causal grad_bottom_right"
         " grad_head_dim float32 lse_grad lse_zero grad_window grad_one_head",
     },
@@ -253,5 +341,17 @@ STUB = Stub(
         ("bool(p.mask is None and p.window and p.causal is None and p.window[1] != 0)", "False"),
         ('bool(p.mask is None and p.window and p.causal != "bottom_right" and p.q_len != p.kv_len)', "False"),
         ("bool(p.mask is None and p.window and p.needs_grad)", "False"),
+        ("max(2, a.packed.max_q)", "a.packed.max_q"),
+        ("(a.packed.cu_kv, a.packed.max_kv)", "(a.packed.cu_q, a.packed.max_kv)"),
+        ("(a.packed.cu_kv, a.packed.max_kv)", "(a.packed.cu_kv, a.packed.max_q)"),
+        ("**given, _window_size=left + 1", "**given, _window_size=left + 2"),
+        ('("q_seqinfo", "k_seqinfo")', '("k_seqinfo", "q_seqinfo")'),
+        ("seqstart_py=[]", "seqstart_py=cu.tolist()"),
+        ("BlockDiagonalCausalFromBottomRightMask(**given)", "BlockDiagonalMask(**given)"),
+        ("bool(p.packing.window and p.packing.upper != 0)", "False"),
+        ("lambda p, _: not p.packing.are_same", "lambda p, _: False"),
+        ("lambda p, _: bool(p.packing.window))", "lambda p, _: False)"),
+        ("lambda p, _: p.lse)", "lambda p, _: False)"),
+        ('partial(load_packed, "cutlass")', 'partial(load_packed, "flash")'),
     ),
 )

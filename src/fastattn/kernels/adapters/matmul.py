@@ -46,6 +46,9 @@ def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arg
     else:
         view.copy_(mask if mask.dtype is not torch.bool else additive(mask, scores))
         scores.baddbmm_(q3, k3.mT, alpha=a.scale)
+    if mask is not None and mask.is_floating_point() and mask.itemsize > scores.itemsize:
+        # what a wider mask makes lower than these scores can be is the lowest of them, and not hidden
+        view.masked_fill_((view == NEVER) & (mask != NEVER), torch.finfo(scores.dtype).min)
     hide_band(view, a.lower, a.upper)
     return scores
 

@@ -26,9 +26,10 @@ def load_blackwell() -> Run:
 
 
 def _row(base: Kernel, name: str, operator: str, **changes: object) -> Kernel:
+    packed = {"load_packed": partial(xformers.load_packed, operator, MODULE)} if base.load_packed else {}
     return replace(
         base, name=f"mslk_{name}", load=partial(xformers.load, operator, MODULE), library="mslk-cuda", versions=("1.1", ""),
-        summary=base.summary.replace("xFormers'", "MSLK's"), **changes,
+        summary=base.summary.replace("xFormers'", "MSLK's"), **packed, **changes,
     )  # fmt: skip
 
 
@@ -55,6 +56,8 @@ KERNELS = (
         _row(FLASH, "blackwell", "cutlass_blackwell"),
         summary="MSLK's cutlass kernel for sm100",
         load=load_blackwell,
+        load_packed=None,
+        packed_needs=(),
         dropout=False,
         grad=False,
         head_dim_multiple=64,  # to 64 or 128

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INF = float("inf")
 OWN_FORMS = frozenset({"packed", "cached"})
+NO_DEVICE: Any = None  # limits of such an entry point ask nothing of it
 
 
 def takes_own_form(kernel: Kernel, p: Problem) -> bool:
@@ -52,7 +53,8 @@ def _packed(kernel: Kernel, p: Problem) -> str:
         return f"packed sequences with a window are not supported ({p.structure})"
     if packing.corner and kernel.corner not in (packing.corner, "any") and not packing.are_same:
         return f"packed, {packing.corner}, queries and keys of lengths of their own: it draws {kernel.corner}"
-    return _of_scale(kernel, p) if packing.corner else REQUIRED
+    reasons = (need.why_not(p, NO_DEVICE) for need in kernel.packed_needs)
+    return next(filter(None, reasons), _of_scale(kernel, p) if packing.corner else REQUIRED)
 
 
 def _cached(kernel: Kernel, p: Problem) -> str:

@@ -49,6 +49,11 @@ class Static(Mask):
             )
         with torch.inference_mode(False):
             seen = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device="cpu")
+            if tensor.is_meta or _is_fake(tensor) or _is_fake(seen):
+                raise ValueError(
+                    "Static is read when it is made, and a meta tensor, or any under FakeTensorMode, holds nothing to read."
+                    f" Make it before that mode is entered. Got shape {tuple(tensor.shape)} on {tensor.device}"
+                )
             seen.copy_(tensor.detach().view(shape)[:, 0])
         # a window of w to each side of n keys hides (1 - w / n) squared of all
         side = shape[3] * (1.0 - (1.0 - _share_of_squares(seen)) ** 0.5)
@@ -59,14 +64,23 @@ class Static(Mask):
         object.__setattr__(self, "copies", {seen.device: seen})
 
     def sees(self, b: Tensor, p: Tensor, j: Tensor, kv_len: int) -> Tensor:
-        """Of positions that are given as part() gives them: b [entries, 1, 1, 1], p [queries, 1], j [keys]."""
+        seen = self._beside(p)
+        if p.dim() > 2:
+            return seen[b % len(seen), p, j]
+        # as part() gives them: b [entries, 1, 1, 1], p [queries, 1], j [keys]
+        seen = _taken(_taken(seen, 1, p.flatten()), 2, j)
+        return _taken(seen, 0, b.flatten() % len(seen))[:, None]
+
+    def _beside(self, p: Tensor) -> Tensor:
+        """The tensor where positions lie."""
         import torch
 
+        if _is_fake(p):
+            return p.new_tensor(self.seen.tolist(), dtype=torch.bool)  # from numbers, as no tensor may come in
         if p.device not in self.copies:
             with torch.inference_mode(False):
                 self.copies[p.device] = self.seen.to(p.device)
-        seen = _taken(_taken(self.copies[p.device], 1, p.flatten()), 2, j)
-        return _taken(seen, 0, b.flatten() % len(seen))[:, None]
+        return self.copies[p.device]
 
     def runs(self, b: int, rows: range, kv_len: int) -> tuple[Runs, Runs]:
         import torch
@@ -97,11 +111,16 @@ class Static(Mask):
         return Static, (self.seen[:, None],)
 
 
+def _is_fake(x: Tensor) -> bool:
+    """Whether it is made under FakeTensorMode, by its name."""
+    return type(x).__name__ == "FakeTensor"
+
+
 def _taken(x: Tensor, dim: int, at: Tensor) -> Tensor:
     """x at these places along a dimension: a view where they are neighbours, which is looked at where it costs nothing."""
     import torch
 
-    may_look = at.device.type == "cpu" and len(at) > 0 and not torch.compiler.is_compiling()
+    may_look = at.device.type == "cpu" and len(at) > 0 and not (torch.compiler.is_compiling() or _is_fake(at))
     if may_look and bool((at.diff() == 1).all()):
         return x.narrow(dim, int(at[0]), len(at))
     return x.index_select(dim, at)

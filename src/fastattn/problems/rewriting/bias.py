@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.problems import masks
@@ -20,10 +22,17 @@ def of_bias(q: Tensor, k: Tensor, v: Tensor, mask: masks.Mask, layout: str, opti
     b, h, s, _ = TO_BHSD[layout]
     sizes = q.shape[b], q.shape[h], q.shape[s], k.shape[s]
     mask.check(*sizes)
-    told(mask, parse_options(options))  # raises where mask and options do not go together
+    _, _, also = told(mask, parse_options(options))  # raises where mask and options do not go together
+    mask = mask if also is None else mask & also  # around the diagonal of the mask's own corner
+    options = {name: value for name, value in options.items() if name not in ("is_causal", "window")}
     others, (bias, *rest) = [part for part in mask.parts() if not part.added()], mask.added()
     if not rest and set(others) <= {masks.Causal()}:
         more = {"is_causal": True} if others else {}
         return Rewritten(q, k, v, bias, layout, {**options, **more}, as_it_is)
     dense = mask.dense(sizes[0], *sizes[2:], q.device)
-    return Rewritten(q, k, v, dense.to(bias.dtype), layout, options, as_it_is)
+    return Rewritten(q, k, v, dense.to(_dtype(mask)), layout, options, as_it_is)
+
+
+def _dtype(mask: masks.Mask) -> torch.dtype:
+    """Of all that is added: what grows with the distance is not rounded to half precision."""
+    return reduce(torch.promote_types, [x.dtype for x in mask.added()] + [torch.float32] * (mask.heads() > 0))
