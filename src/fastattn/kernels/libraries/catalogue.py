@@ -6,10 +6,11 @@ Found means: a distribution of that name is installed. A module of that name pro
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,7 @@ class Library:
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
-    # (file of torch's operators in its package, what the CPU must have): the first that fits is loaded in place of the module,
-    # and `entry` is a name in torch.ops
+    # (file of torch's operators, what the CPU must have): loaded in place of the module; `entry` is then a name in torch.ops
     operators: tuple[tuple[str, str], ...] = ()
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
@@ -38,8 +38,7 @@ class Library:
 
 
 TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
-# where kernels of the Hugging Face hub lie
-HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")  # of kernels
 FROM_SOURCE = "pip install --no-build-isolation"
 SAGE = "git+https://github.com/thu-ml/SageAttention"
 
@@ -204,8 +203,6 @@ def _with_pre_release(version: str) -> tuple[int, ...]:
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:
     """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
-    import importlib.metadata  # 5 ms, and a CPU never asks
-
     for name in library.distributions:
         try:
             return name, importlib.metadata.version(name) or "?"
@@ -221,8 +218,6 @@ def version_of(distribution: str) -> str | None:
     library = library_of(distribution)
     if library is not None:
         return (installed_distribution(library) or (None, None))[1]
-    import importlib.metadata
-
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -238,13 +233,17 @@ def tag_of(distribution: str, version: str | None) -> str:
 
 def installed_for(device_type: str) -> dict[str, str]:
     """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
-    found = filter(None, (installed_distribution(library) for library in LIBRARIES if library.device == device_type))
     of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
-    return {**of_torch, **{name: tag_of(name, version) for name, version in found}}
+    return {**of_torch, **{name: tag_of(name, version) for name, version in distributions_for(device_type)}}
 
 
-def _told(prefixes: Iterable[str]) -> list[str]:
+@cache
+def distributions_for(device_type: str) -> list[tuple[str, str]]:
+    """(distribution, version) of each of them: looked up once, as every stored verdict asks."""
+    return [found for lib in LIBRARIES if lib.device == device_type and (found := installed_distribution(lib))]
+
+
+def _told(prefixes: tuple[str, ...]) -> list[str]:
     """The variables of the environment that begin so."""
-    return [
-        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(tuple(prefixes) or ("\0",))
-    ]
+    told = sorted(os.environ.items()) if prefixes else ()
+    return [f"{name}={value}" for name, value in told if name.startswith(prefixes)]
