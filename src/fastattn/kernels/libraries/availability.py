@@ -98,7 +98,14 @@ def forget_libraries() -> None:
     """Look at the installed libraries anew."""
     _broken.clear()
     _loaded.clear()
-    for remembered in (library_version, load_kernel, load_form, why_unavailable, why_unprepared):
+    for remembered in (
+        library_version,
+        load_kernel,
+        load_form,
+        why_unavailable,
+        why_unprepared,
+        catalogue.distributions_for,
+    ):
         remembered.cache_clear()
 
 

@@ -6,9 +6,10 @@ Found means: a distribution of that name is installed. A module of that name pro
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 
@@ -26,8 +27,7 @@ class Library:
     is_tool: bool = False  # others need it; it has no attention kernel of its own
     after: tuple[str, ...] = ()  # modules that must be imported before it
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
-    # (file of torch's operators in its package, what the CPU must have): the first that fits is loaded in place of the module,
-    # and `entry` is a name in torch.ops
+    # (file of torch's operators, what the CPU must have): loaded in place of the module; `entry` is then a name in torch.ops
     operators: tuple[tuple[str, str], ...] = ()
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
@@ -38,8 +38,7 @@ class Library:
 
 
 TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
-# where kernels of the Hugging Face hub lie
-HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")  # of kernels
 FROM_SOURCE = "pip install --no-build-isolation"
 SAGE = "git+https://github.com/thu-ml/SageAttention"
 
@@ -189,8 +188,6 @@ def library_of(distribution: str) -> Library | None:
 
 def installed_distribution(library: Library) -> tuple[str, str] | None:
     """(distribution, version) of what is installed of a library, or None. Imports nothing; "?" where no version is told."""
-    import importlib.metadata  # 5 ms, which a CPU seldom pays
-
     for name in library.distributions:
         try:
             return name, importlib.metadata.version(name) or "?"
@@ -206,8 +203,6 @@ def version_of(distribution: str) -> str | None:
     library = library_of(distribution)
     if library is not None:
         return (installed_distribution(library) or (None, None))[1]
-    import importlib.metadata
-
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -223,16 +218,20 @@ def tag_of(distribution: str, version: str | None) -> str:
 
 def installed_for(device_type: str) -> dict[str, str]:
     """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
+    of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
+    return {**of_torch, **{name: tag_of(name, version) for name, version in distributions_for(device_type)}}
+
+
+@cache
+def distributions_for(device_type: str) -> list[tuple[str, str]]:
+    """(distribution, version) of each of them: looked up once, as every stored verdict asks."""
     libraries = [library for library in LIBRARIES if library.device == device_type]
     if device_type == "cpu":  # their files are looked for before their metadata, as a first call waits for it
         libraries = [library for library in libraries if find_spec(library.module) is not None]
-    found = filter(None, map(installed_distribution, libraries))
-    of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
-    return {**of_torch, **{name: tag_of(name, version) for name, version in found}}
+    return list(filter(None, map(installed_distribution, libraries)))
 
 
-def _told(prefixes: Iterable[str]) -> list[str]:
+def _told(prefixes: tuple[str, ...]) -> list[str]:
     """The variables of the environment that begin so."""
-    return [
-        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(tuple(prefixes) or ("\0",))
-    ]
+    told = sorted(os.environ.items()) if prefixes else ()
+    return [f"{name}={value}" for name, value in told if name.startswith(prefixes)]
