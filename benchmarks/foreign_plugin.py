@@ -1,5 +1,6 @@
 """A pytest plugin of foreign_suites.py: the tests of another project run with fastattn in the place of F.sdpa.
 
+FOREIGN_HOW "string": in the place of transformers' "sdpa" instead, by the functions of attn_implementation="fastattn".
 FOREIGN_STATS names a folder: what each process's calls came to is written into it, as JSON.
 """
 
@@ -15,7 +16,13 @@ import fastattn
 
 def pytest_configure(config: Any) -> None:
     """Before a test's module is imported, so that names it binds are ours."""
-    fastattn.patch()
+    if os.environ["FOREIGN_HOW"] != "string":
+        fastattn.patch()
+        return
+    from fastattn.integrations import transformers as ours
+
+    ours.library.AttentionInterface.register("sdpa", ours.attend)
+    ours.library.AttentionMaskInterface.register("sdpa", ours.make_mask)
 
 
 def pytest_sessionfinish(session: Any) -> None:

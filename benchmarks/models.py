@@ -3,8 +3,9 @@
     python benchmarks/models.py [--only REGEX] [--dtype bfloat16] [--seconds 20] [--smoke] [--results docs/results]
 
 Nothing is downloaded. The three share their weights, and stock stands in the rounds twice (A/A); times are medians of one
-interleaved run. Every model starts from an empty store, and tunes before it is timed. The last column is how far the two
-outputs are from stock's, as a part of its largest number. Exit code 1 where that is too far.
+interleaved run. Every model starts from an empty store, and tunes before it is timed. "none" is the model without any
+attention, its queries passed on in the place of the output: what no kernel can beat. "differs" is how far the two outputs
+are from stock's, as a part of its largest number. Exit code 1 where that is too far.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rounds import interleave, spread
 import fastattn
 import fastattn.integrations.transformers
 
-STOCK, AGAIN, STRING, PATCH = "sdpa", "sdpa again", "string", "patch()"
+STOCK, AGAIN, STRING, PATCH, NONE = "sdpa", "sdpa again", "string", "patch()", "none"
 FAR = {"float32": 1e-3, "bfloat16": 0.1}
 Run = Callable[[], torch.Tensor]
 
@@ -180,6 +181,16 @@ SMOKE = (
     Case("a tiny Mistral", "Mistral", text(32, 32, 4, 2, 8, sliding_window=64), prefill, 400),
     Case("a tiny Llama, packed", "Llama", text(32, 32, 4, 2, 8), packed, 600, grad=True),
 )
+
+
+def no_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> tuple[torch.Tensor, None]:
+    """An output of attention's shape, and gradients of all its inputs, for next to no work."""
+    out = query[..., : value.size(3)].transpose(1, 2).contiguous()
+    return (out + 0 * (key.sum() + value.sum()) if out.requires_grad else out), None
+
+
+transformers.AttentionInterface.register("none", no_attention)
+transformers.AttentionMaskInterface.register("none", lambda **given: None)
 CLASSES = {"T5Encoder": ("T5Config", "T5EncoderModel"), "Gemma3Text": ("Gemma3TextConfig", "Gemma3TextModel")}
 
 
@@ -198,17 +209,18 @@ def build(case: Case, implementation: str, dtype: torch.dtype) -> Any:
 def measure(case: Case, dtype: torch.dtype, seconds: float) -> Result:
     torch.manual_seed(0)
     stock = build(case, "sdpa", dtype).train(case.grad)
-    told = build(case, "fastattn", dtype).train(case.grad)
-    told.load_state_dict(stock.state_dict(), assign=True)
-    for model in (stock, told):
+    told, none = (build(case, name, dtype).train(case.grad) for name in ("fastattn", "none"))
+    for model in (told, none):
+        model.load_state_dict(stock.state_dict(), assign=True)
+    for model in (stock, told, none):
         model.requires_grad_(case.grad)
-    plain, string, again = (case.use(model, case.size) for model in (stock, told, stock))
+    plain, string, again, bare = (case.use(model, case.size) for model in (stock, told, stock, none))
 
     def patched() -> torch.Tensor:
         with fastattn.patch():
             return again()
 
-    runs, outputs, served = {STOCK: plain, STRING: string, PATCH: patched, AGAIN: plain}, {}, {}
+    runs, outputs, served = {STOCK: plain, STRING: string, PATCH: patched, AGAIN: plain, NONE: bare}, {}, {}
     with tempfile.TemporaryDirectory() as directory, torch.set_grad_enabled(case.grad):
         fastattn.options(cache_dir=directory, tune_budget=1e6)
         fastattn.clear()
@@ -229,13 +241,14 @@ def measure(case: Case, dtype: torch.dtype, seconds: float) -> Result:
 def table(results: Iterable[Result]) -> Table:
     shown = Table(title="whole models over stock sdpa", title_justify="left", box=None, padding=(0, 1, 0, 0))
     shown.add_column("")
-    for heading in ("dtype", "sdpa", "string", "", "patch()", "", "A/A", "differs"):
+    for heading in ("dtype", "sdpa", "string", "", "patch()", "", "none", "A/A", "differs"):
         shown.add_column(heading, justify="right")
     shown.add_column("string: served by")
     for r in results:
         cells = [r.name, r.dtype, f"{r.ms[STOCK]:.0f} ms"]
         for name in (STRING, PATCH):
             cells += [f"{r.ms[name]:.0f}", f"{r.ms[STOCK] / r.ms[name]:.2f}x"]
+        cells.append(f"{r.ms[STOCK] / r.ms[NONE]:.2f}x")
         shown.add_row(*cells, f"{100 * r.spread:.0f}%", f"{r.error:.1g}", "; ".join(r.served[STRING]))
     return shown
 
