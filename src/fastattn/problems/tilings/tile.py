@@ -51,6 +51,18 @@ class Tile(NamedTuple):
         """Its place in q and in the output, (b, h, s, d)."""
         return self.batch, slice(None), self.rows
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Its part of q."""
+        return x[self.query]
+
+    def of_gradient(self, grad: Tensor) -> Tensor:
+        """Its part of the output's gradient."""
+        return grad[self.query]
+
+    def put_rows(self, x: Tensor, part: Tensor) -> None:
+        """Write its part of the output, the log-sum-exp or q's gradient."""
+        x[self.query] = part
+
     def of_keys(self, x: Tensor, dim: int = 2) -> Tensor:
         """Its part of k or v, along the dimension of the keys: a view where they lie in one run."""
         x = x if x.shape[0] == 1 else x[self.batch]
