@@ -65,8 +65,8 @@ class Tile(NamedTuple):
 
     def of_keys(self, x: Tensor, dim: int = 2) -> Tensor:
         """Its part of k or v, along the dimension of the keys: a view where they lie in one run."""
-        x = x if x.shape[0] == 1 else x[self.batch]
-        parts = [x[self._at(pair, dim)] for pair in self.keys]
+        batch = self.batch if x.shape[0] > 1 else slice(None)
+        parts = [x[(batch, *self._at(pair, dim)[1:])] for pair in self.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def add_to_keys(self, x: Tensor, part: Tensor | None) -> None:
