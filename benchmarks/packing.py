@@ -3,8 +3,9 @@
     python benchmarks/packing.py [--only REGEX] [--dtype bfloat16] [--seconds 5] [--smoke] [--results docs/results]
 
 F.sdpa with the dense mask that says the lengths, F.sdpa again (A/A), and attention() told the lengths, alternate within each
-round; times are medians. Every problem starts from an empty store. Then a decode loop: a token a step through 32 layers, stock,
-with the three fastest candidates ordered by name, and by attention(). Exit code 1 where an answer is wrong.
+round; times are medians. Every problem starts from an empty store. Then what lengths cost against each other, decoding with
+and without the keys in parts, by candidates ordered by name, and a decode loop: a token a step through 32 layers, stock, with
+the three fastest candidates ordered by name, and by attention(). Exit code 1 where an answer is wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,16 @@ from fastattn.verdicts.verdict import Outcome
 
 SDPA, AGAIN = "F.sdpa", "F.sdpa again"
 Calls = dict[str, Callable[[], torch.Tensor]]
+Times = dict[str, float]  # ms by name
+
+
+class Case(NamedTuple):
+    """Calls that alternate. inputs: whose gradients are wanted; are_same: all give one answer; note: said of the times."""
+
+    calls: Calls
+    inputs: tuple[torch.Tensor, ...] = ()
+    are_same: bool = True
+    note: Callable[[Times], str] = lambda ms: ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Result:
 
     name: str
     dtype: str
-    ms: dict[str, float]
+    ms: Times
     spread: float
     error: float
     note: str = ""
@@ -52,10 +63,10 @@ def ends_of(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-# --- the cases: each gives a name, the calls, and the input whose gradients are wanted
+# --- the cases
 
 
-def padded_batch(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+def padded_batch(dtype: torch.dtype) -> Case:
     """16 sequences of 64 to 448 tokens, padded to 512: with the bool mask, as thd, as a jagged tensor."""
     b, h, s, d = 16, 12, 512, 64
     lengths = [64 + 24 * i for i in range(b)]
@@ -64,36 +75,64 @@ def padded_batch(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
     packed, ends = [x[seen] for x in (q, k, v)], ends_of(lengths)
     nested = [torch.nested.nested_tensor_from_jagged(x, ends).transpose(1, 2) for x in packed]
     bhsd, mask = [x.transpose(1, 2) for x in (q, k, v)], seen[:, None, None]
-    return {
+    return Case({
         SDPA: lambda: F.scaled_dot_product_attention(*bhsd, mask).transpose(1, 2)[seen],
         "dense mask": lambda: attention(*bhsd, mask).transpose(1, 2)[seen],
         "thd": lambda: attention(*packed, layout="thd", cu_seqlens_q=ends),
         "jagged": lambda: attention(*nested).transpose(1, 2).values(),
-    }, []
+    })  # fmt: skip
 
 
-def packed_training(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+def packed_training(dtype: torch.dtype) -> Case:
     """8,192 tokens of documents of 300 tokens in the mean, causal, forward and backward."""
     g = torch.Generator().manual_seed(1)
     lengths: list[int] = []
     while sum(lengths) < 8192:
         lengths.append(min(int(torch.randint(60, 540, (1,), generator=g)), 8192 - sum(lengths)))
-    q, k, v = (draw(8192, 4, 64, dtype=dtype, seed=i).requires_grad_() for i in range(3))
-    ends = ends_of(lengths)
-    ids = torch.bucketize(torch.arange(8192), ends[1:], right=True)
-    mask = ((ids[:, None] == ids) & torch.ones(8192, 8192, dtype=torch.bool).tril())[None, None]
+    return packed(lengths, lengths, (4, 4), 64, dtype, grad=True)
+
+
+def packed(
+    queries: list[int], keys: list[int], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, grad: bool = False
+) -> Case:
+    """Packed sequences, the queries of each the last of its keys; F.sdpa is given all of them with one mask."""
+    q, k, v = (
+        draw(sum(n), h, head_dim, dtype=dtype, seed=i).requires_grad_(grad)
+        for i, (n, h) in enumerate(((queries, heads[0]), (keys, heads[1]), (keys, heads[1])))
+    )
+    of_q, of_k = ends_of(queries), ends_of(keys)
+    i, j = torch.arange(sum(queries)), torch.arange(sum(keys))
+    n, m = torch.bucketize(i, of_q[1:], right=True), torch.bucketize(j, of_k[1:], right=True)
+    at = i - of_q[n] + (of_k.diff() - of_q.diff())[n]  # of its sequence's keys
+    mask = ((n[:, None] == m) & (j - of_k[m] <= at[:, None]))[None, None]
     bhsd = lambda: (x.transpose(0, 1)[None] for x in (q, k, v))  # noqa: E731
-    return {
-        SDPA: lambda: F.scaled_dot_product_attention(*bhsd(), mask)[0].transpose(0, 1),
+    told: dict[str, Any] = {"layout": "thd", "cu_seqlens_q": of_q}
+    told |= {"is_causal": True} if queries == keys else {"mask": masks.Causal("bottom_right"), "cu_seqlens_kv": of_k}
+    gqa = heads[0] != heads[1]
+    calls = {
+        SDPA: lambda: F.scaled_dot_product_attention(*bhsd(), mask, enable_gqa=gqa)[0].transpose(0, 1),
         "dense mask": lambda: attention(*bhsd(), mask)[0].transpose(0, 1),
-        "thd": lambda: attention(q, k, v, layout="thd", cu_seqlens_q=ends, is_causal=True),
-    }, [q, k, v]
+        "thd": lambda: attention(q, k, v, **told),
+    }
+    return Case(calls, (q, k, v) if grad else ())
+
+
+def short_sequences(grad: bool) -> Callable[[torch.dtype], Case]:
+    """32 sequences of 8 to 64 tokens, causal."""
+    lengths = [8 + 56 * (7 * i % 32) // 31 for i in range(32)]
+    return lambda dtype: packed(lengths, lengths, (12, 12), 64, dtype, grad)
+
+
+def serving_mix(dtype: torch.dtype) -> Case:
+    """What a server computes in one step: three prompts, one of them half done before, and 13 sequences a token each."""
+    queries, keys = [300, 128, 200, *[1] * 13], [300, 128, 400, *(100 + 150 * (5 * i % 13) for i in range(13))]
+    return packed(queries, keys, (32, 8), 128, dtype)
 
 
 def cache(filled: list[int], heads: tuple[int, int] = (32, 8), q_len: int = 1, kv_len: int = 4096) -> Any:
     """Decoding over a cache of 4,096 that is filled to some lengths."""
 
-    def calls(dtype: torch.dtype) -> tuple[Calls, list[torch.Tensor]]:
+    def calls(dtype: torch.dtype) -> Case:
         b = len(filled)
         q = draw(b, heads[0], q_len, 128, dtype=dtype)
         k, v = (draw(b, heads[1], kv_len, 128, dtype=dtype, seed=i) for i in (1, 2))
@@ -101,11 +140,54 @@ def cache(filled: list[int], heads: tuple[int, int] = (32, 8), q_len: int = 1, k
         at = kv_lens[:, None, None, None] - q_len + torch.arange(q_len)[:, None]
         mask = torch.arange(kv_len) <= at
         corner = masks.Causal("bottom_right")
-        return {
+        return Case({
             SDPA: lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa),
             "dense mask": lambda: attention(q, k, v, mask),
             "kv_lens": lambda: attention(q, k, v, corner, kv_lens=kv_lens),
-        }, []
+        })  # fmt: skip
+
+    return calls
+
+
+FILLINGS = {"full": [4096] * 8, "half full": [2048] * 8, "one full, seven at 512": [4096] + [512] * 7}
+
+
+def fillings(dtype: torch.dtype) -> Case:
+    """The same caches, filled to several lengths: what a token in a cache costs."""
+    q, k, v = (draw(8, h, n, 128, dtype=dtype, seed=i) for i, (h, n) in enumerate(((32, 1), (8, 4096), (8, 4096))))
+    calls = {name: (lambda kv_lens=filled: attention(q, k, v, kv_lens=kv_lens)) for name, filled in FILLINGS.items()}
+
+    def note(ms: Times) -> str:
+        costs = (ms[name] / ms["full"] / (sum(filled) / (8 * 4096)) for name, filled in FILLINGS.items())
+        return "a token costs " + ", ".join(f"{cost:.2f}x" for cost in costs)
+
+    return Case({SDPA: lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), **calls}, (), False, note)
+
+
+PARTS = {
+    "standard": "torch_flash",
+    "in parts": "torch_flash+split_kv",
+    "folded": "torch_flash+gqa_fold",
+    "folded, in parts": "torch_flash+gqa_fold+split_kv",
+}
+
+
+def parts(heads: tuple[int, int], kv_len: int) -> Callable[[torch.dtype], Case]:
+    """One query, with the keys whole and in parts: candidates ordered by name, where they can do it, and the choice."""
+
+    def calls(dtype: torch.dtype) -> Case:
+        q = draw(1, heads[0], 1, 128, dtype=dtype)
+        k, v = (draw(1, heads[1], kv_len, 128, dtype=dtype, seed=i) for i in (1, 2))
+        able = {row.candidate for row in fastattn.explain(q, k, v).rows if row.outcome is not Outcome.REFUSED}
+        named = {
+            name: (lambda kernel=kernel: attention(q, k, v, kernel=kernel))
+            for name, kernel in PARTS.items()
+            if kernel in able
+        }
+        gqa = heads[0] != heads[1]
+        stock = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)  # noqa: E731
+        chosen = {"attention": lambda: attention(q, k, v)}
+        return Case({SDPA: stock, **named, **chosen}, note=lambda ms: fastattn.explain(q, k, v).served_by)
 
     return calls
 
@@ -113,6 +195,10 @@ def cache(filled: list[int], heads: tuple[int, int] = (32, 8), q_len: int = 1, k
 CASES = {
     "padded to half, 16 x 12 x 512": padded_batch,
     "packed training, 8,192 tokens in documents of 300, fwd+bwd": packed_training,
+    "32 sequences of 8 to 64 tokens": short_sequences(False),
+    "32 sequences of 8 to 64 tokens, fwd+bwd": short_sequences(True),
+    "serving mix, 3 prompts and 13 decodes": serving_mix,
+    "decode 32 x 32/8, caches filled to 8 to 64": cache([8 + 56 * (7 * i % 32) // 31 for i in range(32)]),
     "decode 1 x 32/1, cache of 16,384, full": cache([16_384], (32, 1), kv_len=16_384),
     "decode 8 x 32/8, cache of 4,096, all full": cache([4096] * 8),
     "decode 8 x 32/8, cache of 4,096, half full": cache([2048] * 8),
@@ -120,24 +206,36 @@ CASES = {
     "decode 8 x 8, cache of 4,096, 1,000 to 4,000": cache([500 * i for i in range(1, 9)], (8, 8)),
     "4 drafted tokens, 8 x 32/8, cache of 4,096, 1,000 to 4,000": cache([500 * i for i in range(1, 9)], q_len=4),
 }
+LENGTHS = {"decode 8 x 32/8, cache of 4,096": fillings}
+SPLIT = {
+    f"decode 1 x {heads[0]}/{heads[1]}, {kv_len:,} keys, whole or in parts": parts(heads, kv_len)
+    for heads in ((1, 1), (8, 1), (32, 1))
+    for kv_len in (512, 1024, 2048, 16_384)
+}
+TABLES = {
+    "times over F.sdpa with the mask that says the lengths": CASES,
+    "what lengths cost: times over F.sdpa on full caches": LENGTHS,
+    "decoding with the keys whole or in parts, by candidates ordered by name": SPLIT,
+}
 SMOKE = {"decode 2 x 4/2, cache of 256": cache([256, 64], (4, 2), kv_len=256)}
 
 
 def measure(name: str, case: Any, dtype: torch.dtype, seconds: float) -> Result:
-    calls, inputs = case(dtype)
     with tempfile.TemporaryDirectory() as directory:
         fastattn.options(cache_dir=directory, tune_budget=1e6)
         fastattn.clear()
+        calls, inputs, are_same, note = case(dtype)
         answers = {name: call() for name, call in calls.items()}  # tunes
-        error = max(float((out - answers[SDPA]).detach().abs().max()) for out in answers.values())
+        known = answers if are_same else {}
+        error = max((float((out - answers[SDPA]).detach().abs().max()) for out in known.values()), default=0.0)
         up = torch.ones_like(answers[SDPA])
         runs: dict[str, Callable[[], object]] = {
             name: (lambda call=call: torch.autograd.grad(call(), inputs, up)) if inputs else call
             for name, call in {**calls, AGAIN: calls[SDPA]}.items()
         }
         found = interleave(runs, rounds=15, seconds=seconds)
-    ms = {name: 1e3 * median(samples) for name, samples in found.items()}
-    return Result(name, str(dtype)[6:], ms, spread(found, SDPA, AGAIN), error)
+        ms = {name: 1e3 * median(samples) for name, samples in found.items()}
+        return Result(name, str(dtype)[6:], ms, spread(found, SDPA, AGAIN), error, note(ms))
 
 
 # --- a decode loop
@@ -157,6 +255,7 @@ class Loop:
     layout: str = "bhsd"
 
 
+LOOPED = "a decode loop: ms a token, all layers"
 LOOPS = (
     Loop("1 x 32/8, from 512", 1, (32, 8), 512),
     Loop("1 x 32/8, from 4,096", 1, (32, 8), 4096, layers=8),
@@ -237,23 +336,26 @@ def main() -> int:
     args = parser.parse_args()
     console, facts = open_console(150), environment()
     console.print(in_one_line(facts))
-    cases = SMOKE if args.smoke else {name: case for name, case in CASES.items() if re.search(args.only, name)}
+    tables = {"smoke": SMOKE} if args.smoke else TABLES
     loops = [Loop("1 x 4/2, from 32", 1, (4, 2), 32, 4, 2, 32)] if args.smoke else LOOPS
     loops = [case for case in loops if re.search(args.only, case.name)]
-    results, looped = [], []
+    found: dict[str, list[Result]] = {title: [] for title in (*tables, LOOPED)}
     for dtype in [getattr(torch, name) for name in args.dtype or ("float32", "bfloat16")]:
-        for name, case in cases.items():
-            print(f"{name}, {dtype} ...", file=sys.stderr)
-            results.append(measure(name, case, dtype, 0.3 if args.smoke else args.seconds))
+        for title, cases in tables.items():
+            for name, case in cases.items():
+                if not re.search(args.only, name):
+                    continue
+                print(f"{name}, {dtype} ...", file=sys.stderr)
+                found[title].append(measure(name, case, dtype, 0.3 if args.smoke else args.seconds))
         for case in loops:
             print(f"decode loop, {case.name}, {dtype} ...", file=sys.stderr)
-            looped.append(loop(case, dtype, 3 if args.smoke else 5))
-    if results:
-        console.print(table("times over F.sdpa with the mask that says the lengths", results))
-    if looped:
-        console.print(table("a decode loop: ms a token, all layers", looped))
-    keep(args, facts, "packing", console, [*results, *looped])
-    wrong = [r for r in (*results, *looped) if r.error > (1e-4 if r.dtype == "float32" else 3e-2)]
+            found[LOOPED].append(loop(case, dtype, 3 if args.smoke else 5))
+    for title, results in found.items():
+        if results:
+            console.print(table(title, results))
+    everything = [r for results in found.values() for r in results]
+    keep(args, facts, "packing", console, everything)
+    wrong = [r for r in everything if r.error > (1e-4 if r.dtype == "float32" else 3e-2)]
     for r in wrong:
         console.print(f"wrong: {r.name}, {r.dtype}: a difference of {r.error:.2g}", style="red")
     return 1 if wrong else 0

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from building import CPU
-from fakes import check, problem, qkv
+from fakes import check, problem, qkv, quick_wins
 
 import fastattn
 from fastattn.dispatch import resolve, tune_now, validity
@@ -105,6 +105,25 @@ def test_a_growing_cache_is_tuned_once_per_bucket(tuned):
     edges = sorted({length_buckets.bucket_bounds(n)[1] for n in range(1, 2100)})
     assert [p.kv_len for p in tuned] == [n if n <= 16 else n - 1 for n in edges]
     assert len(tuned) <= 5 + 2 * 8  # 1 to 16, then two per octave
+
+
+@pytest.mark.parametrize("kv_lens", [lambda n: None, lambda n: [n, n // 3 + 1]], ids=["alike", "ragged"])
+def test_a_decode_loop_of_2000_steps_tunes_a_dozen_problems_and_the_next_process_none(kv_lens, monkeypatch):
+    quick_wins(monkeypatch)
+    q, k, v = torch.zeros(2, 2, 1, 8), torch.zeros(2, 2, 2600, 8), torch.zeros(2, 2, 2600, 8)
+
+    def loop():
+        fastattn.clear()  # what a new process does not know
+        fastattn.stats.reset()
+        for n in range(512, 2512):
+            lengths = kv_lens(n)
+            told = {} if lengths is None else {"kv_lens": lengths}
+            fastattn.attention(q, k[:, :, :n], v[:, :, :n], **told)
+        return fastattn.stats()
+
+    first, second = loop(), loop()
+    assert 1 <= first["tunings"] <= 12 and first["misses"] <= 12, "all other calls are hits"
+    assert not second["tunings"] and second["misses"] == first["misses"]
 
 
 def test_decoding_with_ragged_batches_is_bounded(tuned):

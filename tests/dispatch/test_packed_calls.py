@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.planning.conversions import tiles
+from fastattn.planning.conversions import tile_stacks, tiles
 
-TILES = "torch_flash+tiles+mask_dense+mask_additive"
+TILES, STACKED = "torch_flash+tiles+mask_dense+mask_additive", "torch_flash+stacked+tiles+mask_dense+mask_additive"
+WAYS = st.sampled_from(["", TILES, STACKED])
 SIZES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5)
 SIDES = st.one_of(st.none(), st.tuples(st.integers(-1, 12), st.integers(-1, 12)))
 CORNERS = st.sampled_from([None, masks.Causal(), masks.Causal("bottom_right")])
@@ -22,6 +23,7 @@ def tiny_tiles_untuned(monkeypatch):
     monkeypatch.setattr(tiles, "PAIRS", 1)
     monkeypatch.setattr(tiles, "ROWS", 1)
     monkeypatch.setattr(tiles, "WORK", 1)
+    monkeypatch.setattr(tile_stacks, "FEWER", 0)
     with fastattn.options.scope(mode="cached"):
         yield
 
@@ -41,10 +43,10 @@ def packed_qkv(queries, keys, heads=(4, 2), head_dim=8, head_dim_v=6, grad=False
     return tuple(x.requires_grad_(grad) for x in (q, k, v))
 
 
-def call(in_tiles, q, k, v, mask=None, layout="bhsd", **options):
-    """attention(), by torch's kernel in tiles where that is wanted and there is something to compute."""
-    rows = fastattn.explain(q, k, v, mask, layout, **options).rows if in_tiles else ()
-    names = [row.candidate for row in rows if row.candidate.startswith(TILES) and row.outcome != "refused"]
+def call(way, q, k, v, mask=None, layout="bhsd", **options):
+    """attention(), by torch's kernel in tiles or stacks where that is wanted and there is something to compute."""
+    rows = fastattn.explain(q, k, v, mask, layout, **options).rows if way else ()
+    names = [row.candidate for row in rows if row.candidate.startswith(way) and row.outcome != "refused"]
     return attention(q, k, v, mask, layout, **options, kernel=names[0] if names else None)
 
 
@@ -64,12 +66,12 @@ def one_by_one(q, k, v, queries, keys, mask=None, window=None):
 
 
 @drawn
-@given(SIZES, CORNERS, SIDES, st.integers(0, 3), st.booleans())
-def test_packed_sequences_are_as_one_call_each(sizes, mask, window, spare, in_tiles):
+@given(SIZES, CORNERS, SIDES, st.integers(0, 3), WAYS)
+def test_packed_sequences_are_as_one_call_each(sizes, mask, window, spare, way):
     queries, keys = zip(*sizes, strict=True)
     q, k, v = packed_qkv(queries, keys, spare=spare)
     found, lse = call(
-        in_tiles, q, k, v, mask, "thd", cu_seqlens_q=ends(queries), cu_seqlens_kv=ends(keys), window=window, return_lse=True,
+        way, q, k, v, mask, "thd", cu_seqlens_q=ends(queries), cu_seqlens_kv=ends(keys), window=window, return_lse=True,
     )  # fmt: skip
     want, want_lse = one_by_one(q, k, v, queries, keys, mask, window)
     torch.testing.assert_close(found, want, **SAME)
@@ -77,14 +79,15 @@ def test_packed_sequences_are_as_one_call_each(sizes, mask, window, spare, in_ti
 
 
 @drawn
-@given(SIZES, st.booleans(), SIDES, st.booleans())
-def test_gradients_of_packed_sequences_are_those_of_one_call_each(sizes, is_causal, window, in_tiles):
-    lengths = [n for n, _ in sizes]
-    q, k, v = packed_qkv(lengths, lengths, grad=True)
-    options = {"is_causal": is_causal, "window": window}
-    found = call(in_tiles, q, k, v, None, "thd", cu_seqlens_q=ends(lengths), **options)
-    want, _ = one_by_one(q, k, v, lengths, lengths, masks.Causal() if is_causal else None, window)
-    if not sum(lengths):
+@given(SIZES, CORNERS, SIDES, st.booleans(), WAYS)
+def test_gradients_of_packed_sequences_are_those_of_one_call_each(sizes, mask, window, are_same, way):
+    queries, keys = zip(*sizes, strict=True)
+    keys = queries if are_same else keys
+    q, k, v = packed_qkv(queries, keys, grad=True)
+    lengths = {"cu_seqlens_q": ends(queries), "cu_seqlens_kv": ends(keys)}
+    found = call(way, q, k, v, mask, "thd", **lengths, window=window)
+    want, _ = one_by_one(q, k, v, queries, keys, mask, window)
+    if not (sum(queries) and sum(keys)):
         assert found.shape == want.shape
         return
     weight = draw(*want.shape, seed=3)
@@ -128,12 +131,42 @@ def test_a_jagged_tensor_in_is_a_jagged_tensor_out(layout, is_causal):
     assert (out * 2 + nested[0].new_zeros(())).values().shape == want.shape, "it goes on as one of torch's own"
 
 
+@pytest.mark.parametrize("corner", ["top_left", "bottom_right", None])
+@pytest.mark.parametrize("window", [None, (3, 2)])
+def test_thd_a_jagged_tensor_and_a_padded_batch_give_the_same(corner, window):
+    lengths = [5, 0, 9, 1]
+    own = masks.Causal(corner) if corner else None
+    band = [own] if corner else []
+    band += [masks.Window(*window)] if window else []
+    real = torch.arange(9) < torch.tensor(lengths)[:, None]
+
+    def thd(q, k, v):
+        return attention(q, k, v, own, "thd", cu_seqlens_q=ends(lengths), window=window)
+
+    def jagged(*qkv):
+        nested = (torch.nested.nested_tensor_from_jagged(x, ends(lengths)) for x in qkv)
+        return attention(*nested, own, "bshd", window=window).values()
+
+    def padded(*qkv):
+        batch = (x.new_zeros(*real.shape, *x.shape[1:]).masked_scatter(real[..., None, None], x) for x in qkv)
+        return attention(*batch, masks.all_of([masks.Padding(lengths), *band]), "bshd")[real]
+
+    found = []
+    for form in (thd, jagged, padded):
+        tensors = packed_qkv(lengths, lengths, grad=True)
+        out = form(*tensors)
+        found.append((out, *torch.autograd.grad((out * draw(*out.shape, seed=3)).sum(), tensors)))
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, want, **SAME)
+
+
 @drawn
 @given(
     st.lists(st.integers(0, 30), min_size=3, max_size=3), st.sampled_from([1, 4]), st.booleans(), SIDES,
-    st.sampled_from(["bhsd", "bshd", "sbhd"]), st.booleans(),
+    st.sampled_from(["bhsd", "bshd", "sbhd"]), WAYS,
 )  # fmt: skip
-def test_a_cache_is_read_as_far_as_it_is_filled(filled, q_len, is_corner, window, layout, in_tiles):
+def test_a_cache_is_read_as_far_as_it_is_filled(filled, q_len, is_corner, window, layout, way):
     window = window if is_corner and window is None else None if not is_corner else (window[0], 0)
     q, k, v = draw(3, 4, q_len, 8), draw(3, 2, 30, 8, seed=1), draw(3, 2, 30, 8, seed=2)
     for b, n in enumerate(filled):
@@ -141,7 +174,7 @@ def test_a_cache_is_read_as_far_as_it_is_filled(filled, q_len, is_corner, window
     mask = masks.Causal("bottom_right") if is_corner else None
     order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]
     tensors = (x.permute(order) for x in (q, k, v))
-    found = call(in_tiles, *tensors, mask, layout, kv_lens=torch.tensor(filled), window=window)
+    found = call(way, *tensors, mask, layout, kv_lens=torch.tensor(filled), window=window)
     found = found.permute([order.index(i) for i in range(4)])
     for b, n in enumerate(filled):
         parts = q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n]

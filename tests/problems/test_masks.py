@@ -150,6 +150,16 @@ def test_documents_are_bare_tiles():
     ]  # fmt: skip
 
 
+def test_few_rows_are_a_tile_of_their_own_where_they_would_see_many_hidden_keys():
+    def rows(queries, keys):
+        tiles = tiling_of_mask(masks.Packed(queries, keys), 1, sum(queries), sum(keys)).tiles
+        return [(tile.rows.start, tile.rows.stop) for tile in tiles]
+
+    assert rows((1, 1, 1, 4), (500, 600, 2, 4)) == [(0, 1), (1, 2), (2, 7)]
+    assert rows((8, 8, 8, 8), (8, 8, 8, 8)) == [(0, 16), (16, 32)], "few pairs are hidden"
+    assert rows((4, 1), (4, 2000)) == [(0, 4), (4, 5)]
+
+
 def test_dilation_is_as_many_dense_problems_as_its_step():
     tiles = tiling_of_mask(masks.Dilated(4), 1, 1030, 1030).tiles
     assert [(t.rows.indices(1030), t.keys, t.is_masked) for t in tiles] == [

@@ -18,11 +18,13 @@ from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, 
 from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
 from fastattn.planning.conversions.own_forms import cached, packed, when_cached, when_packed
 from fastattn.planning.conversions.recompute import recompute, when_recompute
+from fastattn.planning.conversions.tile_stacks import stacked, when_stacked
 from fastattn.planning.conversions.tiles import in_tiles, when_tiles
 
 COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of tiles: these are small
 
 CONVERSIONS: tuple[Conversion, ...] = (
+    Conversion("stacked", "small tiles of like size in one call", when_stacked, stacked, requires="tiles"),
     Conversion("tiles", "only the tiles of the scores that a mask leaves", when_tiles, in_tiles, instead_of=COPIES),
     Conversion("packed", "told where packed sequences begin, in place of a mask", when_packed, packed),
     Conversion("cached", "told how much of a cache is filled, in place of a mask", when_cached, cached),

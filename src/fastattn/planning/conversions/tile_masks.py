@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from fastattn.problems.dense_masks import as_4d
 from fastattn.problems.masks import Mask
 from fastattn.problems.masks.runs import Runs
 from fastattn.problems.tilings.of_dense import tiling_of_dense
-from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.of_mask import FEWEST, tiling_of_mask
+from fastattn.problems.tilings.stack import Stack
 from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
 
 KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
@@ -21,16 +22,23 @@ FAR = 2**40  # where a tile is taken to lie if only distances count
 
 
 class Tiled(NamedTuple):
-    """mask_of: the mask of a tile, (b|1, h|1, rows, keys). mask: the whole. own_bytes: of masks that no other tile shares."""
+    """parts: the tiles as they are computed. mask_of: the mask of one, (b|1, h|1, rows, keys). mask: the whole.
+
+    own_bytes: of masks that no other tile shares.
+    """
 
     tiling: Tiling
-    mask_of: Callable[[Tile], Tensor | None]
+    parts: tuple[Tile | Stack, ...]
+    mask_of: Callable[[Any], Tensor | None]
     mask: Tensor | Mask
     own_bytes: int
 
 
-def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
-    """Tiles with masks that are made when they are needed, in the form that is added to the scores."""
+def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Tiled:
+    """Tiles with masks that are made when they are needed, in the form that is added to the scores.
+
+    fewest: rows of a tile that ends where the mask changes.
+    """
     (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
     offset = mask.offset(q_len, kv_len)
     dtype = torch.promote_types(q.dtype, torch.float32) if mask.heads() else q.dtype
@@ -50,9 +58,9 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor) -> Tiled:
         make = _kept if _bytes(tile, dtype) <= KEPT_BYTES else _made
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
-    tiling = tiling_of_mask(mask, batch, q_len, kv_len)
+    tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
     own = [tile for tile in tiling.tiles if tile.masked_by is not None and not tile.masked_by.shifts()]
-    return Tiled(tiling, mask_of, mask, sum(_bytes(tile, dtype) for tile in own))
+    return Tiled(tiling, tiling.tiles, mask_of, mask, sum(_bytes(tile, dtype) for tile in own))
 
 
 def _made(
@@ -99,4 +107,4 @@ def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
         return tile.of_keys(rows, 3)
 
     own = sum(_bytes(tile, q.dtype) for tile in tiling.tiles if tile.is_masked)
-    return Tiled(tiling, mask_of, mask, own)
+    return Tiled(tiling, tiling.tiles, mask_of, mask, own)

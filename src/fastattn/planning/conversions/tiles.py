@@ -110,11 +110,12 @@ def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tenso
         out.zero_()
         if lse is not None:
             lse.fill_(float("-inf"))
-    for tile in tiled.tiling.tiles:
-        found = step(q[tile.query], tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile), a)
+    for tile in tiled.parts:
+        found = step(tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile), a)
         if lse is not None:
-            found, lse[tile.query] = found
-        out[tile.query] = found
+            found, of_lse = found
+            tile.put_rows(lse, of_lse)
+        tile.put_rows(out, found)
     return out if lse is None else (out, lse)
 
 
@@ -157,18 +158,18 @@ class _InTiles(torch.autograd.Function):
         dq = torch.zeros_like(q)
         dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         with torch.autocast(q.device.type, enabled=False):  # the caller's may be on while its backward runs
-            for i, tile in enumerate(tiled.tiling.tiles):
+            for i, tile in enumerate(tiled.parts):
                 if graphs is not None:
                     inputs, out = graphs[i]
                     graphs[i] = None
                 else:
-                    part = (q[tile.query], tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile))
+                    part = (tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile))
                     inputs, out = _followed(ctx.step, *part, ctx.a, wanted)[0]
                 asked = [x for x in inputs if x.requires_grad]
-                found = iter(torch.autograd.grad(out, asked, grad[tile.query]))
+                found = iter(torch.autograd.grad(out, asked, tile.of_gradient(grad)))
                 of_q, of_k, of_v = (next(found) if x.requires_grad else None for x in inputs)
                 if of_q is not None:
-                    dq[tile.query] = of_q
+                    tile.put_rows(dq, of_q)
                 tile.add_to_keys(dk, of_k)
                 tile.add_to_keys(dv, of_v)
         gradients = (dq, dk.to(k.dtype), dv.to(v.dtype))

@@ -39,10 +39,14 @@ def whole_numbers(name: str, given: Any) -> list[int]:
     """Numbers from a tensor, an array or a sequence of one dimension. Raises TypeError that names them."""
     found: Any = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(found, (list, tuple)):
-        numbers = [int(n) for n in found if isinstance(n, numbers_of.Integral) and not isinstance(n, bool)]
+        numbers = [int(n) for n in found if type(n) is int or _is_whole(n)]
         if len(numbers) == len(found):
             return numbers
     raise TypeError(f"attention(): {name} must be whole numbers in one dimension, got {type_name(given)} {given!r}")
+
+
+def _is_whole(n: Any) -> bool:
+    return isinstance(n, numbers_of.Integral) and not isinstance(n, bool)
 
 
 def check_whole(name: str, given: Any) -> None:

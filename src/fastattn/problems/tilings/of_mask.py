@@ -11,11 +11,12 @@ from fastattn.problems.masks.mask import Mask
 from fastattn.problems.tilings.tile import GAP, Tile, Tiling, rows_of_a_tile, tiling_of
 
 FEWEST = 16  # rows of a tile that ends where the mask changes: what sees little is not worth a call of its own
+WASTE = 512  # hidden pairs that are worth a call: fewer rows end there all the same
 
 
 @remembered(256)  # masks are small and frozen: a model asks for the same one in each layer
-def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
-    """The tiling of a mask."""
+def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int, fewest: int = FEWEST) -> Tiling:
+    """The tiling of a mask. fewest: rows of a tile that ends where the mask changes."""
     ends = range(1, batch + 1) if mask.is_per_batch() else [batch]
     alike: list[tuple[slice, list[Tile]]] = []  # neighbouring entries with the same tiles
     for b, end in enumerate(ends):
@@ -23,7 +24,7 @@ def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
         tiles = [
             tile
             for residue in range(mask.step())
-            for tile in _tiles(mask, b, range(residue, q_len, mask.step()), q_len, kv_len)
+            for tile in _tiles(mask, b, range(residue, q_len, mask.step()), q_len, kv_len, fewest)
         ]
         if alike and alike[-1][1] == tiles:
             entries = slice(alike.pop()[0].start, end)
@@ -32,10 +33,10 @@ def tiling_of_mask(mask: Mask, batch: int, q_len: int, kv_len: int) -> Tiling:
     return tiling_of(placed, batch, q_len, kv_len)
 
 
-def _tiles(mask: Mask, b: int, rows: range, q_len: int, kv_len: int) -> Iterator[Tile]:
+def _tiles(mask: Mask, b: int, rows: range, q_len: int, kv_len: int, fewest: int) -> Iterator[Tile]:
     """Those of some rows of a batch entry, which may have a step; for which entries they hold is said later."""
     offset = mask.offset(q_len, kv_len)
-    for block in _blocks(mask, b, rows, offset):
+    for block in _blocks(mask, b, rows, offset, kv_len, fewest):
         at = range(block[0] + offset, block[-1] + offset + 1, rows.step)  # positions
         some, every = mask.runs(b, at, kv_len)
         keys = tuple(
@@ -58,14 +59,24 @@ def _hiding(mask: Mask, b: int, at: range, keys: runs.Runs, kv_len: int) -> Mask
     return all_of([part for part in mask.parts() if hides(part)] or [mask])
 
 
-def _blocks(mask: Mask, b: int, rows: range, offset: int) -> Iterator[range]:
+def _blocks(mask: Mask, b: int, rows: range, offset: int, kv_len: int, fewest: int) -> Iterator[range]:
     """The rows of each tile: no more than usual, and ending where the mask changes."""
+
+    def pairs(first: int, last: int) -> int:
+        """Of a tile of these rows."""
+        some, _ = mask.runs(b, range(rows[first] + offset, rows[last - 1] + offset + 1, rows.step), kv_len)
+        return (last - first) * sum(end - begin for begin, end in some)
+
     size, count = rows_of_a_tile(len(rows)), len(rows)
     cuts = {*range(size, count, size), count} - {0}
     if rows.step == 1:
         cuts |= {cut - offset for cut in mask.cuts(b, count + offset) if 0 < cut - offset < count}
-    first = 0
+    first = last = 0  # of the rows that are held back, too few for a tile
     for cut in sorted(cuts):
-        if cut - first >= FEWEST or cut == count:
+        if first < last and pairs(first, cut) - pairs(first, last) - pairs(last, cut) > WASTE:
+            yield rows[first:last]
+            first = last
+        last = cut
+        if cut - first >= fewest or cut == count:
             yield rows[first:cut]
             first = cut

@@ -51,10 +51,22 @@ class Tile(NamedTuple):
         """Its place in q and in the output, (b, h, s, d)."""
         return self.batch, slice(None), self.rows
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Its part of q."""
+        return x[self.query]
+
+    def of_gradient(self, grad: Tensor) -> Tensor:
+        """Its part of the output's gradient."""
+        return grad[self.query]
+
+    def put_rows(self, x: Tensor, part: Tensor) -> None:
+        """Write its part of the output, the log-sum-exp or q's gradient."""
+        x[self.query] = part
+
     def of_keys(self, x: Tensor, dim: int = 2) -> Tensor:
         """Its part of k or v, along the dimension of the keys: a view where they lie in one run."""
-        x = x if x.shape[0] == 1 else x[self.batch]
-        parts = [x[self._at(pair, dim)] for pair in self.keys]
+        batch = self.batch if x.shape[0] > 1 else slice(None)
+        parts = [x[(batch, *self._at(pair, dim)[1:])] for pair in self.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def add_to_keys(self, x: Tensor, part: Tensor | None) -> None:

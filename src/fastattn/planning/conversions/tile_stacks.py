@@ -1,0 +1,122 @@
+"""Tiles of like size in one call: of many short sequences each would be a call that costs more than its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.environment.remembered import remembered
+from fastattn.environment.text import type_name
+from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.planning.conversions.conversion import NO, OPTIONAL
+from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_mask
+from fastattn.planning.conversions.tiles import when_tiles
+from fastattn.problems.call_facts import CallFacts
+from fastattn.problems.masks import Mask
+from fastattn.problems.problem import Problem
+from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.stack import Stack, filled_up, of_like_size
+from fastattn.problems.tilings.tile import Tile
+
+MaskOf = Callable[[Tile], "Tensor | None"]
+FEWER = 2  # times fewer calls that are worth a try: rows and keys are copied for it
+
+
+def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    """Where it leaves so few calls that the copies may be worth it."""
+    told = p.told_mask if p.structure and when_tiles(kernel, p, facts) != NO else None
+    if told is None or told.heads():
+        return NO
+    sizes = p.batch, p.q_len, p.kv_len
+    told = told.of_lengths(p.q_len, p.kv_len, torch.device(p.device))
+    bytes_each = _bytes_each(p.q_heads, p.kv_heads, p.head_dim + p.head_dim_v, p.torch_dtype)
+    alone, stacks = of_like_size(tiling_of_mask(told, *sizes, 1).tiles, *bytes_each)
+    calls = len(alone) + len(stacks)
+    return OPTIONAL if stacks and FEWER * calls <= len(tiling_of_mask(told, *sizes).tiles) else NO
+
+
+def _bytes_each(q_heads: int, kv_heads: int, head_dims: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(of a row of q and of the output, of a key and its value)."""
+    return q_heads * head_dims * dtype.itemsize, kv_heads * head_dims * dtype.itemsize
+
+
+def stacked(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        told = mask.mask if isinstance(mask, Tiled) else mask  # that tiles pay may have been found out before
+        assert isinstance(told, Mask), f"stacks are of a mask with a meaning, got {type_name(told)}"
+        return step(q, k, v, _in_stacks(told, q, k, v), a)  # type: ignore[arg-type]
+
+    return run
+
+
+def _in_stacks(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tiled:
+    """The tiles of a mask, small ones in stacks."""
+    tiled = tiled_by_mask(mask, q, k, fewest=1)
+    bytes_each = _bytes_each(q.shape[1], k.shape[1], q.shape[3] + v.shape[3], q.dtype)
+    parts = _parts(mask, q.shape[0], q.shape[2], k.shape[2], bytes_each, q.dtype, q.device)
+
+    def mask_of(part: Tile | Stack) -> Tensor | None:
+        return part.mask if isinstance(part, Stack) else tiled.mask_of(part)
+
+    return tiled._replace(parts=parts, mask_of=mask_of)
+
+
+@remembered(32)  # a model asks for the same ones in each layer
+def _parts(
+    mask: Mask,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    bytes_each: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tile | Stack, ...]:
+    q, k = (torch.empty(batch, 1, n, 0, dtype=dtype, device=device) for n in (q_len, kv_len))
+    tiled = tiled_by_mask(mask, q, k, fewest=1)
+    alone, stacks = of_like_size(tiled.tiling.tiles, *bytes_each)
+    with torch.inference_mode(False):
+        return (*alone, *(_stack(tiles, tiled.mask_of, dtype, device) for tiles in stacks))
+
+
+def _stack(tiles: Sequence[Tile], mask_of: MaskOf, dtype: torch.dtype, device: torch.device) -> Stack:
+    entries = torch.tensor([tile.batch.start for tile in tiles], dtype=torch.int64, device=device)
+    rows, is_row = filled_up([(tile.rows.start, tile.rows.stop) for tile in tiles], device)
+    keys, is_key = filled_up([tile.keys[0] for tile in tiles], device)
+    mask = _mask(tiles, mask_of, is_row, is_key, dtype)
+    if is_row.all():
+        return Stack(entries, rows, keys, None, None, mask)
+    return Stack(entries, rows, keys, is_row, is_row.flatten().nonzero()[:, 0], mask)
+
+
+def _mask(tiles: Sequence[Tile], mask_of: MaskOf, is_row: Tensor, is_key: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores of a stack: the same for all of its tiles where it can be."""
+    is_masked = any(tile.is_masked for tile in tiles)
+    if not is_masked and is_key.all():
+        return None
+    one = _one_for_all(tiles, mask_of) if is_masked else None
+    if one is not None and not ((one == 0) & is_row[..., None] & is_key.logical_not()[:, None]).any():
+        return one[None]  # rows that fill up alone see keys that do
+    rows = is_row.shape[1] if is_masked else 1
+    found = torch.zeros(len(tiles), 1, rows, is_key.shape[1], dtype=dtype, device=is_key.device)
+    found.masked_fill_(is_key.logical_not()[:, None, None], float("-inf"))
+    for tile, into in zip(tiles, found, strict=True):
+        part = mask_of(tile)
+        if part is not None:
+            into[:, : tile.row_count, : tile.key_count] = part[0]
+    return found
+
+
+def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf) -> Tensor | None:
+    """(1, rows, keys) of which each tile's mask is the upper left part; None where there is no such mask."""
+    first = tiles[0]
+    if first.masked_by is None or not first.masked_by.shifts():
+        return None
+    if len({(tile.masked_by, tile.keys[0][0] - tile.rows.start) for tile in tiles}) > 1:
+        return None
+    row, key = first.rows.start, first.keys[0][0]
+    rows, keys = max(tile.row_count for tile in tiles), max(tile.key_count for tile in tiles)
+    found = mask_of(first._replace(rows=slice(row, row + rows), keys=((key, key + keys),)))
+    return None if found is None else found[0]

@@ -1,0 +1,146 @@
+"""The conversion `stacked`: tiles of like size in one call, copied side by side and filled up."""
+
+import fakes
+import pytest
+import torch
+from building import accepted, expect, hold, qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastattn
+from fastattn import attention, masks
+from fastattn.planning.conversions import tiles
+from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.stack import ALIKE, STACK_BYTES, filled_up, of_like_size
+
+CPU = torch.device("cpu")
+LENGTHS = [4 + 36 * (7 * i % 16) // 15 for i in range(16)]  # 4 to 40
+TOKENS = sum(LENGTHS)
+KERNELS = ["torch_flash+stacked+tiles+mask_dense+mask_additive", "matmul+stacked+tiles+mask_dense+recompute"]
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(tiles, "PAIRS", 1)
+    monkeypatch.setattr(tiles, "WORK", 1)
+
+
+def named(kernel, q, k, v, mask, layout="bhsd"):
+    """The candidate that this problem has of those that begin so: what a kernel needs depends on the problem."""
+    (name,) = [name for name in accepted(q, k, v, mask, layout) if name == kernel or name + "+recompute" == kernel]
+    return name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Document(LENGTHS),
+        masks.Document(LENGTHS) & masks.Causal(),
+        masks.Document(LENGTHS) & masks.Causal() & masks.Window(9, 0),
+        masks.Document(LENGTHS) & masks.Window(3, 20),
+        masks.Document([LENGTHS, LENGTHS[::-1]]),
+        masks.Document(LENGTHS) & masks.Padding([TOKENS - 40, TOKENS]),
+    ],
+    ids=str,
+)
+def test_agrees_with_float64(mask, layout, grad, kernel):
+    q, k, v = qkv(2, 4, 2, TOKENS, TOKENS, 16, layout=layout, grad=grad)
+    want = expect(q, k, v, mask.dense(2, TOKENS, TOKENS), layout=layout)
+    name = named(kernel, q, k, v, mask, layout)
+    hold(want, lambda *given: attention(*given, layout, kernel=name), q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_caches_agree_with_float64(dtype):
+    q, k, v = (x.to(dtype) for x in qkv(16, 8, 2, 1, 80, 16))
+    want = expect(q, k, v, masks.Filled(LENGTHS).dense(16, 1, 80))
+    k, v = k.clone(), v.clone()
+    for b, n in enumerate(LENGTHS):
+        k[b, :, n:] = v[b, :, n:] = float("nan")
+    rows = fastattn.explain(q, k, v, kv_lens=LENGTHS).rows
+    names = [row.candidate for row in rows if "+stacked" in row.candidate and row.outcome != "refused"]
+    assert "torch_flash+stacked+tiles+mask_dense+mask_additive+gqa_fold" in names
+    for name in names:
+        hold(want, lambda q, k, v, _, name=name: attention(q, k, v, kv_lens=LENGTHS, kernel=name), q, k, v)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+@settings(deadline=None)
+def test_a_stack_is_filled_up_by_less_than_half(lengths):
+    tokens = sum(lengths)
+    found = tiling_of_mask(masks.Document(lengths), 1, tokens, tokens, 1).tiles
+    alone, stacks = of_like_size(found, 1024, 1024)
+    assert sorted(t.rows.start for t in (*alone, *(t for some in stacks for t in some))) == sorted(
+        t.rows.start for t in found
+    )
+    for some in stacks:
+        at, is_real = filled_up([(t.rows.start, t.rows.stop) for t in some], CPU)
+        assert is_real.sum() == sum(t.row_count for t in some) and at.numel() <= max(
+            2 * is_real.sum(), ALIKE * len(some)
+        )
+        for tile, row, real in zip(some, at, is_real, strict=True):
+            assert row[real].tolist() == [*range(tile.rows.start, tile.rows.stop)]
+            assert (row[~real] == tile.rows.start).all(), "nothing is read but what is its own"
+
+
+def test_short_and_long_sequences_are_apart():
+    lengths = [10, 1000, 12, 60, 50, 1, 2000]
+    found = tiling_of_mask(masks.Document(lengths), 1, sum(lengths), sum(lengths), 1).tiles
+    alone, stacks = of_like_size(found, 1024, 1024)
+    assert [t.row_count for t in alone] == [1000, 2000]
+    assert [[t.row_count for t in some] for some in stacks] == [[10, 12, 1], [60, 50]]
+    assert all(len(some) == 2 for some in of_like_size(found, STACK_BYTES // 40, 0)[1]), "copies stay small"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(tiles, rows, keys) of each run of a made-up kernel."""
+    runs = []
+
+    def run(q, k, v, mask, a):
+        runs.append((q.shape[0], q.shape[2], k.shape[2]))
+        return fakes.honest(q, k, v, mask, a)
+
+    fakes.add(monkeypatch, fakes.made_up("tiler", run, tiles=True))
+    with fastattn.options.scope(kernels="tiler"):
+        yield runs
+
+
+def packed(grad=False):
+    q, k, v = fakes.qkv(TOKENS, head_dim=8, grad=grad)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    return [x[0].transpose(0, 1) for x in (q, k, v)], {"layout": "thd", "cu_seqlens_q": ends, "is_causal": True}
+
+
+@pytest.mark.parametrize("faster", ["tiler+stacked+tiles+mask_dense", "tiler+tiles+mask_dense"])
+def test_the_clock_chooses(faster, seen, monkeypatch):
+    fakes.turn(monkeypatch, fakes.Clock({"default": 4e-3, faster: 1e-3}))
+    tensors, told = packed()
+    assert fastattn.explain(*tensors, **told, tune=True).served_by == faster
+    attention(*tensors, **told)
+    seen.clear()
+    attention(*tensors, **told)
+    assert (len(seen) <= 5) == ("stacked" in faster)
+    assert (sum(n for n, _, _ in seen) >= len(LENGTHS)) == ("stacked" in faster)
+
+
+def test_what_is_written_into_lengths_is_read_anew(seen):
+    tensors, told = packed()
+    for first in (8, 20, 3, 8):
+        told["cu_seqlens_q"].numpy()[1] = first
+        found = attention(*tensors, **told, kernel="tiler+stacked+tiles+mask_dense")
+        torch.testing.assert_close(found, attention(*tensors, **told, kernel="sdpa_math"))
+
+
+def test_it_is_tried_where_calls_are_saved():
+    def is_tried(mask, b=1, n=1024):
+        return any("stacked" in name for name in accepted(*qkv(b, 2, 2, n, n, 8), mask))
+
+    assert is_tried(masks.Document([16] * 64)) and is_tried(masks.Document([64] * 16) & masks.Causal())
+    assert not is_tried(masks.Document([512, 512])), "large ones are worth a call each"
+    assert not is_tried(masks.Window(64, 0)), "neighbours that share their keys are few"
+    assert not is_tried(masks.Document([64] * 16) & masks.ALiBi([0.5, 0.25])), "heads differ"
+    assert not is_tried(torch.ones(1024, 1024, dtype=torch.bool)), "a tensor is looked at in each call"
