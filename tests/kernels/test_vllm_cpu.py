@@ -160,6 +160,18 @@ def restart():
     session.tuning_s = 0.0
 
 
+def test_a_stored_verdict_without_it_is_not_the_last_word_once_it_is_installed(monkeypatch):
+    turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
+    q, k, v = qkv(64)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "installed_distribution", lambda _: None)
+        availability.forget_libraries()
+        assert served(q, k, v) != "vllm_cpu"
+    restart()
+    with installed(stub.STUB, monkeypatch):
+        assert served(q, k, v) == "vllm_cpu"
+
+
 def test_it_wins_serves_the_next_process_and_once_uninstalled_another_serves_without_a_word(monkeypatch, caplog):
     clock = turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
     q, k, v = qkv(64)
