@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -104,28 +106,46 @@ def test_calls_of_several_threads_take_turns(monkeypatch):
         run, (q, k, v), failed = vllm_cpu.load(), (x.transpose(1, 2) for x in qkv(16)), []
         q, k, v = (x.contiguous() for x in (q, k, v))
 
+        together = threading.Barrier(2)
+
         def work():
+            together.wait(60)
             try:
-                for _ in range(20):
+                for _ in range(5):
                     run(q, k, v, None, fastattn.kernels.Arguments(0.1))
-            except AssertionError as error:
+            except Exception as error:
                 failed.append(error)
 
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            threads = [threading.Thread(target=work) for _ in range(4)]
-            [thread.start() for thread in threads]
-            [thread.join() for thread in threads]
-        finally:
-            sys.setswitchinterval(before)
-    assert not failed
+        class LetsOthersGoOn(list):
+            def append(self, plan):
+                super().append(plan)
+                time.sleep(0.005)
+
+        monkeypatch.setattr(stub, "plans", LetsOthersGoOn())
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert len(stub.plans) == 10 and not failed
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_process_does_not_wait_for_a_thread_of_its_parent():
-    with vllm_cpu._turn:
-        vllm_cpu._renew_lock()
-        assert not vllm_cpu._turn.locked()
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with vllm_cpu._turn:
+            held.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if vllm_cpu._turn.acquire(blocking=False) else 1)
+    go_on.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def served(q, k, v):
@@ -138,6 +158,18 @@ def restart():
     """What a new process knows: nothing but what is on disk."""
     fastattn.clear()
     session.tuning_s = 0.0
+
+
+def test_a_stored_verdict_without_it_is_not_the_last_word_once_it_is_installed(monkeypatch):
+    turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
+    q, k, v = qkv(64)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "installed_distribution", lambda _: None)
+        availability.forget_libraries()
+        assert served(q, k, v) != "vllm_cpu"
+    restart()
+    with installed(stub.STUB, monkeypatch):
+        assert served(q, k, v) == "vllm_cpu"
 
 
 def test_it_wins_serves_the_next_process_and_once_uninstalled_another_serves_without_a_word(monkeypatch, caplog):

@@ -21,12 +21,13 @@ packed_for: list[str] = []  # the instruction sets of caches
 
 def get_scheduler_metadata(num_req, num_heads_q, num_heads_kv, head_dim, seq_lens, dtype, query_start_loc, casual, window_size,
                            isa_hint, enable_kv_split, dynamic_causal, kv_cache_dtype="auto"):  # fmt: skip
+    number = len(plans)
     plans.append(
         {"heads": (num_heads_q, num_heads_kv), "head_dim": head_dim, "lengths": seq_lens.tolist(), "dtype": dtype,
          "starts": query_start_loc.tolist(), "causal": casual, "window": window_size, "isa": isa_hint}
     )  # fmt: skip
     assert len(seq_lens) == num_req == len(query_start_loc) - 1 and dynamic_causal is None
-    return torch.tensor([len(plans) - 1])
+    return torch.tensor([number])
 
 
 def cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa, k_scale=1.0, v_scale=1.0,

