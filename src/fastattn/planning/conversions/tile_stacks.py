@@ -15,7 +15,8 @@ from fastattn.planning.conversions.conversion import NO, OPTIONAL
 from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_mask
 from fastattn.planning.conversions.tiles import when_tiles
 from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.masks import Mask
+from fastattn.problems.length_buckets import canonical_batch, canonical_length
+from fastattn.problems.masks import Mask, parse
 from fastattn.problems.problem import Problem
 from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.problems.tilings.stack import Stack, filled_up, of_like_size
@@ -23,19 +24,27 @@ from fastattn.problems.tilings.tile import Tile
 
 MaskOf = Callable[[Tile], "Tensor | None"]
 FEWER = 2  # times fewer calls that are worth a try: rows and keys are copied for it
+LOOKED_AT, ENTRIES_LOOKED_AT = 1024, 16  # rows and batch entries: beyond them there is more of the same
 
 
 def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    """Where it leaves so few calls that the copies may be worth it."""
-    told = p.told_mask if p.structure and when_tiles(kernel, p, facts) != NO else None
-    if told is None or told.heads():
+    """Where it leaves so few calls that the copies may be worth it; all of a bucket is decided alike."""
+    if not p.structure or when_tiles(kernel, p, facts) == NO:
         return NO
-    sizes = p.batch, p.q_len, p.kv_len
-    told = told.of_lengths(p.q_len, p.kv_len, torch.device(p.device))
+    q_len, kv_len = canonical_length(p.q_len), canonical_length(p.kv_len)
+    rows = min(q_len, LOOKED_AT)
+    sizes = min(canonical_batch(p.batch), ENTRIES_LOOKED_AT), rows, rows if p.is_square else kv_len
     bytes_each = _bytes_each(p.q_heads, p.kv_heads, p.head_dim + p.head_dim_v, p.torch_dtype)
-    alone, stacks = of_like_size(tiling_of_mask(told, *sizes, 1).tiles, *bytes_each)
-    calls = len(alone) + len(stacks)
-    return OPTIONAL if stacks and FEWER * calls <= len(tiling_of_mask(told, *sizes).tiles) else NO
+    return OPTIONAL if _leaves_few_calls(p.structure, *sizes, bytes_each) else NO
+
+
+@remembered(256)  # each kernel asks, in each miss
+def _leaves_few_calls(structure: str, batch: int, q_len: int, kv_len: int, bytes_each: tuple[int, int]) -> bool:
+    told = parse(structure).of_lengths(q_len, kv_len, torch.device("cpu"))
+    if told.heads():
+        return False
+    alone, stacks = of_like_size(tiling_of_mask(told, batch, q_len, kv_len, 1).tiles, *bytes_each)
+    return bool(stacks) and FEWER * (len(alone) + len(stacks)) <= len(tiling_of_mask(told, batch, q_len, kv_len).tiles)
 
 
 def _bytes_each(q_heads: int, kv_heads: int, head_dims: int, dtype: torch.dtype) -> tuple[int, int]:
