@@ -109,3 +109,28 @@ def test_explain_says_what_was_found_in_the_mask(seen):
     assert told == "25% of the scores lie in 4 tiles, 0 of them masked: 128 of 512 keys a query in the mean"
     assert fastattn.explain(q, k, v, window=(16, 16)).mask.startswith("30% of the scores lie in 4 tiles")
     assert fastattn.explain(q, k, v).mask == ""
+
+
+@pytest.mark.parametrize("hidden", [False, float("-inf")], ids=["bool", "float"])
+def test_a_mask_that_hides_nothing_is_none(hidden, seen, monkeypatch):
+    """One pair that is hidden, or added to, in a row that the first look leaves out, makes it a mask again."""
+    given = []
+
+    def run(q, k, v, mask, a):
+        given.append(mask)
+        return fakes.honest(q, k, v, mask, a)
+
+    fakes.replace_default(monkeypatch, run)
+    q, k, v = fakes.qkv(N)
+    mask = CAUSAL.clone() if hidden is False else torch.zeros(N, N).masked_fill(~CAUSAL, hidden)
+    assert fastattn.explain(q, k, v, mask, tune=True).served_by.startswith("tiler+tiles")
+    everything = True if hidden is False else 0.0
+    for value in (everything, hidden, everything, hidden if hidden is False else 1e-3):
+        mask.fill_(everything)
+        mask[301, 7] = value
+        attention(q, k, v, mask)
+        assert (given[-1] is None) is (value is everything)
+        fakes.check(q, k, v, mask)
+    mask.fill_(everything)
+    attention(q, k, v, mask.expand(1, 4, N, N))
+    assert given[-1] is None

@@ -91,7 +91,11 @@ def test_additive_and_intersect():
     mask = torch.tensor([[True, False, True], [True, True, True]])
     inf = float("inf")
     assert dense_masks.additive(mask, torch.zeros(1)).tolist() == [[0, -inf, 0], [0, 0, 0]]
-    assert dense_masks.additive(mask, torch.zeros(1).bfloat16()).dtype is torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for seen in (mask, mask.T, mask.expand(2, 2, 3), mask[:, ::2], mask[:0]):
+            found = dense_masks.additive(seen, torch.zeros(1, dtype=dtype))
+            assert found.dtype is dtype and found.is_contiguous() and not found.signbit()[seen].any()
+            assert torch.equal(found, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -inf))
     assert dense_masks.intersect(mask, bands.visible(mask, 2, 3, None, 0)).tolist() == [
         [True, False, False],
         [True, True, False],

@@ -10,8 +10,15 @@ if TYPE_CHECKING:
 
 
 def additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A bool mask as the float mask that is added to the scores: 0 where it attends, -inf elsewhere."""
-    return like.new_zeros(mask.shape).masked_fill_(mask.logical_not(), float("-inf"))
+    """A bool mask as the float mask that is added to the scores: 0 where it attends, -inf elsewhere.
+
+    Made of the bits of -inf, as whole numbers: on a CPU to fill a tensor by a mask takes up to three times as long.
+    """
+    import torch
+
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.itemsize]
+    infinity = like.new_full((), float("-inf")).view(bits)
+    return mask.logical_not().to(bits, memory_format=torch.contiguous_format).mul_(infinity).view(like.dtype)
 
 
 def intersect(mask: Tensor | None, seen: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.environment.remembered import remembered
-from fastattn.problems.dense_masks import as_4d
+from fastattn.problems.dense_masks import additive, as_4d
 from fastattn.problems.masks import Mask
 from fastattn.problems.masks.runs import Runs
 from fastattn.problems.tilings.of_dense import tiling_of_dense
@@ -73,7 +73,7 @@ def _made(
         seen = mask.part(entries, p, parts[0] if len(parts) == 1 else torch.cat(parts), kv_len)
         if seen.dtype is not torch.bool:
             return seen.to(dtype)
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(seen.logical_not(), float("-inf"))
+        return additive(seen, torch.empty(0, dtype=dtype, device=device))
 
 
 _kept = remembered(32)(_made)

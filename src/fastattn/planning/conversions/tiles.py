@@ -24,7 +24,7 @@ from fastattn.problems.layouts import empty_in_order
 from fastattn.problems.length_buckets import DECODE_Q_LEN
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
-from fastattn.problems.tilings.of_dense import tiling_of_dense
+from fastattn.problems.tilings.of_dense import hides_nothing, tiling_of_dense
 from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 ROWS = 256  # of queries at least: with fewer there is little to leave out
@@ -89,7 +89,10 @@ def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 
 
 def where_they_pay(tiled_step: Run, plain: Run, most: float) -> Run:
-    """Tiles where they leave out enough of this very mask: a share of `most` of all pairs lies in them at most."""
+    """Tiles where they leave out enough of this very mask: a share of `most` of all pairs lies in them at most.
+
+    One that hides nothing is none.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         if isinstance(mask, Mask):
@@ -97,6 +100,7 @@ def where_they_pay(tiled_step: Run, plain: Run, most: float) -> Run:
             tiled = tiled if tiled.tiling.share <= most else None
         else:
             tiled = tiled_by_look(mask, q, k, most)
+            mask = None if tiled is None and hides_nothing(mask) else mask
         return plain(q, k, v, mask, a) if tiled is None else tiled_step(q, k, v, tiled, a)  # type: ignore[arg-type]
 
     return run

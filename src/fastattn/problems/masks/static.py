@@ -24,7 +24,8 @@ class Static(Mask):
     A plain dense mask could be written into, so it is looked at in every call, and on CUDA in none. tensor: bool
     [q_len, kv_len] or [batch or 1, 1, q_len, kv_len], True where a query sees a key. Row i is of query i, so it goes
     with Causal("bottom_right") only where q_len is kv_len. It is remembered until
-    fastattn.clear(). Raises TypeError for what is no bool tensor, ValueError for other shapes.
+    fastattn.clear(). Raises TypeError for what is no bool tensor, ValueError for other shapes, and under FakeTensorMode, where
+    nothing can be read.
     """
 
     seen: Tensor = field(compare=False)  # [batch or 1, q_len, kv_len] on the CPU

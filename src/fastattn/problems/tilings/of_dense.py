@@ -38,6 +38,12 @@ def tiling_of_dense(mask: Tensor, batch: int, q_len: int, kv_len: int, most: flo
     return tiling_of(_tiles(heads_mask, seen, size, batch, q_len), batch, q_len, kv_len)
 
 
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether a bool or float mask hides nothing and adds nothing; one that does is seldom read to its end."""
+    mask = _without_repeats(as_4d(mask.detach()))
+    return mask.numel() > 0 and all(_hides_nothing(part) for part in (mask[:, :, ::EVERY], mask))
+
+
 def _without_repeats(mask: Tensor) -> Tensor:
     """The mask with one entry in each dimension along which it is repeated in memory (Tensor.expand)."""
     for dim in range(4):
