@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import add_results, environment, in_one_line, keep, open_console, results_folder
+from rich.console import Console
 from rich.table import Table
 
 BAD = ("failure", "error")
@@ -43,7 +44,11 @@ class Suite:
 
     @property
     def root(self) -> Path:
-        return Path(os.path.commonpath([file.parent for file in self.files]))
+        """The folder that their packages lie in: in a package its neighbours could be taken for libraries of their names."""
+        found = Path(os.path.commonpath([file.parent for file in self.files]))
+        while (found / "__init__.py").exists():
+            found = found.parent
+        return found
 
     def names(self) -> list[str]:
         return [file.relative_to(self.root).as_posix() for file in self.files]
@@ -176,6 +181,18 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
+def show(console: Console, rows: Sequence[Result]) -> None:
+    console.print(table(rows))
+    for r in rows:
+        where = f"{r.of}, {r.how}, {r.store}"
+        for why, count in sorted(r.passed_on.items(), key=lambda item: -item[1])[:8]:
+            console.print(f"{where}: passed on {count}: {why}")
+        for test, message in r.worse.items():
+            console.print(f"{where}: worse: {test}: {message}", style="red", markup=False)
+    for r in {r.of: r for r in rows}.values():
+        console.print(f"{r.of}, {r.date}: {' '.join(r.files)}{' -k ' + repr(r.words) if r.words else ''}", markup=False)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="TEST_FILE")
@@ -191,6 +208,8 @@ def main() -> int:
     suite = Suite(args.of or files[0].name, files, args.k, args.workers)
     print(f"{suite.of}, stock ...", file=sys.stderr)
     stock, _ = run(suite, "", None)
+    if "" not in stock.values():
+        raise SystemExit(f"{suite.of}: no test passes stock: {next(filter(None, stock.values()), 'none was found')}")
     results = []
     for how in (PATCH, STRING)[: 1 + args.string]:
         with tempfile.TemporaryDirectory() as store:
@@ -198,15 +217,7 @@ def main() -> int:
                 print(f"{suite.of}, {how}, {state} ...", file=sys.stderr)
                 results.append(compare(suite, how, Path(store), state, stock, facts["date"]))
     rows = [*kept(results_folder(args, facts), suite.of), *results]
-    console.print(table(rows))
-    for r in rows:
-        where = f"{r.of}, {r.how}, {r.store}"
-        for why, count in sorted(r.passed_on.items(), key=lambda item: -item[1])[:8]:
-            console.print(f"{where}: passed on {count}: {why}")
-        for test, message in r.worse.items():
-            console.print(f"{where}: worse: {test}: {message}", style="red", markup=False)
-    for r in {r.of: r for r in rows}.values():
-        console.print(f"{r.of}, {r.date}: {' '.join(r.files)}{' -k ' + repr(r.words) if r.words else ''}", markup=False)
+    show(console, rows)
     keep(args, facts, "foreign", console, rows)
     return 1 if any(r.worse for r in results) else 0
 
