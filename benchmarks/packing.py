@@ -126,7 +126,7 @@ def short_sequences(grad: bool) -> Callable[[torch.dtype], Case]:
 def serving_mix(dtype: torch.dtype) -> Case:
     """What a server computes in one step: three prompts, one of them half done before, and 13 sequences a token each."""
     queries, keys = [300, 128, 200, *[1] * 13], [300, 128, 400, *(100 + 150 * (5 * i % 13) for i in range(13))]
-    return packed(queries, keys, (32, 8), 128, dtype)
+    return packed(queries, keys, (8, 2), 64, dtype)
 
 
 def cache(filled: list[int], heads: tuple[int, int] = (32, 8), q_len: int = 1, kv_len: int = 4096) -> Any:
@@ -195,9 +195,9 @@ def parts(heads: tuple[int, int], kv_len: int) -> Callable[[torch.dtype], Case]:
 CASES = {
     "padded to half, 16 x 12 x 512": padded_batch,
     "packed training, 8,192 tokens in documents of 300, fwd+bwd": packed_training,
-    "32 sequences of 8 to 64 tokens": short_sequences(False),
-    "32 sequences of 8 to 64 tokens, fwd+bwd": short_sequences(True),
-    "serving mix, 3 prompts and 13 decodes": serving_mix,
+    "32 sequences x 12 of 8 to 64 tokens": short_sequences(False),
+    "32 sequences x 12 of 8 to 64 tokens, fwd+bwd": short_sequences(True),
+    "serving mix 8/2, 3 prompts and 13 decodes": serving_mix,
     "decode 32 x 32/8, caches filled to 8 to 64": cache([8 + 56 * (7 * i % 32) // 31 for i in range(32)]),
     "decode 1 x 32/1, cache of 16,384, full": cache([16_384], (32, 1), kv_len=16_384),
     "decode 8 x 32/8, cache of 4,096, all full": cache([4096] * 8),
@@ -208,7 +208,7 @@ CASES = {
 }
 LENGTHS = {"decode 8 x 32/8, cache of 4,096": fillings}
 SPLIT = {
-    f"decode 1 x {heads[0]}/{heads[1]}, {kv_len:,} keys, whole or in parts": parts(heads, kv_len)
+    f"split, 1 x {heads[0]}/{heads[1]}, {kv_len:,} keys": parts(heads, kv_len)
     for heads in ((1, 1), (8, 1), (32, 1))
     for kv_len in (512, 1024, 2048, 16_384)
 }

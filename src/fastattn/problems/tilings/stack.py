@@ -1,22 +1,22 @@
 """A stack: small tiles of like size in the place of batch entries, so that one call computes them all.
 
-Their rows and keys are copied side by side, the shorter ones filled up by less than half: with their own first row and key
+Their rows and keys are copied side by side, the shorter ones filled up by half at most: with their own first row and key
 once more, so that nothing else is read. What fills up is hidden, and its answers are thrown away.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastattn.problems.length_buckets import bucket_bounds
 from fastattn.problems.tilings.tile import Tile
 
-ROWS, KEYS, PAIRS = 256, 256, 2**14  # of a small tile at most: a larger one is worth a call, and not worth a copy
-ALIKE = 16  # rows or keys: what has fewer is as good as of one size
+SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows or keys between two of them are alike
+PAIRS = 2**14  # of a small tile at most: a larger one is worth a call, and not worth a copy
 STACK_BYTES = (
     4 * 2**20
 )  # of copies and mask in a stack: larger ones leave the caches, and malloc maps them anew in each call
@@ -105,9 +105,9 @@ def _size(tile: Tile) -> tuple[int, int] | None:
     """(rows, keys) that a tile is filled up to at most; None where it is worth a call of its own."""
     rows, keys = tile.row_count, tile.key_count
     is_plain = len(tile.keys) == 1 and (tile.rows.step or 1) == 1
-    if not is_plain or rows > ROWS or keys > KEYS or rows * keys > PAIRS:
+    if not is_plain or max(rows, keys) > SIZES[-1] or rows * keys > PAIRS:
         return None
-    return max(ALIKE, bucket_bounds(rows)[1]), max(ALIKE, bucket_bounds(keys)[1])
+    return SIZES[bisect_left(SIZES, rows)], SIZES[bisect_left(SIZES, keys)]
 
 
 def filled_up(runs: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
