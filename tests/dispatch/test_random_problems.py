@@ -132,14 +132,16 @@ def test_many_pinned_candidates_hold(start):
 def test_the_draw_reaches_every_kernel_and_conversion():
     """1000 draws pin every CPU kernel and use every conversion that a CPU kernel can need: the tests above look at all.
 
-    But tiles and parts of the keys, which are for larger problems than these, squares, and packing: planning/test_tiles.py,
-    test_kv_parts.py, test_kv_len.py, test_told_masks.py, kernels/test_flex.py and test_lengths_on_gpu.py look at them.
+    But tiles, their stacks and parts of the keys, which are for larger problems than these, squares, and packing:
+    planning/test_tiles.py, test_tile_stacks.py, test_kv_parts.py, test_kv_len.py, dispatch/test_told_masks.py,
+    kernels/test_flex.py and dispatch/test_lengths_on_gpu.py look at them.
     """
     missing = {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
     missing |= {c.name for c in conversions.CONVERSIONS} - {
         "gqa_expand",
         "dense",
         "tiles",
+        "stacked",
         "split_kv",
         "pad_lengths",
         "mask_blocks",

@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,9 +224,7 @@ def installed_for(device_type: str) -> dict[str, str]:
 @cache
 def distributions_for(device_type: str) -> list[tuple[str, str]]:
     """(distribution, version) of each of them: looked up once, as every stored verdict asks."""
-    libraries = [library for library in LIBRARIES if library.device == device_type]
-    if device_type == "cpu":  # their files are looked for before their metadata, as a first call waits for it
-        libraries = [library for library in libraries if find_spec(library.module) is not None]
+    libraries = (library for library in LIBRARIES if library.device == device_type)
     return list(filter(None, map(installed_distribution, libraries)))
 
 
