@@ -41,7 +41,7 @@ def run(store, script, *arguments):
 
 
 AT_LENGTH = pytest.mark.long
-TRAINED = [pytest.param(("float16",), id="float16"), pytest.param(tuple(DTYPES), id="every dtype", marks=AT_LENGTH)]
+TRAINED = [pytest.param(("float16",), id="float16"), pytest.param(DTYPES, id="every dtype")]
 
 
 @pytest.fixture(params=[4, pytest.param(12, marks=AT_LENGTH)], ids="{} sentences".format)
@@ -65,6 +65,7 @@ def test_embeddings(embedded):
     is_served_by_verdicts(embedded)
 
 
+@AT_LENGTH  # .ci/run asks for float16
 def test_training(trained):
     every_copy_learns(trained)
     loss_curves_are_the_same(trained)

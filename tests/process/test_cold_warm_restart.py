@@ -80,12 +80,11 @@ print(json.dumps(result))
 WARM = ["warm", "cleared", "restarted", "server"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture
+def runs(tmp_path):
     """What a cold process did, the same process again, after clear(), a new process on the same store, and a server on it."""
-    directory = tmp_path_factory.mktemp("restart")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
-    environment["FASTATTN_CACHE_DIR"] = str(directory / "store")
+    environment["FASTATTN_CACHE_DIR"] = str(tmp_path / "store")
     environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), environment.get("PYTHONPATH", "")])
 
     def start(how, **extra):
@@ -100,30 +99,24 @@ def runs(tmp_path_factory):
     return {"cold": cold, "warm": warm, "cleared": cleared, "restarted": restarted, "server": server}
 
 
-def test_the_cold_run_tunes_every_problem_once(runs):
-    tuned = runs["cold"]["tuned"]
+def test_fault_67_choices_and_outputs_are_identical_cold_warm_and_restarted(runs):
+    """Choices and outputs are the same cold, warm, after the tables were cleared, and in a new process."""
+    the_cold_run_tunes_every_problem_once(runs["cold"]["tuned"])
+    there_was_something_to_choose(runs["cold"]["found"])
+    for when in WARM:
+        assert runs[when]["tuned"] == [], when
+        assert runs[when]["found"] == runs["cold"]["found"], when
+    for when, run in runs.items():
+        assert [name for name, (_, _, same) in run["found"].items() if not same] == [], f"{when}: the second call differs"
+
+
+def the_cold_run_tunes_every_problem_once(tuned):
     assert len(tuned) == len(set(tuned))
     # 13 kinds, one of them a decode bucket, then 4 exact lengths and the bucket or buckets of the rest
     assert 17 < len(tuned) <= 13 + 4 + 2
 
 
-@pytest.mark.parametrize("when", WARM)
-def test_nothing_is_tuned_again(runs, when):
-    assert runs[when]["tuned"] == []
-
-
-@pytest.mark.parametrize("when", WARM)
-def test_fault_67_choices_and_outputs_are_identical(runs, when):
-    """Choices and outputs are the same cold, warm, after the tables were cleared, and in a new process."""
-    assert runs[when]["found"] == runs["cold"]["found"]
-
-
-def test_there_was_something_to_choose(runs):
+def there_was_something_to_choose(found):
     """Else equal choices would say nothing: several kinds of winners, and not the default alone."""
-    served = {name: winner for name, (winner, _, _) in runs["cold"]["found"].items()}
+    served = {name: winner for name, (winner, _, _) in found.items()}
     assert len(set(served.values())) >= 2 and served["decode 70"] != "default"
-
-
-@pytest.mark.parametrize("when", ["cold", *WARM])
-def test_the_second_call_gives_the_bits_of_the_first(runs, when):
-    assert [name for name, (_, _, same) in runs[when]["found"].items() if not same] == []
