@@ -107,7 +107,9 @@ def test_fault_67_choices_and_outputs_are_identical_cold_warm_and_restarted(runs
         assert runs[when]["tuned"] == [], when
         assert runs[when]["found"] == runs["cold"]["found"], when
     for when, run in runs.items():
-        assert [name for name, (_, _, same) in run["found"].items() if not same] == [], f"{when}: the second call differs"
+        assert [name for name, (_, _, same) in run["found"].items() if not same] == [], (
+            f"{when}: the second call differs"
+        )
 
 
 def the_cold_run_tunes_every_problem_once(tuned):
