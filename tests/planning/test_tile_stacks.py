@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.planning.conversions import tiles
+from fastattn.planning.conversions import tile_stacks, tiles
 from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.problems.tilings.stack import SIZES, STACK_BYTES, filled_up, of_like_size
 
@@ -145,3 +145,17 @@ def test_it_is_tried_where_calls_are_saved():
     assert not is_tried(masks.Window(64, 0)), "neighbours that share their keys are few"
     assert not is_tried(masks.Document([64] * 16) & masks.ALiBi([0.5, 0.25])), "heads differ"
     assert not is_tried(torch.ones(1024, 1024, dtype=torch.bool)), "a tensor is looked at in each call"
+
+
+def test_a_stack_asks_its_mask_once(monkeypatch):
+    """A packing comes once: a question for each of its sequences would cost more than they do."""
+    asked, sees = [], masks.Document.sees
+
+    def counted(self, *given):
+        asked.append(given)
+        return sees(self, *given)
+
+    monkeypatch.setattr(masks.Document, "sees", counted)
+    q, k, v = qkv(1, 2, 2, TOKENS, TOKENS, 8)
+    parts = tile_stacks._in_stacks(masks.Document(LENGTHS) & masks.Padding([TOKENS - 3]), q, k, v).parts
+    assert len(asked) <= len(parts) < len(LENGTHS) / 2, (len(asked), len(parts))

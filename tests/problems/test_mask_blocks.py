@@ -112,3 +112,9 @@ def test_what_was_made_in_inference_mode_may_be_saved_for_a_backward():
         blocks = blocks_of_mask(masks.Causal() & masks.Document(70), 1, 256, 256, CPU)
         told = flex.kept(flex.square_mask)(blocks)
     assert not (blocks.pattern.is_inference() or blocks.patterns.is_inference() or told.kv_indices.is_inference())
+
+
+@pytest.mark.parametrize("mask", [masks.Window(2**32, 0), masks.Window(2**40, 0) & masks.Document(7)], ids=str)
+def test_a_mask_may_hold_any_number(mask):
+    """As positions in int32, a window of 2^32 keys was one of none."""
+    assert torch.equal(as_dense(blocks_of_mask(mask, 1, 20, 20, CPU)), mask.dense(1, 20, 20))

@@ -37,6 +37,8 @@ def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arg
     n, rows, kv_len = q3.shape[0], q3.shape[1], k3.shape[1]
     scores = scratch("scores", q3, (n, rows, kv_len), q3.dtype)
     view = scores.view(*q.shape[:3], kv_len)
+    if mask is not None and mask.is_floating_point() and mask.itemsize > scores.itemsize:
+        mask = narrowed(mask, scores.dtype)
     if mask is None or a.softcap:
         torch.baddbmm(scores, q3, k3.mT, beta=0, alpha=a.scale, out=scores)
         if a.softcap:
@@ -46,11 +48,17 @@ def masked_scores(q: Tensor, q3: Tensor, k3: Tensor, mask: Tensor | None, a: Arg
     else:
         view.copy_(mask if mask.dtype is not torch.bool else additive(mask, scores))
         scores.baddbmm_(q3, k3.mT, alpha=a.scale)
-    if mask is not None and mask.is_floating_point() and mask.itemsize > scores.itemsize:
-        # what a wider mask makes lower than these scores can be is the lowest of them, and not hidden
-        view.masked_fill_((view == NEVER) & (mask != NEVER), torch.finfo(scores.dtype).min)
     hide_band(view, a.lower, a.upper)
     return scores
+
+
+def narrowed(mask: Tensor, dtype: Any) -> Tensor:
+    """A wider float mask in the dtype of the scores: what it makes lower than they can be is very low, and not hidden."""
+    import torch
+
+    found = mask.to(dtype)
+    lowest = torch.finfo(dtype).min / 2  # a product that is added does not make it -inf
+    return found.masked_fill_((found == NEVER) & (mask != NEVER), lowest)
 
 
 def hide_band(scores: Tensor, lower: int | None, upper: int | None) -> None:

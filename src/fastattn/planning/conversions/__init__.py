@@ -39,7 +39,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
         "keys padded to a multiple of 32",
         when_pad_lengths,
         pad_lengths,
-        instead_of=("contiguous", "by_heads"),
+        instead_of=("contiguous", "by_heads", "fp32"),
     ),
     Conversion("contiguous", "q, k, v copied to dense memory", when_contiguous, contiguous),
     Conversion("by_heads", "a few heads at a time", when_by_heads, blocks.by_heads, requires="fp32"),

@@ -24,7 +24,8 @@ from fastattn.problems.tilings.tile import Tile
 
 MaskOf = Callable[[Tile], "Tensor | None"]
 FEWER = 2  # times fewer calls that are worth a try: rows and keys are copied for it
-LOOKED_AT, ENTRIES_LOOKED_AT = 1024, 16  # rows and batch entries: beyond them there is more of the same
+LOOKED_AT = 1024, 4096  # rows and keys, and
+ENTRIES_LOOKED_AT = 16  # batch entries: beyond them there is more of the same
 
 
 def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
@@ -32,8 +33,9 @@ def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     if not p.structure or when_tiles(kernel, p, facts) == NO:
         return NO
     q_len, kv_len = canonical_length(p.q_len), canonical_length(p.kv_len)
-    rows = min(q_len, LOOKED_AT)
-    sizes = min(canonical_batch(p.batch), ENTRIES_LOOKED_AT), rows, rows if p.is_square else kv_len
+    part = min(1.0, LOOKED_AT[0] / q_len, LOOKED_AT[1] / kv_len)
+    rows = max(1, int(part * q_len))
+    sizes = min(canonical_batch(p.batch), ENTRIES_LOOKED_AT), rows, rows if p.is_square else max(1, int(part * kv_len))
     bytes_each = _bytes_each(p.q_heads, p.kv_heads, p.head_dim + p.head_dim_v, p.torch_dtype)
     return OPTIONAL if _leaves_few_calls(p.structure, *sizes, bytes_each) else NO
 
@@ -73,7 +75,7 @@ def _in_stacks(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tiled:
     return tiled._replace(parts=parts, mask_of=mask_of)
 
 
-@remembered(32)  # a model asks for the same ones in each layer
+@remembered(2)  # a model asks for the same ones in each layer; they have a mebibyte and more
 def _parts(
     mask: Mask,
     batch: int,
@@ -87,35 +89,40 @@ def _parts(
     tiled = tiled_by_mask(mask, q, k, fewest=1)
     alone, stacks = of_like_size(tiled.tiling.tiles, *bytes_each)
     with torch.inference_mode(False):
-        return (*alone, *(_stack(tiles, tiled.mask_of, dtype, device) for tiles in stacks))
+        return (*alone, *(_stack(tiles, tiled.mask_of, mask, q_len, kv_len, dtype, device) for tiles in stacks))
 
 
-def _stack(tiles: Sequence[Tile], mask_of: MaskOf, dtype: torch.dtype, device: torch.device) -> Stack:
+def _stack(
+    tiles: Sequence[Tile],
+    mask_of: MaskOf,
+    whole: Mask,
+    q_len: int,
+    kv_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Stack:
     entries = torch.tensor([tile.batch.start for tile in tiles], dtype=torch.int64, device=device)
     rows, is_row = filled_up([(tile.rows.start, tile.rows.stop) for tile in tiles], device)
     keys, is_key = filled_up([tile.keys[0] for tile in tiles], device)
-    mask = _mask(tiles, mask_of, is_row, is_key, dtype)
+    mask = None
+    if any(tile.is_masked for tile in tiles):
+        mask = _one_for_all(tiles, mask_of)
+        if mask is None or ((mask == 0) & is_row[..., None] & is_key.logical_not()[:, None]).any():
+            at = entries[:, None, None], rows[:, :, None] + whole.offset(q_len, kv_len), keys[:, None]
+            mask = _added(whole.sees(*at, kv_len) & is_key[:, None], dtype)
+        else:  # rows that fill up alone see keys that do
+            mask = mask[None]
+    elif not is_key.all():
+        mask = _added(is_key[:, None], dtype)
     if is_row.all():
         return Stack(entries, rows, keys, None, None, mask)
     return Stack(entries, rows, keys, is_row, is_row.flatten().nonzero()[:, 0], mask)
 
 
-def _mask(tiles: Sequence[Tile], mask_of: MaskOf, is_row: Tensor, is_key: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores of a stack: the same for all of its tiles where it can be."""
-    is_masked = any(tile.is_masked for tile in tiles)
-    if not is_masked and is_key.all():
-        return None
-    one = _one_for_all(tiles, mask_of) if is_masked else None
-    if one is not None and not ((one == 0) & is_row[..., None] & is_key.logical_not()[:, None]).any():
-        return one[None]  # rows that fill up alone see keys that do
-    rows = is_row.shape[1] if is_masked else 1
-    found = torch.zeros(len(tiles), 1, rows, is_key.shape[1], dtype=dtype, device=is_key.device)
-    found.masked_fill_(is_key.logical_not()[:, None, None], float("-inf"))
-    for tile, into in zip(tiles, found, strict=True):
-        part = mask_of(tile)
-        if part is not None:
-            into[:, : tile.row_count, : tile.key_count] = part[0]
-    return found
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores for bool (tiles, rows|1, keys)."""
+    found = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return found.masked_fill_(seen.logical_not(), float("-inf"))[:, None]
 
 
 def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf) -> Tensor | None:

@@ -62,21 +62,33 @@ def _hiding(mask: Mask, b: int, at: range, keys: runs.Runs, kv_len: int) -> Mask
 def _blocks(mask: Mask, b: int, rows: range, offset: int, kv_len: int, fewest: int) -> Iterator[range]:
     """The rows of each tile: no more than usual, and ending where the mask changes."""
 
-    def pairs(first: int, last: int) -> int:
-        """Of a tile of these rows."""
-        some, _ = mask.runs(b, range(rows[first] + offset, rows[last - 1] + offset + 1, rows.step), kv_len)
-        return (last - first) * sum(end - begin for begin, end in some)
+    def seen(first: int, last: int) -> runs.Runs:
+        """The keys of a tile of these rows."""
+        return mask.runs(b, range(rows[first] + offset, rows[last - 1] + offset + 1, rows.step), kv_len)[0]
+
+    def pairs(count: int, keys: runs.Runs) -> int:
+        return count * sum(end - begin for begin, end in keys)
 
     size, count = rows_of_a_tile(len(rows)), len(rows)
     cuts = {*range(size, count, size), count} - {0}
     if rows.step == 1:
         cuts |= {cut - offset for cut in mask.cuts(b, count + offset) if 0 < cut - offset < count}
-    first = last = 0  # of the rows that are held back, too few for a tile
+    first, held = 0, []  # the rows that are held back, too few for a tile, and where they would end
     for cut in sorted(cuts):
-        if first < last and pairs(first, cut) - pairs(first, last) - pairs(last, cut) > WASTE:
-            yield rows[first:last]
-            first = last
-        last = cut
-        if cut - first >= fewest or cut == count:
-            yield rows[first:cut]
-            first = cut
+        held.append(cut)
+        if cut - first < fewest and cut != count:
+            continue
+        if len(held) > 1 and pairs(cut - first, seen(first, cut)) > WASTE:
+            last, known = first, ()
+            for end in held:  # whether what comes next sees so much else that it is worth a call
+                own = seen(last, end)
+                both = runs.union(known, own)
+                if pairs(end - first, both) - pairs(last - first, known) - pairs(end - last, own) > WASTE:
+                    yield rows[first:last]
+                    first, both = last, own
+                last, known = end, both
+            if cut - first < fewest and cut != count:
+                held = [cut]
+                continue
+        yield rows[first:cut]
+        first, held = cut, []
