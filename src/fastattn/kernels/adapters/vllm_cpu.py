@@ -146,9 +146,11 @@ KERNELS = (
                 "a triangle or window, and {p.q_len} queries on {p.kv_len} keys, of which the first see none",
                 lambda p, _: p.is_banded and p.q_len > p.kv_len,
             ),
+        ),
+        packed_needs=(
             RefuseWhen(
                 "packed with a triangle or window, queries and keys of lengths of their own: some may see none ({p.structure})",
-                lambda p, _: p.packing is not None and p.packing.corner != "" and not p.packing.are_same,
+                lambda p, _: p.packing.corner != "" and not p.packing.are_same,
             ),
         ),
     ),

@@ -15,6 +15,7 @@ from fastattn.planning.conversions.conversion import NO, OPTIONAL
 from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_mask
 from fastattn.planning.conversions.tiles import when_tiles
 from fastattn.problems.call_facts import CallFacts
+from fastattn.problems.dense_masks import additive
 from fastattn.problems.length_buckets import canonical_batch, canonical_length
 from fastattn.problems.masks import Mask, parse
 from fastattn.problems.problem import Problem
@@ -89,40 +90,29 @@ def _parts(
     tiled = tiled_by_mask(mask, q, k, fewest=1)
     alone, stacks = of_like_size(tiled.tiling.tiles, *bytes_each)
     with torch.inference_mode(False):
-        return (*alone, *(_stack(tiles, tiled.mask_of, mask, q_len, kv_len, dtype, device) for tiles in stacks))
+        return (*alone, *(_stack(tiles, tiled, q, k) for tiles in stacks))
 
 
-def _stack(
-    tiles: Sequence[Tile],
-    mask_of: MaskOf,
-    whole: Mask,
-    q_len: int,
-    kv_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Stack:
+def _stack(tiles: Sequence[Tile], tiled: Tiled, q: Tensor, k: Tensor) -> Stack:
+    """Some tiles of a mask with a meaning as one; q and k say the lengths, the dtype and the device."""
+    assert isinstance(tiled.mask, Mask)
+    q_len, kv_len, device = q.shape[2], k.shape[2], q.device
     entries = torch.tensor([tile.batch.start for tile in tiles], dtype=torch.int64, device=device)
     rows, is_row = filled_up([(tile.rows.start, tile.rows.stop) for tile in tiles], device)
     keys, is_key = filled_up([tile.keys[0] for tile in tiles], device)
     mask = None
     if any(tile.is_masked for tile in tiles):
-        mask = _one_for_all(tiles, mask_of)
+        mask = _one_for_all(tiles, tiled.mask_of)
         if mask is None or ((mask == 0) & is_row[..., None] & is_key.logical_not()[:, None]).any():
-            at = entries[:, None, None], rows[:, :, None] + whole.offset(q_len, kv_len), keys[:, None]
-            mask = _added(whole.sees(*at, kv_len) & is_key[:, None], dtype)
+            at = entries[:, None, None], rows[:, :, None] + tiled.mask.offset(q_len, kv_len), keys[:, None]
+            mask = additive(tiled.mask.sees(*at, kv_len) & is_key[:, None], q)[:, None]
         else:  # rows that fill up alone see keys that do
             mask = mask[None]
     elif not is_key.all():
-        mask = _added(is_key[:, None], dtype)
+        mask = additive(is_key[:, None], q)[:, None]
     if is_row.all():
         return Stack(entries, rows, keys, None, None, mask)
     return Stack(entries, rows, keys, is_row, is_row.flatten().nonzero()[:, 0], mask)
-
-
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores for bool (tiles, rows|1, keys)."""
-    found = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return found.masked_fill_(seen.logical_not(), float("-inf"))[:, None]
 
 
 def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf) -> Tensor | None:
