@@ -98,6 +98,16 @@ def own_store(tmp_path, monkeypatch):
     fastattn.clear()
 
 
+@pytest.fixture(autouse=True)
+def flex_without_dynamo(request, monkeypatch):
+    """Outside of compiled code flex_attention sends itself through Dynamo, a second for each new shape, only to run the same
+    operators in eager code. Here it runs them at once; the tests of flex itself let it do as it does for users.
+    """
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    if flex is not None and request.path.name != "test_flex.py":
+        monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+
+
 @pytest.fixture
 def untuned():
     """Nothing is timed: the default serves. For tests of semantics, where speed has no say."""
