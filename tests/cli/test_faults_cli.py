@@ -100,8 +100,8 @@ def test_fault_82_the_callers_streams_are_left_as_they_were(odd, capsys):
 
 @pytest.mark.parametrize("environment", [
     {"PYTHONIOENCODING": "ascii"},
-    {"PYTHONIOENCODING": "cp1252:strict"},
-    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    pytest.param({"PYTHONIOENCODING": "cp1252:strict"}, marks=pytest.mark.long),
+    pytest.param({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_fault_82_in_a_process_of_its_own_whose_output_is_piped(environment, tmp_path):
     home = {"FASTATTN_CACHE_DIR": os.fsencode(tmp_path / "jürgen→")}

@@ -184,7 +184,7 @@ assert fastattn.explain(q, k, v).served_by == "{winner}" and not fastattn.stats(
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
-@pytest.mark.parametrize("winner", ["torch_flash+fp32", "matmul+fp32"])
+@pytest.mark.parametrize("winner", ["torch_flash+fp32", pytest.param("matmul+fp32", marks=pytest.mark.long)])
 def test_fault_83_a_real_copy_under_a_real_limit(winner):
     support = Path(__file__).parents[1] / "support"
     env = {

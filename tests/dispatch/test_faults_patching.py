@@ -245,6 +245,7 @@ def test_fault_74_features_are_found_by_its_documentation(patched):
     assert tuple(parameters) == names and callable(functools.partial(F.scaled_dot_product_attention, scale=1.0))
 
 
+@pytest.mark.long  # torch itself is compiled anew
 def test_fault_74_without_docstrings_too():
     """python -OO drops ours, and torch's stays."""
     code = (

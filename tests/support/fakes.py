@@ -16,7 +16,7 @@ from fastattn.kernels import registry
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning import binding
-from fastattn.tuning import cpu_contention
+from fastattn.tuning import cpu_contention, stopwatch
 from fastattn.tuning import tune as tuning
 from fastattn.tuning.accuracy.judge import Judge
 from fastattn.tuning.accuracy.probes import Sample
@@ -61,8 +61,8 @@ class Clock:
         return {name: (lambda name=name: self.spend(name)) for name in names}
 
 
-def turn(monkeypatch: Any, clock: Clock) -> Clock:
-    """From now on tuning reads this clock, and every bound Call takes the time it says."""
+def turn(monkeypatch: Any, clock: Clock, rounds: int = 5) -> Clock:
+    """From now on tuning reads this clock, and every bound Call takes the time it says. rounds: of a comparison at most."""
     bind = binding.bind
 
     def ticking(candidate: Any, *args: Any, **named: Any) -> binding.Call:
@@ -76,6 +76,7 @@ def turn(monkeypatch: Any, clock: Clock) -> Clock:
 
     monkeypatch.setattr(binding, "bind", ticking)
     monkeypatch.setattr(tuning, "stopwatch", lambda device: clock)
+    monkeypatch.setattr(stopwatch, "MAX_ROUNDS", rounds)
     monkeypatch.setattr(cpu_contention, "read_cpu_usage", lambda: None)  # who else uses the real cores has no say
     monkeypatch.setattr(session, "tuning_s", 0.0)  # what other tests took of the process's budget
     return clock
