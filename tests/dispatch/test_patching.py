@@ -8,6 +8,7 @@ import sys
 import types
 from unittest import mock
 
+import fakes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,6 +288,31 @@ def test_fault_33_sdpa_kernel_is_obeyed():
             for other in (qkv(sq=11), qkv(sq=12)):
                 assert torch.equal(F.scaled_dot_product_attention(*other), ORIGINAL(*other))
     assert session.verdicts == known and len(known) == 1
+
+
+OF_A_CPU = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SCOPES = {  # (who serves inside, the scope)
+    "ordinary": ("quick", contextlib.nullcontext),
+    "restricted": ("F.sdpa", lambda: sdpa_kernel(SDPBackend.MATH)),
+    "all of a CPU's": ("quick", lambda: sdpa_kernel(OF_A_CPU)),
+}
+
+
+@pytest.mark.parametrize("first", SCOPES)
+def test_an_sdpa_kernel_that_names_every_backend_of_the_device_restricts_nothing(first, monkeypatch):
+    """Whichever scope a call is first made in, no entry of one serves in another."""
+    fakes.quick_wins(monkeypatch)
+    given = qkv(b=2, hq=4, sq=64, d=32)
+    with fastattn.options(mode="auto"), fastattn.patch():
+        for name in [first, *SCOPES, *SCOPES]:
+            fastattn.stats.reset()
+            server, scope = SCOPES[name]
+            with scope():
+                for _ in range(2):
+                    F.scaled_dot_product_attention(*given)
+            stats = fastattn.stats()
+            found = stats["served_by"] or {"F.sdpa": sum(stats["passed_on"].values())}
+            assert found == {server: 2}, name
 
 
 def test_a_patched_model_compiles_fullgraph():

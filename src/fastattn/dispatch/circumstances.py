@@ -49,7 +49,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("functorch", PASS, "inside a torch.func transform"),
     ("forward_ad", PASS, "forward-mode differentiation is active"),
     ("tracing", PASS, "torch.jit is tracing"),
-    ("restricted", PASS, "inside sdpa_kernel(...): F.sdpa obeys it"),
+    ("restricted", PASS, "inside sdpa_kernel(...), which leaves out a backend: F.sdpa obeys it"),
     ("empty", PASS, "a dimension is 0"),
     ("compiling", STORED, "torch.compile is tracing: nothing may be timed"),
     ("capturing", STORED, "a CUDA graph is being captured: nothing may be timed"),
@@ -89,7 +89,7 @@ SEEN_BY_GUARDS: dict[str, tuple[str, ...]] = {
     "off": (),
     "other_device": (),
     "empty": (),
-    "restricted": ("unrestricted",),
+    "restricted": ("unrestricted", *torch_private.BACKEND_SWITCHES),
 }
 
 
@@ -118,6 +118,7 @@ def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> C
     foreign = any(type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided for x in tensors)
     foreign = foreign or (not torch_private.KNOWS_FUNCTORCH and not all(map(_has_storage, tensors)))
     kind = "" if foreign else tensors[0].device.type
+    switched_off = any(not torch_private.BACKEND_SWITCHES[name]() for name in ASKED_BY_SDPA.get(kind, ()))
     return Circumstances(
         off=settings.mode == "off",
         foreign=foreign,
@@ -127,15 +128,20 @@ def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> C
         forward_ad=torch_private.forward_ad._current_level >= 0,
         tracing=torch.jit.is_tracing(),
         compiling=torch.compiler.is_compiling(),
-        restricted=not torch_private.not_inside_sdpa_kernel(),
+        restricted=switched_off and is_inside_sdpa_kernel(),
         empty=not foreign and any(0 in x.shape for x in tensors),
         capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),
         deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,
-        switched_off=any(not torch_private.BACKEND_SWITCHES[name]() for name in ASKED_BY_SDPA.get(kind, ())),
+        switched_off=switched_off,
         cached=settings.mode == "cached",
         spent=spent,
     )
+
+
+def is_inside_sdpa_kernel() -> bool:
+    """Whether the call stands in a scope that names its backends; one that names all of a device's restricts nothing there."""
+    return not torch_private.not_inside_sdpa_kernel()
 
 
 def ranks() -> int:

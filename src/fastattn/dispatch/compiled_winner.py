@@ -9,7 +9,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 from fastattn.dispatch import fallback
-from fastattn.dispatch.circumstances import Circumstances, ranks, what_is_allowed
+from fastattn.dispatch.circumstances import Circumstances, is_inside_sdpa_kernel, ranks, what_is_allowed
 from fastattn.dispatch.graph_op import NAME as OPERATOR
 from fastattn.dispatch.resolve import asked_of, bind
 from fastattn.dispatch.service import Asked, decide_service, is_passed_on, of_regime
@@ -107,7 +107,7 @@ def _circumstances(device: str, empty: bool = False) -> Circumstances:
         off=current_settings().mode == "off",
         other_device=device not in ("cpu", "cuda"),
         functorch=torch_private.functorch_level() is not None,
-        restricted=not torch_private.not_inside_sdpa_kernel(),
+        restricted=is_inside_sdpa_kernel(),  # no guard of a graph tells one such scope from another
         empty=empty,
         deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,

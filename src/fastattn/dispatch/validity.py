@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastattn.dispatch import fallback
-from fastattn.dispatch.circumstances import ASKED_BY_SDPA
+from fastattn.dispatch.circumstances import ASKED_BY_SDPA, is_inside_sdpa_kernel
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
 from fastattn.planning import candidates, default_choice
@@ -27,7 +27,8 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
             reads.append("threads")
     asks = (*(["products"] if problem.device == "cpu" or kernel.products else []), kernel.switch or "no backend")
     reads += torch_switches.read_by(problem.device, problem.dtype, asks, is_default=kernel.name == "default")
-    if asked.circumstances.switched_off:  # once they are on again the problem may be tuned
+    # once they are on again the problem may be tuned; and another sdpa_kernel(...) may leave one out
+    if asked.circumstances.switched_off or is_inside_sdpa_kernel():
         reads += ASKED_BY_SDPA[problem.device]
     if facts.autocast:
         reads.append(f"autocast_{problem.device}")
