@@ -16,7 +16,7 @@ import fastattn
 from fastattn.cli import main
 from fastattn.environment import clock as own_clock
 from fastattn.environment.settings import current_settings
-from fastattn.tuning.stopwatch import ClockError, HostClock
+from fastattn.tuning.stopwatch import MAX_ROUNDS, ClockError, HostClock
 from fastattn.tuning.tune import tune_problem
 from fastattn.verdicts.verdict import Outcome
 
@@ -61,7 +61,7 @@ BROKEN = {kind.__name__: kind for kind in (Standing, Backwards, Jumping, Undefin
 def test_fault_81_a_clock_that_stands_or_jumps_crowns_nobody(kind, monkeypatch, own_store, caplog):
     """Where the clock stands, goes back or jumps the tuning ends: the default serves this process, and nothing is stored."""
     add(monkeypatch, made_up("quick", honest))
-    turn(monkeypatch, BROKEN[kind]({"default": 4e-3, "quick": FAST}))
+    turn(monkeypatch, BROKEN[kind]({"default": 4e-3, "quick": FAST}), MAX_ROUNDS)
     q, k, v = qkv(48)
     before = fastattn.stats()["tunings"]
     with caplog.at_level("INFO", "fastattn"):
@@ -79,7 +79,7 @@ def test_fault_81_a_clock_that_stands_or_jumps_crowns_nobody(kind, monkeypatch, 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_fault_81_a_process_with_a_clock_that_goes_tunes_it_again(kind, monkeypatch, own_store):
     add(monkeypatch, made_up("quick", honest))
-    turn(monkeypatch, BROKEN[kind]({"default": 4e-3, "quick": FAST}))
+    turn(monkeypatch, BROKEN[kind]({"default": 4e-3, "quick": FAST}), MAX_ROUNDS)
     [verdict] = fastattn.tune(problem())
     assert not verdict.is_lasting and verdict.winner == "default"
     turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))

@@ -12,6 +12,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 from fastattn.kernels import registry
 from fastattn.tuning.cpu_contention import CpuContention, CpuUsage
+from fastattn.tuning.stopwatch import MAX_ROUNDS
 from fastattn.tuning.tune import STEADY_TRIES, tune_problem
 from fastattn.verdicts import verdict as verdict_module
 from fastattn.verdicts.manifest import export_manifest
@@ -32,7 +33,7 @@ def quick(monkeypatch):
     CORES[:] = [0.0]
     add(monkeypatch, made_up("quick", honest))
     monkeypatch.setattr(CpuContention, "cores_missing", lambda self: CORES[0])
-    return turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
+    return turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}), MAX_ROUNDS)
 
 
 def stored(own_store):

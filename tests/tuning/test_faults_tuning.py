@@ -19,7 +19,7 @@ from fastattn.environment.settings import current_settings, reload_settings
 from fastattn.tuning import memory_use, screening, too_large
 from fastattn.tuning import tune as tune_module
 from fastattn.tuning.accuracy.judge import judges_of_problem
-from fastattn.tuning.stopwatch import time_interleaved
+from fastattn.tuning.stopwatch import MAX_ROUNDS, time_interleaved
 from fastattn.tuning.tune import STEADY_TRIES, tune_problem
 from fastattn.verdicts.verdict import Outcome
 
@@ -30,7 +30,7 @@ F_sdpa = torch.nn.functional.scaled_dot_product_attention
 def quick(monkeypatch):
     """A kernel that wins wherever it is timed; the clock that says so."""
     add(monkeypatch, made_up("quick", honest))
-    return turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}))
+    return turn(monkeypatch, Clock({"default": 4e-3, "quick": FAST}), MAX_ROUNDS)
 
 
 # --- fault 48: memory runs out while tuning

@@ -16,6 +16,7 @@ from fastattn.kernels.libraries import availability
 from fastattn.kernels.limits import Range
 from fastattn.tuning import memory_use
 from fastattn.tuning.screening import Screening
+from fastattn.tuning.stopwatch import MAX_ROUNDS
 from fastattn.tuning.tune import _budget, tune_problem
 from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
@@ -242,7 +243,7 @@ def test_what_is_many_times_slower_on_the_probes_does_not_run_at_full_size(monke
 def test_a_thorough_tuning_of_slow_calls_ends(monkeypatch):
     """Three rounds of two where a run takes seconds, five seconds of rounds where ten would take longer."""
     for cost, rounds in ((4.0, 3), (0.5, 5), (0.3, 8)):
-        clock = turn(monkeypatch, Clock({"default": cost, "matmul": cost}, other=20 * cost))
+        clock = turn(monkeypatch, Clock({"default": cost, "matmul": cost}, other=20 * cost), MAX_ROUNDS)
         tune(clock=clock, thorough=True)
         assert clock.timed.count("default") == rounds, cost
 
