@@ -13,7 +13,7 @@ import fastattn
 from fastattn.cli.doctor import rows
 from fastattn.cli.doctor.machine import this_machine
 from fastattn.dispatch.session import session
-from fastattn.kernels.libraries import availability, catalogue
+from fastattn.kernels.libraries import availability, catalogue, operator_files
 
 LIBRARY = catalogue.library_of("zentorch")
 TORCH = ".".join(torch.__version__.split(".")[:2])
@@ -25,12 +25,13 @@ def in_version(version, monkeypatch, **capabilities):
     availability.forget_libraries()
 
 
-def test_a_cpu_without_avx512_bf16_is_a_reason_and_nothing_is_loaded(monkeypatch):
-    """There the operator runs torch's own kernel."""
+@pytest.mark.parametrize("is_imported", [False, True], ids=["found", "imported"])
+def test_a_cpu_without_avx512_bf16_is_a_reason_and_nothing_is_loaded(is_imported, monkeypatch):
+    """There the operator runs torch's own kernel, whoever loaded it."""
     in_version(f"{TORCH}.0.2", monkeypatch, avx2=True, avx512_f=True)
+    monkeypatch.setattr(operator_files, "is_imported", lambda _: is_imported)
     assert availability.why_unavailable(row_of(stub.STUB, "zentorch")) == (
-        "package zentorch cannot be used: ImportError: its operators are built for CPUs with avx512_bf16, of which this one"
-        " has none"
+        "package zentorch cannot be used: ImportError: needs avx512_bf16, of which this CPU has none"
     )
     row = rows.of_library(LIBRARY, this_machine(), 1.0)
     assert row.importable is None and not row.usable and row.fix is None, "no command mends a CPU"
@@ -40,6 +41,7 @@ def test_a_cpu_without_avx512_bf16_is_a_reason_and_nothing_is_loaded(monkeypatch
 def test_a_version_for_another_torch_is_a_reason_and_the_doctor_names_the_right_one(version, monkeypatch):
     """Its file would be loaded with half of its symbols missing, or with others of the same names."""
     in_version(version, monkeypatch, avx512_bf16=True)
+    monkeypatch.setattr(operator_files, "is_imported", lambda _: False)
     built = f"ImportError: its version {version} is built for another torch than {torch.__version__}"
     assert availability.why_unavailable(row_of(stub.STUB, "zentorch")) == f"package zentorch cannot be used: {built}"
     row = rows.of_library(LIBRARY, this_machine(), 1.0)

@@ -51,8 +51,8 @@ def cpu_attention_with_kv_cache(query, key_cache, value_cache, output, query_sta
     assert {each["thread"] for each in plans[plan:]} == {get_ident()}, "its memory is another thread's by now"
     assert plans[plan] == {
         "thread": get_ident(), "heads": (query.shape[1], key_cache.shape[1]), "head_dim": query.shape[2],
-        "lengths": seq_lens.tolist(), "dtype": query.dtype, "starts": query_start_loc.tolist(), "causal": causal, "window": sliding_window_size,
-        "isa": packed_for[-1],
+        "lengths": seq_lens.tolist(), "dtype": query.dtype, "starts": query_start_loc.tolist(), "causal": causal,
+        "window": sliding_window_size, "isa": packed_for[-1],
     }  # fmt: skip
     assert packed_for[-1] == "vec16" or query.shape[2] % 32 == 0, "the others are made for multiples of 32"
     assert key_cache.shape[2] % ALIGNED == 0 and query.shape[1] % key_cache.shape[1] == 0

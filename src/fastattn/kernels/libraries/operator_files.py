@@ -20,8 +20,8 @@ def why_not_this_cpu(library: Library) -> str | None:
     """What its operators ask of a CPU, where this one has nothing of it."""
     if not library.operators or _file_for_this_cpu(library):
         return None
-    built_for = dict.fromkeys(needed for _, needed in library.operators)
-    return f"its operators are built for CPUs with {', '.join(built_for)}, of which this one has none"
+    needed = dict.fromkeys(needed for _, needed in library.operators)
+    return f"needs {' or '.join(needed)}, of which this CPU has none"
 
 
 def _file_for_this_cpu(library: Library) -> str | None:
@@ -71,6 +71,8 @@ def load_operators(distribution: str) -> Any:
     library = catalogue.library_of(distribution)
     assert library is not None
     namespace = library.entry.partition(".")[0]
+    if (why := why_not_this_cpu(library)) is not None:
+        raise ImportError(why)
     if not is_imported(library):
         if any(name.startswith(f"{namespace}::") for name in operator_names()):
             raise ImportError(
