@@ -108,29 +108,28 @@ def finished(q: Tensor, v: Tensor, scores: Tensor, mask: Tensor | None, a: Argum
     return out if lse is None else (out, lse)
 
 
-DEEP = -256.0  # from here on bfloat16 has steps of 2, and a sum of two numbers no fraction
+FAR = 64.0  # from here on bfloat16 has steps of a half
 
 
 def drowns_scores(mask: Tensor | None, scores: Tensor) -> bool:
-    """Whether half precision has no fractions left where a float mask is low for a whole row, which is not hidden then."""
+    """Whether a float mask leaves half precision no fractions: it is far from 0 in a whole row, which is not hidden then."""
     import torch
 
     if mask is None or mask.dtype is torch.bool or scores.itemsize > 2:
         return False
+    if torch.compiler.is_compiling():  # a graph has no branch by value
+        return True
     top = mask.amax(-1)
-    return torch.compiler.is_compiling() or bool(
-        ((top < DEEP) & (top != NEVER)).any()
-    )  # a graph has no branch by value
+    return bool(((top.abs() >= FAR) & (top != NEVER)).any())
 
 
 def load_matmul() -> Run:
-    mixed = load_mixed()
-
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        if drowns_scores(mask, q):
-            return mixed(q, k, v, mask, a)
         q3, k3, _ = fold(q, k, v)
-        return finished(q, v, masked_scores(q, q3, k3, mask, a), mask, a)
+        half = drowns_scores(mask, q)
+        if half:
+            q3, k3 = in_room("q", q3), in_room("k", k3)
+        return finished(q, v, masked_scores(q, q3, k3, mask, a), mask, a, half)
 
     return run
 
@@ -230,12 +229,8 @@ MATMUL = Kernel(
 KERNELS = (
     MATMUL,
     replace(
-        MATMUL,
-        name="matmul_mixed",
+        MATMUL, name="matmul_mixed", load=load_mixed, dtypes=("bfloat16",), fp32=False,
         summary="scores in float32, their product with v in bfloat16: what a fused kernel rounds",
-        load=load_mixed,
-        dtypes=("bfloat16",),
-        fp32=False,
     ),
     Kernel(
         name="matmul_shifted",
@@ -251,4 +246,4 @@ KERNELS = (
         chunks=True,
         needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),
-)
+)  # fmt: skip
