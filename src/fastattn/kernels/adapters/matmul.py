@@ -21,7 +21,7 @@ from fastattn.kernels import (
     fold,
     scratch,
     unfold,
-)  # fmt: skip
+)
 
 
 def in_room(name: str, x: Tensor) -> Tensor:
