@@ -30,7 +30,7 @@ def package(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "__init__.py").write_text("raise AssertionError('imported')", encoding="utf-8")
     for file, _ in LIBRARY.operators:
-        (folder / f"{file}.so").write_bytes(b"no library")
+        (folder / f"{file}.abi3.so").write_bytes(b"no library")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     return folder

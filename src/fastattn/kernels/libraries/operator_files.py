@@ -26,7 +26,7 @@ def why_not_this_cpu(library: Library) -> str | None:
 
 def _file_for_this_cpu(library: Library) -> str | None:
     here = getattr(torch.cpu, "get_capabilities", dict)()
-    return next((f"{file}.so" for file, needed in library.operators if here.get(needed)), None)
+    return next((f"{file}{library.suffix}" for file, needed in library.operators if here.get(needed)), None)
 
 
 def what_to_import(library: Library) -> str:
