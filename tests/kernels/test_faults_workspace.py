@@ -12,6 +12,7 @@ from fakes import qkv
 
 import fastattn
 from fastattn.kernels import workspace
+from fastattn.kernels.adapters import matmul
 from fastattn.kernels.workspace import ALL_BYTES, KEPT_BYTES, scratch
 
 THREADS = 12
@@ -69,9 +70,10 @@ def test_fault_89_idle_threads_keep_no_more_than_one_bound_together(call):
 
 def test_fault_89_the_thread_that_came_last_keeps_what_it_needs():
     with in_pool(lambda: scratch("a", torch.empty(0), (4, MIB), torch.uint8)):
-        blocks = [scratch(name, torch.empty(0), (KEPT_BYTES,), torch.uint8) for name in "abc"]
-        again = [scratch(name, torch.empty(0), (KEPT_BYTES,), torch.uint8) for name in "abc"]
-        assert [x.data_ptr() for x in blocks] == [x.data_ptr() for x in again], "its own is never taken from it"
+        blocks, again = (
+            [scratch(name, torch.empty(0), (KEPT_BYTES,), torch.uint8).data_ptr() for name in "abc"] for _ in range(2)
+        )
+        assert blocks == again, "its own is never taken from it"
         assert held() == 3 * KEPT_BYTES, "the others forgot theirs"
 
 
@@ -98,6 +100,31 @@ def test_fault_89_a_thread_that_is_at_work_is_not_disturbed():
         assert (mine == 3.0).all()
         assert held() - KEPT_BYTES <= ALL_BYTES
     del mine
+
+
+def test_what_is_still_worked_in_is_not_given_out_again():
+    """A signal handler may ask in the middle of a call."""
+    mine = scratch("a", torch.empty(0), (64,), torch.float64).fill_(3.0)
+    inner = scratch("a", torch.empty(0), (64,), torch.float64).fill_(7.0)
+    assert (mine == 3.0).all() and mine.data_ptr() != inner.data_ptr()
+    place = mine.data_ptr()
+    del mine
+    assert scratch("a", torch.empty(0), (64,), torch.float64).data_ptr() == place, "it is used again"
+
+
+@pytest.mark.usefixtures("untuned")
+def test_a_signal_handler_that_calls_does_not_change_the_answer(monkeypatch):
+    q, k, v = qkv(64)
+    want, softmax, others = fastattn.attention(q, k, v, kernel="matmul"), matmul.softmax, []
+
+    def interrupted(scores, see):
+        if not others:
+            others.append(None)
+            others[0] = fastattn.attention(*qkv(64, seed=1), kernel="matmul")
+        return softmax(scores, see)
+
+    monkeypatch.setattr(matmul, "softmax", interrupted)
+    assert torch.equal(fastattn.attention(q, k, v, kernel="matmul"), want) and not torch.equal(others[0], want)
 
 
 def test_fault_89_the_answers_of_many_threads_are_right():

@@ -144,6 +144,20 @@ def test_two_modules_that_only_crash_together_are_found(site, root):
     assert site.imports(second) == 2
 
 
+def test_a_file_of_operators_is_loaded_beside_it_by_its_path(site, root, tmp_path, monkeypatch):
+    """The child's torch is a stand-in, and runs the file."""
+    stand_in = "import runpy\nfrom types import SimpleNamespace\nops = SimpleNamespace(load_library=runpy.run_path)\n"
+    (tmp_path / "torch.py").write_text(stand_in, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    site.put("operators", "import sys\nsys.modules['registers_ops'] = sys")
+    name = site.put(
+        "registers_the_same", "import os, sys\nif 'registers_ops' in sys.modules:\n    os._exit(7)\nentry = 1"
+    )
+    path = str(site.path / "operators.py")
+    why = import_probe.why_import_crashes(name, "entry", "1.0", root, [path])
+    assert why == f"importing it ended the process: exit code 7 (beside {path})" + AGAIN
+
+
 def test_fault_19_a_hang_is_a_sentence_and_is_not_remembered(site, root, monkeypatch):
     """A library whose import hangs is ended after its time, and its kernels say so."""
     monkeypatch.setattr(import_probe, "why_import_fails", partial(import_probe.why_import_fails, timeout_s=2.0))

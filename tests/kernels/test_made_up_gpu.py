@@ -128,7 +128,9 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
     rows = {t.candidate.split("+")[0]: t for t in found.rows}
     timed = {name for name, t in rows.items() if t.time_us is not None}
     assert {name: rows[name].reason for name in rows.keys() - timed} == {
-        **dict.fromkeys(("matmul", "matmul_mixed", "matmul_shifted", "vllm_cpu"), "needs cpu, this device is cuda"),
+        **dict.fromkeys(
+            ("matmul", "matmul_mixed", "matmul_shifted", "vllm_cpu", "zentorch"), "needs cpu, this device is cuda"
+        ),
         "torch_cudnn": "the default runs this kernel",
         "sdpa_math": "not tried: the last resort",
         "flex": "excluded by options: kernels -flex",  # it would be compiled, for the CPU

@@ -30,7 +30,7 @@ from stubs.flash_attn_2 import flash_attn_func
 from stubs.flash_attn_2 import forward as flash_2_forward
 from torch.overrides import TorchFunctionMode
 
-from fastattn.kernels.libraries import catalogue
+from fastattn.kernels.libraries import catalogue, operator_files
 
 # --- what is compiled
 
@@ -206,6 +206,7 @@ LIBRARIES = {
     "mslk": (MSLK, ("mslk_flash", "mslk_flash3", "mslk_cutlass", "mslk_blackwell")),
     "transformer_engine": (with_flash_attn, ("te_flash", "te_unfused")),
     "vllm_cpu": (lambda: None, ("vllm_cpu",)),
+    "zentorch": (lambda: None, ("zentorch",)),
 }
 ALSO_NEEDED = {"te_flash": "flash-attn"}
 EACH = [pytest.param(file, name, id=name) for file, (_, names) in LIBRARIES.items() for name in names]
@@ -263,8 +264,11 @@ def found(file: str) -> dict[str, dict[str, str]]:
 def test_every_call_of_the_grid_is_right_or_refused_as_listed(file, name):
     stub = import_module(f"stubs.{file}").STUB
     for needed in filter(None, (stub.library, ALSO_NEEDED.get(name))):
-        if not catalogue.installed_distribution(catalogue.library_of(needed)):
+        library = catalogue.library_of(needed)
+        if not catalogue.installed_distribution(library):
             pytest.skip(f"{needed} is not installed")
+        if why := operator_files.why_not_this_cpu(library):
+            pytest.skip(f"{needed} {why}")
     listed = stub.refuses[name].split()
     wrong = {case: what for case, what in found(file)[name].items() if what != ("refused" if case in listed else "")}
     assert not wrong

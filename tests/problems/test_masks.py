@@ -188,6 +188,7 @@ def test_a_number_is_a_number_whatever_its_type():
         assert masks.Global(sixteen) == masks.Global(16)
         assert masks.Document(sixteen) == masks.Document(16)
         assert masks.Padding(sixteen) == masks.Padding(16)
+    assert masks.Document([np.int64(3), 4]) == masks.Document([3, 4])
 
 
 def test_values_are_read_when_a_mask_is_made():

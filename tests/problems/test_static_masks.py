@@ -146,6 +146,14 @@ def test_under_fake_tensor_mode_it_has_the_shapes_of_the_tensor():
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
 
 
+def test_under_fake_tensor_mode_it_is_not_read(monkeypatch):
+    """A list of its numbers would take eight bytes for each and more."""
+    mask = masks.Static(WINDOW)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("read"))
+    with FakeTensorMode():
+        assert mask.dense(2, 300, 300, torch.device("cpu"), rows=torch.arange(300)).shape == (1, 1, 300, 300)
+
+
 def test_in_a_graph_of_fake_tensors_it_is_a_constant():
     q, k, v = qkv(b=1, hq=2, sq=300, d=16)
     mask = masks.Static(WINDOW)

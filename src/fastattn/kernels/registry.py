@@ -35,7 +35,7 @@ ORDER = {
     "mslk_cutlass": "mslk", "mslk_splitk": "mslk",
     "flashinfer_single_fa3": "flashinfer", "flashinfer_ragged_fa3": "flashinfer",
     "flashinfer_single_fa2": "flashinfer", "flashinfer_ragged_fa2": "flashinfer",
-    "vllm_cpu": "vllm_cpu",
+    "vllm_cpu": "vllm_cpu", "zentorch": "zentorch",
 }  # fmt: skip
 GROUP = "fastattn.kernels"
 _registered: list[Kernel] = []

@@ -2,7 +2,8 @@
 
 Nothing that a kernel returns, or that is saved for a backward, may lie in it. What all threads keep together is bounded: a
 thread that takes more has those forget theirs that used it longest ago. Memory that one of them works in just then goes with
-the last tensor that lies in it, so nobody has to wait, or to be asked.
+the last tensor that lies in it, so nobody has to wait, or to be asked. What is still worked in is not given out a second time:
+a signal handler may call in the middle of a call.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ _rooms: dict[int, weakref.ref[_Room]] = {}  # of all threads; one that ended tak
 
 
 class _Room:
-    """What one thread keeps, and when it last used that."""
+    """What one thread keeps, the tensors that it gave out, and when it last used that."""
 
-    __slots__ = ("__weakref__", "kept", "last")
+    __slots__ = ("__weakref__", "given", "kept", "last")
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
+        self.given: dict[str, weakref.ref[Tensor]] = {}
         self.last = number = next(_numbers)
         _rooms[number] = weakref.ref(self, lambda _: _rooms.pop(number, None))
 
@@ -46,18 +48,23 @@ _here = _Here()
 
 
 def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised scratch of that shape on the CPU, valid until the same name is asked for again on this thread."""
+    """Uninitialised scratch of that shape on the CPU, valid as long as the tensor itself, not a view of it, is held."""
     size = dtype.itemsize * math.prod(shape)
     if size > KEPT_BYTES or torch.compiler.is_compiling():
         return like.new_empty(shape, dtype=dtype)
     room = _here.room
+    given = room.given.get(name)
+    if given is not None and given() is not None:
+        return like.new_empty(shape, dtype=dtype)
     room.last = next(_numbers)
     block = room.kept.get(name)
     if block is None or block.numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             block = room.kept[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
         _make_others_forget(room)
-    return block[:size].view(dtype).view(shape)
+    found = block[:size].view(dtype).view(shape)
+    room.given[name] = weakref.ref(found)
+    return found
 
 
 def _make_others_forget(mine: _Room) -> None:

@@ -6,6 +6,7 @@ They stay registered: torch takes no operator back. The real ones are therefore 
 from __future__ import annotations
 
 from functools import cache
+from threading import get_ident
 
 import torch
 
@@ -15,7 +16,7 @@ from stubs import Stub, attend, band, calls, library_at_work, signatures
 
 WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 ALIGNED = 32  # keys are read by so many, those behind the last one too
-plans: list[dict] = []  # what was scheduled; the last one's memory is there
+plans: list[dict] = []  # what was scheduled; all threads compute in one place
 packed_for: list[str] = []  # the instruction sets of caches
 
 
@@ -23,8 +24,8 @@ def get_scheduler_metadata(num_req, num_heads_q, num_heads_kv, head_dim, seq_len
                            isa_hint, enable_kv_split, dynamic_causal, kv_cache_dtype="auto"):  # fmt: skip
     number = len(plans)
     plans.append(
-        {"heads": (num_heads_q, num_heads_kv), "head_dim": head_dim, "lengths": seq_lens.tolist(), "dtype": dtype,
-         "starts": query_start_loc.tolist(), "causal": casual, "window": window_size, "isa": isa_hint}
+        {"thread": get_ident(), "heads": (num_heads_q, num_heads_kv), "head_dim": head_dim, "lengths": seq_lens.tolist(),
+         "dtype": dtype, "starts": query_start_loc.tolist(), "causal": casual, "window": window_size, "isa": isa_hint}
     )  # fmt: skip
     assert len(seq_lens) == num_req == len(query_start_loc) - 1 and dynamic_causal is None
     return torch.tensor([number])
@@ -46,11 +47,12 @@ def cpu_attention_with_kv_cache(query, key_cache, value_cache, output, query_sta
     assert alibi_slopes is s_aux is dynamic_causal is None and query.stride(2) == 1 and output.is_contiguous()
     assert query_start_loc.dtype is seq_lens.dtype is block_table.dtype is torch.int32 and block_table.stride(1) == 1
     assert query.dtype is key_cache.dtype is value_cache.dtype is output.dtype
-    assert int(scheduler_metadata) == len(plans) - 1, "its memory is another plan's by now"
-    assert plans[-1] == {
-        "heads": (query.shape[1], key_cache.shape[1]), "head_dim": query.shape[2], "lengths": seq_lens.tolist(),
-        "dtype": query.dtype, "starts": query_start_loc.tolist(), "causal": causal, "window": sliding_window_size,
-        "isa": packed_for[-1],
+    plan = int(scheduler_metadata)
+    assert {each["thread"] for each in plans[plan:]} == {get_ident()}, "its memory is another thread's by now"
+    assert plans[plan] == {
+        "thread": get_ident(), "heads": (query.shape[1], key_cache.shape[1]), "head_dim": query.shape[2],
+        "lengths": seq_lens.tolist(), "dtype": query.dtype, "starts": query_start_loc.tolist(), "causal": causal,
+        "window": sliding_window_size, "isa": packed_for[-1],
     }  # fmt: skip
     assert packed_for[-1] == "vec16" or query.shape[2] % 32 == 0, "the others are made for multiples of 32"
     assert key_cache.shape[2] % ALIGNED == 0 and query.shape[1] % key_cache.shape[1] == 0

@@ -35,18 +35,21 @@ def of_library(library: Library, machine: Machine, timeout_s: float) -> Row:
     found = catalogue.installed_distribution(library)
     why = [] if found else [NOT_INSTALLED]
     why += _of_hardware(*library.sm, machine) if library.device == "cuda" else []
-    error = _why_import_fails(library, timeout_s) if found else None
+    lacking = operator_files.why_not_this_cpu(library)
+    why += [lacking] if lacking else []
+    error = _why_import_fails(library, timeout_s) if found and not lacking else None
     fix = library.repair if error else None if found else library.install
+    major, minor, *_ = machine.torch.split(".")
     if error:
         why.append(error)
     return Row(
         name=library.name,
         found=found is not None,
         version=found[1] if found else None,
-        importable=error is None if found else None,
+        importable=error is None if found and not lacking else None,
         usable=not why,
         why_not=tuple(why),
-        fix=fix,
+        fix=fix.replace("{torch}", f"{major}.{minor}") if fix else None,
     )
 
 

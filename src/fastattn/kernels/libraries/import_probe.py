@@ -32,18 +32,19 @@ _CHILD = f"""
 import functools, json, os, sys
 module, entry, beside, path = json.loads(sys.argv[1])
 sys.path[:] = path
+def load(name):
+    if not os.path.isabs(name):
+        return __import__(name, fromlist=["*"])
+    from torch import ops
+    ops.load_library(name)
+    return ops
 for name in beside:
     try:
-        __import__(name)
+        load(name)
     except Exception:
         pass
 try:
-    if os.path.isabs(module):
-        from torch import ops as found
-        found.load_library(module)
-    else:
-        found = __import__(module, fromlist=["*"])
-    functools.reduce(getattr, entry.split("."), found)
+    functools.reduce(getattr, entry.split("."), load(module))
     answer = ""
 except BaseException as error:
     answer = type(error).__name__ + ": " + (str(error).strip().splitlines() or [""])[0][:300]
@@ -96,7 +97,7 @@ def _remembered(memory: Path | None) -> str | None:
 def why_import_fails(module: str, entry: str, timeout_s: float = TIMEOUT_S, beside: Sequence[str] = ()) -> str | None:
     """Why `from module import entry` fails here, or None if it works. beside: modules to import first.
 
-    module may be the path of a file of torch's operators; entry is then a name in torch.ops.
+    A module may be the path of a file of torch's operators; entry is then a name in torch.ops.
     """
     if not sys.executable or getattr(sys, "frozen", False):  # an application would start itself
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ FAR = 2**40  # where a tile is taken to lie if only distances count
 class Tiled(NamedTuple):
     """parts: the tiles as they are computed. mask_of: the mask of one, (b|1, h|1, rows, keys). mask: the whole.
 
-    own_bytes: of masks that no other tile shares.
+    own_bytes: of what the graphs of all tiles would hold beside q, k and v: masks that no other tile shares, copies.
     """
 
     tiling: Tiling
@@ -59,8 +59,13 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
     tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
-    own = [tile for tile in tiling.tiles if tile.masked_by is not None and not tile.masked_by.shifts()]
-    return Tiled(tiling, tiling.tiles, mask_of, mask, sum(_bytes(tile, dtype) for tile in own))
+    return Tiled(tiling, tiling.tiles, mask_of, mask, own_mask_bytes(tiling.tiles, dtype))
+
+
+def own_mask_bytes(tiles: Iterable[Tile], dtype: torch.dtype) -> int:
+    """Of the masks that no other tile shares."""
+    own = [tile for tile in tiles if tile.masked_by is not None and not tile.masked_by.shifts()]
+    return sum(_bytes(tile, dtype) for tile in own)
 
 
 def _made(

@@ -12,7 +12,7 @@ from fastattn.environment.remembered import remembered
 from fastattn.environment.text import type_name
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL
-from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_mask
+from fastattn.planning.conversions.tile_masks import Tiled, own_mask_bytes, tiled_by_mask
 from fastattn.planning.conversions.tiles import when_tiles
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.dense_masks import additive
@@ -42,7 +42,7 @@ def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 @remembered(256)  # each kernel asks, in each miss
-def _leaves_few_calls(structure: str, batch: int, q_len: int, kv_len: int, bytes_each: tuple[int, int]) -> bool:
+def _leaves_few_calls(structure: str, batch: int, q_len: int, kv_len: int, bytes_each: tuple[int, int, int]) -> bool:
     told = parse(structure).of_lengths(q_len, kv_len, torch.device("cpu"))
     if told.heads():
         return False
@@ -50,9 +50,9 @@ def _leaves_few_calls(structure: str, batch: int, q_len: int, kv_len: int, bytes
     return bool(stacks) and FEWER * (len(alone) + len(stacks)) <= len(tiling_of_mask(told, batch, q_len, kv_len).tiles)
 
 
-def _bytes_each(q_heads: int, kv_heads: int, head_dims: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(of a row of q and of the output, of a key and its value)."""
-    return q_heads * head_dims * dtype.itemsize, kv_heads * head_dims * dtype.itemsize
+def _bytes_each(q_heads: int, kv_heads: int, head_dims: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(of a row of q and of the output, of a key and its value, of a pair in the mask)."""
+    return q_heads * head_dims * dtype.itemsize, kv_heads * head_dims * dtype.itemsize, dtype.itemsize
 
 
 def stacked(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
@@ -73,7 +73,9 @@ def _in_stacks(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tiled:
     def mask_of(part: Tile | Stack) -> Tensor | None:
         return part.mask if isinstance(part, Stack) else tiled.mask_of(part)
 
-    return tiled._replace(parts=parts, mask_of=mask_of)
+    own = own_mask_bytes([part for part in parts if not isinstance(part, Stack)], q.dtype)
+    own += sum(part.bytes(*bytes_each) for part in parts if isinstance(part, Stack))
+    return tiled._replace(parts=parts, mask_of=mask_of, own_bytes=own)
 
 
 @remembered(2)  # a model asks for the same ones in each layer; they have a mebibyte and more
@@ -82,7 +84,7 @@ def _parts(
     batch: int,
     q_len: int,
     kv_len: int,
-    bytes_each: tuple[int, int],
+    bytes_each: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tile | Stack, ...]:

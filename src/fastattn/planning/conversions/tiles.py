@@ -6,6 +6,7 @@ The backward is our own: slicing under autograd would allocate a whole gradient 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ ROWS = 256  # of queries at least: with fewer there is little to leave out
 PAIRS = 2**18  # of a query and a key at least: below, finding tiles costs what they save
 # of products of numbers, in each batch entry, where tiles are whole entries: a call each is then worth it
 WORK = 2**21
+KEPT = 2  # times the bytes of q, k, v and the output: the most that tiles hold until the backward
 
 
 def may_be_tiled(p: Problem) -> bool:
@@ -134,7 +136,8 @@ class _InTiles(torch.autograd.Function):
         ctx.step, ctx.tiled, ctx.a = step, tiled, a._replace(lse=False)
         ctx.version = _version(tiled.mask)
         wanted, graphs = ctx.needs_input_grad[4:], []
-        keeps = tiled.own_bytes <= 2 * (q.nbytes + k.nbytes)  # a graph holds the mask of its tile
+        of_call = q.nbytes + k.nbytes + v.nbytes + math.prod(q.shape[:3]) * v.shape[3] * v.itemsize
+        keeps = tiled.own_bytes <= KEPT * of_call
 
         def followed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
             graph, lse = _followed(step, q, k, v, mask, a, wanted)

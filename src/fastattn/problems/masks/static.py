@@ -77,7 +77,7 @@ class Static(Mask):
         import torch
 
         if _is_fake(p):
-            return p.new_tensor(self.seen.tolist(), dtype=torch.bool)  # from numbers, as no tensor may come in
+            return torch.ops.aten.lift_fresh_copy(self.seen).to(p.device)  # as a constant: no other tensor may come in
         if p.device not in self.copies:
             with torch.inference_mode(False):
                 self.copies[p.device] = self.seen.to(p.device)

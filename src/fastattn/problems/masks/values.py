@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from fastattn.environment.text import type_name
@@ -10,14 +11,22 @@ from fastattn.problems.length_buckets import canonical_length
 
 def whole_numbers(name: str, value: Any, least: int, count: int | None = None) -> tuple[int, ...]:
     """Whole numbers from one, a sequence, an array or a tensor. Raises TypeError or ValueError that names them."""
-    given: Any = value.tolist() if hasattr(value, "tolist") else value
-    found: tuple[Any, ...] = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in found):
+    found = numbers_in(value, or_one=True)
+    if found is None:
         raise TypeError(f"{name} must be whole numbers, got {type_name(value)} {value!r}")
     if not found or min(found) < least or (count is not None and len(found) != count):
         wanted = f"{count} of them" if count is not None else "one or more"
         raise ValueError(f"{name} must be whole numbers >= {least}, {wanted}, got {value!r}")
     return found
+
+
+def numbers_in(value: Any, *, or_one: bool = False) -> tuple[int, ...] | None:
+    """The numbers of a sequence, an array or a tensor of one dimension, or of one by itself; None where they are not whole."""
+    given: Any = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(given, (list, tuple, range)):
+        return numbers_in([given]) if or_one else None
+    found = tuple(int(n) for n in given if type(n) is int or (isinstance(n, Integral) and not isinstance(n, bool)))
+    return found if len(found) == len(given) else None
 
 
 def one_or_each(name: str, given: Any) -> int | tuple[int, ...]:

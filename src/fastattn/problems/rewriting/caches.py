@@ -18,7 +18,7 @@ from fastattn.problems.rewriting.rewritten import (
     check_whole,
     is_on_gpu,
     is_readable,
-    whole_numbers,
+    listed,
 )
 
 # Masks that say the same whatever kv_len is, so that they may lie over a part of the cache.
@@ -110,8 +110,8 @@ def _lengths(given: Any, batch: int) -> tuple[int, ...]:
     """How much of each entry is filled; one number is for all. Raises TypeError for what are no whole numbers."""
     is_one = isinstance(given, int) or getattr(given, "ndim", None) == 0
     if not is_one:
-        return tuple(whole_numbers("kv_lens", given))
-    return tuple(whole_numbers("kv_lens", [given.item() if isinstance(given, Tensor) else given])) * batch
+        return listed("kv_lens", given)
+    return listed("kv_lens", [given.item() if isinstance(given, Tensor) else given]) * batch
 
 
 def _unread(q: Tensor, k: Tensor, mask: Any, kv_lens: Any, dims: tuple[int, int], left: int, is_corner: bool) -> Tensor:

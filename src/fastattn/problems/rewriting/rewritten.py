@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers as numbers_of
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.environment.text import dtype_name, type_name
+from fastattn.problems.masks.values import numbers_in
 
 
 class Rewritten(NamedTuple):
@@ -35,18 +35,12 @@ def refuse(names: set[str], why: str) -> None:
         raise ValueError(f"attention(): {min(names)} {why}")
 
 
-def whole_numbers(name: str, given: Any) -> list[int]:
+def listed(name: str, given: Any) -> tuple[int, ...]:
     """Numbers from a tensor, an array or a sequence of one dimension. Raises TypeError that names them."""
-    found: Any = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(found, (list, tuple)):
-        numbers = [int(n) for n in found if type(n) is int or _is_whole(n)]
-        if len(numbers) == len(found):
-            return numbers
-    raise TypeError(f"attention(): {name} must be whole numbers in one dimension, got {type_name(given)} {given!r}")
-
-
-def _is_whole(n: Any) -> bool:
-    return isinstance(n, numbers_of.Integral) and not isinstance(n, bool)
+    found = numbers_in(given)
+    if found is None:
+        raise TypeError(f"attention(): {name} must be whole numbers in one dimension, got {type_name(given)} {given!r}")
+    return found
 
 
 def check_whole(name: str, given: Any) -> None:

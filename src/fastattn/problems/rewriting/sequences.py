@@ -13,7 +13,7 @@ from fastattn.problems import bands, masks
 from fastattn.problems.call_key import as_structured
 from fastattn.problems.call_options import window_sides
 from fastattn.problems.masks.unread import Sequences
-from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_on_gpu, is_readable, whole_numbers
+from fastattn.problems.rewriting.rewritten import Rewritten, check_whole, is_on_gpu, is_readable, listed
 
 
 def of_packed(
@@ -92,14 +92,14 @@ def _mask_of(
 
 def _lengths(name: str, given: Any, tokens: int, most: Any, name_of_most: str) -> tuple[int, ...]:
     """The length of each sequence. Raises TypeError or ValueError where they cannot be those of so many tokens."""
-    ends = whole_numbers(name, given)
+    ends = listed(name, given)
     lengths = tuple(last - first for first, last in pairwise(ends))
     if len(ends) < 2 or ends[0] != 0 or ends[-1] > tokens or min(lengths, default=0) < 0:
         raise ValueError(
-            f"attention(): {name} must rise from 0 to {tokens} tokens, a number more than sequences; got {ends}"
+            f"attention(): {name} must rise from 0 to {tokens} tokens, a number more than sequences; got {list(ends)}"
         )
     longest = max(lengths, default=0)
-    if most is not None and whole_numbers(name_of_most, [most])[0] < longest:
+    if most is not None and listed(name_of_most, [most])[0] < longest:
         raise ValueError(f"attention(): {name_of_most} is {most}, the longest sequence of {name} has {longest} tokens")
     return lengths
 
@@ -124,10 +124,7 @@ def _unread(
     are_same = ends[0] is ends[1] and tokens[0] == tokens[1]
     cu_q = ends[0].to(torch.int32).contiguous()
     cu_kv = cu_q if are_same else ends[1].to(torch.int32).contiguous()
-    told = [
-        n if n is None else whole_numbers(name, [n])[0]
-        for name, n in zip(("max_q_len", "max_kv_len"), most, strict=True)
-    ]
+    told = [n if n is None else listed(name, [n])[0] for name, n in zip(("max_q_len", "max_kv_len"), most, strict=True)]
     told = [told[0] or told[1], told[1] or told[0]] if are_same else told
     max_q, max_kv = (n if m is None else min(n, m) for n, m in zip(tokens, told, strict=True))
     of_q, of_kv = (-(-n // (cu_q.shape[0] - 1)) for n in tokens)

@@ -72,6 +72,11 @@ class Stack:
         else:
             x.index_put_((self.entries[:, None], self.keys), part, accumulate=True)
 
+    def bytes(self, row_bytes: int, key_bytes: int, pair_bytes: int) -> int:
+        """Of its copies and its mask, by what one of each takes."""
+        pairs = self.mask.numel() if self.mask is not None else 0
+        return self.rows.numel() * row_bytes + self.keys.numel() * key_bytes + pairs * pair_bytes
+
 
 def _gathered(x: Tensor, entries: Tensor, at: Tensor) -> Tensor:
     """(tiles, h, at, d) of (b, h, s, d)."""
@@ -81,8 +86,10 @@ def _gathered(x: Tensor, entries: Tensor, at: Tensor) -> Tensor:
     return x[entries[:, None], at].transpose(1, 2)
 
 
-def of_like_size(tiles: Iterable[Tile], row_bytes: int, key_bytes: int) -> tuple[list[Tile], list[list[Tile]]]:
-    """(tiles that stay alone, those of each stack, of one batch entry each). row_bytes, key_bytes: of the copy of one."""
+def of_like_size(
+    tiles: Iterable[Tile], row_bytes: int, key_bytes: int, pair_bytes: int
+) -> tuple[list[Tile], list[list[Tile]]]:
+    """(tiles that stay alone, those of each stack, of one batch entry each). The bytes are of the copy of one, and its mask."""
     alone: list[Tile] = []
     by_size: dict[tuple[int, int], list[Tile]] = {}
     for tile in tiles:
@@ -94,7 +101,7 @@ def of_like_size(tiles: Iterable[Tile], row_bytes: int, key_bytes: int) -> tuple
         by_size.setdefault(size, []).extend(each)
     stacks: list[list[Tile]] = []
     for (rows, keys), alike in by_size.items():
-        most = max(1, STACK_BYTES // (rows * row_bytes + keys * key_bytes + 4 * rows * keys))
+        most = max(1, STACK_BYTES // (rows * row_bytes + keys * key_bytes + rows * keys * pair_bytes))
         for first in range(0, len(alike), most):
             some = alike[first : first + most]
             alone.extend(some) if len(some) == 1 else stacks.append(some)
