@@ -3,10 +3,11 @@
     python benchmarks/compiled.py [--dtype bfloat16] [--seconds 5] [--repeats 3] [--smoke] [--results docs/results]
 
 Start-up: a new process compiles the first model and runs it once, with empty caches of Inductor (cold), then with those it
-left (warm): stock, stock again (A/A), stock with fastattn imported, patched, by attention(). The ways take turns. Run time: the same model
-compiled in one process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered by name,
-alternate in each round; times are medians. Everything is tuned before, in eager code; "tuned compiled" is attention() again,
-after `fastattn.tune(model, x, compiled=True)`. Training: a window, forward and backward, in eager code and by fastattn::attend.
+left (warm): stock, stock again (A/A), stock with fastattn imported, patched, by attention(). The ways take turns. Run time:
+the same model compiled in one process, stock, stock again (A/A), by sdpa(), by attention() and with the stored winner ordered
+by name, alternate in each round; times are medians. Everything is tuned before, in eager code; "tuned compiled" is attention()
+again, after `fastattn.tune(model, x, compiled=True)`. Training: a window, forward and backward, in eager code and by
+fastattn::attend.
 Exit code 1 where an answer is wrong.
 """
 
