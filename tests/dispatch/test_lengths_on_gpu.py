@@ -297,6 +297,17 @@ def test_pages_are_gathered_and_then_a_cache(on_gpu):
     assert stubs.calls[-1][0] == "flash_attn_with_kvcache"
 
 
+@pytest.mark.parametrize("kv_len", [512, 16384])
+def test_a_long_cache_is_checked_where_its_corner_lies(kv_len, on_gpu):
+    """The check is of fewer keys than the mask that stands for the problem says are filled."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 64, generator=g).bfloat16() for h, n in ((2, 4), (1, kv_len), (1, kv_len)))
+    filled = torch.tensor([kv_len, kv_len // 2])
+    shown = fastattn.explain(q, k, v, BR, kv_lens=filled, tune=True)
+    [row] = [row for row in shown.rows if row.candidate == CACHED]
+    assert shown.served_by == CACHED, row
+
+
 def test_gradients_of_a_cache_are_by_a_dense_mask(on_gpu):
     q, k, v = (x.requires_grad_() for x in cache())
     found = attention(q, k, v, kv_lens=torch.tensor([40, 7, 25]))
