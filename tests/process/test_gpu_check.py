@@ -63,9 +63,10 @@ class Steps(gpu_rehearsal.Clock):
             self.seconds += seconds
             raise
 
-    def tell(self, what, share=1.0):
+    def tell(self, what, share, end):
         self.told.append(what)
         self.seconds += 1.0
+        return True
 
 
 @pytest.fixture
@@ -107,6 +108,25 @@ def test_what_there_is_no_time_for_is_said(run):
     told = [row.why for row in rows]
     assert None in told and gpu_check.OUT_OF_TIME in told and told[-1] == gpu_check.NOT_REACHED
     assert gpu_check.how_many_wrong(rows, ["verify", "special"]) == 0, "that is nobody's fault"
+
+
+def test_a_told_clock_ends_where_the_time_does(run):
+    """What would be over later is killed before it answers: no plan takes more than it has."""
+    check, rows = run(), rows_of(["first", "second"])
+    check.clock = gpu_rehearsal.ToldClock()
+    costs = gpu_rehearsal.COSTS_S["start"], gpu_rehearsal.COSTS_S["verify"]
+    ends = costs[0] + 1.5 * costs[1]
+    gpu_check.run_group(check, ["verify", "special"], "lib", rows, ends)
+    assert check.clock.now() == ends
+    assert [len(row.found["verify"]) + len(row.found["special"]) for row in rows] == [1, 0]
+    assert [row.why for row in rows] == [gpu_check.OUT_OF_TIME, gpu_check.NOT_REACHED]
+
+
+def test_all_is_right_only_where_all_was_looked_at():
+    unfinished = rows_of(["slow"])
+    assert gpu_check.verdict(0, []) == ("[green]all right[/green]",)
+    assert "all right" not in " ".join(gpu_check.verdict(0, unfinished))
+    assert gpu_check.verdict(2, unfinished) == ("[red]2 wrong[/red]", "[red]not finished: slow[/red]")
 
 
 def test_a_library_that_ends_every_process_is_left_after_a_few(run):
