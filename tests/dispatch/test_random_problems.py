@@ -148,6 +148,8 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         "mask_blocks",
         "packed",
         "cached",
+        "paged",
+        "gathered",
     }
     for seed in range(1000):
         p, r = drawn(seed)

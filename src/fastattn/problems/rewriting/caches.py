@@ -76,7 +76,7 @@ def _in_pages(
 ) -> Rewritten | None:
     """The call with the pages as they are, for kernels that follow a table; None where no kernel could."""
     check_whole("page_table", pages)
-    (b, _, s, _), pages = TO_BHSD[layout], torch.as_tensor(pages, device=q.device)
+    (b, _, s, _), pages = TO_BHSD[layout], torch.as_tensor(pages, dtype=torch.int32, device=q.device)
     are_pages = (
         layout != "sbhd" and pages.dim() == 2 and k.dim() == v.dim() == q.dim() == 4 and k.shape[:3] == v.shape[:3]
     )
@@ -85,7 +85,7 @@ def _in_pages(
     corner, left, rest = _corner(mask, options)
     if not corner and mask is not None:
         return None
-    lengths, table = _on_gpu(kv_lens, q, b), pages.to(torch.int32).contiguous()
+    lengths, table = _on_gpu(kv_lens, q, b), pages.contiguous()
     rows, page = _rows(q.shape[s], corner, left), k.shape[s]
     if not page:
         return None
