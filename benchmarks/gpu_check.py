@@ -7,8 +7,8 @@ verify    each kernel, with all its conversions, against float64 by the gate's p
 special   offsets beyond 2^31, more than 65,535 heads, misaligned views, a cache in pages, a CUDA graph: through attention() and
           each kernel
 
-In that order, within --seconds (8 minutes): the workload in a process, torch's own kernels in one, each library in one, those
-that compile last. A crash or a hang costs its row; another process goes on behind it. Nothing is compiled for the workload, nor
+In that order, within --seconds (8 minutes): the workload in a process, torch's own kernels in one, each library in one, last in
+others what compiles. A crash or a hang costs its row; another process goes on behind it. Nothing is compiled for the workload, nor
 for each length, unless --compile is given. Answers are written as they come, and what there was no time for is said. It needs
 torch, click and rich, not the package installed.
 `--device cpu --smoke` runs a small part of it on a CPU. `--rehearse` runs the whole plan there, with stubs for the libraries
@@ -203,16 +203,16 @@ def usable(args: argparse.Namespace) -> list[Row]:
 
 
 def run_kernels(run: Run, parts: list[str]) -> list[Row]:
-    """A row for each kernel: torch's own in one process, each library in one."""
+    """A row for each kernel: torch's own in one process, each library in one, and in another what it compiles."""
     with made_up_gpu(run.args.rehearse):
         rows = usable(run.args)
-    groups: dict[str, list[Row]] = {}
+    groups: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
         if row.why is None and (row.name != SERVED or "special" in parts):
-            groups.setdefault(row.library, []).append(row)
+            groups.setdefault((row.library, row.compiles), []).append(row)
     for compiles in (False, True):  # what compiles has the time that the others leave
         run.compiling_from = run.clock.now()
-        some = {library: group for library, group in groups.items() if all(row.compiles for row in group) is compiles}
+        some = {library: group for (library, kind), group in groups.items() if kind is compiles}
         weights = {library: len(group) + 1 for library, group in some.items()}  # a process takes time to start
         for library, group in some.items():
             share = weights[library] / sum(weights.values())
@@ -335,7 +335,7 @@ def main() -> int:
         wrong += how_many_wrong(rows, parts)
         console.print(in_one_line(run.facts), style="dim")
         unfinished = [row for row in rows if row.why in (OUT_OF_TIME, NOT_REACHED)]
-        console.print(*verdict(wrong, unfinished))
+        console.print(*verdict(wrong, unfinished), sep="; ")
         left_out = [row.name for row in unfinished if not row.compiles]  # what compiles may take any time
         if args.rehearse:
             took, plain = (now - began for now in (run.clock.now(), run.compiling_from))

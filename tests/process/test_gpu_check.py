@@ -170,3 +170,16 @@ def test_it_starts_where_there_is_the_source_alone(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "torch_math" in (tmp_path / "out" / "gpu_verify.md").read_text(encoding="utf-8")
+
+
+def test_what_compiles_waits_for_all_that_does_not(run, monkeypatch):
+    """One of its library among others must not take the time of the next library."""
+    rows = [gpu_check.Row(name, name[0], compiles="slow" in name) for name in ("a1", "a_slow", "b1", "c_slow")]
+    monkeypatch.setattr(gpu_check, "usable", lambda _: rows)
+    monkeypatch.setattr(gpu_check, "save_kernels", lambda *_: None)
+    asked, check = [], run()
+    monkeypatch.setattr(
+        gpu_check, "run_group", lambda run, parts, library, group, ends: asked.append([r.name for r in group])
+    )
+    gpu_check.run_kernels(check, ["verify"])
+    assert asked == [["a1"], ["b1"], ["a_slow"], ["c_slow"]]
