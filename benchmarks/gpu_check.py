@@ -8,9 +8,9 @@ special   offsets beyond 2^31, more than 65,535 heads, misaligned views, a cache
           each kernel
 
 In that order, within --seconds (8 minutes): the workload in a process, torch's own kernels in one, each library in one, last in
-others what compiles. A crash or a hang costs its row; another process goes on behind it. Nothing is compiled for the workload, nor
-for each length, unless --compile is given. Answers are written as they come, and what there was no time for is said. It needs
-torch, click and rich, not the package installed.
+others what compiles. A crash or a hang costs its row; another process goes on behind it. Nothing is compiled for the workload,
+nor for each length, unless --compile is given. Answers are written as they come, and what there was no time for is said.
+It needs torch, click and rich, not the package installed.
 `--device cpu --smoke` runs a small part of it on a CPU. `--rehearse` runs the whole plan there, with stubs for the libraries
 and a clock that is told what each step takes: exit code 1 where the plan does not fit.
 Exit code 1 where a kernel raised or ended its process, or attention() was wrong. A refusal is no fault, nor a candidate over
