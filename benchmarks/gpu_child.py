@@ -225,6 +225,21 @@ def odd_strides(device: str, order: dict[str, Any], smoke: bool) -> float:
     return error_of(*made, order=order)
 
 
+def pages(device: str, order: dict[str, Any], smoke: bool) -> float:
+    """A cache in pages that lie about, whose table and lengths lie on the GPU; both entries are looked at."""
+    on, page, lengths = gpu_rehearsal.where(device), 256, (500, 257)
+    pools = [torch.randn(9, page, 2, 64, device=on, dtype=torch.bfloat16) for _ in range(2)]
+    table = torch.tensor([[7, 2], [0, 5]], dtype=torch.int32, device=on)
+    filled = torch.tensor(lengths, dtype=torch.int32, device=on)
+    q = torch.randn(2, 1, 8, 64, device=on, dtype=torch.bfloat16)
+    out = fastattn.attention(q, *pools, layout="bshd", kv_lens=filled, page_table=table, **order)
+    worst = 0.0
+    for entry, n in enumerate(lengths):
+        k, v = (pool[table[entry].long()].flatten(0, 1)[None, :n] for pool in pools)
+        worst = max(worst, judged(*(x.transpose(1, 2) for x in (out[entry, None], q[entry, None], k, v))))
+    return worst
+
+
 def graph(device: str, order: dict[str, Any], smoke: bool) -> float | None:
     """Captured after a warm-up, replayed on other numbers."""
     if gpu_rehearsal.where(device).type == "cpu":
@@ -270,6 +285,7 @@ SPECIAL: dict[str, Callable[..., float | None]] = {
     "batch of 70,000": many_batches,
     "misaligned views": misaligned,
     "odd strides": odd_strides,
+    "a cache in pages": pages,
     "CUDA graph": graph,
 }
 OF_SERVED: dict[str, Callable[..., float | None]] = {  # what stands in the graph is the winner

@@ -62,10 +62,13 @@ def made_up_gpu(is_wanted: bool = True) -> Generator[None]:
     from library_grid import installed
 
     from fastattn.environment.device import Device
+    from fastattn.problems.rewriting import caches
 
     h100 = Device("cuda", "made-up H100 132sm", 90, cuda="13.0", cudnn=91900)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(Device, "of", staticmethod(lambda device: h100))
+        patch.setattr(caches, "is_on_gpu", lambda lengths: isinstance(lengths, torch.Tensor))
+        patch.setattr(caches, "is_readable", lambda lengths: not isinstance(lengths, torch.Tensor))
         for name in STUBS:
             stack.enter_context(installed(import_module(f"stubs.{name}").STUB, patch))
         turn(patch, Clock({"default": 2e-4}, other=3e-4))  # tuning asks it for times, and spends none
@@ -86,8 +89,9 @@ class Clock:
         """The next line, None at the end. Raises queue.Empty after that many seconds."""
         return lines.get(timeout=max(0.0, seconds))
 
-    def tell(self, what: str, share: float = 1.0) -> None:
-        """A step of that kind is over."""
+    def tell(self, what: str, share: float, end: float) -> bool:
+        """A step of that kind is over; False where it would not have been before `end`."""
+        return True
 
 
 class ToldClock(Clock):
@@ -110,5 +114,7 @@ class ToldClock(Clock):
             self._now += seconds
             raise
 
-    def tell(self, what: str, share: float = 1.0) -> None:
-        self._now += COSTS_S[what] * share
+    def tell(self, what: str, share: float, end: float) -> bool:
+        then = self._now + COSTS_S[what] * share
+        self._now = min(then, end)
+        return then <= end

@@ -15,8 +15,8 @@ HEAD = """# The kernels
 
 Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kernels.py`. What a kernel cannot do by itself a
 conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
-has, and why each other kernel is out. `packed` and `cache` among the options: its library has an entry point
-that is told the lengths of packed sequences, or how much of a cache is filled ([packing](packing.md#on-cuda)).
+has, and why each other kernel is out. `packed`, `cache` and `pages` among the options: its library has an entry point
+that is told the lengths of packed sequences, how much of a cache is filled, or a page table ([packing](packing.md#on-cuda)).
 """
 OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask", "mask_blocks")
 FAULTS = """## Known faults
@@ -63,8 +63,9 @@ def overview(rows: list[Kernel]) -> str:
 
 
 def options_of(k: Kernel) -> list[str]:
-    """What it does beside plain attention; `packed` and `cache`: it has an entry point that is told the lengths."""
-    own = [name for name, load in (("packed", k.load_packed), ("cache", k.load_cached)) if load is not None]
+    """What it does beside plain attention; `packed`, `cache` and `pages`: it has an entry point that is told the lengths."""
+    forms = (("packed", k.load_packed), ("cache", k.load_cached), ("pages", k.load_paged))
+    own = [name for name, load in forms if load is not None]
     return [SAID.get(o, o) for o in OPTIONS if getattr(k, o)] + own
 
 
@@ -104,6 +105,8 @@ def one(k: Kernel) -> str:
             for n in k.packed_needs
             if isinstance(n, RefuseWhen)
         ),
+        ("pages as they are", ", ".join(f"`{n.describe()}`" for n in k.paged_needs if not isinstance(n, RefuseWhen))),
+        *(("gathered", placeholders(n.text)) for n in k.paged_needs if isinstance(n, RefuseWhen)),
     ]
     said = "\n".join(f"- {name}: {value}" for name, value in lines if value)
     return f"### {k.name}\n\n{k.summary}\n\n{said}\n"

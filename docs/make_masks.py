@@ -52,6 +52,7 @@ EXAMPLES = {
     "Filled": masks.Filled(26, 32),
     "PackedUnread": masks.PackedUnread(12, 12, "top_left", are_same=True),
     "FilledUnread": masks.FilledUnread(26, 32),
+    "FilledPagesUnread": masks.FilledPagesUnread(26, 32, page=16),
     "Prefix": masks.Prefix(8),
     "Global": masks.Global((0, 17)),
     "ALiBi": masks.ALiBi([0.15]),
@@ -81,8 +82,8 @@ The dense form serves with dropout, in an export, where nothing may be learnt, a
 of a query and a key, where tiles cost what they save. A Bias and what stands beside it are made one float mask in each
 call, in which what is hidden is found. `fastattn tune --compile` also tries flex_attention: what a mask says becomes its
 BlockMask, square by square, and no tensor of queries by keys is made. A Filled mask is always served in tiles, as what
-lies behind must not be read. Packed and Filled are what [layout "thd" and kv_lens](packing.md) come to, PackedUnread
-and FilledUnread where their lengths lie on a GPU: those are never looked at, and no tile is made of them."""
+lies behind must not be read. Packed and Filled are what [layout "thd" and kv_lens](packing.md) come to, PackedUnread,
+FilledUnread and FilledPagesUnread where their lengths lie on a GPU: those are never looked at, and no tile is made of them."""
 
 
 def page() -> str:

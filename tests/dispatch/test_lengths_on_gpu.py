@@ -18,6 +18,7 @@ from fastattn.planning.conversions.heads import when_gqa_fold
 from fastattn.problems.call_facts import ordinary_facts
 from fastattn.problems.packing import packing_of
 from fastattn.problems.rewriting import caches, sequences
+from fastattn.tuning.accuracy.probes import plain_sample
 
 WINNER = "flash_attn_2+packed"
 BR = masks.Causal("bottom_right")
@@ -288,13 +289,173 @@ def test_one_length_for_all_may_lie_on_a_gpu_too(on_gpu):
     assert stubs.calls[-1][1]["cache_seqlens"].tolist() == [20, 20, 20]
 
 
-def test_pages_are_gathered_and_then_a_cache(on_gpu):
-    q, k, v = cache(layout="bshd")
-    pages = [x.reshape(12, 12, 2, 64) for x in (k, v)]
-    table, filled = torch.arange(12).reshape(3, 4), torch.tensor([40, 7, 25])
-    found = attention(q, *pages, layout="bshd", kv_lens=filled, page_table=table)
-    is_close(found.transpose(1, 2), entry_by_entry(*(x.transpose(1, 2) for x in (q, k, v)), (40, 7, 25)))
-    assert stubs.calls[-1][0] == "flash_attn_with_kvcache"
+# --- caches in pages
+
+PAGED = "flash_attn_2+paged"
+FILLED = (500, 7, 300)
+
+
+def in_pages(page=256, layout="bshd", seed=0):
+    """(q, pages of k, pages of v, table, k, v): caches of 512 keys in pages that lie about; what no cache has is NaN."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(3, n, h, 64, generator=g).bfloat16() for n, h in ((1, 8), (512, 2), (512, 2)))
+    count = 3 * 512 // page
+    table = torch.randperm(count + 2, generator=g)[:count].view(3, -1)
+    pools = []
+    for x in (k, v):
+        pool = x.new_full((count + 2, page, 2, 64), float("nan"))
+        pool[table.flatten()] = x.reshape(count, page, 2, 64)
+        pools.append(pool)
+    if layout == "bhsd":
+        q, k, v, *pools = (x.transpose(1, 2).contiguous() for x in (q, k, v, *pools))
+    return q, *pools, table, k, v
+
+
+def as_bhsd(*tensors, layout="bshd"):
+    return tensors if layout == "bhsd" else tuple(x.transpose(1, 2) for x in tensors)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_pages_stay_where_they_are_and_neither_table_nor_lengths_are_read(layout, on_gpu, reads):
+    for number, filled in enumerate([FILLED, (512, 1, 256), (511, 40, 301)]):
+        q, *pools, table, k, v = in_pages(layout=layout, seed=number)
+        given = {"layout": layout, "kv_lens": torch.tensor(filled), "page_table": table}
+        stubs.calls.clear()
+        reads.clear()
+        hits = fastattn.stats()["hits"]
+        found = attention(q, *pools, **given)
+        assert number == 0 or (fastattn.stats()["hits"] == hits + 1 and not reads), "a hit waits for nothing"
+        want = entry_by_entry(*as_bhsd(q, k, v, layout=layout), filled)
+        is_close(*as_bhsd(found, layout=layout), want)
+        [name, told] = stubs.calls[-1]
+        assert name == "flash_attn_with_kvcache" and told["block_table"].equal(table.int())
+        assert number == 0 or told["k_cache"].data_ptr() == pools[0].data_ptr(), "no page is copied"
+        same = attention(q, k, v, layout=layout, kv_lens=torch.tensor(filled), kernel="flash_attn_2")
+        assert torch.equal(found, same), "bit for bit as from one piece"
+        if number == 0:
+            timed = list(on_gpu.timed)
+    assert PAGED in timed and on_gpu.timed == timed, "one verdict for all"
+    shown = fastattn.explain(q, *pools, **given)
+    assert shown.served_by == PAGED and shown.problem.structure == "FilledPagesUnread((128, 382), page=256)"
+    assert (shown.problem.batch, shown.problem.kv_len) == (3, 512)
+
+
+def test_pages_that_a_kernel_does_not_take_are_gathered(on_gpu):
+    q, *pools, table, k, v = in_pages(page=16)
+    given = {"layout": "bshd", "kv_lens": torch.tensor(FILLED), "page_table": table.int()}
+    found = attention(q, *pools, **given)
+    is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+    assert fastattn.explain(q, *pools, **given).served_by == "flash_attn_2+gathered+cached"
+    assert stubs.calls[-1][1]["block_table"] is None
+    assert torch.equal(found, attention(q, k, v, layout="bshd", kv_lens=torch.tensor(FILLED), kernel="flash_attn_2"))
+
+
+@pytest.mark.parametrize("page", [16, 256])
+def test_a_table_may_say_anything_behind_what_is_filled(page, on_gpu):
+    q, *pools, table, k, v = in_pages(page)
+    for row, n in zip(table, FILLED, strict=True):
+        row[-(-n // page) :] = torch.tensor([10**6, -(10**6)]).repeat(99)[: len(row) - -(-n // page)]
+    for _ in range(2):
+        found = attention(q, *pools, layout="bshd", kv_lens=torch.tensor(FILLED), page_table=table)
+        is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+
+
+@pytest.mark.parametrize("stub", [flash_attn_3.STUB, flash_attn_4.STUB, torch_varlen.STUB], ids=lambda s: s.file)
+def test_the_others_serve_pages_by_name(stub, monkeypatch, on_gpu):
+    q, *pools, table, k, v = in_pages()
+    with gpu(monkeypatch, stub):
+        found = attention(
+            q, *pools, layout="bshd", kv_lens=torch.tensor(FILLED), page_table=table, kernel=f"{stub.file}+paged"
+        )
+    is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+    told = stubs.calls[-1][1]
+    assert told.get("page_table", told.get("block_table")).equal(table.int())
+
+
+def test_a_flash_attention_3_built_without_pages_gathers_them(monkeypatch, on_gpu):
+    q, *pools, table, _, _ = in_pages()
+    with gpu(monkeypatch, flash_attn_3.STUB):
+        monkeypatch.setitem(sys.modules, "flash_attn_config", flash_attn_3.config(("PAGEDKV",)))
+        given = {"layout": "bshd", "kv_lens": torch.tensor(FILLED), "page_table": table, "kernel": "flash_attn_3"}
+        assert fastattn.explain(q, *pools, **given).served_by == "flash_attn_3+gathered+cached"
+
+
+@pytest.mark.parametrize("change", ["misaligned", "strided"])
+def test_pages_that_no_kernel_could_read_as_they_lie_are_gathered(change, on_gpu):
+    q, *pools, table, k, v = in_pages()
+    room = [torch.empty(*x.shape[:-1], 66, dtype=x.dtype) for x in pools]
+    pools = [
+        r[..., 2:].copy_(x) if change == "misaligned" else torch.stack((x, x), -1)[..., 0]
+        for r, x in zip(room, pools, strict=True)
+    ]
+    given = {"layout": "bshd", "kv_lens": torch.tensor(FILLED), "page_table": table}
+    is_close(*as_bhsd(attention(q, *pools, **given)), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+    assert fastattn.explain(q, *pools, **given).problem.page_size == 0
+
+
+def test_gradients_through_pages_are_right(on_gpu):
+    q, *pools, table, k, v = in_pages()
+    leaves, want = [[x.requires_grad_() for x in tensors] for tensors in ((q, *pools), (q.clone(), k, v))]
+    out = attention(*leaves, layout="bshd", kv_lens=torch.tensor(FILLED), page_table=table)
+    exact = entry_by_entry(*as_bhsd(*want), FILLED)
+    is_close(*as_bhsd(out), exact)
+    dq, *dpools = torch.autograd.grad(out.double().sum(), leaves)
+    dq_exact, *dcaches = torch.autograd.grad(exact.sum(), want)
+    is_close(dq, dq_exact)
+    for pool, cache_ in zip(dpools, dcaches, strict=True):
+        is_close(pool[table].flatten(1, 2), cache_)
+
+
+def test_calls_that_are_passed_on_gather_their_pages(on_gpu):
+    q, *pools, table, k, v = in_pages()
+    with fastattn.options(mode="off"):
+        found = attention(q, *pools, layout="bshd", kv_lens=torch.tensor(FILLED), page_table=table)
+    is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+
+
+@pytest.mark.parametrize("rows, error", [(2, RuntimeError), (4, RuntimeError)])
+def test_a_table_for_another_batch_is_refused(rows, error, on_gpu):
+    q, *pools, _, _, _ = in_pages()
+    table = torch.zeros(rows, 2, dtype=torch.int32)
+    with pytest.raises(error, match="batch sizes differ"):
+        attention(q, *pools, layout="bshd", kv_lens=torch.tensor(FILLED), page_table=table)
+
+
+def test_a_table_of_another_width_is_another_call(on_gpu):
+    """A guard must not take one for the other: what was bound looked at their kv_len."""
+    q, *pools, table, k, v = in_pages()
+    for pages, filled in ((2, FILLED), (1, (200, 7, 256)), (2, FILLED)):
+        found = attention(q, *pools, layout="bshd", kv_lens=torch.tensor(filled), page_table=table[:, :pages])
+        is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), filled))
+    p, r, again = (masks.FilledPagesUnread(9, page=16, table=torch.zeros(1, n)).like(16) for n in (30, 31, 30))
+    assert p != r and p == again and repr(p) == repr(r) == "FilledPagesUnread((128, 382), page=16)", (
+        "one verdict for both"
+    )
+    assert repr(masks.parse(repr(p))) == repr(p)
+
+
+def test_a_tuning_makes_pages_of_its_own():
+    """Else the gather that most kernels need would not be in their times."""
+    mask = {"structure": "FilledPagesUnread((24, 60), page=16)", "mask": "bool", "mask_shape": "b1qk"}
+    p = problem(device="cuda", batch=2, q_heads=8, kv_heads=2, q_len=1, kv_len=60, layout="bshd", **mask)
+    sample = plain_sample(p, torch.device("cpu"))
+    q, k, v, told = sample.given
+    assert (
+        q is sample.q and k.shape == (8, 16, 2, 32) and told.table.shape == (2, 4) and told.lengths.tolist() == [24, 60]
+    )
+    for pool, x in ((k, sample.k), (v, sample.v)):
+        assert torch.equal(pool[told.table].flatten(1, 2)[:, :60], x) and not torch.equal(pool.flatten(0, 1)[:60], x[0])
+
+
+@pytest.mark.parametrize("kv_len", [512, 16384])
+def test_a_long_cache_is_checked_where_its_corner_lies(kv_len, on_gpu):
+    """The check is of fewer keys than the mask that stands for the problem says are filled."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 64, generator=g).bfloat16() for h, n in ((2, 4), (1, kv_len), (1, kv_len)))
+    filled = torch.tensor([kv_len, kv_len // 2])
+    shown = fastattn.explain(q, k, v, BR, kv_lens=filled, tune=True)
+    [row] = [row for row in shown.rows if row.candidate == CACHED]
+    assert shown.served_by == CACHED, row
 
 
 def test_gradients_of_a_cache_are_by_a_dense_mask(on_gpu):

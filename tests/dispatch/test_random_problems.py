@@ -19,7 +19,8 @@ from fastattn.planning.conversions import blocks
 from fastattn.problems.layouts import STRIDE_CLASSES
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy.judge import Judge
-from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_sample, stand_in_scale
+from fastattn.tuning.accuracy.probes import plain_sample, probe_sample, stand_in_scale
+from fastattn.tuning.accuracy.sample import Sample
 
 BLOCK = 20
 DEVICE = torch.device("cpu")
@@ -147,6 +148,8 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         "mask_blocks",
         "packed",
         "cached",
+        "paged",
+        "gathered",
     }
     for seed in range(1000):
         p, r = drawn(seed)

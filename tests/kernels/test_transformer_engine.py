@@ -16,7 +16,8 @@ from stubs import transformer_engine as te
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability, catalogue
 from fastattn.planning import binding, candidates
-from fastattn.problems.masks import Causal
+from fastattn.problems.masks import Causal, PackedUnread
+from fastattn.problems.masks.unread import Sequences
 
 BR = Causal("bottom_right")
 
@@ -131,3 +132,25 @@ def test_nothing_of_nvte_is_set(te_is_there, monkeypatch):
         bound(name, q, k, v)[1](q, k, v, None)
     assert dict(os.environ) == before
     assert catalogue.library_of("transformer-engine").environment == ("NVTE_",)
+
+
+@pytest.mark.parametrize("name", ["te_fused", "te_flash"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_are_told_as_they_lie(te_is_there, name, is_causal):
+    """Lengths that lie on a GPU stay there: TE reads none where it is told the longest ones."""
+    lengths = (5, 0, 9)
+    cu = torch.tensor([0, 5, 5, 14], dtype=torch.int32)
+    q, k, v = qkv(b=1, hq=4, hkv=2, sq=14, skv=14, dtype=torch.bfloat16, memory="transposed")
+    corner = "top_left" if is_causal else ""
+    mask = PackedUnread(5, 5, corner, are_same=True, sequences=Sequences(cu, cu, 9, 9, (14, 14)))
+    found, call = bound(name, q, k, v, mask)
+    assert found == f"{name}+packed"
+    seen = torch.block_diag(*(torch.ones(n, n).tril() if is_causal else torch.ones(n, n) for n in lengths)).bool()
+    hold(expect(q, k, v, seen[None, None]), call, q, k, v, mask)
+    [asked] = [one for function, one in stubs.calls if function == "AttentionParams"]
+    assert asked["qkv_layout"] == "thd_thd_thd" and (asked["num_tokens_q"], asked["batch_size"]) == (14, 3)
+    told = next(
+        one for function, one in stubs.calls if function.endswith(".forward") and one["qkv_layout"] == "thd_thd_thd"
+    )
+    assert told["cu_seqlens_q"] is cu and told["cu_seqlens_kv"] is cu and told["query_layer"].data_ptr() == q.data_ptr()
+    assert told["attn_mask_type"] == ("padding_causal" if is_causal else "padding")

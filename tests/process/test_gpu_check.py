@@ -63,9 +63,10 @@ class Steps(gpu_rehearsal.Clock):
             self.seconds += seconds
             raise
 
-    def tell(self, what, share=1.0):
+    def tell(self, what, share, end):
         self.told.append(what)
         self.seconds += 1.0
+        return True
 
 
 @pytest.fixture
@@ -109,6 +110,25 @@ def test_what_there_is_no_time_for_is_said(run):
     assert gpu_check.how_many_wrong(rows, ["verify", "special"]) == 0, "that is nobody's fault"
 
 
+def test_a_told_clock_ends_where_the_time_does(run):
+    """What would be over later is killed before it answers: no plan takes more than it has."""
+    check, rows = run(), rows_of(["first", "second"])
+    check.clock = gpu_rehearsal.ToldClock()
+    costs = gpu_rehearsal.COSTS_S["start"], gpu_rehearsal.COSTS_S["verify"]
+    ends = costs[0] + 1.5 * costs[1]
+    gpu_check.run_group(check, ["verify", "special"], "lib", rows, ends)
+    assert check.clock.now() == ends
+    assert [len(row.found["verify"]) + len(row.found["special"]) for row in rows] == [1, 0]
+    assert [row.why for row in rows] == [gpu_check.OUT_OF_TIME, gpu_check.NOT_REACHED]
+
+
+def test_all_is_right_only_where_all_was_looked_at():
+    unfinished = rows_of(["slow"])
+    assert gpu_check.verdict(0, []) == ("[green]all right[/green]",)
+    assert "all right" not in " ".join(gpu_check.verdict(0, unfinished))
+    assert gpu_check.verdict(2, unfinished) == ("[red]2 wrong[/red]", "[red]not finished: slow[/red]")
+
+
 def test_a_library_that_ends_every_process_is_left_after_a_few(run):
     check, rows = run(), rows_of(["crashes", *(f"crashes-{i}" for i in range(6))])
     gpu_check.run_group(check, ["verify"], "lib", rows, 400.0)
@@ -150,3 +170,16 @@ def test_it_starts_where_there_is_the_source_alone(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "torch_math" in (tmp_path / "out" / "gpu_verify.md").read_text(encoding="utf-8")
+
+
+def test_what_compiles_waits_for_all_that_does_not(run, monkeypatch):
+    """One of its library among others must not take the time of the next library."""
+    rows = [gpu_check.Row(name, name[0], compiles="slow" in name) for name in ("a1", "a_slow", "b1", "c_slow")]
+    monkeypatch.setattr(gpu_check, "usable", lambda _: rows)
+    monkeypatch.setattr(gpu_check, "save_kernels", lambda *_: None)
+    asked, check = [], run()
+    monkeypatch.setattr(
+        gpu_check, "run_group", lambda run, parts, library, group, ends: asked.append([r.name for r in group])
+    )
+    gpu_check.run_kernels(check, ["verify"])
+    assert asked == [["a1"], ["b1"], ["a_slow"], ["c_slow"]]

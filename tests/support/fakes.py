@@ -19,7 +19,7 @@ from fastattn.planning import binding
 from fastattn.tuning import cpu_contention, stopwatch
 from fastattn.tuning import tune as tuning
 from fastattn.tuning.accuracy.judge import Judge
-from fastattn.tuning.accuracy.probes import Sample
+from fastattn.tuning.accuracy.sample import Sample
 
 honest: Run = sdpa_math  # exact in float32: what a made-up kernel computes before it lies
 FAST, DEFAULT, SLOW = 1e-3, 4e-3, 8e-3  # seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -144,6 +145,22 @@ CACHED: dict[str, dict[str, Any]] = {
     "unread_filled_window": {**FILL, "sq": 4, "mask": BR, "window": (3, 0), "unread": True},
     "unread_filled_empty": {**FILL, "filled": (33, 0, 20), "unread": True},
 }  # fmt: skip
+# Caches in pages, whose table is not read either: what is not pages of the size that a kernel takes is gathered.
+PAGES = {**FILL, "skv": 512, "filled": (512, 5, 300), "page": 256, "unread": True}
+PAGED: dict[str, dict[str, Any]] = {
+    "paged": {**PAGES},
+    "paged_corner": {**PAGES, "sq": 4, "mask": BR, "layout": "bshd", "return_lse": True},
+    "paged_window": {**PAGES, "sq": 4, "mask": BR, "window": (3, 0)},
+    "paged_window_decode": {**PAGES, "mask": BR, "window": (260, -1)},
+    "paged_empty": {**PAGES, "filled": (512, 0, 256), "return_lse": True, "hq": 8, "hkv": 2},
+    "paged_small": {**PAGES, "skv": 40, "filled": (40, 5, 32), "page": 16, "sq": 3, "mask": BR},
+    "paged_half_a_page": {**PAGES, "skv": 300, "filled": (300, 1, 257)},
+    "paged_softcap": {**PAGES, "softcap": 2.0},
+    "paged_scale_negative": {**PAGES, "sq": 4, "mask": BR, "scale": -0.4},
+    "paged_head_dim_20": {**PAGES, "d": 20},
+    "paged_grad": {**PAGES, "sq": 4, "grad": True},
+    "paged_float32": {**PAGES, "dtype": torch.float32},
+}  # fmt: skip
 MADE = ("b", "hq", "hkv", "sq", "skv", "d", "dv", "memory", "layout", "dtype", "grad")
 STUBS = stubs.all_stubs()
 H100 = Device("cuda", "made-up H100", 90, cuda="12.8", cudnn=92300)
@@ -225,8 +242,11 @@ def packed(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def cached(case: dict[str, Any]) -> dict[str, Any]:
-    """A call on a cache as one with a Mask; "seen" is what it leaves, by a loop over its entries."""
-    rest = {name: value for name, value in case.items() if name != "unread"}
+    """A call on a cache as one with a Mask; "seen" is what it leaves, by a loop over its entries.
+
+    The mask of one in pages stands for those: a Call cuts its cache into them.
+    """
+    rest = {name: value for name, value in case.items() if name not in ("unread", "page")}
     is_unread, corner, filled = case.get("unread", False), rest.pop("mask", None), case["filled"]
     told = {name: rest.pop(name) for name in ("window",) if name in rest}
     q, k = torch.empty(len(filled), 1, case["sq"], 8), torch.empty(len(filled), 1, case["skv"], 8)
@@ -234,7 +254,12 @@ def cached(case: dict[str, Any]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caches, "is_readable", lambda _: not is_unread)
         patch.setattr(caches, "is_on_gpu", lambda _: is_unread)
-        mask = caches.of_cache(q, k, k, corner, "bhsd", told, lengths, None).mask
+        table = None
+        if "page" in case:
+            table = torch.zeros(len(filled), -(-case["skv"] // case["page"]), dtype=torch.int32)
+            k = torch.empty(1, 1, case["page"], 8)
+        mask = caches.of_cache(q, k, k, corner, "bhsd", told, lengths, table).mask
+        mask = mask if table is None else replace(mask, table=None)
     i, j = torch.arange(case["sq"])[:, None], torch.arange(case["skv"])
     left = told.get("window", (-1,))[0]
     seen = []
@@ -298,7 +323,12 @@ def run(kernel: Kernel, stub: stubs.Stub, case: dict[str, Any], dtype: torch.dty
 
 def calls_of(stub: stubs.Stub, kernel: Kernel) -> dict[str, dict[str, Any]]:
     """The calls that a row is held to, by name."""
-    return {**GRID, **(PACKED if kernel.load_packed else {}), **(CACHED if kernel.load_cached else {}), **stub.cases}
+    own = {
+        **(PACKED if kernel.load_packed else {}),
+        **(CACHED if kernel.load_cached else {}),
+        **(PAGED if kernel.load_cached or kernel.load_paged else {}),
+    }
+    return {**GRID, **own, **stub.cases}
 
 
 def rows_of(stub: stubs.Stub, file: ModuleType | None = None) -> list[Kernel]:

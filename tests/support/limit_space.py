@@ -49,6 +49,7 @@ DOMAIN = {
     ("structure", "mask", "mask_shape"): [
         ("", None, ""), ("Causal() & Document(8)", "bool", "11qk"), ("Document(8) & Window(3, 2)", "bool", "11qk"),
         ("Filled(40)", "bool", "11qk"), ("Packed(8, 8, 'bottom_right')", "bool", "11qk"),
+        ("FilledPagesUnread(40, page=16)", "bool", "11qk"),
     ],
     ("needs_grad",): [(False,), (True,)],
     ("deterministic",): [(False,), (True,)],

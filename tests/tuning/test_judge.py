@@ -14,7 +14,6 @@ from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.judge import ROWS, Judge, judges_of_problem, row_sample, worst_errors
 from fastattn.tuning.accuracy.probes import (
     PROBES,
-    Sample,
     _hidden_large,
     _wide,
     plain_sample,
@@ -22,6 +21,7 @@ from fastattn.tuning.accuracy.probes import (
     probe_sample,
     stand_in_scale,
 )
+from fastattn.tuning.accuracy.sample import Sample
 
 HOST = torch.device("cpu")
 

@@ -30,7 +30,7 @@ class Region:
     def __call__(self, candidate: Accepted, p: Problem, scale: float | None, call: Call) -> Call:
         if not is_operator(candidate, p):
             return compiled(_with_code(call))
-        if p != self._problem:
+        if p != self._problem or p.page_size:  # a page table has no words
             return call  # the operator runs it; of a smaller problem it may be no candidate that can be ordered
         return _with_forward(call) if p.needs_grad else compiled(_operator(candidate.name, p, scale))
 

@@ -57,6 +57,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     structured = as_structured(mask)
     corner = "top_left" if o.is_causal else None
     if isinstance(structured, masks.Mask) and not isinstance(structured, masks.Causal):
+        if isinstance(structured, masks.FilledPagesUnread):
+            k, v = structured.gathered(k), structured.gathered(v)
         for leaf in masks.leaves(structured):
             if isinstance(leaf, masks.Filled):  # 0 times what lies behind may be NaN
                 k, v = (x.masked_fill(leaf.unread(x.shape[2], x.device), 0.0) for x in (k, v))

@@ -69,7 +69,7 @@ def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int
         limit = min(limit, left)
     if problem.q_len > length_buckets.DECODE_Q_LEN or problem.kv_len <= length_buckets.EXACT_LENGTHS:
         return None
-    if is_block_mask(key.mask):
+    if is_block_mask(key.mask) or problem.page_size:  # pages all have one length
         return None
     low, high = length_buckets.bucket_bounds(problem.kv_len)
     high = min(high, limit)

@@ -42,6 +42,9 @@ class Arguments(NamedTuple):
     deterministic: bool = False  # the backward must give the same bits on every run
     packed: Sequences | None = None  # for load_packed: where sequences begin; the band is around their own diagonals
     kv_lens: Tensor | None = None  # for load_cached: int32 [batch]; the band is around the last filled key's diagonal
+    page_table: Tensor | None = (
+        None  # for load_paged: int32 [batch, pages], the pages of k and v that are an entry's cache
+    )
 
     def window_sides(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
@@ -112,6 +115,9 @@ class Kernel:
     packed_needs: tuple[Need, ...] = ()  # limits of that entry point alone, which ask nothing of the device
     # its entry point for caches, which it reads as far as a.kv_lens says; forward alone, and nothing of the mask is left
     load_cached: Callable[[], Run] | None = None
+    # the same for caches in pages: k and v are all pages there are, (pages, h, page, d) or as its layout has it
+    load_paged: Callable[[], Run] | None = None
+    paged_needs: tuple[Need, ...] = ()  # limits of that entry point alone, as packed_needs: else pages are gathered
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
     prepare: Callable[[], object] | None = (

@@ -14,7 +14,7 @@ from fastattn.environment import torch_state
 from fastattn.environment.text import dtype_name, type_name
 from fastattn.problems import masks
 from fastattn.problems.call_options import CallOptions, check_layout
-from fastattn.problems.layouts import TO_BHSD, stride_class
+from fastattn.problems.layouts import TO_BHSD, dense_strides
 
 
 class TensorSpec(NamedTuple):
@@ -51,6 +51,12 @@ def tensor_spec(x: Tensor, layout: str = "bhsd") -> TensorSpec:
     return TensorSpec(shape, stride, x.dtype, x.device, x.requires_grad, x.data_ptr() % 16 == 0)
 
 
+def _as_cache(pages: TensorSpec, table: tuple[int, ...]) -> TensorSpec:
+    """The cache that pages make up, as it would be gathered."""
+    shape = table[0], pages.shape[1], table[1] * pages.shape[2], pages.shape[3]
+    return pages._replace(shape=shape, stride=dense_strides(shape, TO_BHSD["bshd"]))
+
+
 def as_structured(mask: Any) -> Any:
     """torch.nn.attention.bias's causal biases as our own value; everything else as it is."""
     if type(mask).__name__ == "CausalBias" and hasattr(mask, "variant"):
@@ -75,10 +81,13 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
     if structured is not mask:
         _check_bias_lengths(mask, q, k, layout)
     options, structured, also = told(structured, options)
+    of_q, of_k, of_v = (tensor_spec(x, layout) for x in (q, k, v))
+    if isinstance(structured, masks.Mask) and (table := structured.page_table) is not None:
+        of_k, of_v = (_as_cache(x, tuple(table.shape)) for x in (of_k, of_v))
     key = CallKey(
-        tensor_spec(q, layout),
-        tensor_spec(k, layout),
-        tensor_spec(v, layout),
+        of_q,
+        of_k,
+        of_v,
         tensor_spec(structured) if isinstance(structured, Tensor) else structured,
         layout,
         options,
@@ -237,14 +246,3 @@ def _check_bias_lengths(bias: Any, q: Tensor, k: Tensor, layout: str) -> None:
         raise RuntimeError(
             f"attention(): the causal bias is for q_len {bias.seq_len_q}, kv_len {bias.seq_len_kv}, got {lengths}"
         )
-
-
-def mask_class(mask: TensorSpec, q: TensorSpec, kv_len: int) -> tuple[str, str]:
-    """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
-    shape = (1,) * (4 - len(mask.shape)) + mask.shape
-    stride = (0,) * (4 - len(mask.shape)) + mask.stride
-    pattern = "".join(
-        name if n != 1 or (n == full == 1 and name in "qk") else "1"
-        for name, n, full in zip("bhqk", shape, (q.shape[0], q.shape[1], q.shape[2], kv_len), strict=True)
-    )
-    return pattern, stride_class(shape, stride)

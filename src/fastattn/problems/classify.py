@@ -10,7 +10,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.text import dtype_name
 from fastattn.problems import bands, masks
 from fastattn.problems.call_facts import CallFacts, each, extent, has_aligned_rows
-from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask, mask_class
+from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask
 from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
 from fastattn.problems.problem import Problem
 from fastattn.problems.sliding_window_decode import SlidingWindowDecode
@@ -31,7 +31,7 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         whole = mask if key.also is None else mask & key.also
     tensors = [s for s in (q, k, v, mask) if isinstance(s, TensorSpec)]
     dense = mask if isinstance(mask, TensorSpec) else None
-    mask_shape, mask_strides = mask_class(dense, q, kv_len) if dense else ("", "")
+    mask_shape, mask_strides = _mask_class(dense, q, kv_len) if dense else ("", "")
     if whole is not None:  # to a kernel it is a bool mask that all heads share
         entries, heads = whole.is_per_batch() and batch > 1, whole.heads() > 1
         mask_shape, mask_strides = f"{'b' if entries else '1'}{'h' if heads else '1'}qk", "contiguous"
@@ -100,3 +100,14 @@ def _last_stride(s: TensorSpec, key: CallKey) -> int:
     if s.dtype is after_autocast(s.dtype, key.state):
         return s.stride[-1]
     return dense_strides(s.shape, order_in_memory(s.shape, s.stride))[-1]
+
+
+def _mask_class(mask: TensorSpec, q: TensorSpec, kv_len: int) -> tuple[str, str]:
+    """(which dimensions of (b, h, q, k) are not broadcast, stride class): "bhqk" is dense, "b11k" a padding mask."""
+    shape = (1,) * (4 - len(mask.shape)) + mask.shape
+    stride = (0,) * (4 - len(mask.shape)) + mask.stride
+    pattern = "".join(
+        name if n != 1 or (n == full == 1 and name in "qk") else "1"
+        for name, n, full in zip("bhqk", shape, (q.shape[0], q.shape[1], q.shape[2], kv_len), strict=True)
+    )
+    return pattern, stride_class(shape, stride)

@@ -38,18 +38,20 @@ class Packing(NamedTuple):
 class Filling(NamedTuple):
     """A cache that is filled to some length, and nothing else. has_corner: the queries are the last of what is filled.
 
-    left: keys that such a query sees before its own, -1 is no limit.
+    left: keys that such a query sees before its own, -1 is no limit. page: tokens in a page, 0 where the cache is in none.
     """
 
     has_corner: bool
     left: int
+    page: int
 
 
 @lru_cache(256)
 def filling_of(structure: str) -> Filling | None:
     """The filling that a Problem's structure comes to; None where its mask says something else."""
     mask = masks.parse(structure)
-    return Filling(mask.queries > 0, mask.left) if isinstance(mask, masks.Filled) else None
+    page = mask.page if isinstance(mask, masks.FilledPagesUnread) else 0
+    return Filling(mask.queries > 0, mask.left, page) if isinstance(mask, masks.Filled) else None
 
 
 def kv_lens_of(mask: masks.Mask, batch: int, kv_len: int, device: torch.device) -> Tensor:
@@ -67,6 +69,29 @@ def _kv_lens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
     with torch.inference_mode(False):
         return torch.tensor(lengths, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+
+
+def in_pages(k: Tensor, v: Tensor, mask: masks.Mask) -> tuple[Tensor, Tensor, masks.FilledPagesUnread]:
+    """(k, v, mask) of a call on a cache in pages, (pages, h, page, d) with their table; a cache (b, h, s, d) is cut into such.
+
+    What is cut lies in memory the other way round, so that a table which is not followed shows.
+    """
+    assert isinstance(mask, masks.FilledPagesUnread), f"{mask!r} is no cache in pages"
+    if mask.table is not None:
+        return k, v, mask
+    import torch
+    from torch.nn.functional import pad
+
+    (batch, kv_len), page = (k.shape[0], k.shape[2]), mask.page
+    each_has = -(-kv_len // page)
+    table = torch.arange(batch * each_has, dtype=torch.int32, device=k.device).flip(0).view(batch, each_has)
+
+    def cut(x: Tensor) -> Tensor:
+        whole = pad(x.transpose(1, 2), (0, 0, 0, 0, 0, each_has * page - kv_len))
+        return whole.unflatten(1, (each_has, page)).flatten(0, 1).flip(0).transpose(1, 2)
+
+    lengths = kv_lens_of(mask, batch, kv_len, k.device)
+    return cut(k), cut(v), masks.FilledPagesUnread(mask.keys, mask.queries, mask.left, lengths, page, table)
 
 
 @lru_cache(256)

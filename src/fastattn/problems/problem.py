@@ -132,6 +132,12 @@ class Problem:
         return filling_of(self.structure)
 
     @property
+    def page_size(self) -> int:
+        """Tokens in a page of a cache in pages, else 0."""
+        filling = self.filling
+        return filling.page if filling is not None else 0
+
+    @property
     def is_packed(self) -> bool:
         """Whether all that hides keys is where sequences end, and a triangle or a window within each."""
         return self.packing is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fastattn.planning.decision import Accepted
 from fastattn.problems import masks
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.call_key import CallKey
-from fastattn.problems.layouts import TO_BHSD
+from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
 from fastattn.problems.problem import Problem, default_scale
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.judge import Judge
@@ -25,7 +26,7 @@ class CallersTensors:
     def __init__(self, problem: Problem, facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> None:
         """problem: the call's own, at its exact lengths."""
         self._problem = problem
-        self._given = _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, given))
+        self._given = _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, _gathered(key, given)))
         self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)
         self._scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         self._also = facts.also
@@ -58,6 +59,15 @@ def _as_vectors_can_be_read(problem: Problem, facts: CallFacts, given: tuple[Any
     return *(
         x if starts and steps else x.clone(memory_format=torch.contiguous_format) for x, starts, steps in lie_well
     ), mask
+
+
+def _gathered(key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same of a cache that is in no pages."""
+    q, k, v, mask = given
+    if not isinstance(key.mask, masks.Mask) or key.mask.page_table is None:
+        return given
+    k, v = (from_bhsd(mask.gathered(to_bhsd(x, key.layout)), key.layout) for x in (k, v))
+    return q, k, v, replace(mask, table=None)
 
 
 def _visible_part(facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastattn.problems.layouts import from_bhsd, strides_of_class, to_bhsd
 from fastattn.problems.length_buckets import DECODE_Q_LEN
 from fastattn.problems.problem import Problem
-from fastattn.tuning.accuracy.probes import Sample
+from fastattn.tuning.accuracy.sample import Sample
 from fastattn.tuning.stopwatch import Stopwatch
 
 LENGTHS = 2  # tried at most

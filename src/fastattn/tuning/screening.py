@@ -26,7 +26,8 @@ from fastattn.tuning.accuracy import dropout
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.full_size import FullSize
 from fastattn.tuning.accuracy.judge import Judge, judge_of_tiles, judges_of_problem, worst_errors
-from fastattn.tuning.accuracy.probes import Sample, plain_sample, probe_problem, stand_in_scale
+from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, stand_in_scale
+from fastattn.tuning.accuracy.sample import Sample
 from fastattn.tuning.new_lengths import new_length_s
 from fastattn.tuning.reasons import failure, inaccurate, out_as_slow
 from fastattn.tuning.stopwatch import KEEP_WITHIN, MIN_ROUNDS, SAMPLE_S, ClockError, Stopwatch
@@ -166,7 +167,7 @@ class Screening:
         if took > most:
             s, call = self.judges[0].sample, binding.bind(trial.candidate, self.reduced, self.scale)
             # once more: what is paid once a process was in the first run
-            if self.clock.time(lambda: call(s.q, s.k, s.v, s.mask), 1) > most:
+            if self.clock.time(lambda: call(*s.given), 1) > most:
                 out_as_slow(trial, TOO_SLOW_ON_PROBES, self._on_probes[1])
         return not trial.is_alive
 
@@ -225,11 +226,11 @@ class Screening:
     @staticmethod
     def _whole(call: binding.Call, s: Sample) -> Callable[[], Any]:
         if s.grad is None:
-            return lambda: call(s.q, s.k, s.v, s.mask)
+            return lambda: call(*s.given)
         wanted = [x for x in s.tensors if x.requires_grad]
 
         def run() -> Any:
-            found = call(s.q, s.k, s.v, s.mask)
+            found = call(*s.given)
             torch.autograd.grad(found[0] if s.problem.lse else found, wanted, s.grad)
             return found
 

@@ -201,6 +201,19 @@ def for_each_sequence(q, k, v, cu_q, cu_kv, max_q, max_kv, one):
     return torch.cat([*outs, behind]), torch.cat([*lses, lse], 1)
 
 
+def in_one_piece(pages, table, lengths, multiple_of=1):
+    """The cache (batch, room, heads, dim) that pages make up. What the lengths do not reach is in no page that is looked at."""
+    page = pages.shape[1]
+    assert (
+        table.dtype is torch.int32 and table.is_contiguous() and len(table) == len(lengths) and page % multiple_of == 0
+    )
+    found = pages.new_zeros(len(table), table.shape[1] * page, *pages.shape[2:])
+    for entry, row, n in zip(found, table.tolist(), lengths.tolist(), strict=True):
+        for at in range(-(-n // page)):
+            entry[at * page : (at + 1) * page] = pages[row[at]]
+    return found
+
+
 class Unwritten(torch.autograd.Function):
     """A tensor whose gradient is not written from some row on."""
 

@@ -35,7 +35,7 @@ def flash_attn_varlen_func(
 @signed("fa3_fwd", "flash_attn_with_kvcache")
 def flash_attn_with_kvcache(**named):
     assert named["q"].dtype is torch.bfloat16
-    return with_kvcache(**named, left_out=("LOCAL",))
+    return with_kvcache(**named, left_out=("LOCAL", "PAGEDKV"))
 
 
 STUB = Stub(
@@ -55,7 +55,7 @@ STUB = Stub(
         "fa3_fwd": f"{REFUSES} window window_left window_right window_self window_causal window_wide window_tall"
         " window_left_past_keys grad grad_causal grad_bottom_right grad_head_dim packed_window packed_window_left"
         " packed_window_right packed_window_causal packed_grad packed_grad_window packed_behind packed_nothing_grad unread_grad"
-        " unread_longest_told unread_filled_window",
+        " unread_longest_told unread_filled_window paged_window paged_window_decode",
     },
     mutations=(
         *MUTATIONS,

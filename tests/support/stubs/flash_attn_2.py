@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stubs import INF, Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
+from stubs import INF, Stub, attend, band, check_aligned, check_half, for_each_sequence, in_one_piece, module, signed
 
 
 def forward(q, k, v, scale, causal, window_size, softcap, longest=None):
@@ -55,13 +55,15 @@ def flash_attn_varlen_func(
 @signed("flash_attn_2", "flash_attn_with_kvcache")
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, window_size, softcap, num_splits, return_softmax_lse,
-    rotary_interleaved, **others,
+    rotary_interleaved, block_table, **others,
 ):  # fmt: skip
     """fwd_kvcache: of each entry's keys those that are filled; tiles are cleared behind them."""
     assert not any(x is not None for x in others.values()) and num_splits == 0
     assert not any(x.requires_grad for x in (q, k_cache, v_cache)), "no backward"
     assert cache_seqlens.dtype is torch.int32 and cache_seqlens.is_contiguous() and cache_seqlens.shape == q.shape[:1]
     check_aligned(k_cache, v_cache)
+    if block_table is not None:
+        k_cache, v_cache = (in_one_piece(x, block_table, cache_seqlens, 256) for x in (k_cache, v_cache))
     told = softmax_scale, causal, window_size, softcap, k_cache.shape[1]
     filled = enumerate(cache_seqlens.tolist())
     entries = [forward(q[b, None], k_cache[b, None, :n], v_cache[b, None, :n], *told) for b, n in filled]
@@ -84,7 +86,7 @@ STUB = Stub(
     refuses={
         "flash_attn_2": "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
-        " filled_scale_negative filled_grad filled_float32 filled_causal",
+        " filled_scale_negative filled_grad filled_float32 filled_causal paged_scale_negative paged_grad paged_float32",
     },
     mutations=(
         ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
@@ -92,6 +94,8 @@ STUB = Stub(
         ("a.packed.max_kv", "a.packed.max_q"),
         ("max(2, a.packed.max_q)", "a.packed.max_q"),
         ("cache_seqlens=a.kv_lens", "cache_seqlens=None"),
+        ('{"block_table": a.page_table}', '{"block_table": a.page_table.flip(0)}'),
+        ("multiple_of=256", "multiple_of=1"),
         ("window_size=(-1 if left is None else left, -1)", "window_size=(-1, -1)"),
         ("return_softmax_lse=a.lse", "return_softmax_lse=False"),
         ("-1 if right is None else right", "-1"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fastattn.kernels.adapters import flash_attn_3
-from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
+from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, in_one_piece, module, signed
 
-FLAGS = ("VARLEN", "BACKWARD", "LOCAL", "SOFTCAP", "FP16", "HDIM256", "SM8x")
+FLAGS = ("VARLEN", "BACKWARD", "LOCAL", "SOFTCAP", "FP16", "HDIM256", "SM8x", "PAGEDKV")
 
 
 def config(left_out=()):
@@ -68,7 +68,7 @@ def flash_attn_varlen_func(
 
 def with_kvcache(
     q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, window_size, softcap, num_splits, return_softmax_lse,
-    left_out=(), **others,
+    page_table, left_out=(), **others,
 ):  # fmt: skip
     """Tiles are loaded to the cache's end: what lies behind the filled keys is multiplied by a weight of zero."""
     others = {name: value for name, value in others.items() if value is not None}
@@ -78,6 +78,9 @@ def with_kvcache(
     check_aligned(q, k_cache, v_cache)
     assert cache_seqlens.dtype is torch.int32 and cache_seqlens.is_contiguous() and cache_seqlens.shape == q.shape[:1]
     assert "LOCAL" not in left_out or window_size == (-1, -1), "... does not support local attention."
+    if page_table is not None:
+        assert "PAGEDKV" not in left_out, "This flash attention build does not support paged KV."
+        k_cache, v_cache = (in_one_piece(x, page_table, cache_seqlens) for x in (k_cache, v_cache))
     (q_len, kv_len), left = (q.shape[1], k_cache.shape[1]), window_size[0]
     seen = []
     for n in cache_seqlens.tolist():
@@ -102,6 +105,7 @@ REFUSES = (
     " mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
     " filled filled_rows filled_corner filled_window filled_window_decode filled_short filled_empty"
     " filled_softcap filled_scale filled_scale_negative filled_head_dim_20 filled_grad filled_float32 filled_causal"
+    " paged_scale_negative paged_grad paged_float32"
 )
 MUTATIONS = (
     ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
@@ -148,5 +152,6 @@ STUB = Stub(
         ("right or -1", "(right or 0) - 1"),
         ('("float16", "bfloat16")', '("float16", "bfloat16", "float32")'),
         ("window=True", "window=False"),
+        ('{"page_table": a.page_table}', '{"page_table": a.page_table.flip(0)}'),
     ),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
+import torch
+
+from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, in_one_piece, module, signed
 
 
 def forward(q, k, v, *, softmax_scale, causal, window_size, softcap):
@@ -44,15 +46,32 @@ def flash_attn_func(
 @signed("flash_attn_4", "flash_attn_varlen_func")
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, num_splits,
-    deterministic, return_lse, **others,
+    deterministic, return_lse, seqused_k, page_table, **others,
 ):  # fmt: skip
     assert num_splits == 1 and not any(others.values())
+    if page_table is not None:
+        return of_pages(q, k, v, seqused_k, page_table, softmax_scale, causal, window_size, softcap, return_lse)
     named = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
     keeps_lse = is_training(q, k, v) or return_lse
     out, lse = for_each_sequence(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, lambda *one: forward(*one, **named)
     )
     return out, lse if keeps_lse else None
+
+
+def of_pages(q, k, v, seqused_k, page_table, softmax_scale, causal, window_size, softcap, return_lse):
+    """Without cu_seqlens q is (batch, q_len, heads, dim). It multiplies what lies in a page behind the lengths by zero."""
+    assert (
+        seqused_k.dtype is torch.int32 and seqused_k.is_contiguous() and seqused_k.shape == q.shape[:1] and q.dim() == 4
+    )
+    assert not is_training(q, k, v)
+    check_aligned(k, v)
+    k, v = (in_one_piece(x, page_table, seqused_k) for x in (k, v))
+    assert v.isfinite().all()
+    named = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
+    parts = [forward(q[b, None], k[b, None, :n], v[b, None, :n], **named) for b, n in enumerate(seqused_k.tolist())]
+    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return out, lse if return_lse else None
 
 
 STUB = Stub(
@@ -67,13 +86,16 @@ STUB = Stub(
     },
     refuses={
         "flash_attn_4": "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask"
-        " mask_and_causal mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left",
+        " mask_and_causal mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
+        " paged_head_dim_20 paged_scale_negative paged_grad paged_float32",
     },
     mutations=(
         ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
         ("a.packed.cu_kv", "a.packed.cu_q"),
         ("a.packed.max_kv", "a.packed.max_q"),
         ("num_splits=1, deterministic", "num_splits=0, deterministic"),
+        ("page_table=a.page_table", "page_table=a.page_table.flip(0)"),
+        ("seqused_k=a.kv_lens", "seqused_k=a.kv_lens + 1"),
         ("(out[None], lse.detach()[None]) if a.lse else out[None]", "out[None], lse"),
         ("causal=right == 0", "causal=False"),
         ("causal=right == 0", "causal=True"),

@@ -98,8 +98,10 @@ STUB = Stub(
     patch=_patch,
     sizes={"d": 64},
     refuses={
-        "hf_flash_attn_2": f"{SHARED} filled_scale_negative filled_grad filled_float32 filled_causal",
-        "hf_flash_attn_3": flash_attn_3.REFUSES, "hf_flash_attn_4": SHARED,
+        "hf_flash_attn_2": f"{SHARED} filled_scale_negative filled_grad filled_float32 filled_causal"
+        " paged_scale_negative paged_grad paged_float32",
+        "hf_flash_attn_3": flash_attn_3.REFUSES,
+        "hf_flash_attn_4": f"{SHARED} paged_head_dim_20 paged_scale_negative paged_grad paged_float32",
         "hf_sage": sage_2.STUB.refuses["sage_2_fp16"].replace(" float_mask_hides_64", ""),
     },
     mutations=(

@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch.nn.attention import varlen
 
-from stubs import Stub, for_each_sequence, module, signed
+from stubs import Stub, for_each_sequence, in_one_piece, module, signed
 from stubs.torch_lower import STUB as LOWER
 from stubs.torch_lower import run_flash
 
@@ -27,7 +27,9 @@ def _with_later_parameters(real):
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa, seqused_k,
                 block_table, num_splits):  # fmt: skip
     """As aten::_flash_attention_forward with cu_seqlens."""
-    assert enable_gqa | (query.shape[1] == key.shape[1]) and block_table is None
+    if block_table is not None:
+        key, value = (in_one_piece(x, block_table, seqused_k, 256).flatten(0, 1) for x in (key, value))
+    assert enable_gqa | (query.shape[1] == key.shape[1])
     if max_q == 1 and query.shape[1] > key.shape[1] and tuple(window_size) == (-1, -1):
         assert len(query) == len(cu_seq_q) - 1, "q is reshaped to one token a sequence"
         cu_seq_q = torch.arange(len(query) + 1, dtype=torch.int32)
@@ -57,11 +59,15 @@ STUB = Stub(
         "torch_varlen": "top_left_wide top_left_tall softcap scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32 lse_mask lse_zero lse_mask_and_window window_top_left_tall"
         " packed_softcap packed_top_left packed_scale_negative packed_float32 unread_top_left filled_softcap"
-        " filled_scale_negative filled_grad filled_float32 filled_causal",
+        " filled_scale_negative filled_grad filled_float32 filled_causal paged_softcap paged_scale_negative paged_grad"
+        " paged_float32",
     },
     cases=LOWER.cases,
     mutations=(
         ("seqused_k=a.kv_lens", "seqused_k=None"),
+        ('{"block_table": a.page_table}', '{"block_table": a.page_table.flip(0)}'),
+        ("kv_len * a.page_table.shape[1]", "kv_len"),
+        ("multiple_of=256", "multiple_of=1"),
         ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
         ("a.packed.cu_kv", "a.packed.cu_q"),
         ("a.packed.max_kv", "a.packed.max_q"),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from fastattn.problems.masks import Causal
-from stubs import Stub, attend, band, check_aligned, check_half, module, signed
+from stubs import Stub, attend, band, check_aligned, check_half, for_each_sequence, module, signed
 
 FILE = "transformer_engine"
 flash_major = [2]  # the FlashAttention that is installed
@@ -20,7 +20,8 @@ flash_major = [2]  # the FlashAttention that is installed
 @signed(FILE, "AttentionParams")
 def AttentionParams(**fields):
     p = SimpleNamespace(**fields)
-    assert p.qkv_layout == "bshd_bshd_bshd"
+    assert p.qkv_layout == ("thd_thd_thd" if "padding" in p.attn_mask_type else "bshd_bshd_bshd")
+    assert is_2_18(p) or (p.num_tokens_q > 0) is (p.qkv_layout == "thd_thd_thd")
     left, right = p.window_size
     if "causal" in p.attn_mask_type:
         assert left >= -1 and right == 0
@@ -51,7 +52,11 @@ def get_attention_backend(attention_params):
     dims = p.head_dim_qk % 8 == p.head_dim_v % 8 == 0
     plain = p.core_attention_bias_type == "no_bias" and p.core_attention_bias_shape is None
     flash = half and dims and plain and p.attn_mask_type != "arbitrary" and max(p.head_dim_qk, p.head_dim_v) <= 256
-    flash = flash and (square or p.attn_mask_type != "causal") and (square or p.bottom_right_diagonal or not windowed)
+    flash = (
+        flash
+        and (square or p.attn_mask_type not in ("causal", "padding_causal"))
+        and (square or p.bottom_right_diagonal or not windowed)
+    )
     fused = half and dims and p.attn_mask_type != "arbitrary" and not (windowed and (not wide or not plain))
     fused = fused and (wide or p.attn_mask_type != "causal_bottom_right")
     fused = fused and (plain or bias_type(p) in ("bhss", "1hss", "b1ss", "11ss"))
@@ -95,8 +100,29 @@ class Backend(torch.nn.Module):
         self.softmax_scale = softmax_scale
 
     def check(self, q, qkv_layout):
-        assert qkv_layout == "bshd_bshd_bshd"
+        assert qkv_layout == ("bshd_bshd_bshd" if q.dim() == 4 else "thd_thd_thd")
         assert self.training == (q.requires_grad and torch.is_grad_enabled())
+
+    def packed(self, q, k, v, cu_q, cu_kv, max_q, max_kv, qkv_layout, **named):
+        """Each sequence by itself, with lengths that nobody need ask the GPU for."""
+        self.check(q, qkv_layout)
+        assert type(max_q) is type(max_kv) is int, "cu_seqlens are read from the GPU where it is not told"
+        heads = q.shape[1]
+
+        def one(*tensors):
+            (rows, keys), device = (x.shape[1] for x in tensors[:2]), q.device
+            cu = {"cu_seqlens_q": torch.tensor([0, rows], device=device), "cu_seqlens_kv": torch.tensor([0, keys])}
+            named["attn_mask_type"] = kind
+            out = self.forward(
+                query_layer=tensors[0], key_layer=tensors[1], value_layer=tensors[2], qkv_layout="bshd_bshd_bshd", **named,
+                **cu,
+            )  # fmt: skip
+            return out.unflatten(-1, (heads, -1)), q.new_zeros(1, heads, rows)
+
+        kind = {
+            "padding": "no_mask", "padding_causal": "causal", "padding_causal_bottom_right": "causal_bottom_right",
+        }[named["attn_mask_type"]]  # fmt: skip
+        return for_each_sequence(q, k, v, cu_q, cu_kv, max_q, max_kv, one)[0].flatten(-2)
 
 
 class FlashAttention(Backend):
@@ -106,9 +132,18 @@ class FlashAttention(Backend):
 
     @method("FlashAttention.forward")
     def forward(
-        self, query_layer, key_layer, value_layer, qkv_layout, attn_mask_type, window_size, flash_attention_backend, **_
+        self, query_layer, key_layer, value_layer, qkv_layout, attn_mask_type, window_size, flash_attention_backend,
+        cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, **_
     ):  # fmt: skip
         q, k, v = query_layer, key_layer, value_layer
+        if q.dim() == 3:
+            assert "padding" in attn_mask_type
+            assert max_seqlen_q > 1 or q.shape[1] == k.shape[1], "FlashAttention 2 takes token i for sequence i then"
+            named = {"attn_mask_type": attn_mask_type, "window_size": window_size}
+            return self.packed(
+                q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, qkv_layout=qkv_layout,
+                flash_attention_backend=flash_attention_backend, **named,
+            )  # fmt: skip
         self.check(q, qkv_layout)
         check_half(q, k, v)
         check_aligned(q, k, v)
@@ -133,8 +168,18 @@ class FusedAttention(Backend):
     @method("FusedAttention.forward")
     def forward(
         self, query_layer, key_layer, value_layer, qkv_layout, cu_seqlens_q, cu_seqlens_kv, attn_mask_type, window_size,
-        bottom_right_diagonal, fused_attention_backend, core_attention_bias_type, core_attention_bias, **_
+        bottom_right_diagonal, fused_attention_backend, core_attention_bias_type, core_attention_bias, max_seqlen_q,
+        max_seqlen_kv, **_
     ):  # fmt: skip
+        if query_layer.dim() == 3:
+            assert cu_seqlens_q.equal(cu_seqlens_kv), "what it does with a sequence without keys nobody says"
+            assert core_attention_bias is None and core_attention_bias_type == "no_bias"
+            q, k, v = (by_layout(x[None])[0] for x in (query_layer, key_layer, value_layer))
+            return self.packed(
+                q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, qkv_layout=qkv_layout,
+                attn_mask_type=attn_mask_type, window_size=window_size, bottom_right_diagonal=bottom_right_diagonal,
+                fused_attention_backend=fused_attention_backend,
+            )  # fmt: skip
         q, k, v = (by_layout(x) for x in (query_layer, key_layer, value_layer))
         self.check(query_layer, qkv_layout)
         check_half(q, k, v)
@@ -214,6 +259,7 @@ def modules():
 
 NO_SCALES = " scale_zero scale_negative"
 NO_EXTRAS = " softcap lse lse_empty_rows lse_scale"
+PACKED = " packed_empty packed_nothing packed_softcap packed_scale packed_scale_negative packed_float32 unread_behind"
 STUB = Stub(
     file=FILE,
     library="transformer-engine",
@@ -225,9 +271,9 @@ STUB = Stub(
     },
     refuses={
         "te_fused": "bottom_right_tall grad_bottom_right window_tall window_left_past_keys bool_mask_keys float32"
-        + NO_SCALES + NO_EXTRAS,
+        + NO_SCALES + NO_EXTRAS + PACKED,
         "te_flash": "top_left_wide top_left_tall bool_mask bool_mask_keys float_mask mask_and_causal mask_grad float32"
-        + NO_SCALES + NO_EXTRAS,
+        + " packed_top_left unread_top_left" + NO_SCALES + NO_EXTRAS + PACKED,
         "te_unfused": NO_EXTRAS,
     },
     mutations=(
@@ -255,5 +301,12 @@ STUB = Stub(
         ("head_dim_multiple=8", "head_dim_multiple=1"),
         ('layout="bshd"', 'layout="sbhd"'),
         ('kind = "arbitrary" if', 'kind = "no_mask" if'),
+        ("cu_seqlens_kv=sequences.cu_kv", "cu_seqlens_kv=sequences.cu_q"),
+        ("max_seqlen_kv=max_kv", "max_seqlen_kv=None"),
+        ("max(2, a.packed.max_q)", "a.packed.max_q"),
+        ('"padding_causal" if are_same', '"padding_causal" if True'),
+        ("packed_needs=(OWN_LENGTHS,)", "packed_needs=()"),
+        ("(len(q), len(k)) if layout == PACKED_LAYOUT else (0, 0)", "(0, 0)"),
+        ("(far if left is None else left, far if right is None else right), True", "(-1, -1), True"),
     ),
 )  # fmt: skip

@@ -96,7 +96,10 @@ def load_cached() -> Run:
 
 
 def of_cached(function: Callable[..., Any]) -> Run:
-    """Its flash_attn_with_kvcache, which reads no key behind cache_seqlens, and splits the keys where queries are few."""
+    """Its flash_attn_with_kvcache, which reads no key behind cache_seqlens, and splits the keys where queries are few.
+
+    Of a cache in pages it reads of a row of the table what cache_seqlens reaches.
+    """
     attend = require_keywords(
         function, "q", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
         "return_softmax_lse",
@@ -108,6 +111,7 @@ def of_cached(function: Callable[..., Any]) -> Run:
             q=q, k_cache=k, v_cache=v, cache_seqlens=a.kv_lens,
             softmax_scale=a.scale, causal=right == 0, window_size=(-1 if left is None else left, -1),
             softcap=a.softcap, num_splits=0, return_softmax_lse=a.lse,
+            **({} if a.page_table is None else {"block_table": a.page_table}),
         )  # fmt: skip
         if not a.lse:
             return found
@@ -117,6 +121,17 @@ def of_cached(function: Callable[..., Any]) -> Run:
     return run
 
 
+def load_paged() -> Run:
+    from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    return of_paged(flash_attn_with_kvcache)
+
+
+def of_paged(function: Callable[..., Any]) -> Run:
+    """The same function, which must know pages."""
+    return of_cached(require_keywords(function, "block_table"))
+
+
 KERNELS = (
     Kernel(
         name="flash_attn_2",
@@ -124,6 +139,8 @@ KERNELS = (
         load=load,
         load_packed=load_packed,
         load_cached=load_cached,
+        load_paged=load_paged,
+        paged_needs=(Range("page_size", multiple_of=256),),
         library="flash-attn",
         versions=("2.6", "3"),
         devices=("cuda",),

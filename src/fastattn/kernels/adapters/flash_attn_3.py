@@ -96,7 +96,7 @@ def load_cached(module: str) -> Run:
 
 
 def of_cached(function: Callable[..., Any]) -> Run:
-    """Its flash_attn_with_kvcache. What lies behind cache_seqlens it multiplies by zero."""
+    """Its flash_attn_with_kvcache. What lies behind cache_seqlens it multiplies by zero. Pages may be of any size."""
     attend = require_keywords(
         function, "q", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
         "return_softmax_lse",
@@ -108,9 +108,19 @@ def of_cached(function: Callable[..., Any]) -> Run:
             q=q, k_cache=k, v_cache=v, cache_seqlens=a.kv_lens,
             softmax_scale=a.scale, causal=right == 0, window_size=(-1 if left is None else left, -1),
             softcap=a.softcap, num_splits=0, return_softmax_lse=a.lse,
+            **({} if a.page_table is None else {"page_table": a.page_table}),
         ), a)  # fmt: skip
 
     return run
+
+
+def load_paged(module: str) -> Run:
+    return of_paged(import_module(module).flash_attn_with_kvcache)
+
+
+def of_paged(function: Callable[..., Any]) -> Run:
+    """The same function, which must know pages."""
+    return of_cached(require_keywords(function, "page_table"))
 
 
 def natural(found: Any, a: Arguments, shaped: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
@@ -183,6 +193,7 @@ def kernel(name: str, summary: str, module: str, **row: Any) -> Kernel:
     )  # fmt: skip
 
 
+PAGED = unless_built("PAGEDKV", "pages of {p.page_size} tokens", lambda p, _: p.page_size)
 OPTIONAL = (
     ("BACKWARD", "training", lambda p, _: p.needs_grad),
     ("FP16", "dtype float16", lambda p, _: p.dtype == "float16"),
@@ -203,6 +214,8 @@ KERNELS = (
         versions=("3", "4"),
         dtypes=("float16", "bfloat16"),
         window=True,
+        load_paged=partial(load_paged, "flash_attn_interface"),
+        paged_needs=(PAGED,),
         needs=(
             *NEEDS,
             RefuseWhen("training: head_dim_v {p.head_dim_v} > 256", lambda p, _: p.needs_grad and p.head_dim_v > 256),
@@ -219,7 +232,7 @@ KERNELS = (
         module="fa3_fwd_interface",
         library="fa3-fwd",
         versions=("0.0.3", "0.1"),
-        dtypes=("bfloat16",),  # it was built without float16, windows and the backward
+        dtypes=("bfloat16",),  # it was built without float16, windows, pages and the backward
         grad=False,
         needs=NEEDS,
     ),

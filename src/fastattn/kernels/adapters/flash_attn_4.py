@@ -62,6 +62,32 @@ def of_packed(function: Callable[..., Any]) -> Run:
     return run
 
 
+def load_paged() -> Run:
+    from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return of_paged(flash_attn_varlen_func)
+
+
+def of_paged(function: Callable[..., Any]) -> Run:
+    """Its flash_attn_varlen_func for a cache in pages. Tiles of a page it multiplies by zero where they are not filled."""
+    check_silicon()
+    attend = require_keywords(
+        function, "q", "k", "v", "seqused_k", "page_table", "softmax_scale", "causal", "window_size", "softcap", "num_splits",
+        "return_lse",
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        left, right = a.window_sides(0, 0)
+        out, lse = attend(
+            q=q, k=k, v=v, seqused_k=a.kv_lens, page_table=a.page_table,
+            softmax_scale=a.scale, causal=right == 0, window_size=(left, right or None),
+            softcap=a.softcap, num_splits=1, return_lse=a.lse,
+        )  # fmt: skip
+        return (out, lse) if a.lse else out
+
+    return run
+
+
 def check_silicon() -> set[tuple[int, int]]:
     """The capabilities of the GPUs that are here. Raises ImportError where it would take one for another."""
     import torch
@@ -149,6 +175,7 @@ KERNELS = (
         summary="FlashAttention 4 (package flash-attn-4)",
         load=load,
         load_packed=load_packed,
+        load_paged=load_paged,
         library="flash-attn-4",
         versions=("4", "5"),
         devices=("cuda",),
@@ -191,6 +218,10 @@ KERNELS = (
                 ),
             ),
             SOFTCAP_IN_TRAINING,
+            RefuseWhen(
+                "pages of {p.page_size} tokens on sm{device.capability}: it has them from sm90 to sm119",
+                lambda p, device: bool(p.page_size) and not 90 <= device.capability < 120,
+            ),
             RefuseWhen(
                 "a deterministic backward on sm{device.capability}: it has none from sm120 on",
                 lambda p, device: p.deterministic and p.needs_grad and device.capability >= 120,

@@ -82,6 +82,9 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
 def _flash(base: Kernel, number: int, its: Any, **changes: Any) -> Kernel:
     """A row of FlashAttention `number`; its: the adapter of the package."""
     repository = f"{HUB}/flash-attn{number}"
+    if base.load_paged is not None:
+        entry = "flash_attn_with_kvcache" if base.load_cached is not None else "flash_attn_varlen_func"
+        changes["load_paged"] = partial(load, repository, lambda module: its.of_paged(getattr(module, entry)))
     if base.load_cached is not None:
         changes["load_cached"] = partial(load, repository, lambda module: its.of_cached(module.flash_attn_with_kvcache))
     return _row(
@@ -100,7 +103,7 @@ HF_SAGE = (*sageattention.CUDA_2, OneOf("capability", (80, 89, 90, 120)))  # its
 HUB = "kernels-community"
 KERNELS = (
     _flash(FLASH_2, 2, flash_attn_2),
-    _flash(FLASH_3, 3, flash_attn_3, needs=WHOLE),
+    _flash(FLASH_3, 3, flash_attn_3, needs=WHOLE, paged_needs=()),
     _flash(FLASH_4, 4, flash_attn_4, needs=OLD_FLASH_4),
     _row(SAGE, "hf_sage", "SageAttention 2", f"{HUB}/sage-attention",
          lambda module: sageattention.of_2(module, "sageattn"), needs=HF_SAGE),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
-from fastattn.kernels import Arguments, RefuseWhen, Run, Tensor, require_keywords
+from fastattn.kernels import Arguments, Range, RefuseWhen, Run, Tensor, require_keywords
 from fastattn.kernels.adapters import torch_lower
 
 
@@ -60,19 +60,24 @@ def load_packed_varlen() -> Run:
     return run
 
 
-def load_cached_varlen() -> Run:
+def load_cached_varlen(*more: str) -> Run:
     """Of a cache: as packed sequences of the cache's size, of which each is used as far as kv_lens says."""
     from torch import arange, int32
 
-    entry = varlen_entry("seqused_k", "enable_gqa")
+    entry = varlen_entry("seqused_k", "enable_gqa", *more)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
+        pages = {}
+        if a.page_table is None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
+        else:
+            pages, kv_len = {"block_table": a.page_table}, kv_len * a.page_table.shape[1]
         left, right = (-1 if n is None else n for n in a.window_sides(0, 0))
         attend, aux_request, _ = entry()
         starts = (arange(0, (batch + 1) * n, n, dtype=int32, device=q.device) for n in (q_len, kv_len))
         found = attend(
-            query=q.flatten(0, 1), key=k.flatten(0, 1), value=v.flatten(0, 1), seqused_k=a.kv_lens, enable_gqa=True,
+            query=q.flatten(0, 1), key=k, value=v, seqused_k=a.kv_lens, enable_gqa=True, **pages,
             **dict(zip(("cu_seq_q", "cu_seq_k"), starts, strict=True)), max_q=q_len, max_k=kv_len,
             window_size=(left, right), scale=a.scale, return_aux=aux_request(lse=a.lse),
         )  # fmt: skip
@@ -123,6 +128,8 @@ KERNELS = (
         load=load_varlen,
         load_packed=load_packed_varlen,
         load_cached=load_cached_varlen,
+        load_paged=partial(load_cached_varlen, "block_table"),
+        paged_needs=(Range("page_size", multiple_of=256),),
         prepare=import_varlen,
         dropout=False,
         needs=(

@@ -118,8 +118,8 @@ def load_kernel(kernel: Kernel) -> Run:
 
 @cache
 def load_form(kernel: Kernel, form: str) -> Run:
-    """The same of its entry point for "packed" sequences, or for caches: "cached"."""
-    load = {"packed": kernel.load_packed, "cached": kernel.load_cached}[form]
+    """The same of its entry point for "packed" sequences, or for caches: "cached", or "paged" where they lie in pages."""
+    load = {"packed": kernel.load_packed, "cached": kernel.load_cached, "paged": kernel.load_paged}[form]
     assert load is not None
     run = load()
     _loaded.add(kernel)

@@ -16,7 +16,16 @@ from fastattn.planning.conversions.kv_parts import split_kv, when_split_kv
 from fastattn.planning.conversions.mask_blocks import mask_blocks, when_mask_blocks
 from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
 from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
-from fastattn.planning.conversions.own_forms import cached, packed, when_cached, when_packed
+from fastattn.planning.conversions.own_forms import (
+    cached,
+    gathered,
+    packed,
+    paged,
+    when_cached,
+    when_gathered,
+    when_packed,
+    when_paged,
+)
 from fastattn.planning.conversions.recompute import recompute, when_recompute
 from fastattn.planning.conversions.tile_stacks import stacked, when_stacked
 from fastattn.planning.conversions.tiles import in_tiles, when_tiles
@@ -24,10 +33,12 @@ from fastattn.planning.conversions.tiles import in_tiles, when_tiles
 COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of tiles: these are small
 
 CONVERSIONS: tuple[Conversion, ...] = (
+    Conversion("gathered", "the pages of each entry's cache in one piece", when_gathered, gathered),
     Conversion("stacked", "small tiles of like size in one call", when_stacked, stacked, requires="tiles"),
     Conversion("tiles", "only the tiles of the scores that a mask leaves", when_tiles, in_tiles, instead_of=COPIES),
     Conversion("packed", "told where packed sequences begin, in place of a mask", when_packed, packed),
     Conversion("cached", "told how much of a cache is filled, in place of a mask", when_cached, cached),
+    Conversion("paged", "told the pages of a cache as well, and they stay where they are", when_paged, paged),
     Conversion("mask_dense", "the triangle or window as a dense mask", when_mask_dense, mask_dense),
     Conversion("mask_blocks", "a mask as squares that are skipped or not", when_mask_blocks, mask_blocks),
     Conversion("mask_additive", "a bool mask as the float mask that is added", when_mask_additive, mask_additive),

@@ -1,4 +1,7 @@
-"""Packed sequences and caches as a kernel's own entry point takes them: told where they begin and end, and no mask."""
+"""Packed sequences and caches as a kernel's own entry point takes them: told where they begin and end, and no mask.
+
+A cache in pages is told by its table too; for a kernel that takes none the pages are gathered first.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch.nn.functional import pad
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.planning.conversions.conversion import NO, REQUIRED, map_output
+from fastattn.planning.conversions.head_dim import pads
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
@@ -18,18 +22,18 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.unread import Sequences
 
 INF = float("inf")
-OWN_FORMS = frozenset({"packed", "cached"})
+OWN_FORMS = frozenset({"packed", "cached", "paged"})
 NO_DEVICE: Any = None  # limits of such an entry point ask nothing of it
 
 
 def takes_own_form(kernel: Kernel, p: Problem) -> bool:
     """Whether the kernel is told the lengths, and no mask is made of them."""
-    return bool(p.structure) and REQUIRED in (_packed(kernel, p), _cached(kernel, p))
+    return bool(p.structure) and REQUIRED in (_packed(kernel, p), _cached(kernel, p), _paged(kernel, p))
 
 
 def has_own_form(kernel: Kernel, p: Problem) -> bool:
     """Whether it has an entry point for such problems, which may still refuse this one."""
-    return (_packed(kernel, p), _cached(kernel, p)) != (NO, NO)
+    return {_packed(kernel, p), _cached(kernel, p), _paged(kernel, p)} != {NO}
 
 
 def when_packed(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
@@ -37,7 +41,19 @@ def when_packed(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 def when_cached(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return _or_dense(kernel, _cached(kernel, p)) if p.structure else NO
+    if not p.structure or _paged(kernel, p) == REQUIRED:
+        return NO
+    return _or_dense(kernel, _cached(kernel, p))
+
+
+def when_paged(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    answer = _paged(kernel, p) if p.structure else NO
+    is_else_gathered = kernel.load_cached is not None or kernel.masks
+    return NO if answer != REQUIRED and is_else_gathered else answer
+
+
+def when_gathered(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return REQUIRED if p.page_size and _paged(kernel, p) != REQUIRED else NO
 
 
 def _or_dense(kernel: Kernel, answer: str) -> str:
@@ -58,7 +74,21 @@ def _packed(kernel: Kernel, p: Problem) -> str:
 
 
 def _cached(kernel: Kernel, p: Problem) -> str:
-    filling = p.filling if kernel.load_cached is not None else None
+    return _filled(kernel, p) if kernel.load_cached is not None else NO
+
+
+def _paged(kernel: Kernel, p: Problem) -> str:
+    if kernel.load_paged is None or not p.page_size:
+        return NO
+    if any(pads(kernel, p)):
+        return f"pages with head_dim {p.head_dim}, head_dim_v {p.head_dim_v}, which it would pad in all pages there are"
+    reasons = (need.why_not(p, NO_DEVICE) for need in kernel.paged_needs)
+    return next(filter(None, reasons), _filled(kernel, p))
+
+
+def _filled(kernel: Kernel, p: Problem) -> str:
+    """What its entry points for caches can do of one that is filled to some length."""
+    filling = p.filling
     if filling is None:
         return NO
     if p.needs_grad or p.dropout:
@@ -79,15 +109,41 @@ def _of_scale(kernel: Kernel, p: Problem) -> str:
 def cached(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     from fastattn.problems.packing import kv_lens_of  # here, as no other call needs it
 
-    filling = p.filling
-    assert filling is not None
-    upper, lower = 0 if filling.has_corner else None, -filling.left if filling.left >= 0 else None
+    lower, upper = _band_of(p)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         lengths = kv_lens_of(mask, q.shape[0], k.shape[2], q.device)
         return step(q, k, v, None, a._replace(lower=lower, upper=upper, kv_lens=lengths))
 
     return run
+
+
+def paged(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+    from fastattn.problems.packing import in_pages  # here, as no other call needs it
+
+    lower, upper = _band_of(p)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        k, v, mask = in_pages(k, v, mask)
+        told = a._replace(lower=lower, upper=upper, kv_lens=mask.lengths, page_table=mask.table)
+        return step(q, k, v, None, told)
+
+    return run
+
+
+def gathered(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        keys = mask.gathered(k)
+        return step(q, keys, keys if v is k else mask.gathered(v), mask, a)
+
+    return run
+
+
+def _band_of(p: Problem) -> tuple[int | None, int | None]:
+    """(lower, upper) around the last filled key's diagonal."""
+    filling = p.filling
+    assert filling is not None
+    return -filling.left if filling.left >= 0 else None, 0 if filling.has_corner else None
 
 
 def packed(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:

@@ -31,7 +31,7 @@ ENTRIES_LOOKED_AT = 16  # batch entries: beyond them there is more of the same
 
 def when_stacked(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     """Where it leaves so few calls that the copies may be worth it; all of a bucket is decided alike."""
-    if not p.structure or when_tiles(kernel, p, facts) == NO:
+    if not (p.structure and p.q_len and p.kv_len) or when_tiles(kernel, p, facts) == NO:
         return NO
     q_len, kv_len = canonical_length(p.q_len), canonical_length(p.kv_len)
     part = min(1.0, LOOKED_AT[0] / q_len, LOOKED_AT[1] / kv_len)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.bias import Bias
     from fastattn.problems.masks.combined import all_of, leaves
     from fastattn.problems.masks.packed import Filled, Packed
+    from fastattn.problems.masks.pages import FilledPagesUnread
     from fastattn.problems.masks.patterns import Chunked, Dilated, Global, Neighborhood
     from fastattn.problems.masks.sequences import Document, Padding, Prefix
     from fastattn.problems.masks.static import Static
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.written import has_words, parse, write
 
 __all__ = [
-    "ALiBi", "Bias", "Causal", "Chunked", "Dilated", "Document", "Filled", "FilledUnread", "Global", "Mask", "Neighborhood",
-    "Packed", "PackedUnread", "Padding", "Prefix", "Static", "Window", "all_of", "has_words", "leaves", "parse", "write",
+    "ALiBi", "Bias", "Causal", "Chunked", "Dilated", "Document", "Filled", "FilledPagesUnread", "FilledUnread", "Global",
+    "Mask", "Neighborhood", "Packed", "PackedUnread", "Padding", "Prefix", "Static", "Window", "all_of", "has_words", "leaves",
+    "parse", "write",
 ]  # fmt: skip
 
 # A call without a mask needs none of these: they cost a process's first call a quarter of its time.
@@ -35,7 +37,7 @@ _FILES = {
     "ALiBi": "alibi", "Bias": "bias", "all_of": "combined", "leaves": "combined", "Filled": "packed", "Packed": "packed",
     "Chunked": "patterns", "Dilated": "patterns", "Global": "patterns", "Neighborhood": "patterns",
     "Document": "sequences", "Padding": "sequences", "Prefix": "sequences", "Static": "static",
-    "FilledUnread": "unread", "PackedUnread": "unread",
+    "FilledPagesUnread": "pages", "FilledUnread": "unread", "PackedUnread": "unread",
     "has_words": "written", "parse": "written", "write": "written",
 }  # fmt: skip
 __getattr__ = imported_later(__name__, _FILES)

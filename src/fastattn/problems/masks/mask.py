@@ -78,6 +78,11 @@ class Mask:
         """Whether batch entries differ."""
         return False
 
+    @property
+    def page_table(self) -> Tensor | None:
+        """The pages that make up the keys of each batch entry, int [batch, pages], where k and v of the call are such."""
+        return None
+
     def heads(self) -> int:
         """For how many heads it has a bias each; 0: it has none."""
         return 0
@@ -151,7 +156,7 @@ class Mask:
     def __repr__(self) -> str:
         """As it is written: what is as usual is not said, and what comes after it is named."""
         said: list[str] = []
-        known = fields(self)  # type: ignore[arg-type]
+        known = [field for field in fields(self) if field.repr]  # type: ignore[arg-type]
         for at, field in enumerate(known):
             if (value := getattr(self, field.name)) != field.default:
                 said.append(repr(value) if len(said) == at else f"{field.name}={value!r}")

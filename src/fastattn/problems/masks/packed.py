@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,11 @@ class Filled(Mask):
         first_of_low, first_of_high = (0, 0) if self.left < 0 else (low - self.left, high - self.left)
         end = min(kv_len, filled)
         return runs.run(first_of_low, high + 1, end), runs.run(first_of_high, low + 1, end)
+
+    def of_lengths(self, q_len: int, kv_len: int, device: Any) -> Mask:
+        """One that stands for longer caches is filled to no more than there is, and its queries are those there are."""
+        keys = tuple(min(n, kv_len) for n in each(self.keys))
+        return replace(self, keys=keys if self.is_per_batch() else keys[0], queries=q_len if self.queries else 0)
 
     def unread(self, kv_len: int, device: Any) -> Tensor:
         """(b|1, 1, kv_len, 1) bool: the keys behind the filled part."""

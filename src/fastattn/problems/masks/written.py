@@ -11,13 +11,14 @@ from fastattn.problems.masks.band import Causal, Window
 from fastattn.problems.masks.combined import Combined, Intersection, leaves
 from fastattn.problems.masks.mask import Mask
 from fastattn.problems.masks.packed import Filled, Packed
+from fastattn.problems.masks.pages import FilledPagesUnread
 from fastattn.problems.masks.patterns import Chunked, Dilated, Global, Neighborhood
 from fastattn.problems.masks.sequences import Document, Padding, Prefix
 from fastattn.problems.masks.unread import FilledUnread, PackedUnread
 
 _WRITTEN = (  # all but Bias and Static: a tensor has no words
-    ALiBi, Causal, Chunked, Dilated, Document, Filled, FilledUnread, Global, Neighborhood, Packed, PackedUnread, Padding,
-    Prefix, Window,
+    ALiBi, Causal, Chunked, Dilated, Document, Filled, FilledPagesUnread, FilledUnread, Global, Neighborhood, Packed,
+    PackedUnread, Padding, Prefix, Window,
 )  # fmt: skip
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _WRITTEN}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def of_cache(
     if pages is not None:
         if kv_lens is None:
             raise ValueError("attention(): page_table needs kv_lens: how much of each batch entry's pages is filled")
+        if is_on_gpu(kv_lens) and (told := _in_pages(q, k, v, mask, layout, options, kv_lens, pages)) is not None:
+            return told
         most = max(_lengths(kv_lens, q.shape[b]), default=0) if readable else None
         same, k = k is v, _gathered("k", k, pages, layout, most)
         v = k if same else _gathered("v", v, pages, layout, most)
@@ -43,9 +46,7 @@ def of_cache(
         call_key(q, k, v, mask, layout, CallOptions())  # raises for what does not fit the whole cache
     corner, left, rest = _corner(mask, options)
     if is_on_gpu(kv_lens) and (corner or mask is None):
-        lengths = _on_gpu(kv_lens, q, b)
-        rows = q.shape[s] if corner and (q.shape[s] > 1 or left >= 0) else 0  # one query sees all that is filled
-        told = masks.FilledUnread(k.shape[s], rows, left, lengths)
+        told = masks.FilledUnread(k.shape[s], _rows(q.shape[s], corner, left), left, _on_gpu(kv_lens, q, b))
         return Rewritten(q, k, v, told, layout, rest if corner else options, as_it_is)
     if not readable:
         mask = _unread(q, k, mask, kv_lens, (b, s), left, corner)
@@ -62,13 +63,45 @@ def of_cache(
     if len(set(filled)) < 2:
         return Rewritten(q, k, v, mask, layout, options, as_it_is)
     if corner:
-        rows = q.shape[s] if q.shape[s] > 1 or left >= 0 else 0  # one query sees all that is filled
-        return Rewritten(q, k, v, masks.Filled(filled, rows, left), layout, rest, as_it_is)
+        return Rewritten(q, k, v, masks.Filled(filled, _rows(q.shape[s], corner, left), left), layout, rest, as_it_is)
     if _is_dense(mask):
         mask = dense_masks.intersect(mask, masks.Filled(filled).dense(q.shape[b], 1, most, q.device))
     else:
         mask = masks.Filled(filled) if mask is None else as_structured(mask) & masks.Filled(filled)
     return Rewritten(q, k, v, mask, layout, options, as_it_is)
+
+
+def _in_pages(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, options: dict[str, Any], kv_lens: Tensor, pages: Any
+) -> Rewritten | None:
+    """The call with the pages as they are, for kernels that follow a table; None where no kernel could."""
+    check_whole("page_table", pages)
+    (b, _, s, _), pages = TO_BHSD[layout], torch.as_tensor(pages, dtype=torch.int32, device=q.device)
+    are_pages = (
+        layout != "sbhd" and pages.dim() == 2 and k.dim() == v.dim() == q.dim() == 4 and k.shape[:3] == v.shape[:3]
+    )
+    if not are_pages or not all(map(_can_be_read, (k, v))):
+        return None
+    corner, left, rest = _corner(mask, options)
+    if not corner and mask is not None:
+        return None
+    lengths, table = _on_gpu(kv_lens, q, b), pages.contiguous()
+    rows, page = _rows(q.shape[s], corner, left), k.shape[s]
+    if not page:
+        return None
+    told = masks.FilledPagesUnread(table.shape[1] * page, rows, left, lengths, page, table)
+    return Rewritten(q, k, v, told, layout, rest if corner else options, as_it_is)
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether it lies as kernels read it, in vectors of 16 bytes: all pages there are would be copied else."""
+    *steps, last = x.stride()
+    return last == 1 and not (x.data_ptr() | x.element_size() * gcd(*steps)) & 15
+
+
+def _rows(q_len: int, corner: bool, left: int) -> int:
+    """The queries of a triangle at the last filled key; one query sees all that is filled."""
+    return q_len if corner and (q_len > 1 or left >= 0) else 0
 
 
 def _on_gpu(kv_lens: Tensor, q: Tensor, b: int) -> Tensor:
@@ -150,7 +183,7 @@ def _gathered(name: str, x: Tensor, pages: Any, layout: str, most: int | None) -
                 f"attention(): kv_lens has {most}, page_table has room for {pages.shape[1]} pages of {x.shape[1]} tokens"
             )
         pages = pages[:, : -(-most // max(1, x.shape[1]))]
-        if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
+        if is_readable(pages) and pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
             raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
     x = x[pages].flatten(1, 2)
     return x.transpose(1, 2) if layout == "bhsd" else x

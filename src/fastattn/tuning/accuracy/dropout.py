@@ -18,7 +18,8 @@ from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.accuracy.judge import Judge
-from fastattn.tuning.accuracy.probes import Sample, plain_sample, stand_in_scale
+from fastattn.tuning.accuracy.probes import plain_sample, stand_in_scale
+from fastattn.tuning.accuracy.sample import Sample
 
 RATE = (
     0.1  # what is checked and timed, as the rate is no part of a problem; no sixteenth, to which some kernels round it

@@ -16,7 +16,7 @@ from fastattn.problems import bands
 from fastattn.problems.layouts import to_bhsd
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import Errors, in_budgets, rounded_to, row_budget
-from fastattn.tuning.accuracy.probes import Sample
+from fastattn.tuning.accuracy.sample import Sample
 
 ROWS = 24  # the first and the last eight, and as many between
 

@@ -16,13 +16,8 @@ from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import ROUNDOFF, Errors, in_budgets, largest, rounded_to, row_budget, score_size
 from fastattn.tuning.accuracy.digest import digest
 from fastattn.tuning.accuracy.patterns import structured
-from fastattn.tuning.accuracy.probes import (
-    Sample,
-    plain_sample,
-    probe_problem,
-    probe_sample,
-    stand_in_scale,
-)
+from fastattn.tuning.accuracy.probes import plain_sample, probe_problem, probe_sample, stand_in_scale
+from fastattn.tuning.accuracy.sample import Sample
 
 ROW_LIMIT = 2**20  # scores per head; above it the reference looks at a sample of rows
 WORK_LIMIT = 2**27  # the same of what they take: scores of a kv head x their dims
@@ -134,7 +129,7 @@ class Judge:
         inputs = s.tensors
         before = [digest(x) for x in inputs]
         _poison(s)
-        found = call(s.q, s.k, s.v, s.mask)
+        found = call(*s.given)
         out, lse = found if p.lse else (found, None)
         if [digest(x) for x in inputs] != before:
             raise ValueError("it changes its inputs")

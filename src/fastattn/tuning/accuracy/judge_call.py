@@ -17,7 +17,7 @@ from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
 from fastattn.tuning.accuracy.budgets import Errors, in_budgets, rounded_to, row_budget
 from fastattn.tuning.accuracy.judge import Judge, row_sample
-from fastattn.tuning.accuracy.probes import Sample
+from fastattn.tuning.accuracy.sample import Sample
 
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 

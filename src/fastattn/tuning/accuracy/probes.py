@@ -8,52 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastattn.problems import dense_masks
 from fastattn.problems.layouts import from_bhsd, strides_of_class
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem, default_scale
 from fastattn.tuning.accuracy.patterns import Pattern, half_visible, random_visible
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One call's tensors in the caller's layout; q, k, v and mask ask for a gradient as the problem says."""
-
-    problem: Problem
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | Mask | None
-    grad: Tensor | None  # upstream gradient, (b, h, s, dv) in the caller's layout
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those a call is given."""
-        return [x for x in (self.q, self.k, self.v, self.mask) if isinstance(x, Tensor)]
-
-    def dense_mask(self, entry: int, heads: slice, rows: Tensor | None = None) -> Tensor | None:
-        """The mask of some heads of a batch entry: (heads or 1, q_len or 1, kv_len or 1), in the dtype that is computed in.
-
-        rows: of a Mask, the queries that are wanted.
-        """
-        p = self.problem
-        if isinstance(self.mask, Mask):
-            mask = self.mask.dense(p.batch, p.q_len, p.kv_len, self.q.device, rows=rows)
-        elif self.mask is not None:
-            mask = dense_masks.as_4d(self.mask.detach())
-        else:
-            return None
-        mask = mask[entry if mask.shape[0] > 1 else 0]
-        if isinstance(self.mask, Mask) and mask.dtype is not torch.bool:
-            mask = mask.to(getattr(torch, p.mask or ""))
-        if p.cast_from and mask.dtype is not torch.bool:
-            mask = mask.to(p.torch_dtype)
-        return mask if mask.shape[0] == 1 else mask[heads]
+from fastattn.tuning.accuracy.sample import Sample
 
 
 def stand_in_scale(p: Problem) -> float:

@@ -1,0 +1,69 @@
+"""Caches in pages whose table and lengths nobody reads, as they lie on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastattn.problems.masks.mask import Mask
+from fastattn.problems.masks.unread import FilledUnread
+from fastattn.problems.masks.values import whole_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, repr=False, init=False, eq=False)
+class FilledPagesUnread(FilledUnread):
+    """A cache in pages: as FilledUnread, of keys that lie in the pages that a table names. page_table makes it there.
+
+    page: tokens in a page. table: int32 [batch, pages], the pages of each entry; k and v of the call are then all pages there
+    are, in the place of [batch, kv_len]. Without it they are caches, and the mask stands for those in pages. room: tokens that
+    the table has room for. Raises TypeError or ValueError for anything else.
+    """
+
+    page: int = 1
+    table: Any = None  # a Tensor
+    room: int = field(default=0, repr=False)
+
+    def __init__(
+        self, keys: Any, queries: Any = 0, left: Any = -1, lengths: Any = None, page: Any = 1, table: Any = None, room: int = 0
+    ) -> None:  # fmt: skip
+        FilledUnread.__init__(self, keys, queries, left, lengths)
+        object.__setattr__(self, "page", whole_numbers("page", page, 1, 1)[0])
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "room", room if table is None else table.shape[1] * self.page)
+
+    def __eq__(self, other: object) -> bool:
+        """Tables and lengths equal themselves alone."""
+        if not isinstance(other, FilledPagesUnread) or self.table is not other.table:
+            return False
+        return FilledUnread.__eq__(self, other) and (self.page, self.room) == (other.page, other.room)
+
+    def __hash__(self) -> int:
+        return hash((FilledUnread.__hash__(self), self.page, self.room, id(self.table)))
+
+    @property
+    def page_table(self) -> Tensor | None:
+        return self.table
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """The cache (batch, heads, room, dim) that pages (pages, heads, page, dim) make up; a cache is one already."""
+        if self.table is None:
+            return x
+        import torch
+
+        firsts = torch.arange(0, self.room, self.page, dtype=torch.int32, device=x.device)
+        table = self.table.where(firsts < self.lengths[:, None], 0)  # behind what is filled it may say anything
+        return x.transpose(1, 2)[table.long()].flatten(1, 2).transpose(1, 2)
+
+    def like(self, kv_len: int) -> Mask:
+        """kv_len: what the table has room for; of the pages of a call, which a guard asks about, it says nothing."""
+        room = self.room or kv_len
+        keys = FilledUnread.like(self, room).keys  # type: ignore[attr-defined]
+        return FilledPagesUnread(keys, self.queries, self.left, page=self.page, room=room)
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        FilledUnread.check(self, batch, heads, q_len, kv_len)
+        if self.table is not None and self.table.shape[0] != batch:
+            raise ValueError(f"a page table of {self.table.shape[0]} entries, got batch {batch}")
