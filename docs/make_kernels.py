@@ -44,7 +44,12 @@ def page() -> str:
         parts.append(f"## {title}\n")
         library = catalogue.library_of(mine[0].library)
         if library is not None:
-            parts.append(f"`{library.install}`" + f", module `{library.module}`.\n")
+            command = library.install.replace("{torch}", "2.13")
+            parts.append(
+                f"`{command}`"
+                + (" for torch 2.13" if command != library.install else "")
+                + f", module `{library.module}`.\n"
+            )
         parts += [one(kernel) for kernel in mine]
     return "\n".join([*parts, FAULTS, "\n".join(map(fault, known_faults.known_faults())) + "\n"])
 

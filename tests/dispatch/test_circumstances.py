@@ -26,6 +26,7 @@ from fastattn.dispatch.circumstances import (
     STORED,
     TUNE,
     Circumstances,
+    is_restricted,
     may_remember,
     read_circumstances,
     what_is_allowed,
@@ -172,6 +173,15 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
         assert holds("restricted", q, k, v) == PASS
         assert torch.equal(attention(q, k, v), F_sdpa(q, k, v))
     assert not serves_something() and not session.misses
+
+
+def test_a_scope_with_an_order_restricts_a_gpu_alone():
+    everything = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(everything):
+        assert not is_restricted("cuda", False) and not is_restricted("cpu", False) and is_restricted("cpu", True)
+    with sdpa_kernel(everything[::-1], set_priority=True):
+        assert is_restricted("cuda", False) and not is_restricted("cpu", False)
+    assert not is_restricted("cuda", True), "outside of a scope"
 
 
 def test_a_switched_off_backend_removes_that_kernel_and_nothing_else(qkv):

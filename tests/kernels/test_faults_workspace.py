@@ -107,9 +107,10 @@ def test_what_is_still_worked_in_is_not_given_out_again():
     mine = scratch("a", torch.empty(0), (64,), torch.float64).fill_(3.0)
     inner = scratch("a", torch.empty(0), (64,), torch.float64).fill_(7.0)
     assert (mine == 3.0).all() and mine.data_ptr() != inner.data_ptr()
-    place = mine.data_ptr()
-    del mine
-    assert scratch("a", torch.empty(0), (64,), torch.float64).data_ptr() == place, "it is used again"
+    place = inner.data_ptr()
+    del inner
+    assert scratch("a", torch.empty(0), (64,), torch.float64).data_ptr() == place, "whoever holds the old one keeps it"
+    assert (mine == 3.0).all()
 
 
 @pytest.mark.usefixtures("untuned")

@@ -212,7 +212,7 @@ def test_the_library_repacked_from_xformers_serves_all_but_softcap(monkeypatch):
         found = {name: grid.run(kernel, stub, call) for name, call in grid.GRID.items()}
     assert found.pop("softcap") == ["softcap 2: this build lacks it, or has no flash_attn_config to tell"]
     assert {name for name, reasons in found.items() if reasons} == (
-        set(flash_attn_3.REFUSES.split()) - set(grid.PACKED) - set(grid.CACHED)
+        set(flash_attn_3.REFUSES.split()) - set(grid.PACKED) - set(grid.CACHED) - set(grid.PAGED)
     )
 
 

@@ -144,6 +144,15 @@ def test_two_modules_that_only_crash_together_are_found(site, root):
     assert site.imports(second) == 2
 
 
+def test_a_neighbour_is_imported_as_this_process_imported_it(site, root):
+    """Not with what it lists as its own, which nobody may have asked for."""
+    package = site.path / "neighbour"
+    package.mkdir()
+    (package / "__init__.py").write_text("__all__ = ['ends']\n", encoding="utf-8")
+    (package / "ends.py").write_text("import os\nos._exit(3)\n", encoding="utf-8")
+    assert import_probe.why_import_crashes(site.put("harmless", WORKS), "entry", "1.0", root, ["neighbour"]) is None
+
+
 def test_a_file_of_operators_is_loaded_beside_it_by_its_path(site, root, tmp_path, monkeypatch):
     """The child's torch is a stand-in, and runs the file."""
     stand_in = "import runpy\nfrom types import SimpleNamespace\nops = SimpleNamespace(load_library=runpy.run_path)\n"

@@ -178,6 +178,18 @@ def test_copies_that_would_be_more_than_twice_the_tensors_are_made_again_in_the_
         torch.testing.assert_close(x.grad, of_x)
 
 
+@pytest.mark.parametrize("every, is_kept", [(8, True), (3, False)])
+def test_keys_that_are_gathered_count_too(every, is_kept, seen):
+    """A tile whose keys lie apart has copies of them."""
+    q, k, v = fakes.qkv(4096, heads=1, head_dim=16, grad=True)
+    square = torch.arange(16)
+    mask = ((square[:, None] + square) % every == 0).repeat_interleave(256, 0).repeat_interleave(256, 1)
+    out = attention(q, k, v, mask, kernel="tiler+tiles")
+    seen.clear()
+    out.sum().backward()
+    assert (not seen) is is_kept
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_stack_s_mask_counts_as_wide_as_it_is(dtype):
     """Copies and mask of a stack take STACK_BYTES at most, and no less than half of it where tiles are left."""

@@ -49,7 +49,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("functorch", PASS, "inside a torch.func transform"),
     ("forward_ad", PASS, "forward-mode differentiation is active"),
     ("tracing", PASS, "torch.jit is tracing"),
-    ("restricted", PASS, "inside sdpa_kernel(...), which leaves out a backend: F.sdpa obeys it"),
+    ("restricted", PASS, "inside sdpa_kernel(...): F.sdpa obeys it"),
     ("empty", PASS, "a dimension is 0"),
     ("compiling", STORED, "torch.compile is tracing: nothing may be timed"),
     ("capturing", STORED, "a CUDA graph is being captured: nothing may be timed"),
@@ -67,6 +67,8 @@ RULES: tuple[tuple[str, str, str], ...] = (
 
 # The switches of torch.backends.cuda.enable_*_sdp that F.sdpa asks on a device (sdp_utils_cpp.cpp and sdp_utils.cpp).
 ASKED_BY_SDPA = {"cpu": ("flash", "math"), "cuda": ("flash", "efficient", "math", "cudnn")}
+
+PRIORITY = "cuda:sdp_priority"  # sdpa_kernel([...], set_priority=True): of guard.READERS
 
 
 @lru_cache(256)
@@ -89,7 +91,7 @@ SEEN_BY_GUARDS: dict[str, tuple[str, ...]] = {
     "off": (),
     "other_device": (),
     "empty": (),
-    "restricted": ("unrestricted", *torch_private.BACKEND_SWITCHES),
+    "restricted": ("unrestricted", *torch_private.BACKEND_SWITCHES, PRIORITY),
 }
 
 
@@ -128,7 +130,7 @@ def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> C
         forward_ad=torch_private.forward_ad._current_level >= 0,
         tracing=torch.jit.is_tracing(),
         compiling=torch.compiler.is_compiling(),
-        restricted=switched_off and is_inside_sdpa_kernel(),
+        restricted=is_restricted(kind, switched_off),
         empty=not foreign and any(0 in x.shape for x in tensors),
         capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),
         deterministic=torch_private.deterministic(),
@@ -140,8 +142,14 @@ def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> C
 
 
 def is_inside_sdpa_kernel() -> bool:
-    """Whether the call stands in a scope that names its backends; one that names all of a device's restricts nothing there."""
+    """Whether the call stands in a scope that names its backends."""
     return not torch_private.not_inside_sdpa_kernel()
+
+
+def is_restricted(device_type: str, switched_off: bool) -> bool:
+    """Whether the scope leaves a backend of the device out, or says in which order they are asked; CPUs ask for no order."""
+    has_order = device_type == "cuda" and torch_private.sdp_priority() is not None
+    return is_inside_sdpa_kernel() and (switched_off or has_order)
 
 
 def ranks() -> int:

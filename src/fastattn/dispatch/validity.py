@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastattn.dispatch import fallback
-from fastattn.dispatch.circumstances import ASKED_BY_SDPA, is_inside_sdpa_kernel
+from fastattn.dispatch.circumstances import ASKED_BY_SDPA, PRIORITY, is_inside_sdpa_kernel
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
 from fastattn.planning import candidates, default_choice
@@ -30,6 +30,7 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     # once they are on again the problem may be tuned; and another sdpa_kernel(...) may leave one out
     if asked.circumstances.switched_off or is_inside_sdpa_kernel():
         reads += ASKED_BY_SDPA[problem.device]
+        reads += [PRIORITY] if problem.device == "cuda" else []
     if facts.autocast:
         reads.append(f"autocast_{problem.device}")
     return tuple(dict.fromkeys(reads))

@@ -27,12 +27,12 @@ from fastattn.kernels.limits import (
 )
 from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
 from fastattn.kernels.workspace import scratch
-from fastattn.problems.dense_masks import additive, as_4d, as_bias, sees_nothing
+from fastattn.problems.dense_masks import additive, as_4d, as_bias, drowns_scores, sees_nothing
 from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlocks
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
     "Arguments", "Backward", "Device", "Forbid", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen", "Run",
-    "Tensor", "additive", "as_4d", "as_bias", "fold", "load_operators", "log", "remembered", "require_keywords",
-    "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
+    "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "load_operators", "log", "remembered",
+    "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip

@@ -53,11 +53,10 @@ def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     if size > KEPT_BYTES or torch.compiler.is_compiling():
         return like.new_empty(shape, dtype=dtype)
     room = _here.room
-    given = room.given.get(name)
-    if given is not None and given() is not None:
-        return like.new_empty(shape, dtype=dtype)
     room.last = next(_numbers)
-    block = room.kept.get(name)
+    given = room.given.get(name)
+    is_held = given is not None and given() is not None
+    block = None if is_held else room.kept.get(name)  # who holds the old one, a traceback it may be, keeps it
     if block is None or block.numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
             block = room.kept[name] = torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -39,6 +39,25 @@ def sees_nothing(mask: Tensor, q_len: int, kv_len: int, lower: int | None = None
     return (seen if lower is None else seen.triu(lower)).any(-1).logical_not()
 
 
+FAR = 16.0  # from here on bfloat16 has steps of an eighth, as the scores themselves reach
+
+
+def drowns_scores(mask: Tensor, is_banded: bool) -> bool:
+    """Whether a float mask leaves scores in half precision few fractions: it is far from 0 in all that a row may see.
+
+    Beside a band, which hides what is near 0, it is enough that it is far anywhere.
+    """
+    import torch
+
+    if mask.dtype is torch.bool:
+        return False
+    if torch.compiler.is_compiling():  # a graph has no branch by value
+        return True
+    told = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
+    top = told if is_banded else told.amax(-1)
+    return bool(((top.abs() >= FAR) & (top != float("-inf"))).any())
+
+
 def as_bias(mask: Tensor, like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """A float mask as kernels read it by vectors: in the dtype of `like`, (b, h, q_len, kv_len), rows at multiples of 16 bytes.
 

@@ -18,6 +18,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     additive,
+    drowns_scores,
     fold,
     scratch,
     unfold,
@@ -108,25 +109,10 @@ def finished(q: Tensor, v: Tensor, scores: Tensor, mask: Tensor | None, a: Argum
     return out if lse is None else (out, lse)
 
 
-FAR = 64.0  # from here on bfloat16 has steps of a half
-
-
-def drowns_scores(mask: Tensor | None, scores: Tensor) -> bool:
-    """Whether a float mask leaves half precision no fractions: it is far from 0 in a whole row, which is not hidden then."""
-    import torch
-
-    if mask is None or mask.dtype is torch.bool or scores.itemsize > 2:
-        return False
-    if torch.compiler.is_compiling():  # a graph has no branch by value
-        return True
-    top = mask.amax(-1)
-    return bool(((top.abs() >= FAR) & (top != NEVER)).any())
-
-
 def load_matmul() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         q3, k3, _ = fold(q, k, v)
-        half = drowns_scores(mask, q)
+        half = mask is not None and q.itemsize == 2 and drowns_scores(mask, a.lower is not None or a.upper is not None)
         if half:
             q3, k3 = in_room("q", q3), in_room("k", k3)
         return finished(q, v, masked_scores(q, q3, k3, mask, a), mask, a, half)
@@ -182,12 +168,14 @@ def load_backward() -> Backward:
         slope = None
         if a.softcap:  # d/ds of c tanh(s/c) is 1 - tanh^2; hidden keys have no weight whatever it says
             slope = 1 - (torch.bmm(wide_q, wide_k.mT).mul_(a.scale / a.softcap)).tanh_().square_()
+        del wide_q, wide_k  # their memory is for dO and v
         weights = softmax(scores, all_rows_see(q.shape[2], k.shape[2], mask, a))
         half = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(weights) if is_half else weights
         dv = torch.bmm(half.mT, grad3)
         del half  # its memory is for dS
         wide_grad, wide_v = (in_room("q", grad3), in_room("k", v3)) if is_half else (grad3, v3)
-        dscores = scratch("dscores", q3, tuple(weights.shape), wide)
+        raw = scratch("dscores", q3, (*q.shape[:3], k.shape[2]), wide)  # what a mask that is added to the scores gets
+        dscores = raw.view(weights.shape)
         if out is None:
             torch.bmm(wide_grad, wide_v.mT, out=dscores)
             dscores.sub_(torch.linalg.vecdot(dscores, weights)[..., None])
@@ -195,7 +183,6 @@ def load_backward() -> Backward:
             delta = torch.linalg.vecdot(wide_grad, out.reshape(grad3.shape).to(wide))
             torch.baddbmm(delta[..., None].expand_as(dscores), wide_grad, wide_v.mT, beta=-1, out=dscores)
         dscores.mul_(weights)
-        raw = dscores.view(*q.shape[:3], k.shape[2])  # what a mask that is added to the scores gets
         inner = dscores if slope is None else dscores * slope
         half = scratch("weights", v3, tuple(weights.shape), v3.dtype).copy_(inner) if is_half else inner
         dq = torch.bmm(half, k3).mul_(a.scale)

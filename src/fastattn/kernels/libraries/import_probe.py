@@ -32,9 +32,9 @@ _CHILD = f"""
 import functools, json, os, sys
 module, entry, beside, path = json.loads(sys.argv[1])
 sys.path[:] = path
-def load(name):
+def load(name, names=()):
     if not os.path.isabs(name):
-        return __import__(name, fromlist=["*"])
+        return __import__(name, fromlist=names)
     from torch import ops
     ops.load_library(name)
     return ops
@@ -44,7 +44,7 @@ for name in beside:
     except Exception:
         pass
 try:
-    functools.reduce(getattr, entry.split("."), load(module))
+    functools.reduce(getattr, entry.split("."), load(module, ["*"]))
     answer = ""
 except BaseException as error:
     answer = type(error).__name__ + ": " + (str(error).strip().splitlines() or [""])[0][:300]

@@ -83,5 +83,6 @@ class _Recomputed(torch.autograd.Function):
                     part = block.of_mask(dmask)
                     assert part is not None
                     part += found[3].sum_to_size(part.shape)
+                del found  # the next block works in its memory
         of_mask = dmask.to(mask.dtype) if dmask is not None else None
         return None, None, None, None, None, dq, dk.to(k.dtype), dv.to(v.dtype), of_mask

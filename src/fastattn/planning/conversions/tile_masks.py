@@ -24,7 +24,7 @@ FAR = 2**40  # where a tile is taken to lie if only distances count
 class Tiled(NamedTuple):
     """parts: the tiles as they are computed. mask_of: the mask of one, (b|1, h|1, rows, keys). mask: the whole.
 
-    own_bytes: of what the graphs of all tiles would hold beside q, k and v: masks that no other tile shares, copies.
+    own_bytes: of what the graphs of all tiles would hold: masks that no other tile shares, stacks.
     """
 
     tiling: Tiling
@@ -111,5 +111,7 @@ def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
         rows = whole if whole.shape[2] == 1 else whole[:, :, tile.rows]
         return tile.of_keys(rows, 3)
 
-    own = sum(_bytes(tile, q.dtype) for tile in tiling.tiles if tile.is_masked)
+    masked = [tile for tile in tiling.tiles if tile.is_masked]
+    entries = [len(range(whole.shape[0])[tile.batch]) if whole.shape[0] > 1 else 1 for tile in masked]
+    own = whole.shape[1] * sum(n * _bytes(tile, q.dtype) for n, tile in zip(entries, masked, strict=True))
     return Tiled(tiling, tiling.tiles, mask_of, mask, own)

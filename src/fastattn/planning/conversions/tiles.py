@@ -27,6 +27,7 @@ from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.problems.tilings.of_dense import hides_nothing, tiling_of_dense
 from fastattn.problems.tilings.of_mask import tiling_of_mask
+from fastattn.problems.tilings.tile import Tile
 
 ROWS = 256  # of queries at least: with fewer there is little to leave out
 PAIRS = 2**18  # of a query and a key at least: below, finding tiles costs what they save
@@ -137,7 +138,8 @@ class _InTiles(torch.autograd.Function):
         ctx.version = _version(tiled.mask)
         wanted, graphs = ctx.needs_input_grad[4:], []
         of_call = q.nbytes + k.nbytes + v.nbytes + math.prod(q.shape[:3]) * v.shape[3] * v.itemsize
-        keeps = tiled.own_bytes <= KEPT * of_call
+        gathered = sum(x.gathered_bytes(kv) for x in tiled.parts if isinstance(x, Tile) for kv in (k, v))
+        keeps = tiled.own_bytes + gathered <= KEPT * of_call
 
         def followed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
             graph, lse = _followed(step, q, k, v, mask, a, wanted)

@@ -69,6 +69,11 @@ class Tile(NamedTuple):
         parts = [x[(batch, *self._at(pair, dim)[1:])] for pair in self.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
+    def gathered_bytes(self, x: Tensor) -> int:
+        """Of its part of k or v where that is a copy."""
+        entries = len(range(x.shape[0])[self.batch])
+        return entries * x.shape[1] * self.key_count * x.shape[3] * x.itemsize if len(self.keys) > 1 else 0
+
     def add_to_keys(self, x: Tensor, part: Tensor | None) -> None:
         """Add what belongs to this tile's keys to the whole of k or v, in place; the inverse of of_keys."""
         if part is None:
