@@ -176,7 +176,12 @@ def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):
 
 
 def test_a_scope_with_an_order_restricts_a_gpu_alone():
-    everything = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    everything = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+        SDPBackend.CUDNN_ATTENTION,
+    ]
     with sdpa_kernel(everything):
         assert not is_restricted("cuda", False) and not is_restricted("cpu", False) and is_restricted("cpu", True)
     with sdpa_kernel(everything[::-1], set_priority=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import stubs
 import torch
 from fakes import FAST, Clock, made_up, problem, turn
 from library_grid import gpu
-from stubs import flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen
+from stubs import flash_attn_2, flash_attn_3, flash_attn_4, torch_varlen, transformer_engine
 
 import fastattn
 from fastattn import attention, masks
@@ -19,6 +20,7 @@ from fastattn.problems.call_facts import ordinary_facts
 from fastattn.problems.packing import packing_of
 from fastattn.problems.rewriting import caches, sequences
 from fastattn.tuning.accuracy.probes import plain_sample
+from fastattn.verdicts.verdict import Outcome
 
 WINNER = "flash_attn_2+packed"
 BR = masks.Causal("bottom_right")
@@ -58,9 +60,9 @@ def ends(*lengths):
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
-def packed(tokens, kv_tokens=None, grad=False, seed=0):
+def packed(tokens, kv_tokens=None, grad=False, seed=0, heads=8, kv_heads=2):
     g = torch.Generator().manual_seed(seed)
-    shapes = (tokens, 8, 64), (kv_tokens or tokens, 2, 64), (kv_tokens or tokens, 2, 64)
+    shapes = (tokens, heads, 64), (kv_tokens or tokens, kv_heads, 64), (kv_tokens or tokens, kv_heads, 64)
     return tuple(torch.randn(shape, generator=g).bfloat16().requires_grad_(grad) for shape in shapes)
 
 
@@ -221,6 +223,18 @@ def test_the_others_serve_by_name(stub, monkeypatch, on_gpu):
     assert stubs.calls[-1][0].endswith(("flash_attn_varlen_func", "varlen_attn"))
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (2, 1), (4, 4)])
+def test_transformer_engine_is_tuned_on_the_callers_tensors(heads, kv_heads, monkeypatch, on_gpu):
+    """It goes by the layout's name: the slice that the winner is checked on lies as densely as the whole."""
+    monkeypatch.setattr(on_gpu, "costs", {"te_fused": FAST})
+    tensors, cu = packed(64, heads=heads, kv_heads=kv_heads), ends(30, 33, 1)
+    with gpu(monkeypatch, transformer_engine.STUB):
+        given = {"layout": "thd", "cu_seqlens_q": cu, "is_causal": True}
+        attention(*tensors, **given)
+        shown = fastattn.explain(*tensors, **given)
+        assert shown.served_by.startswith("te_fused+packed"), [r for r in shown.rows if r.candidate.startswith("te_f")]
+
+
 def test_sequences_all_alike_that_the_tokens_do_not_fill_keep_their_diagonal(on_gpu):
     """Packed(30, 20): of the last, shorter one the triangle lies as of the whole ones, which no entry point can be told."""
     q, k, v = (x.transpose(0, 1)[None] for x in packed(50, 40))
@@ -360,6 +374,65 @@ def test_a_table_may_say_anything_behind_what_is_filled(page, on_gpu):
         is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
 
 
+AS_A_LIST = [int(n) for n in FILLED]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, masks.Prefix(9), masks.Window(8, 8), torch.ones(1, 512, dtype=torch.bool)],
+    ids=["alone", "prefix", "window", "dense"],
+)
+@pytest.mark.parametrize(
+    "kv_lens, head_dim",
+    [(torch.tensor(FILLED), 64), (torch.tensor(FILLED), 20), (AS_A_LIST, 64)],
+    ids=["there", "odd rows", "a list"],
+)
+def test_nor_is_it_followed_there_where_pages_are_gathered_first(kv_lens, head_dim, mask, on_gpu):
+    """Rows that no kernel reads as they lie, lengths in a list, a mask beside them."""
+    q, *pools, table, k, v = in_pages(16)
+    q, k, v, *pools = (x[..., :head_dim].clone() for x in (q, k, v, *pools))
+    for row, n in zip(table, FILLED, strict=True):
+        row[-(-n // 16) :] = 10**6
+    found = attention(q, *pools, mask, "bshd", kv_lens=kv_lens, page_table=table)
+    want = torch.cat([
+        attention(q[b : b + 1].double(), k[b : b + 1, :n].double(), v[b : b + 1, :n].double(),
+                  mask[:, :n] if isinstance(mask, torch.Tensor) else mask, "bshd", kernel="sdpa_math")
+        for b, n in enumerate(FILLED)
+    ])  # fmt: skip
+    is_close(found, want)
+
+
+@pytest.mark.parametrize("kernel", ["default", "sdpa_math", "flash_attn_2"])
+def test_no_page_is_read_that_the_table_does_not_name(kernel, on_gpu):
+    """Whatever lies in page 0, and in the pages of nobody; an entry that is empty reads another one's."""
+    q, *pools, table, k, v = in_pages(16)
+    for pool in pools:
+        pool[1:] = pool[:-1].clone()
+        pool[0] = float("nan")
+    filled = torch.tensor([500, 0, 300])
+    found = attention(q, *pools, layout="bshd", kv_lens=filled, page_table=table + 1, kernel=kernel)
+    want = entry_by_entry(*as_bhsd(q, k, v), (500, 1, 300))
+    want[1] = 0.0
+    is_close(*as_bhsd(found), want)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_table_that_is_not_followed_shows_where_an_entry_has_one_page(batch, monkeypatch, on_gpu):
+    real = flash_attn_2.flash_attn_with_kvcache
+
+    @functools.wraps(real)
+    def unfollowed(*args, block_table=None, **more):
+        block_table = block_table if block_table is None else torch.arange(len(block_table), dtype=torch.int32)[:, None]
+        return real(*args, block_table=block_table, **more)
+
+    monkeypatch.setattr(flash_attn_2, "flash_attn_with_kvcache", unfollowed)
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_with_kvcache", unfollowed)
+    q, *pools, table, _, _ = in_pages()
+    given = {"layout": "bshd", "kv_lens": torch.tensor([200] * batch), "page_table": table[:batch, :1].contiguous()}
+    rows = fastattn.explain(q[:batch], *pools, **given, tune=True).rows
+    assert next(row.outcome for row in rows if row.candidate == "flash_attn_2+paged") is Outcome.INACCURATE
+
+
 @pytest.mark.parametrize("stub", [flash_attn_3.STUB, flash_attn_4.STUB, torch_varlen.STUB], ids=lambda s: s.file)
 def test_the_others_serve_pages_by_name(stub, monkeypatch, on_gpu):
     q, *pools, table, k, v = in_pages()
@@ -441,7 +514,7 @@ def test_a_tuning_makes_pages_of_its_own():
     sample = plain_sample(p, torch.device("cpu"))
     q, k, v, told = sample.given
     assert (
-        q is sample.q and k.shape == (8, 16, 2, 32) and told.table.shape == (2, 4) and told.lengths.tolist() == [24, 60]
+        q is sample.q and k.shape == (9, 16, 2, 32) and told.table.shape == (2, 4) and told.lengths.tolist() == [24, 60]
     )
     for pool, x in ((k, sample.k), (v, sample.v)):
         assert torch.equal(pool[told.table].flatten(1, 2)[:, :60], x) and not torch.equal(pool.flatten(0, 1)[:60], x[0])

@@ -167,5 +167,13 @@ def empty_in_order(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> 
     return like.new_empty_strided(shape, dense_strides(shape, order))
 
 
+def as_dense_as(whole: Tensor, part: Tensor) -> Tensor:
+    """A part of a tensor that lies as densely as the whole does, in the same order: kernels of dense memory read no gaps."""
+    order = sorted(range(whole.dim()), key=lambda i: -whole.stride(i))
+    if is_dense(part, order) or not is_dense(whole, order):
+        return part
+    return empty_in_order(part, part.shape, order).copy_(part)
+
+
 def is_dense(x: Tensor, order: Sequence[int]) -> bool:
     return _dense(x.shape, x.stride(), order)

@@ -74,7 +74,7 @@ def _kv_lens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 def in_pages(k: Tensor, v: Tensor, mask: masks.Mask) -> tuple[Tensor, Tensor, masks.FilledPagesUnread]:
     """(k, v, mask) of a call on a cache in pages, (pages, h, page, d) with their table; a cache (b, h, s, d) is cut into such.
 
-    What is cut lies in memory the other way round, so that a table which is not followed shows.
+    What is cut lies in memory the other way round, behind a page of other numbers, so that a table which is not followed shows.
     """
     assert isinstance(mask, masks.FilledPagesUnread), f"{mask!r} is no cache in pages"
     if mask.table is not None:
@@ -84,11 +84,12 @@ def in_pages(k: Tensor, v: Tensor, mask: masks.Mask) -> tuple[Tensor, Tensor, ma
 
     (batch, kv_len), page = (k.shape[0], k.shape[2]), mask.page
     each_has = -(-kv_len // page)
-    table = torch.arange(batch * each_has, dtype=torch.int32, device=k.device).flip(0).view(batch, each_has)
+    table = torch.arange(1, 1 + batch * each_has, dtype=torch.int32, device=k.device).flip(0).view(batch, each_has)
 
     def cut(x: Tensor) -> Tensor:
         whole = pad(x.transpose(1, 2), (0, 0, 0, 0, 0, each_has * page - kv_len))
-        return whole.unflatten(1, (each_has, page)).flatten(0, 1).flip(0).transpose(1, 2)
+        pages = whole.unflatten(1, (each_has, page)).flatten(0, 1).flip(0)
+        return torch.cat([pages[:1].neg(), pages]).transpose(1, 2)
 
     lengths = kv_lens_of(mask, batch, kv_len, k.device)
     return cut(k), cut(v), masks.FilledPagesUnread(mask.keys, mask.queries, mask.left, lengths, page, table)

@@ -26,7 +26,7 @@ class CallersTensors:
     def __init__(self, problem: Problem, facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> None:
         """problem: the call's own, at its exact lengths."""
         self._problem = problem
-        self._given = _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, _gathered(key, given)))
+        self._make = lambda: _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, _gathered(key, given)))
         self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)
         self._scale = key.options.scale if key.options.scale is not None else default_scale(key.q.shape[3])
         self._also = facts.also
@@ -36,7 +36,7 @@ class CallersTensors:
     def check(self, candidate: Accepted) -> Errors:
         """The candidate's errors on the slice."""
         if not self._is_made:
-            q, k, v, mask = self._given
+            q, k, v, mask = self._make()
             if self._problem.structure and self._also is not None:
                 mask = mask & self._also
             has_mask = self._is_dense or self._problem.structure
@@ -62,11 +62,12 @@ def _as_vectors_can_be_read(problem: Problem, facts: CallFacts, given: tuple[Any
 
 
 def _gathered(key: CallKey, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same of a cache that is in no pages."""
+    """The same of a cache that is in no pages, of which the first entry is all that is looked at."""
     q, k, v, mask = given
     if not isinstance(key.mask, masks.Mask) or key.mask.page_table is None:
         return given
-    k, v = (from_bhsd(mask.gathered(to_bhsd(x, key.layout)), key.layout) for x in (k, v))
+    first = replace(mask, table=mask.table[:1], lengths=mask.lengths[:1])
+    k, v = (from_bhsd(first.gathered(to_bhsd(x, key.layout)), key.layout) for x in (k, v))
     return q, k, v, replace(mask, table=None)
 
 

@@ -13,6 +13,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def followed(table: Tensor, lengths: Tensor, page: int) -> Tensor:
+    """A page table (batch, pages) as far as it is filled; behind that it may say anything, and this says a page that is filled.
+
+    lengths: int, of each entry or of all.
+    """
+    import torch
+
+    if not table.numel():
+        return table
+    firsts = torch.arange(0, table.shape[1] * page, page, dtype=lengths.dtype, device=table.device)
+    is_filled = firsts < lengths.expand(table.shape[0])[:, None]
+    first = table[:, :1].where(is_filled[:, :1], 0)
+    first = first.where(is_filled[:, :1], first.amax())
+    return table.where(is_filled, first)
+
+
+def in_one_piece(x: Tensor, table: Tensor) -> Tensor:
+    """The caches (batch, tokens, heads, dim) that pages (pages, page, heads, dim) make up, copied once."""
+    (batch, each_has), (_, page, heads, dim) = table.shape, x.shape
+    return x.index_select(0, table.flatten()).view(batch, each_has * page, heads, dim)
+
+
 @dataclass(frozen=True, slots=True, repr=False, init=False, eq=False)
 class FilledPagesUnread(FilledUnread):
     """A cache in pages: as FilledUnread, of keys that lie in the pages that a table names. page_table makes it there.
@@ -51,11 +73,7 @@ class FilledPagesUnread(FilledUnread):
         """The cache (batch, heads, room, dim) that pages (pages, heads, page, dim) make up; a cache is one already."""
         if self.table is None:
             return x
-        import torch
-
-        firsts = torch.arange(0, self.room, self.page, dtype=torch.int32, device=x.device)
-        table = self.table.where(firsts < self.lengths[:, None], 0)  # behind what is filled it may say anything
-        return x.transpose(1, 2)[table.long()].flatten(1, 2).transpose(1, 2)
+        return in_one_piece(x.transpose(1, 2), followed(self.table, self.lengths, self.page)).transpose(1, 2)
 
     def like(self, kv_len: int) -> Mask:
         """kv_len: what the table has room for; of the pages of a call, which a guard asks about, it says nothing."""

@@ -13,6 +13,7 @@ from fastattn.problems import dense_masks, masks
 from fastattn.problems.call_key import as_structured, call_key, told
 from fastattn.problems.call_options import CallOptions, parse_options
 from fastattn.problems.layouts import TO_BHSD
+from fastattn.problems.masks.pages import followed, in_one_piece
 from fastattn.problems.rewriting.rewritten import (
     Rewritten,
     as_it_is,
@@ -40,8 +41,8 @@ def of_cache(
         if is_on_gpu(kv_lens) and (told := _in_pages(q, k, v, mask, layout, options, kv_lens, pages)) is not None:
             return told
         most = max(_lengths(kv_lens, q.shape[b]), default=0) if readable else None
-        same, k = k is v, _gathered("k", k, pages, layout, most)
-        v = k if same else _gathered("v", v, pages, layout, most)
+        same, k = k is v, _gathered("k", k, pages, layout, kv_lens, most)
+        v = k if same else _gathered("v", v, pages, layout, kv_lens, most)
     if any(x.dim() != 4 for x in (q, k, v)) or k.shape[s] != v.shape[s] or _is_dense(mask):
         call_key(q, k, v, mask, layout, CallOptions())  # raises for what does not fit the whole cache
     corner, left, rest = _corner(mask, options)
@@ -76,7 +77,9 @@ def _in_pages(
 ) -> Rewritten | None:
     """The call with the pages as they are, for kernels that follow a table; None where no kernel could."""
     check_whole("page_table", pages)
-    (b, _, s, _), pages = TO_BHSD[layout], torch.as_tensor(pages, dtype=torch.int32, device=q.device)
+    (b, _, s, _) = TO_BHSD[layout]
+    pages = pages if isinstance(pages, Tensor) else torch.as_tensor(pages, dtype=torch.int32, device="cpu")
+    pages = pages.to(q.device, torch.int32, non_blocking=True)  # from a host's table too, without waiting for the GPU
     are_pages = (
         layout != "sbhd" and pages.dim() == 2 and k.dim() == v.dim() == q.dim() == 4 and k.shape[:3] == v.shape[:3]
     )
@@ -164,10 +167,10 @@ def _unread(q: Tensor, k: Tensor, mask: Any, kv_lens: Any, dims: tuple[int, int]
     return dense_masks.intersect(mask, seen)
 
 
-def _gathered(name: str, x: Tensor, pages: Any, layout: str, most: int | None) -> Tensor:
+def _gathered(name: str, x: Tensor, pages: Any, layout: str, kv_lens: Any, most: int | None) -> Tensor:
     """A cache of pages, laid out as one of batch entries, as far as `most` keys reach; None: whole.
 
-    Pages are [pages, page size] in the place of [batch, kv_len].
+    Pages are [pages, page size] in the place of [batch, kv_len]. What kv_lens does not reach is not asked of the table.
     """
     check_whole("page_table", pages)
     pages = torch.as_tensor(pages, dtype=torch.int64, device=x.device)
@@ -183,9 +186,12 @@ def _gathered(name: str, x: Tensor, pages: Any, layout: str, most: int | None) -
                 f"attention(): kv_lens has {most}, page_table has room for {pages.shape[1]} pages of {x.shape[1]} tokens"
             )
         pages = pages[:, : -(-most // max(1, x.shape[1]))]
-        if is_readable(pages) and pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
-            raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
-    x = x[pages].flatten(1, 2)
+    lengths = torch.as_tensor(kv_lens, dtype=torch.int64, device=x.device)
+    if lengths.shape in ((), pages.shape[:1]):  # else it is an error, which the whole cache tells
+        pages = followed(pages, lengths, x.shape[1])
+    if is_readable(pages) and pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
+        raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
+    x = in_one_piece(x, pages)
     return x.transpose(1, 2) if layout == "bhsd" else x
 
 

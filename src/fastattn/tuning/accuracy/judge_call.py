@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.problems import dense_masks
-from fastattn.problems.layouts import to_bhsd
+from fastattn.problems.layouts import as_dense_as, to_bhsd
 from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.tuning.accuracy import reference
@@ -25,7 +25,9 @@ Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 def judge_of_call(p: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Judge | None:
     """A slice of the caller's own tensors: one batch entry and one kv head, never less than the whole length."""
     dtype = p.torch_dtype  # as autocast would cast
-    views = [_ordinary(to_bhsd(x.detach(), p.layout)[:1, :n].to(dtype)) for x, n in ((q, p.group), (k, 1), (v, 1))]
+    wholes = [to_bhsd(x.detach(), p.layout) for x in (q, k, v)]
+    parts = [whole[:1, :n] for whole, n in zip(wholes, (p.group, 1, 1), strict=True)]
+    views = [_ordinary(as_dense_as(whole, x).to(dtype)) for whole, x in zip(wholes, parts, strict=True)]
     if isinstance(mask, Tensor):
         mask = dense_masks.as_4d(mask.detach())[:1, : p.group]
         mask = mask if p.mask in (None, "bool") else _ordinary(mask.to(getattr(torch, p.mask)))
