@@ -111,7 +111,11 @@ def one(k: Kernel) -> str:
             if isinstance(n, RefuseWhen)
         ),
         ("pages as they are", ", ".join(f"`{n.describe()}`" for n in k.paged_needs if not isinstance(n, RefuseWhen))),
-        *(("gathered", placeholders(n.text)) for n in k.paged_needs if isinstance(n, RefuseWhen)),
+        *(
+            ("gathered" if k.load_cached or k.masks else "refused", placeholders(n.text))
+            for n in k.paged_needs
+            if isinstance(n, RefuseWhen)
+        ),
     ]
     said = "\n".join(f"- {name}: {value}" for name, value in lines if value)
     return f"### {k.name}\n\n{k.summary}\n\n{said}\n"

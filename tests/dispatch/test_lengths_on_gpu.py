@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 
 import pytest
 import stubs
@@ -443,6 +444,16 @@ def test_the_others_serve_pages_by_name(stub, monkeypatch, on_gpu):
     is_close(*as_bhsd(found), entry_by_entry(*as_bhsd(q, k, v), FILLED))
     told = stubs.calls[-1][1]
     assert told.get("page_table", told.get("block_table")).equal(table.int())
+
+
+def test_a_flash_attention_2_that_would_read_the_lengths_is_given_no_table(monkeypatch, on_gpu):
+    q, *pools, table, k, v = in_pages()
+    with gpu(monkeypatch, replace(flash_attn_2.STUB, version="2.8.4")):
+        given = {"layout": "bshd", "kv_lens": torch.tensor(FILLED), "page_table": table, "kernel": "flash_attn_2"}
+        stubs.calls.clear()
+        is_close(*as_bhsd(attention(q, *pools, **given)), entry_by_entry(*as_bhsd(q, k, v), FILLED))
+        assert fastattn.explain(q, *pools, **given).served_by == "flash_attn_2+gathered+cached"
+    assert {told["block_table"] for name, told in stubs.calls if name == "flash_attn_with_kvcache"} == {None}
 
 
 def test_a_flash_attention_3_built_without_pages_gathers_them(monkeypatch, on_gpu):

@@ -15,6 +15,7 @@ from fastattn.kernels.adapters import flash_attn_4
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted
 
 STUBS = {name: stub for stub in grid.STUBS for name in ("flash_attn_2", "flash_attn_3", "fa3_fwd", "flash_attn_4")
          if name in (stub.kernels or (stub.file,))}  # fmt: skip
@@ -128,6 +129,54 @@ def test_what_the_betas_of_flash_attention_4_could_not_do(change, why, monkeypat
         stub = replace(STUBS["flash_attn_4"], version=version)
         told = refused("flash_attn_4", 100, {**dims(256), **change}, monkeypatch, stub)
         assert [part for part in found if part in str(told)] == found and len(told) == len(found), (version, told)
+
+
+def in_pages(head_dim, head_dim_v=None):
+    filled = {"structure": "FilledPagesUnread(64, page=256)", "mask": "bool", "mask_shape": "b1qk"}
+    return {"q_len": 1, "kv_len": 256, **dims(head_dim, head_dim_v), **filled}
+
+
+@pytest.mark.parametrize("version, names", [
+    ("2.8.3", ("paged",)), ("2.8.3.post1", ("paged",)), ("2.8.4", ("gathered", "cached")), ("2.9", ("gathered", "cached")),
+])  # fmt: skip
+def test_flash_attention_2_that_would_read_the_lengths_gets_gathered_pages(version, names, monkeypatch):
+    """From 2.8.4 on it waits for the GPU, once for each layer, where it is given a table."""
+    stub = replace(STUBS["flash_attn_2"], version=version)
+    with grid.installed(stub, monkeypatch):
+        p = problem(device="cuda", dtype="bfloat16", **in_pages(64))
+        row, silicon = grid.row_of(stub, "flash_attn_2"), grid.silicon(stub, "flash_attn_2")
+        [found] = candidates.decide(row, p, silicon, Settings())
+        assert isinstance(found, Accepted) and found.conversions == names
+        told = [why for need in row.paged_needs if (why := need.why_not(p, silicon))]
+    assert told == ([] if names == ("paged",) else [
+        "pages of 256 tokens with flash-attn 2.8.4 or newer: it reads the longest length from the GPU in each layer"
+    ])  # fmt: skip
+
+
+OLD_PAGES = (
+    "pages of 256 tokens with flash-attn-4 before 4.0.0b26: on sm90 it leaves page pointers unset in tiles of 80,"
+    " 112 or 144 keys"
+)
+
+
+@pytest.mark.parametrize("version, found", [
+    ("4.0.0b10", [OLD_PAGES]), ("4.0.0b25", [OLD_PAGES]), ("4.0.0b26", []), ("4.0.0", []),
+])  # fmt: skip
+def test_pages_of_the_betas_of_flash_attention_4_are_refused(version, found, monkeypatch):
+    stub = replace(STUBS["flash_attn_4"], version=version)
+    assert refused("flash_attn_4", 90, in_pages(64), monkeypatch, stub) == found
+    assert refused("flash_attn_4", 90, dims(64), monkeypatch, stub) == []
+
+
+@pytest.mark.parametrize("capability, head_dims, found", [
+    (90, (72, 72), ["head_dim 72 is not a multiple of 16"]), (90, (64, 72), ["head_dim_v 72 is not a multiple of 16"]),
+    (90, (80, 80), []), (90, (256, 256), []), (100, (128, 128), []),
+    (100, (256, 256), [f"pages of 256 tokens with {on(256, 256, 100)}: its kernel for 256 takes no lengths there"]),
+    (89, (64, 64), ["pages of 256 tokens on sm89: it has them from sm90 to sm119"]),
+    (120, (64, 64), ["pages of 256 tokens on sm120: it has them from sm90 to sm119"]),
+])  # fmt: skip
+def test_limits_of_flash_attention_4_for_pages(capability, head_dims, found, monkeypatch):
+    assert refused("flash_attn_4", capability, in_pages(*head_dims), monkeypatch) == found
 
 
 def test_flash_attention_4_splits_the_keys_where_there_are_few_queries(monkeypatch):

@@ -56,10 +56,14 @@ def test_they_are_considered_only_where_they_are_named(monkeypatch):
 def test_each_has_the_limits_of_the_library_it_is_a_build_of():
     rows = {row.name: row for row in hf_kernels.KERNELS}
     assert rows["hf_flash_attn_2"].needs == flash_attn_2.KERNELS[0].needs and rows["hf_flash_attn_2"].dropout
-    of_4 = {*flash_attn_4.KERNELS[0].needs} - {flash_attn_4.SOFTCAP_IN_TRAINING} | {*flash_attn_4.BEFORE_B34}
+    newer = {flash_attn_4.SOFTCAP_IN_TRAINING, *flash_attn_4.PAGES_ON}
+    of_4 = {*flash_attn_4.KERNELS[0].needs} - newer | {*flash_attn_4.BEFORE_B34}
     assert {*rows["hf_flash_attn_4"].needs} == of_4 and rows["hf_flash_attn_4"].compiles == "once"
     assert rows["hf_sage"].approximate and not rows["hf_sage"].grad
     assert {row.library for row in rows.values()} == {"kernels"}
+    assert [name for name, row in rows.items() if row.load_paged] == ["hf_flash_attn_3"], (
+        "whose pages ask for no version"
+    )
 
 
 def test_an_empty_cache_is_a_reason_that_names_it(cache):

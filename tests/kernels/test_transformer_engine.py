@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from inspect import Signature
 
 import pytest
 import stubs
 import torch
 from building import expect, facts_of, hold, mask_of, problem_of, qkv
+from fakes import problem
 from library_grid import installed, misaligned, row_of, silicon
 from stubs import transformer_engine as te
 
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability, catalogue
 from fastattn.planning import binding, candidates
+from fastattn.planning.decision import Accepted, Rejected
 from fastattn.problems.masks import Causal, PackedUnread
 from fastattn.problems.masks.unread import Sequences
 
@@ -132,6 +135,30 @@ def test_nothing_of_nvte_is_set(te_is_there, monkeypatch):
         bound(name, q, k, v)[1](q, k, v, None)
     assert dict(os.environ) == before
     assert catalogue.library_of("transformer-engine").environment == ("NVTE_",)
+
+
+@pytest.mark.parametrize("name, capability, found", [
+    ("te_fused", 90, ["te_fused+packed"]), ("te_fused", 89, ["on sm89: cuDNN takes them from sm90 on"]),
+    ("te_flash", 89, ["te_flash+packed"]),
+])  # fmt: skip
+def test_cudnn_takes_packed_sequences_from_sm90_on(te_is_there, name, capability, found):
+    p = problem(device="cuda", dtype="bfloat16", structure="Causal() & Document(8)", mask="bool", mask_shape="11qk")
+    silicon_ = replace(silicon(te.STUB, name), capability=capability)
+    [told] = candidates.decide(row_of(te.STUB, name), p, silicon_, Settings())
+    assert [part for part in found if part in (told.name if isinstance(told, Accepted) else str(told.reasons))] == found
+
+
+@pytest.mark.parametrize("are_same, is_refused", [(True, False), (False, True)])
+def test_a_fault_of_masks_is_none_of_packed_sequences_that_need_no_mask(te_is_there, are_same, is_refused):
+    """Sequences with keys of their own become a mask for cuDNN, and then it is."""
+    structure = f"PackedUnread(8, 8, 'bottom_right', are_same={are_same})"
+    p = problem(device="cuda", dtype="bfloat16", structure=structure, mask="bool", mask_shape="11qk", needs_grad=True)
+    p = p.replace(q_len=192, kv_len=192)
+    [told] = candidates.decide(row_of(te.STUB, "te_fused"), p, silicon(te.STUB, "te_fused"), Settings())
+    assert isinstance(told, Rejected) is is_refused
+    assert ("with a mask and q_len % 128 == 64" in str(told)) is is_refused and (
+        is_refused or "packed" in told.conversions
+    ), told
 
 
 @pytest.mark.parametrize("name", ["te_fused", "te_flash"])

@@ -158,6 +158,8 @@ PAGED: dict[str, dict[str, Any]] = {
     "paged_softcap": {**PAGES, "softcap": 2.0},
     "paged_scale_negative": {**PAGES, "sq": 4, "mask": BR, "scale": -0.4},
     "paged_head_dim_20": {**PAGES, "d": 20},
+    "paged_head_dim_24": {**PAGES, "d": 24, "dv": 16},
+    "paged_head_dim_v_24": {**PAGES, "d": 16, "dv": 24},
     "paged_grad": {**PAGES, "sq": 4, "grad": True},
     "paged_float32": {**PAGES, "dtype": torch.float32},
 }  # fmt: skip

@@ -11,6 +11,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.remembered import remembered
 from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
+from fastattn.kernels.libraries.availability import is_before
 from fastattn.kernels.libraries.operator_files import load_operators
 from fastattn.kernels.limits import (
     BFLOAT16,
@@ -33,6 +34,6 @@ from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlock
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
     "Arguments", "Backward", "Device", "Forbid", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen", "Run",
-    "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "load_operators", "log", "remembered",
-    "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
+    "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "is_before", "load_operators", "log",
+    "remembered", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip

@@ -143,6 +143,11 @@ class Problem:
         return self.packing is not None
 
     @property
+    def is_self_packed(self) -> bool:
+        """Whether it is packed, and each sequence has as many queries as keys."""
+        return self.packing is not None and self.packing.are_same
+
+    @property
     def any_window(self) -> bands.Sides | None:
         """The window: of the whole, or of each packed sequence."""
         return self.window if self.packing is None else self.packing.window

@@ -65,6 +65,7 @@ def of_pages(q, k, v, seqused_k, page_table, softmax_scale, causal, window_size,
         seqused_k.dtype is torch.int32 and seqused_k.is_contiguous() and seqused_k.shape == q.shape[:1] and q.dim() == 4
     )
     assert not is_training(q, k, v)
+    assert q.shape[3] % 16 == v.shape[3] % 16 == 0, "Paged KV does not support irregular head dim"
     check_aligned(k, v)
     k, v = (in_one_piece(x, page_table, seqused_k) for x in (k, v))
     assert v.isfinite().all()
@@ -87,7 +88,7 @@ STUB = Stub(
     refuses={
         "flash_attn_4": "top_left_wide top_left_tall scale_zero scale_negative bool_mask bool_mask_keys float_mask"
         " mask_and_causal mask_grad float32 packed_top_left packed_scale_negative packed_float32 unread_top_left"
-        " paged_head_dim_20 paged_scale_negative paged_grad paged_float32",
+        " paged_head_dim_20 paged_head_dim_24 paged_head_dim_v_24 paged_scale_negative paged_grad paged_float32",
     },
     mutations=(
         ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
@@ -95,6 +96,8 @@ STUB = Stub(
         ("a.packed.max_kv", "a.packed.max_q"),
         ("num_splits=1, deterministic", "num_splits=0, deterministic"),
         ("page_table=a.page_table", "page_table=a.page_table.flip(0)"),
+        ('Range("head_dim", multiple_of=16)', 'Range("head_dim", multiple_of=8)'),
+        ('Range("head_dim_v", multiple_of=16)', 'Range("head_dim_v", multiple_of=8)'),
         ("seqused_k=a.kv_lens", "seqused_k=a.kv_lens + 1"),
         ("(out[None], lse.detach()[None]) if a.lse else out[None]", "out[None], lse"),
         ("causal=right == 0", "causal=False"),

@@ -101,11 +101,11 @@ STUB = Stub(
         "hf_flash_attn_2": f"{SHARED} filled_scale_negative filled_grad filled_float32 filled_causal"
         " paged_scale_negative paged_grad paged_float32",
         "hf_flash_attn_3": flash_attn_3.REFUSES,
-        "hf_flash_attn_4": f"{SHARED} paged_head_dim_20 paged_scale_negative paged_grad paged_float32",
+        "hf_flash_attn_4": SHARED,
         "hf_sage": sage_2.STUB.refuses["sage_2_fp16"].replace(" float_mask_hides_64", ""),
     },
     mutations=(
-        ("_flash(FLASH_2, 2, flash_attn_2)", "_flash(FLASH_2, 2, flash_attn_4)"),
+        ("_flash(FLASH_2, 2, flash_attn_2", "_flash(FLASH_2, 2, flash_attn_4"),
         ("_flash(FLASH_4, 4, flash_attn_4", "_flash(FLASH_4, 4, flash_attn_2"),
         ("_flash(FLASH_3, 3, flash_attn_3", "_flash(FLASH_3, 3, flash_attn_4"),
         ("_flash(FLASH_3, 3, flash_attn_3", "_flash(FLASH_3, 2, flash_attn_3"),

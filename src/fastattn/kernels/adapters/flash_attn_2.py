@@ -11,7 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastattn.kernels import GRID, NOT_EMPTY, Arguments, Kernel, OneOf, Range, RefuseWhen, Run, Tensor, require_keywords
+from fastattn.kernels import (
+    GRID,
+    NOT_EMPTY,
+    Arguments,
+    Kernel,
+    OneOf,
+    Range,
+    RefuseWhen,
+    Run,
+    Tensor,
+    is_before,
+    require_keywords,
+)
 
 INF = float("inf")
 
@@ -132,6 +144,11 @@ def of_paged(function: Callable[..., Any]) -> Run:
     return of_cached(require_keywords(function, "block_table"))
 
 
+LIBRARY = "flash-attn"
+READS_LENGTHS = RefuseWhen(  # mha_fwd_kvcache checks them against the table's columns (flash-attention#2711)
+    "pages of {p.page_size} tokens with flash-attn 2.8.4 or newer: it reads the longest length from the GPU in each layer",
+    lambda p, _: bool(p.page_size) and not is_before(LIBRARY, "2.8.4"),
+)
 KERNELS = (
     Kernel(
         name="flash_attn_2",
@@ -140,8 +157,8 @@ KERNELS = (
         load_packed=load_packed,
         load_cached=load_cached,
         load_paged=load_paged,
-        paged_needs=(Range("page_size", multiple_of=256),),
-        library="flash-attn",
+        paged_needs=(Range("page_size", multiple_of=256), READS_LENGTHS),
+        library=LIBRARY,
         versions=("2.6", "3"),
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),

@@ -23,6 +23,7 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
+    is_before,
     require_keywords,
 )
 
@@ -169,6 +170,26 @@ BEFORE_B34 = (
         lambda p, device: p.is_packed and _is_sm100(device) and p.head_dim > 192,
     ),
 )
+LIBRARY = "flash-attn-4"
+PAGES_ON = (
+    RefuseWhen(
+        "pages of {p.page_size} tokens on sm{device.capability}: it has them from sm90 to sm119",
+        lambda p, device: bool(p.page_size) and not 90 <= device.capability < 120,
+    ),
+    RefuseWhen(
+        "pages of {p.page_size} tokens with " + DIMS + ": its kernel for 256 takes no lengths there",
+        lambda p, device: bool(p.page_size) and _is_sm100(device) and p.head_dim > 192,
+    ),
+)
+PAGED = (  # what holds on every device
+    Range("head_dim", multiple_of=16),
+    Range("head_dim_v", multiple_of=16),
+    RefuseWhen(
+        "pages of {p.page_size} tokens with flash-attn-4 before 4.0.0b26: on sm90 it leaves page pointers unset in tiles of 80,"
+        " 112 or 144 keys",
+        lambda p, _: bool(p.page_size) and is_before(LIBRARY, "4.0.0b26"),
+    ),
+)
 KERNELS = (
     Kernel(
         name="flash_attn_4",
@@ -176,7 +197,8 @@ KERNELS = (
         load=load,
         load_packed=load_packed,
         load_paged=load_paged,
-        library="flash-attn-4",
+        paged_needs=PAGED,
+        library=LIBRARY,
         versions=("4", "5"),
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
@@ -219,13 +241,10 @@ KERNELS = (
             ),
             SOFTCAP_IN_TRAINING,
             RefuseWhen(
-                "pages of {p.page_size} tokens on sm{device.capability}: it has them from sm90 to sm119",
-                lambda p, device: bool(p.page_size) and not 90 <= device.capability < 120,
-            ),
-            RefuseWhen(
                 "a deterministic backward on sm{device.capability}: it has none from sm120 on",
                 lambda p, device: p.deterministic and p.needs_grad and device.capability >= 120,
             ),
+            *PAGES_ON,
         ),
     ),
 )

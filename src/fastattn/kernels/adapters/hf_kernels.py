@@ -79,32 +79,31 @@ def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any]
     )  # fmt: skip
 
 
-def _flash(base: Kernel, number: int, its: Any, **changes: Any) -> Kernel:
-    """A row of FlashAttention `number`; its: the adapter of the package."""
+def _flash(base: Kernel, number: int, its: Any, *, pages: bool, **changes: Any) -> Kernel:
+    """A row of FlashAttention `number`; its: the adapter of the package. pages: read in each version; the hub tells none."""
     repository = f"{HUB}/flash-attn{number}"
-    if base.load_paged is not None:
-        entry = "flash_attn_with_kvcache" if base.load_cached is not None else "flash_attn_varlen_func"
-        changes["load_paged"] = partial(load, repository, lambda module: its.of_paged(getattr(module, entry)))
+    of_paged = partial(load, repository, lambda module: its.of_paged(module.flash_attn_with_kvcache))
     if base.load_cached is not None:
         changes["load_cached"] = partial(load, repository, lambda module: its.of_cached(module.flash_attn_with_kvcache))
     return _row(
         base, f"hf_flash_attn_{number}", f"FlashAttention {number}", repository, lambda module: its.of(module.flash_attn_func),
         load_packed=partial(load, repository, lambda module: its.of_packed(module.flash_attn_varlen_func)),
-        **changes,
+        load_paged=of_paged if pages else None, paged_needs=(), **changes,
     )  # fmt: skip
 
 
 [FLASH_2], [FLASH_3, _], [FLASH_4] = flash_attn_2.KERNELS, flash_attn_3.KERNELS, flash_attn_4.KERNELS
 # the hub's FlashAttention 3 is built whole; what flash_attn_config says is of the package
 WHOLE = FLASH_3.needs[: -len(flash_attn_3.OPTIONAL)]
-OLD_FLASH_4 = (*(n for n in FLASH_4.needs if n is not flash_attn_4.SOFTCAP_IN_TRAINING), *flash_attn_4.BEFORE_B34)
+NOT_OF_OLD = (flash_attn_4.SOFTCAP_IN_TRAINING, *flash_attn_4.PAGES_ON)
+OLD_FLASH_4 = (*(n for n in FLASH_4.needs if n not in NOT_OF_OLD), *flash_attn_4.BEFORE_B34)
 SAGE = next(kernel for kernel in sageattention.KERNELS if kernel.name == "sage_2_fp16")
 HF_SAGE = (*sageattention.CUDA_2, OneOf("capability", (80, 89, 90, 120)))  # its sageattn chooses by these
 HUB = "kernels-community"
 KERNELS = (
-    _flash(FLASH_2, 2, flash_attn_2),
-    _flash(FLASH_3, 3, flash_attn_3, needs=WHOLE, paged_needs=()),
-    _flash(FLASH_4, 4, flash_attn_4, needs=OLD_FLASH_4),
+    _flash(FLASH_2, 2, flash_attn_2, pages=False),
+    _flash(FLASH_3, 3, flash_attn_3, pages=True, needs=WHOLE),
+    _flash(FLASH_4, 4, flash_attn_4, pages=False, needs=OLD_FLASH_4),
     _row(SAGE, "hf_sage", "SageAttention 2", f"{HUB}/sage-attention",
          lambda module: sageattention.of_2(module, "sageattn"), needs=HF_SAGE),
 )  # fmt: skip

@@ -8,8 +8,9 @@ NVTE_*, or TE knows to be wrong, raises with that reason. What DotProductAttenti
 - bool masks are True where they hide, and only the unfused one takes them, writing -10000 over what is hidden: a row that
   sees nothing is the mean of the values, and in cuDNN a row of -inf may be NaN. Such rows are zeroed here;
 - FlashAttention is 2, 3 or 4, by what is installed; 4 takes None for no limit, and (-1, 0) for a window without keys;
-- packed sequences are told their longest ones, or they would be read from the GPU. cuDNN plans for buckets of how many
-  sequences and tokens there are (from 9.6 on), not for each set of lengths.
+- packed sequences are told their longest ones, or they would be read from the GPU. cuDNN, from 9.6 on, does not plan for each
+  set of lengths, but for buckets of how many sequences and tokens there are; for the very number of sequences on sm120, and
+  in the forward of TE from 2.18 on with cuDNN from 9.24 on.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ def _backend(which: int, *more: str) -> tuple[Callable[..., Tensor], Callable[..
     ask = require_keywords(te.utils.get_attention_backend, "attention_params")
     lengths = require_keywords(te.utils.get_full_cu_seqlens, "batch_size", "max_seqlen", "device")
     parameters = inspect.signature(describe).parameters
-    says_letters = (
-        parameters["core_attention_bias_shape"].default is not None
-    )  # "bhss", up to 2.19; since then its sizes
+    says_letters = parameters["core_attention_bias_shape"].default is not None  # "bhss", up to 2.19; then sizes
     asks_scale = "softmax_scale" in parameters
     asks_tokens = "num_tokens_q" in parameters
     is_capturing = torch.cuda.is_current_stream_capturing
@@ -203,7 +202,7 @@ def _parts(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 HALF = ("float16", "bfloat16")
 OWN_LENGTHS = RefuseWhen(
     "packed sequences with lengths of their own ({p.structure}): of those with queries and no keys cuDNN says nothing",
-    lambda p, _: not p.packing.are_same,
+    lambda p, _: not p.is_self_packed,
 )
 
 
@@ -227,6 +226,8 @@ KERNELS = (
         PLANNED,
         RefuseWhen("a mask {p.mask_shape}, broadcast over queries or keys: it takes whole (q, k) alone",
                    lambda p, _: p.mask is not None and not {"q", "k"} <= set(p.mask_shape)),
+        RefuseWhen("packed sequences ({p.structure}) on sm{device.capability}: cuDNN takes them from sm90 on",
+                   lambda p, device: p.is_self_packed and device.capability < 90),
         dtypes=HALF, corner="any", masks=("additive",), window=True, mask_grad=True, head_dim_multiple=8,
         causal_scales=("positive",), dense=True, aligned=True,
         load_packed=partial(load_packed, FUSED), packed_needs=(OWN_LENGTHS,),

@@ -23,9 +23,9 @@ def why_absent(kernel: Kernel) -> str | None:
     if found is None:
         return f"package {kernel.library} is not installed"
     first, last = kernel.versions
-    if first and operator.lt(*comparable(found, first)):
+    if first and is_before(kernel.library, first):
         return f"package {kernel.library} {found} < {first}"
-    if last and operator.ge(*comparable(found, last)):
+    if last and not is_before(kernel.library, last):
         return f"package {kernel.library} {found} >= {last}, which is not known to work"
     return why_unavailable(kernel) if kernel.library == "torch" else _broken.get(kernel)
 
@@ -146,6 +146,12 @@ COMPILERS = ("triton", "cutlass", "cuda", "cudnn", "tvm_ffi")
 def library_version(library: str) -> str | None:
     """Version of the library that is installed, None if there is none. torch's is that of the module which is imported."""
     return torch.__version__ if library == "torch" else catalogue.version_of(library)
+
+
+def is_before(library: str, version: str) -> bool:
+    """Whether the library is installed in an earlier version than that."""
+    found = library_version(library)
+    return found is not None and operator.lt(*comparable(found, version))
 
 
 def library_tag(kernel: Kernel) -> str:
