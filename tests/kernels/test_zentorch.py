@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import DEFAULT, FAST, Clock, qkv, turn
+from fakes import qkv
 from library_grid import installed, row_of
 from stubs import calls
 from stubs import zentorch as stub
+from uninstalling import serves_until_uninstalled
 
 import fastattn
 from fastattn.cli.doctor import rows
 from fastattn.cli.doctor.machine import this_machine
-from fastattn.dispatch.session import session
 from fastattn.kernels.libraries import availability, catalogue, operator_files
 
 LIBRARY = catalogue.library_of("zentorch")
@@ -65,32 +65,5 @@ def test_a_mask_is_refused_in_words(monkeypatch):
             fastattn.attention(q, k, v, torch.ones(64, 64, dtype=torch.bool).tril(), kernel="zentorch")
 
 
-def served(q, k, v):
-    out = fastattn.attention(q, k, v, is_causal=True)
-    want = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=True)
-    assert (out - want).abs().max() < 1e-5
-    return fastattn.explain(q, k, v, is_causal=True).served_by
-
-
-def restart():
-    """What a new process knows: nothing but what is on disk."""
-    fastattn.clear()
-    session.tuning_s = 0.0
-
-
 def test_it_wins_serves_the_next_process_and_once_uninstalled_another_serves_without_a_word(monkeypatch, caplog):
-    clock = turn(monkeypatch, Clock({"default": DEFAULT, "zentorch": FAST}))
-    q, k, v = qkv(64)
-    with monkeypatch.context() as patch, installed(stub.STUB, patch):
-        assert served(q, k, v) == "zentorch"
-        timed = list(clock.timed)
-        restart()
-        assert served(q, k, v) == "zentorch" and clock.timed == timed, "nothing is timed again"
-    monkeypatch.setattr(catalogue, "installed_distribution", lambda _: None)
-    availability.forget_libraries()
-    restart()
-    caplog.clear()
-    assert served(q, k, v) != "zentorch"
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-    [row] = [t for t in fastattn.explain(q, k, v, is_causal=True).rows if t.candidate == "zentorch"]
-    assert row.reason == "package zentorch is not installed"
+    serves_until_uninstalled(stub.STUB, "zentorch", "zentorch", monkeypatch, caplog, is_causal=True)

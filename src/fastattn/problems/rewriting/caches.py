@@ -77,7 +77,7 @@ def _in_pages(
 ) -> Rewritten | None:
     """The call with the pages as they are, for kernels that follow a table; None where no kernel could."""
     check_whole("page_table", pages)
-    (b, _, s, _) = TO_BHSD[layout]
+    b, _, s, _ = TO_BHSD[layout]
     pages = pages if isinstance(pages, Tensor) else torch.as_tensor(pages, dtype=torch.int32, device="cpu")
     pages = pages.to(q.device, torch.int32, non_blocking=True)  # from a host's table too, without waiting for the GPU
     are_pages = (
