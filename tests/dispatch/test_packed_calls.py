@@ -285,7 +285,7 @@ BAD = [
     (CACHE, {"kv_lens": {9, 3}}, TypeError, "kv_lens must be whole numbers in one dimension, got set"),
     (CACHE, {"kv_lens": True}, TypeError, "kv_lens must be whole numbers"),
     (CACHE, {"kv_lens": [9, 3], "page_table": torch.rand(2, 2)}, TypeError, "page_table must be whole numbers, got float32"),
-    (CACHE, {"kv_lens": [9, 3], "page_table": torch.tensor([[0], [7]])}, ValueError, "page_table names pages from 0 to 1"),
+    (CACHE, {"kv_lens": [9, 3], "page_table": torch.tensor([[0], [7]])}, ValueError, "pages from 0 to 1, got 7 at [1, 0]"),
     ((*CACHE[:2], CACHE[2][:, :, :5]), {"kv_lens": [9, 3]}, RuntimeError, "k and v must agree in heads and length"),
     (THD, {"layout": "thd", "cu_seqlens_q": ENDS, "is_causal": "no"}, TypeError, "is_causal must be bool, got str"),
     (THD, {"layout": "thd", "cu_seqlens_q": torch.tensor(7)}, TypeError, "cu_seqlens_q must be whole numbers in one dimension"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import fakes
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 from fastattn import attention, masks
@@ -19,18 +20,27 @@ COSTS = {"default": 4e-3, "tiler": 4e-3, "tiler+tiles": 3e-3, "tiler+tiles+mask_
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """(rows, keys) of each run of a made-up kernel that wins in tiles."""
+def turn(monkeypatch):
+    """turn(costs): (rows, keys) of each run of a made-up kernel that takes tiles, timed by a clock with these costs."""
     runs = []
 
     def run(q, k, v, mask, a):
         runs.append((q.shape[2], k.shape[2]))
         return fakes.honest(q, k, v, mask, a)
 
+    def turn(costs):
+        fakes.turn(monkeypatch, fakes.Clock(costs))
+        return runs
+
     fakes.add(monkeypatch, fakes.made_up("tiler", run, tiles=True))
-    fakes.turn(monkeypatch, fakes.Clock(COSTS))
     with fastattn.options.scope(kernels="tiler"):
-        yield runs
+        yield turn
+
+
+@pytest.fixture
+def seen(turn):
+    """The same of one that wins in tiles."""
+    return turn(COSTS)
 
 
 def runs_of(seen, call):
@@ -134,3 +144,72 @@ def test_a_mask_that_hides_nothing_is_none(hidden, seen, monkeypatch):
     mask.fill_(everything)
     attention(q, k, v, mask.expand(1, 4, N, N))
     assert given[-1] is None
+
+
+def with_tiles_at(cost):
+    return {"default": 3e-3, "tiler": 4e-3, "tiler+tiles": cost, "tiler+tiles+mask_dense": cost}
+
+
+def test_where_tiles_lost_a_mask_that_hides_more_than_the_one_that_was_timed_is_served_in_tiles(turn):
+    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N)
+    mask = CAUSAL.clone()
+    assert fastattn.explain(q, k, v, mask, tune=True).served_by == "default"
+    assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
+    mask.copy_(WINDOW)
+    assert runs_of(seen, lambda: attention(q, k, v, mask)) == [(128, 144), (128, 160), (128, 160), (128, 144)]
+    mask.copy_(RANDOM)
+    assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
+    for given in (CAUSAL, RANDOM, WINDOW):
+        fakes.check(q, k, v, given)
+    seen.clear()
+    with fastattn.patch():
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, WINDOW)
+    assert len(seen) == 4
+
+
+def test_explain_says_that_tiles_serve_though_they_lost(turn):
+    turn(with_tiles_at(3.3e-3))
+    q, k, v = fakes.qkv(N)
+    assert fastattn.explain(q, k, v, WINDOW, tune=True).mask.endswith(
+        "tiles serve up to 55%, so tiler+tiles serves this one"
+    )
+    assert fastattn.explain(q, k, v, CAUSAL).mask.endswith("keys a query in the mean; tiles serve up to 55%")
+
+
+def test_gradients_are_those_of_the_tiles_that_lost(turn):
+    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N, grad=True)
+    assert fastattn.explain(q, k, v, WINDOW, tune=True).served_by == "default"
+    assert len(runs_of(seen, lambda: attention(q, k, v, WINDOW))) == 4
+    found = torch.autograd.grad(attention(q, k, v, WINDOW).square().sum(), (q, k, v))
+    want = torch.autograd.grad(sdpa(q, k, v, WINDOW).square().sum(), (q, k, v))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("why", ["a share too small for a look", "as fast as the default", "a crowded machine"])
+def test_masks_are_not_looked_at_where_tiles_are_hardly_ever_worth_it(why, turn, monkeypatch):
+    """By share, tiles at twice the default's time win up to 31% of all pairs, at three times up to 21%."""
+    seen, (q, k, v) = turn(with_tiles_at({"a share too small for a look": 9e-3}.get(why, 3.1e-3))), fakes.qkv(N)
+    if why == "a crowded machine":
+        monkeypatch.setattr("fastattn.verdicts.verdict.CROWDED", -1.0)
+    mask = (KEY < 32).expand(N, N).clone() if why != "as fast as the default" else CAUSAL
+    assert fastattn.explain(q, k, v, mask, tune=True).served_by == "default"
+    assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
+
+
+def test_tiles_that_raise_are_out_and_the_default_answers(turn, monkeypatch):
+    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N)
+    found = fastattn.explain(q, k, v, WINDOW, tune=True)
+    attention(q, k, v, WINDOW)
+
+    def broken(*_):
+        raise RuntimeError("tiler: launch failed")
+
+    monkeypatch.setattr(fakes, "honest", broken)
+    want = sdpa(q, k, v, WINDOW)
+    torch.testing.assert_close(attention(q, k, v, WINDOW), want)
+    after = fastattn.explain(q, k, v, WINDOW).verdict
+    assert found.verdict.trial("tiler+tiles").is_timed
+    assert not after.trial("tiler+tiles").is_timed
+    assert runs_of(seen, lambda: attention(q, k, v, WINDOW)) == []
+    assert after.winner == "default"

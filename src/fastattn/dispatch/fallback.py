@@ -13,12 +13,16 @@ from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
 from fastattn.planning import binding, candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
+from fastattn.planning.conversions.tiles import is_large, may_be_tiled
 from fastattn.planning.decision import Accepted, Decision, Rejected, but_for_copies
 from fastattn.problems.problem import Problem
-from fastattn.verdicts.verdict import Verdict
+from fastattn.verdicts.verdict import MARGIN, Verdict
 
 if TYPE_CHECKING:
     from fastattn.dispatch.service import Asked
+
+# Where tiles lost, a mask is looked at in each call if they would win with one that leaves this share of all pairs.
+WORTH_A_LOOK = 0.25
 
 
 def all_decisions(asked: Asked) -> list[Decision]:
@@ -153,12 +157,22 @@ def stands_in_graph(kernel: Kernel, name: str, p: Problem) -> bool:
     return kernel.library == "torch" and not is_in_loop and not (p.lse and p.needs_grad)
 
 
-def unless_in_tiles(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.Unless | None:
-    """What serves in place of a verdict's candidate in tiles where a call's own mask hides too little; None: nothing does."""
-    if not candidate.is_in_tiles or asked.kernel is not None or verdict is None or asked.problem.mask is None:
+def by_share(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.ByShare | None:
+    """Tiles and what computes all pairs, where a call's own mask decides between them; None where nothing is to decide.
+
+    candidate: what serves by the verdict. Where it computes all pairs, tiles lost with the mask that was made up for the
+    tuning; masks are still looked at where one that hides more than that one makes them worth it.
+    """
+    p = asked.problem
+    if asked.kernel is not None or verdict is None or p.mask is None:
         return None  # with a triangle or a window alone, calls of a problem hide all alike
-    plain = next((other for other in in_order(asked, verdict) if not other.is_in_tiles), None)
-    trial = None if plain is None else verdict.trial(plain.name)
-    if plain is None or trial is None or not trial.is_timed:
+    if not candidate.is_in_tiles and (verdict.is_provisional or not (may_be_tiled(p) and is_large(p))):
         return None
-    return binding.Unless(plain, verdict.share_worth_tiles(candidate.name, plain.name))
+    other = next((c for c in in_order(asked, verdict) if c.is_in_tiles is not candidate.is_in_tiles), None)
+    if other is None or any(t is None or not t.is_timed for t in map(verdict.trial, (candidate.name, other.name))):
+        return None
+    in_tiles, plain = (candidate, other) if candidate.is_in_tiles else (other, candidate)
+    share = verdict.share_worth_tiles(in_tiles.name, plain.name)
+    if candidate is plain:
+        share /= 1 + MARGIN  # what serves by the verdict is left for a gain alone
+    return binding.ByShare(in_tiles, plain, share) if candidate is in_tiles or share >= WORTH_A_LOOK else None

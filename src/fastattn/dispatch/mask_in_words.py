@@ -45,10 +45,11 @@ def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
 
 
 def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
-    """Up to which share tiles serve, where they won."""
-    winner = next((c for c in fallback.in_order(asked, verdict) if c.name == served), None)
-    unless = fallback.unless_in_tiles(winner, asked, verdict) if winner is not None else None
-    if unless is None:
+    """Up to which share tiles serve, and what serves this call where it is not what its problem is served by."""
+    candidate = next((c for c in fallback.in_order(asked, verdict) if c.name == served), None)
+    by_share = fallback.by_share(candidate, asked, verdict) if candidate is not None else None
+    if by_share is None:
         return ""
-    text = f"; tiles serve up to {unless.share:.0%}"
-    return text if tiling.share <= unless.share else f"{text}, so {unless.candidate.name} serves this one"
+    text = f"; tiles serve up to {by_share.share:.0%}"
+    serves = by_share.in_tiles if tiling.share <= by_share.share else by_share.plain
+    return text if serves == candidate else f"{text}, so {serves.name} serves this one"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastattn.environment.text import format_bytes, format_duration
 from fastattn.planning.decision import ON_COPIES, but_for_copies
-from fastattn.tuning.choose import MARGIN
-from fastattn.verdicts.verdict import Outcome, Trial, Verdict
+from fastattn.verdicts.verdict import MARGIN, Outcome, Trial, Verdict
 
 if TYPE_CHECKING:
     from fastattn.dispatch.explain import Explanation

@@ -31,7 +31,6 @@ from fastattn.problems import masks
 from fastattn.problems.call_key import CallKey, as_structured, call_key, is_block_mask, tensors_of
 from fastattn.problems.call_options import CallOptions, check_layout, is_ordinary, parse_options
 from fastattn.problems.classify import classify
-from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
     from fastattn.problems.rewriting import Rewritten
@@ -164,24 +163,22 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
     session.counts.miss(candidate.name)
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
-    call = bind(candidate, asked, key, decision.verdict)
+    by_share = fallback.by_share(candidate, asked, decision.verdict)
+    # of the two that a mask decides between, tiles are out where the call raises
+    first = candidate if by_share is None else by_share.in_tiles
+    call = bind(candidate, asked, key, by_share)
     if asked.problem.is_custom and asked.kernel is None and given is not None:
         _check_custom(call, candidate, asked, key, given)
     elif (
-        asked.kernel is None
-        and not asked.problem.is_custom
-        and candidate.kernel.name != "default"
-        and not asked.drops_all
+        asked.kernel is None and not asked.problem.is_custom and first.kernel.name != "default" and not asked.drops_all
     ):
-        call = rescued(
-            call, candidate, asked, decision.verdict, lambda other: bind(other, asked, key, decision.verdict)
-        )
+        call = rescued(call, first, asked, decision.verdict, lambda other: bind(other, asked, key))
     return Resolved(
         call,
         candidate.name,
         "tuned now" if decision.action is Action.TUNE else decision.why,
         decision.remember and decision.action is Action.SERVE and may_remember(asked.circumstances),
-        validity.state_read_here(candidate, asked, decision.verdict),
+        validity.state_read_here(candidate, asked, by_share),
         None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
         decision.verdict is not None,
         reads_alignment=validity.reads_alignment(candidate, asked),
@@ -189,10 +186,9 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
     )
 
 
-def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | None = None) -> binding.Call:
-    """The Call of a candidate for a call with these options."""
+def bind(candidate: Accepted, asked: Asked, key: CallKey, by_share: binding.ByShare | None = None) -> binding.Call:
+    """The Call of a candidate for a call with these options; of one of the two that a mask decides between, in each call."""
     options = key.options
-    unless = fallback.unless_in_tiles(candidate, asked, verdict)
     return binding.bind(
         candidate,
         asked.problem,
@@ -201,7 +197,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | Non
         structured=isinstance(key.mask, masks.Causal),
         dropout_p=options.dropout_p,
         score_mod=options.score_mod,
-        unless=unless,
+        by_share=by_share,
     )
 
 

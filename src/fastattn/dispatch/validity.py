@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from fastattn.dispatch import fallback
 from fastattn.dispatch.circumstances import ASKED_BY_SDPA, PRIORITY, is_inside_sdpa_kernel
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
 from fastattn.planning import candidates, default_choice
+from fastattn.planning.binding import ByShare
 from fastattn.planning.decision import Accepted
 from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import INT32
 from fastattn.problems.call_key import CallKey, is_block_mask
 from fastattn.problems.layouts import TO_BHSD
-from fastattn.verdicts.verdict import Verdict
 
 
 def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
@@ -36,11 +35,10 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reads))
 
 
-def state_read_here(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> tuple[str, ...]:
-    """The same of a call that may be served by another candidate where a mask hides too little for tiles."""
-    unless = fallback.unless_in_tiles(candidate, asked, verdict)
-    others = state_read_by(unless.candidate, asked) if unless is not None else ()
-    return tuple(dict.fromkeys((*state_read_by(candidate, asked), *others)))
+def state_read_here(candidate: Accepted, asked: Asked, by_share: ByShare | None) -> tuple[str, ...]:
+    """The same of a call that one of two candidates serves, as its mask decides."""
+    may_serve = (candidate,) if by_share is None else (by_share.in_tiles, by_share.plain)
+    return tuple(dict.fromkeys(name for one in may_serve for name in state_read_by(one, asked)))
 
 
 def reads_alignment(candidate: Accepted, asked: Asked) -> bool:

@@ -34,10 +34,11 @@ from fastattn.problems.problem import Problem, default_scale
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
-class Unless(NamedTuple):
-    """What serves in place of tiles, where more than `share` of all pairs would lie in them."""
+class ByShare(NamedTuple):
+    """Each call's own mask decides: tiles where at most `share` of all pairs would lie in them, else what computes all."""
 
-    candidate: Accepted
+    in_tiles: Accepted
+    plain: Accepted
     share: float
 
 
@@ -50,24 +51,25 @@ def bind(
     structured: bool = False,
     dropout_p: float = 0.0,
     score_mod: Callable[..., Tensor] | None = None,
-    unless: Unless | None = None,
+    by_share: ByShare | None = None,
 ) -> Call:
     """The Call of a candidate for the caller's layout.
 
     scale: the caller's, None means head_dim ** -0.5. facts: of the call, an ordinary one if not given. structured: the mask
-    argument is no tensor. unless: what serves in place of a candidate in tiles where a mask leaves too much of the scores.
+    argument is no tensor. by_share: one of its two is the candidate; which of them serves, each call's mask decides.
     """
     is_tuning = facts is None  # outside of autocast, whatever the problem's calls are in
     facts = ordinary_facts(p) if facts is None else facts
     is_default = candidate.kernel.name == "default" and not (candidate.conversions or facts.decode or facts.by_math)
-    if is_default and p.layout == "bhsd":
+    if is_default and p.layout == "bhsd" and by_share is None:
         direct = _direct_default(p, scale, structured, dropout_p)
         return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
-    step = _converted(candidate, p, facts)
-    is_right = _lies_as_default(candidate, p, facts)
-    if unless is not None:
-        step = where_they_pay(step, _converted(unless.candidate, p, facts), unless.share)
-        is_right = is_right and _lies_as_default(unless.candidate, p, facts)
+    if by_share is None:
+        step, is_right = _converted(candidate, p, facts), _lies_as_default(candidate, p, facts)
+    else:
+        both = (by_share.in_tiles, by_share.plain)
+        step = where_they_pay(*(_converted(one, p, facts) for one in both), by_share.share)
+        is_right = all(_lies_as_default(one, p, facts) for one in both)
     if p.lse and p.needs_grad:
         step = with_lse_gradient(step)
     return _outermost(step, is_right, is_tuning, p, facts, Arguments(

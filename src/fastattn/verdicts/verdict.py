@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fastattn.problems.problem import Problem
 
 SCHEMA = 6
+MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
 MOST_IN_TILES = 0.9  # of all pairs: with more of them there is nothing to gain, whatever the times say

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fastattn.problems.masks.mask import Mask
-from fastattn.problems.masks.unread import FilledUnread
+from fastattn.problems.masks.unread import FilledUnread, half_filled
 from fastattn.problems.masks.values import whole_numbers
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ class FilledPagesUnread(FilledUnread):
 
     def like(self, kv_len: int) -> Mask:
         """kv_len: what the table has room for; of the pages of a call, which a guard asks about, it says nothing."""
-        room = self.room or kv_len
-        keys = FilledUnread.like(self, room).keys  # type: ignore[attr-defined]
-        return FilledPagesUnread(keys, self.queries, self.left, page=self.page, room=room)
+        return _half_filled_in_pages(self.room or kv_len, self.queries, self.left, self.page)
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         FilledUnread.check(self, batch, heads, q_len, kv_len)
         if self.table is not None and self.table.shape[0] != batch:
             raise ValueError(f"a page table of {self.table.shape[0]} entries, got batch {batch}")
+
+
+@lru_cache(64)  # a hit asks for it
+def _half_filled_in_pages(room: int, queries: int, left: int, page: int) -> FilledPagesUnread:
+    return FilledPagesUnread(half_filled(room, queries, left).keys, queries, left, page=page, room=room)

@@ -85,8 +85,7 @@ class PackedUnread(Packed):
         )  # fmt: skip
 
     def like(self, kv_len: int) -> Mask:
-        queries, keys = (1 << max(0, n - 1).bit_length() for n in (self.queries, self.keys))  # type: ignore[operator]
-        return PackedUnread(queries, keys, self.corner, self.window, self.are_same)
+        return _about_as_long(self.queries, self.keys, self.corner, self.window, self.are_same)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, repr=False, init=False)
@@ -124,8 +123,7 @@ class FilledUnread(Filled):
         return True
 
     def like(self, kv_len: int) -> Mask:
-        half = about(kv_len / 2, kv_len)
-        return FilledUnread((half - half // 2, half + half // 2), self.queries, self.left)
+        return half_filled(kv_len, self.queries, self.left)
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         entries = batch if self.lengths is None else len(self.lengths)
@@ -133,6 +131,19 @@ class FilledUnread(Filled):
             raise ValueError(
                 f"a cache of {entries} entries and {self.queries} queries, got batch {batch}, q_len {q_len}"
             )
+
+
+@lru_cache(64)  # a hit asks for it
+def _about_as_long(queries: int, keys: int, corner: str, window: tuple[int, int], are_same: bool) -> PackedUnread:
+    queries, keys = (1 << max(0, n - 1).bit_length() for n in (queries, keys))
+    return PackedUnread(queries, keys, corner, window, are_same)
+
+
+@lru_cache(64)  # a hit asks for it
+def half_filled(kv_len: int, queries: int, left: int) -> FilledUnread:
+    """Two entries, filled to a quarter and to three quarters."""
+    half = about(kv_len / 2, kv_len)
+    return FilledUnread((half - half // 2, half + half // 2), queries, left)
 
 
 @lru_cache(64)  # the next layer asks for the same ones

@@ -190,7 +190,10 @@ def _gathered(name: str, x: Tensor, pages: Any, layout: str, kv_lens: Any, most:
     if lengths.shape in ((), pages.shape[:1]):  # else it is an error, which the whole cache tells
         pages = followed(pages, lengths, x.shape[1])
     if is_readable(pages) and pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < x.shape[0]:
-        raise ValueError(f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {pages.tolist()}")
+        i, j = ((pages < 0) | (pages >= x.shape[0])).nonzero()[0].tolist()
+        raise ValueError(
+            f"attention(): page_table names pages from 0 to {x.shape[0] - 1}, got {int(pages[i, j])} at [{i}, {j}]"
+        )
     x = in_one_piece(x, pages)
     return x.transpose(1, 2) if layout == "bhsd" else x
 
