@@ -3,8 +3,10 @@
 import pytest
 import torch
 from building import accepted, expect, hold, qkv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
+from fastattn import masks
 from fastattn.planning.conversions import tiles
 
 N, M = 300, 420
@@ -52,6 +54,45 @@ def test_agrees_in_every_layout(layout):
     q, k, v = qkv(2, 4, 2, N, M, 16, layout=layout, grad=True)
     want = expect(q, k, v, mask, layout=layout)
     hold(want, lambda *given: fastattn.attention(*given, layout, kernel=KERNELS[0]), q, k, v, mask)
+
+
+IN_TRAINING = [
+    (MASKS["window"], "fp32+tiles+mask_additive"),
+    (MASKS["rows that see nothing"], "fp32+tiles+mask_additive"),
+    (mask_of("window", "-inf"), "fp32+tiles"),
+    (mask_of("window", "-inf").bfloat16(), "tiles+fp32"),
+    (masks.Window(30, 30), "fp32+tiles+mask_dense+mask_additive"),
+    (masks.Causal() & masks.ALiBi([0.5, 0.25, 0.1, 0.0]), "fp32+tiles+mask_dense"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mask", "conversions"), IN_TRAINING, ids=["bool", "empty", "float32", "bfloat16", "told", "alibi"]
+)
+def test_in_training_all_is_cast_before_it_is_cut(mask, conversions):
+    """Each tile would keep a cast copy of the keys it shares with others; a mask in half precision is cast in parts."""
+    q, k, v = qkv(2, 4, 2, N, M, 16, dtype=torch.bfloat16, grad=True)
+    kernel = f"torch_flash+{conversions}"
+    assert kernel in {row.candidate for row in fastattn.explain(q, k, v, mask).rows}
+    dense = mask if isinstance(mask, torch.Tensor) else mask.dense(2, N, M, q.device)
+    hold(expect(q, k, v, dense), lambda *x: fastattn.attention(*x[:3], mask, kernel=kernel), q, k, v, dense)
+    if conversions.startswith("fp32"):
+        with Casts() as made:
+            fastattn.attention(q, k, v, mask, kernel=kernel).sum().backward()
+        assert made.largest == max(x.numel() for x in (q, k, v))
+        assert made.count == 8, "q, k, v, the output, and their gradients"
+
+
+class Casts(TorchDispatchMode):
+    """How many casts between floats there are, and how many numbers the largest has."""
+
+    count = largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].is_floating_point():
+            self.count, self.largest = self.count + 1, max(self.largest, out.numel())
+        return out
 
 
 def test_the_log_sum_exp_comes_with_it():

@@ -67,9 +67,9 @@ def bind(
     if by_share is None:
         step, is_right = _converted(candidate, p, facts), _lies_as_default(candidate, p, facts)
     else:
-        both = (by_share.in_tiles, by_share.plain)
-        step = where_they_pay(*(_converted(one, p, facts) for one in both), by_share.share)
-        is_right = all(_lies_as_default(one, p, facts) for one in both)
+        in_tiles, plain, share = by_share
+        step = where_they_pay(_converted(in_tiles, p, facts), _converted(plain, p, facts), share)
+        is_right = all(_lies_as_default(one, p, facts) for one in (in_tiles, plain))
     if p.lse and p.needs_grad:
         step = with_lse_gradient(step)
     return _outermost(step, is_right, is_tuning, p, facts, Arguments(

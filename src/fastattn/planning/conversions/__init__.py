@@ -29,6 +29,7 @@ from fastattn.planning.conversions.own_forms import (
 from fastattn.planning.conversions.recompute import recompute, when_recompute
 from fastattn.planning.conversions.tile_stacks import stacked, when_stacked
 from fastattn.planning.conversions.tiles import in_tiles, when_tiles
+from fastattn.problems.problem import Problem
 
 COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of tiles: these are small
 
@@ -61,3 +62,13 @@ CONVERSIONS: tuple[Conversion, ...] = (
     Conversion("chunks", "cut into blocks of heads and query rows", blocks.when_chunks, blocks.chunks),
 )
 BY_NAME = {c.name: c for c in CONVERSIONS}
+
+
+def in_order(names: tuple[str, ...], p: Problem) -> tuple[str, ...]:
+    """Names of conversions as they are applied: as the rows stand, but in training all is cast before it is cut into tiles.
+
+    Each tile would keep a cast copy of the keys that it shares with others. Without gradients no copy outlives its tile.
+    """
+    if not ({"tiles", "fp32"} <= {*names} and p.needs_grad) or p.mask in ("float16", "bfloat16"):
+        return names  # of a mask in half precision a tile casts its part
+    return ("fp32", *(name for name in names if name != "fp32"))

@@ -21,8 +21,8 @@ def when_fp32(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
 
 
 def fp32(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
-        if mask is not None and mask.dtype is not torch.bool:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
+        if isinstance(mask, Tensor) and mask.dtype is not torch.bool:
             mask = mask.float()
         return map_output(step(q.float(), k.float(), v.float(), mask, a), lambda out: out.to(q.dtype))
 

@@ -22,14 +22,14 @@ FAR = 2**40  # where a tile is taken to lie if only distances count
 
 
 class Tiled(NamedTuple):
-    """parts: the tiles as they are computed. mask_of: the mask of one, (b|1, h|1, rows, keys). mask: the whole.
+    """parts: the tiles as they are computed. mask_of: the mask (b|1, h|1, rows, keys) of one, for a dtype of q. mask: of all.
 
     own_bytes: of what the graphs of all tiles would hold: masks that no other tile shares, stacks.
     """
 
     tiling: Tiling
     parts: tuple[Tile | Stack, ...]
-    mask_of: Callable[[Any], Tensor | None]
+    mask_of: Callable[[Any, torch.dtype], Tensor | None]
     mask: Tensor | Mask
     own_bytes: int
 
@@ -41,11 +41,14 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
     """
     (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
     offset = mask.offset(q_len, kv_len)
-    dtype = torch.promote_types(q.dtype, torch.float32) if mask.heads() else q.dtype
 
-    def mask_of(tile: Tile) -> Tensor | None:
+    def added(dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32) if mask.heads() else dtype
+
+    def mask_of(tile: Tile, dtype: torch.dtype) -> Tensor | None:
         if tile.masked_by is None:
             return None
+        dtype = added(dtype)
         at, keys, entries = tile.positions(offset), tile.keys, range(batch)[tile.batch]
         if tile.masked_by.shifts():
             shift = FAR - at.start
@@ -59,7 +62,7 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
     tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
-    return Tiled(tiling, tiling.tiles, mask_of, mask, own_mask_bytes(tiling.tiles, dtype))
+    return Tiled(tiling, tiling.tiles, mask_of, mask, own_mask_bytes(tiling.tiles, added(q.dtype)))
 
 
 def own_mask_bytes(tiles: Iterable[Tile], dtype: torch.dtype) -> int:
@@ -105,7 +108,7 @@ def undivided(mask: Tensor, q: Tensor, k: Tensor) -> Tiled:
 def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
     whole = as_4d(mask)
 
-    def mask_of(tile: Tile) -> Tensor | None:
+    def mask_of(tile: Tile, dtype: torch.dtype) -> Tensor | None:
         if not tile.is_masked:
             return None
         rows = whole if whole.shape[2] == 1 else whole[:, :, tile.rows]

@@ -118,7 +118,7 @@ def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tenso
         if lse is not None:
             lse.fill_(float("-inf"))
     for tile in tiled.parts:
-        found = step(tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile), a)
+        found = step(tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile, q.dtype), a)
         if lse is not None:
             found, of_lse = found
             tile.put_rows(lse, of_lse)
@@ -172,7 +172,7 @@ class _InTiles(torch.autograd.Function):
                     inputs, out = graphs[i]
                     graphs[i] = None
                 else:
-                    part = (tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile))
+                    part = (tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile, q.dtype))
                     inputs, out = _followed(ctx.step, *part, ctx.a, wanted)[0]
                 asked = [x for x in inputs if x.requires_grad]
                 found = iter(torch.autograd.grad(out, asked, tile.of_gradient(grad)))
