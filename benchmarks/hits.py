@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from itertools import count, cycle
 from statistics import median
 from typing import Any
 
@@ -18,7 +18,10 @@ import fastattn
 from fastattn.dispatch import drop_in, resolve
 from fastattn.dispatch.attention import entries
 from fastattn.dispatch.sdpa import entries as drop_in_entries
-from fastattn.environment.settings import scoped_settings
+from fastattn.environment.device import Device
+from fastattn.environment.settings import current_settings, scoped_settings
+from fastattn.planning import binding, candidates
+from fastattn.problems.call_facts import ordinary_facts
 from fastattn.problems.length_buckets import bucket_bounds
 
 ABSURD = 20_000  # ns
@@ -98,6 +101,22 @@ def drop_in_row(bench: Bench) -> None:
 def decode_row(bench: Bench) -> None:
     """A growing kv_len: one entry serves a whole bucket."""
     problems_in_turn(bench, "null op: decode, kv_len + 1 a call", decoding(*bucket_bounds(100)), growing=True)
+
+
+def bind_row(bench: Bench) -> None:
+    """A stored winner bound for a length that no call of the process had: what churning lengths cost on a miss."""
+    q, k, v = torch.randn(1, 32, 1, 64), *torch.randn(2, 1, 8, 300, 64)
+    given = fastattn.explain(q, k, v).problem
+    found = candidates.decisions(given, Device.of(q.device), current_settings())
+    winner = candidates.by_name("torch_flash+gqa_fold", found)[0]
+    problems = [given.replace(kv_len=n) for n in range(300, 364)]
+    lengths = cycle([(p, ordinary_facts(p)) for p in problems])
+
+    def bind() -> None:
+        problem, facts = next(lengths)
+        binding.bind(winner, problem, None, facts)
+
+    bench.compare("bind: a stored winner, a new length", lambda: next(lengths), bind, aim=50_000, absurd=1_000_000)
 
 
 def scope_rows(bench: Bench) -> None:

@@ -38,7 +38,7 @@ def measure(rounds: int, smoke: bool) -> Bench:
     interleave({"busy": lambda: busy @ busy}, rounds=20, seconds=0.5, sample_s=25e-3)  # the clock rate settles
     with tempfile.TemporaryDirectory() as directory:
         fastattn.options(cache_dir=directory, mode="cached")  # an empty store: nothing is tuned, F.sdpa serves
-        for rows in (hits.null_rows, hits.drop_in_row, hits.decode_row, hits.scope_rows, hits.part_rows,
+        for rows in (hits.null_rows, hits.drop_in_row, hits.decode_row, hits.bind_row, hits.scope_rows, hits.part_rows,
                      hits.op_rows, hits.bare_rows):  # fmt: skip
             rows(bench)
         fastattn.options(mode="auto", tune_budget=600.0)

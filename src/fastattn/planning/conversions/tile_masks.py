@@ -17,7 +17,7 @@ from fastattn.problems.tilings.of_mask import FEWEST, tiling_of_mask
 from fastattn.problems.tilings.stack import Stack
 from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
 
-KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
+KEPT = 2**20, 2**23  # bytes of a tile's mask, up to which 32 and 4 are kept for other tiles and calls
 FAR = 2**40  # where a tile is taken to lie if only distances count
 
 
@@ -58,7 +58,7 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
             )
         if not tile.masked_by.is_per_batch():
             entries = range(1)
-        make = _kept if _bytes(tile, dtype) <= KEPT_BYTES else _made
+        make = next((kept for most, kept in zip(KEPT, _kept, strict=True) if _bytes(tile, dtype) <= most), _made)
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
     tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
@@ -84,7 +84,7 @@ def _made(
         return additive(seen, torch.empty(0, dtype=dtype, device=device))
 
 
-_kept = remembered(32)(_made)
+_kept = remembered(32)(_made), remembered(4)(_made)
 
 
 def _bytes(tile: Tile, dtype: torch.dtype) -> int:
