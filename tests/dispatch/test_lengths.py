@@ -256,7 +256,7 @@ def test_fault_07_an_entry_ends_where_offsets_would_need_64_bits():
     facts = CallFacts(extent=heads * 25_000 * 128 - 1)
     default = next(k for k in registry.rows_for("cuda") if k.name == "default")
     asked = Asked(p, facts, h100, Settings(), Circumstances())
-    _, low, high = validity.kv_lens_served(Accepted(default), asked, key)
+    _, low, high = validity.kv_lens_served([Accepted(default)], asked, key)
     assert low <= 25_000 <= high < length_buckets.bucket_bounds(25_000)[1]
     assert high * row - 1 <= 2**31 - 1 < (high + 2) * row
 

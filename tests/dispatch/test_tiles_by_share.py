@@ -1,19 +1,29 @@
 """What is found in a dense mask decides each call: tiles where enough of it is hidden, else the kernel that computes all."""
 
-from dataclasses import replace
+from functools import partial
 
 import fakes
 import pytest
 import torch
+from building import expect, hold
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.verdicts.verdict import MOST_IN_TILES
+from fastattn.dispatch import resolve, validity
+from fastattn.dispatch.circumstances import Circumstances
+from fastattn.environment.settings import current_settings
+from fastattn.kernels.limits import Range
+from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted
+from fastattn.problems.call_key import call_key
+from fastattn.problems.call_options import parse_options
+from fastattn.verdicts.verdict import MOST_IN_TILES, Trial, Verdict
 
 N = 512
 ROW, KEY = torch.arange(N)[:, None], torch.arange(N)
 CAUSAL, WINDOW = ROW >= KEY, (ROW - KEY).abs() <= 16
+DOCUMENTS = CAUSAL & (ROW // 64 == KEY // 64)
 RANDOM = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.5
 # seconds: tiles win by a third on the triangle that is timed, of which 5/8 lie in tiles of 128 rows
 COSTS = {"default": 4e-3, "tiler": 4e-3, "tiler+tiles": 3e-3, "tiler+tiles+mask_dense": 3e-3}
@@ -71,11 +81,10 @@ def test_the_share_up_to_which_tiles_pay_is_measured(seen):
     q, k, v = fakes.qkv(N)
     verdict = fastattn.explain(q, k, v, CAUSAL, tune=True).verdict
     assert verdict.trial("tiler+tiles").share == 5 / 8
-    assert verdict.share_worth_tiles("tiler+tiles", "default") == pytest.approx(4 / 3 * 5 / 8)
-    assert verdict.share_worth_tiles("tiler+tiles", "no such kernel") == 0
-    faster = verdict.trial("tiler+tiles")._replace(time_us=1.0)
-    others = tuple(t for t in verdict.trials if t.candidate != "tiler+tiles")
-    assert replace(verdict, trials=(*others, faster)).share_worth_tiles("tiler+tiles", "default") == MOST_IN_TILES
+    tiles, default = verdict.trial("tiler+tiles"), verdict.trial("default")
+    assert verdict.share_worth_tiles(tiles, default) == pytest.approx(4 / 3 * 5 / 8)
+    assert verdict.share_worth_tiles(tiles, default._replace(time_us=None)) == 0
+    assert verdict.share_worth_tiles(tiles._replace(time_us=1.0), default) == MOST_IN_TILES
 
 
 def test_a_kernel_that_is_ordered_in_tiles_runs_in_tiles(seen):
@@ -146,12 +155,12 @@ def test_a_mask_that_hides_nothing_is_none(hidden, seen, monkeypatch):
     assert given[-1] is None
 
 
-def with_tiles_at(cost):
-    return {"default": 3e-3, "tiler": 4e-3, "tiler+tiles": cost, "tiler+tiles+mask_dense": cost}
+def with_tiles_at(cost, default=30e-3):
+    return {"default": default, "tiler": 40e-3, "tiler+tiles": cost, "tiler+tiles+mask_dense": cost}
 
 
 def test_where_tiles_lost_a_mask_that_hides_more_than_the_one_that_was_timed_is_served_in_tiles(turn):
-    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N)
+    seen, (q, k, v) = turn(with_tiles_at(33e-3)), fakes.qkv(N)
     mask = CAUSAL.clone()
     assert fastattn.explain(q, k, v, mask, tune=True).served_by == "default"
     assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
@@ -168,16 +177,15 @@ def test_where_tiles_lost_a_mask_that_hides_more_than_the_one_that_was_timed_is_
 
 
 def test_explain_says_that_tiles_serve_though_they_lost(turn):
-    turn(with_tiles_at(3.3e-3))
+    turn(with_tiles_at(33e-3))
     q, k, v = fakes.qkv(N)
-    assert fastattn.explain(q, k, v, WINDOW, tune=True).mask.endswith(
-        "tiles serve up to 55%, so tiler+tiles serves this one"
-    )
+    found = fastattn.explain(q, k, v, WINDOW, tune=True).mask
+    assert found.endswith("tiles serve up to 55%, so tiler+tiles serves this one")
     assert fastattn.explain(q, k, v, CAUSAL).mask.endswith("keys a query in the mean; tiles serve up to 55%")
 
 
 def test_gradients_are_those_of_the_tiles_that_lost(turn):
-    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N, grad=True)
+    seen, (q, k, v) = turn(with_tiles_at(33e-3)), fakes.qkv(N, grad=True)
     assert fastattn.explain(q, k, v, WINDOW, tune=True).served_by == "default"
     assert len(runs_of(seen, lambda: attention(q, k, v, WINDOW))) == 4
     found = torch.autograd.grad(attention(q, k, v, WINDOW).square().sum(), (q, k, v))
@@ -186,19 +194,61 @@ def test_gradients_are_those_of_the_tiles_that_lost(turn):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("why", ["a share too small for a look", "as fast as the default", "a crowded machine"])
-def test_masks_are_not_looked_at_where_tiles_are_hardly_ever_worth_it(why, turn, monkeypatch):
-    """By share, tiles at twice the default's time win up to 31% of all pairs, at three times up to 21%."""
-    seen, (q, k, v) = turn(with_tiles_at({"a share too small for a look": 9e-3}.get(why, 3.1e-3))), fakes.qkv(N)
-    if why == "a crowded machine":
-        monkeypatch.setattr("fastattn.verdicts.verdict.CROWDED", -1.0)
-    mask = (KEY < 32).expand(N, N).clone() if why != "as fast as the default" else CAUSAL
+FEW = (KEY < 32).expand(N, N).clone()  # of all pairs 6% lie in tiles
+
+
+@pytest.mark.parametrize(
+    ("costs", "mask"),
+    [(with_tiles_at(90e-3), FEW), (with_tiles_at(3.3e-3, 3e-3), FEW), (with_tiles_at(31e-3), CAUSAL)],
+    ids=["a share too small for a look", "a look dearer than what it saves", "the mask that was timed"],
+)
+def test_masks_are_not_looked_at_where_tiles_are_hardly_ever_worth_it(costs, mask, turn):
+    """By share, tiles at three times the default's time win up to 20% of all pairs."""
+    seen, (q, k, v) = turn(costs), fakes.qkv(N)
     assert fastattn.explain(q, k, v, mask, tune=True).served_by == "default"
     assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
 
 
+def test_the_times_of_a_crowded_machine_say_nothing_of_shares(turn, monkeypatch):
+    seen, (q, k, v) = turn(with_tiles_at(31e-3)), fakes.qkv(N)
+    monkeypatch.setattr("fastattn.verdicts.verdict.CROWDED", -1.0)
+    assert fastattn.explain(q, k, v, FEW, tune=True).served_by == "default"
+    assert runs_of(seen, lambda: attention(q, k, v, FEW)) == []
+
+
+def test_tiles_that_lost_are_served_for_a_gain_that_their_times_are_sure_of():
+    worth = partial(Verdict.share_worth_tiles, is_to_gain=True)
+    plain, tiles = Trial("default", time_us=1e5, noise=0.0), Trial("t+tiles", time_us=1e5, noise=0.0, share=0.6)
+    assert worth(tiles, plain) == pytest.approx(0.6 / 1.03)
+    assert worth(tiles._replace(time_us=7e4), plain) == pytest.approx(0.6 / 1.03), "not with the mask it lost on"
+    assert worth(tiles._replace(noise=0.2), plain) == pytest.approx(0.6 / 1.4)
+    assert worth(tiles, plain._replace(noise=None)) == pytest.approx(0.6 / 1.25), "fewer than three rounds"
+
+
+def test_of_the_two_the_one_that_raises_is_out(turn, monkeypatch):
+    """Tiles that lost, and a winner that computes all pairs: whichever it is, the other one goes on."""
+    q, k, v = fakes.qkv(N)
+    broken = []
+
+    def quick(q, k, v, mask, a):
+        if "quick" in broken:
+            raise RuntimeError("quick: launch failed")
+        return fakes.honest(q, k, v, mask, a)
+
+    fakes.add(monkeypatch, fakes.made_up("quick", quick))
+    with fastattn.options.scope(kernels="tiler,quick"):
+        seen = turn(with_tiles_at(33e-3) | {"quick": 20e-3})
+        assert fastattn.explain(q, k, v, RANDOM, tune=True).served_by == "quick"
+        attention(q, k, v, RANDOM)
+        broken.append("quick")
+        torch.testing.assert_close(attention(q, k, v, RANDOM), sdpa(q, k, v, RANDOM))
+        verdict = fastattn.explain(q, k, v, RANDOM).verdict
+        assert [verdict.trial(name).is_timed for name in ("quick", "tiler+tiles")] == [False, True]
+        assert len(runs_of(seen, lambda: attention(q, k, v, WINDOW))) == 4
+
+
 def test_tiles_that_raise_are_out_and_the_default_answers(turn, monkeypatch):
-    seen, (q, k, v) = turn(with_tiles_at(3.3e-3)), fakes.qkv(N)
+    seen, (q, k, v) = turn(with_tiles_at(33e-3)), fakes.qkv(N)
     found = fastattn.explain(q, k, v, WINDOW, tune=True)
     attention(q, k, v, WINDOW)
 
@@ -206,10 +256,55 @@ def test_tiles_that_raise_are_out_and_the_default_answers(turn, monkeypatch):
         raise RuntimeError("tiler: launch failed")
 
     monkeypatch.setattr(fakes, "honest", broken)
-    want = sdpa(q, k, v, WINDOW)
-    torch.testing.assert_close(attention(q, k, v, WINDOW), want)
+    torch.testing.assert_close(attention(q, k, v, WINDOW), sdpa(q, k, v, WINDOW))
     after = fastattn.explain(q, k, v, WINDOW).verdict
     assert found.verdict.trial("tiler+tiles").is_timed
     assert not after.trial("tiler+tiles").is_timed
     assert runs_of(seen, lambda: attention(q, k, v, WINDOW)) == []
     assert after.winner == "default"
+
+
+def test_a_miss_decides_one_other_kernel_at_most(turn, monkeypatch):
+    """Each one costs a tenth of a millisecond, and a library may be imported for it."""
+    turn(with_tiles_at(33e-3))
+    q, k, v = fakes.qkv(N)
+    fastattn.explain(q, k, v, CAUSAL, tune=True)
+    asked = []
+    real = candidates.decide
+    monkeypatch.setattr(
+        candidates, "decide", lambda kernel, *a, **b: asked.append(kernel.name) or real(kernel, *a, **b)
+    )
+    attention(q, k, v, CAUSAL)
+    assert asked.count("tiler") == 1
+    assert set(asked) <= {"default", "tiler", "sdpa_math"}
+
+
+def test_a_decode_is_served_at_lengths_that_both_take(monkeypatch):
+    plain = fakes.made_up("plain", fakes.honest)
+    tiler = fakes.made_up("tiler", fakes.honest, tiles=True, needs=(Range("kv_len", min=1200),))
+    fakes.add(monkeypatch, plain, tiler)
+    q, k, v = torch.randn(1, 4, 1, 16), *torch.randn(2, 1, 4, 1300, 16)
+    key = call_key(q, k, v, None, "bhsd", parse_options({}))
+    with fastattn.options.scope(kernels="plain,tiler"):
+        asked = resolve.asked_of(key, current_settings(), Circumstances())
+        assert validity.kv_lens_served([Accepted(plain)], asked, key) == (2, 1025, 1456)
+        assert validity.kv_lens_served([Accepted(tiler, ("tiles",)), Accepted(plain)], asked, key) is None
+
+
+@pytest.mark.parametrize("mask", [DOCUMENTS, masks.Causal() & masks.Document(64)], ids=["found", "told"])
+def test_what_was_found_before_a_cast_holds_after_it(mask, monkeypatch):
+    """In training half precision is cast before it is cut into tiles, and whether tiles pay is decided before that."""
+    dtypes, names = set(), ("wide+fp32+tiles", "wide+fp32+tiles+mask_dense")
+
+    def run(q, k, v, mask, a):
+        dtypes.update(x.dtype for x in (q, k, v, mask) if x is not None)
+        return fakes.honest(q, k, v, mask, a)
+
+    fakes.add(monkeypatch, fakes.made_up("wide", run, tiles=True, fp32=True, dtypes=("float32",)))
+    fakes.turn(monkeypatch, fakes.Clock({"default": 4e-3} | dict.fromkeys(names, 1e-3)))
+    q, k, v = fakes.qkv(N, dtype=torch.bfloat16, grad=True)
+    with fastattn.options.scope(kernels="wide"):
+        assert fastattn.explain(q, k, v, mask, tune=True).served_by in names
+        dtypes.clear()
+        hold(expect(q, k, v, DOCUMENTS), lambda *x: attention(*x[:3], mask), q, k, v, DOCUMENTS)
+    assert dtypes - {torch.bool} == {torch.float32}

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import masks
-from fastattn.planning.conversions import tiles
+from fastattn.planning.conversions import tile_masks, tiles
 
 N, M = 300, 420
 ROW, KEY = torch.arange(N)[:, None], torch.arange(M)
@@ -81,6 +81,17 @@ def test_in_training_all_is_cast_before_it_is_cut(mask, conversions):
             fastattn.attention(q, k, v, mask, kernel=kernel).sum().backward()
         assert made.largest == max(x.numel() for x in (q, k, v))
         assert made.count == 8, "q, k, v, the output, and their gradients"
+
+
+@pytest.mark.parametrize("mask", [MASKS["causal"], masks.Causal() | masks.Prefix(200)], ids=["found", "told"])
+def test_tiles_that_were_found_before_the_cast_are_counted_after_it(mask):
+    """What their graphs would hold decides whether they are kept."""
+    q, k, _ = qkv(1, 2, 2, N, N if isinstance(mask, masks.Mask) else M, 16, dtype=torch.bfloat16)
+    make = tile_masks.tiled_by_mask if isinstance(mask, masks.Mask) else tile_masks.tiled_by_look
+    tiled = make(mask, q, k)
+    again = tile_masks.tiled_again(tiled, q.float(), k.float())
+    assert again.own_bytes == 2 * tiled.own_bytes > 0
+    assert tile_masks.tiled_again(tiled, q, k) is tiled
 
 
 class Casts(TorchDispatchMode):

@@ -11,18 +11,14 @@ from fastattn.environment.text import unknown_kernel
 from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
-from fastattn.planning import binding, candidates, default_choice
+from fastattn.planning import candidates, default_choice
 from fastattn.planning.conversions.blocks import IN_BLOCKS
-from fastattn.planning.conversions.tiles import is_large, may_be_tiled
 from fastattn.planning.decision import Accepted, Decision, Rejected, but_for_copies
 from fastattn.problems.problem import Problem
-from fastattn.verdicts.verdict import MARGIN, Verdict
+from fastattn.verdicts.verdict import Verdict
 
 if TYPE_CHECKING:
     from fastattn.dispatch.service import Asked
-
-# Where tiles lost, a mask is looked at in each call if they would win with one that leaves this share of all pairs.
-WORTH_A_LOOK = 0.25
 
 
 def all_decisions(asked: Asked) -> list[Decision]:
@@ -68,22 +64,29 @@ def in_order(
     """
     done: set[str] = set()
     for name in verdict.ranked() if verdict is not None else ():
-        kernel = registry.row_for(name.split("+")[0], asked.device.type, asked.settings.named)
-        is_out = verdict is not None and (verdict.problem, name) in session.demotions
-        if kernel is None or is_out or (tracing and not stands_in_graph(kernel, name, asked.problem)):
-            continue
-        if asked.circumstances.capturing and not is_ready(kernel):
-            continue
-        if name == "default" and why_not_default(asked) is not None:
-            continue
-        found = candidates.decide(
-            kernel, asked.problem, asked.device, asked.settings, facts=asked.facts, certain=certain
-        )
-        for candidate in _as_in_verdict(name, found):
-            if verdict is None or (verdict.problem, candidate.name) not in session.demotions:
-                done.add(candidate.name)
-                yield candidate
+        for candidate in ranked(name, asked, verdict, certain=certain, tracing=tracing):
+            done.add(candidate.name)
+            yield candidate
     yield from (candidate for candidate in last_resorts(asked, verdict) if candidate.name not in done)
+
+
+def ranked(
+    name: str, asked: Asked, verdict: Verdict | None, *, certain: bool = True, tracing: bool = False
+) -> Iterator[Accepted]:
+    """The candidate of a name in the verdict, if it may run."""
+
+    def is_out(name: str) -> bool:
+        return verdict is not None and (verdict.problem, name) in session.demotions
+
+    kernel = registry.row_for(name.split("+", maxsplit=1)[0], asked.device.type, asked.settings.named)
+    if kernel is None or is_out(name) or (tracing and not stands_in_graph(kernel, name, asked.problem)):
+        return
+    if asked.circumstances.capturing and not is_ready(kernel):
+        return
+    if name == "default" and why_not_default(asked) is not None:
+        return
+    found = candidates.decide(kernel, asked.problem, asked.device, asked.settings, facts=asked.facts, certain=certain)
+    yield from (candidate for candidate in _as_in_verdict(name, found) if not is_out(candidate.name))
 
 
 def _as_in_verdict(name: str, found: list[Decision]) -> list[Accepted]:
@@ -155,24 +158,3 @@ def stands_in_graph(kernel: Kernel, name: str, p: Problem) -> bool:
     conversions = set(name.split("+")[1:])
     is_in_loop = IN_BLOCKS & conversions or ({"split_kv", "pad_lengths"} & conversions and p.lengths != "exact")
     return kernel.library == "torch" and not is_in_loop and not (p.lse and p.needs_grad)
-
-
-def by_share(candidate: Accepted, asked: Asked, verdict: Verdict | None) -> binding.ByShare | None:
-    """Tiles and what computes all pairs, where a call's own mask decides between them; None where nothing is to decide.
-
-    candidate: what serves by the verdict. Where it computes all pairs, tiles lost with the mask that was made up for the
-    tuning; masks are still looked at where one that hides more than that one makes them worth it.
-    """
-    p = asked.problem
-    if asked.kernel is not None or verdict is None or p.mask is None:
-        return None  # with a triangle or a window alone, calls of a problem hide all alike
-    if not candidate.is_in_tiles and (verdict.is_provisional or not (may_be_tiled(p) and is_large(p))):
-        return None
-    other = next((c for c in in_order(asked, verdict) if c.is_in_tiles is not candidate.is_in_tiles), None)
-    if other is None or any(t is None or not t.is_timed for t in map(verdict.trial, (candidate.name, other.name))):
-        return None
-    in_tiles, plain = (candidate, other) if candidate.is_in_tiles else (other, candidate)
-    share = verdict.share_worth_tiles(in_tiles.name, plain.name)
-    if candidate is plain:
-        share /= 1 + MARGIN  # what serves by the verdict is left for a gain alone
-    return binding.ByShare(in_tiles, plain, share) if candidate is in_tiles or share >= WORTH_A_LOOK else None

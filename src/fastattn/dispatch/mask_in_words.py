@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.dispatch import fallback
+from fastattn.dispatch.by_share import by_share
 from fastattn.dispatch.service import Asked
 from fastattn.planning.conversions.tiles import is_large, may_be_tiled
 from fastattn.problems.masks import Mask
@@ -46,10 +47,10 @@ def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
 
 def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
     """Up to which share tiles serve, and what serves this call where it is not what its problem is served by."""
-    candidate = next((c for c in fallback.in_order(asked, verdict) if c.name == served), None)
-    by_share = fallback.by_share(candidate, asked, verdict) if candidate is not None else None
-    if by_share is None:
+    candidate = next((c for c in fallback.in_order(asked, verdict, certain=False) if c.name == served), None)
+    pair = by_share(candidate, asked, verdict, certain=False) if candidate is not None else None
+    if pair is None:
         return ""
-    text = f"; tiles serve up to {by_share.share:.0%}"
-    serves = by_share.in_tiles if tiling.share <= by_share.share else by_share.plain
+    text = f"; tiles serve up to {pair.share:.0%}"
+    serves = pair.in_tiles if tiling.share <= pair.share else pair.plain
     return text if serves == candidate else f"{text}, so {serves.name} serves this one"

@@ -27,34 +27,36 @@ from fastattn.verdicts.verdict import Verdict
 Bind = Callable[[Accepted], Call]
 
 
-def rescued(call: Call, candidate: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind) -> Call:
-    """The Call, with the fallback chain behind it.
+def rescued(call: Call, may_serve: tuple[Accepted, ...], asked: Asked, verdict: Verdict | None, bind: Bind) -> Call:
+    """The Call of a candidate, or of two that a mask decides between, with the fallback chain behind it.
 
     What answered in the place of one that was demoted serves this Call from then on, should somebody hold it (a plan): nothing
     that was demoted is asked again.
     """
-    serving = (call, candidate)
+    serving = (call, may_serve)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         nonlocal serving
-        call, candidate = serving
+        call, may_serve = serving
         try:
             return call(q, k, v, mask)
         except Exception as error:
-            own = availability.modules_of(candidate.kernel)
+            own = {name for one in may_serve for name in availability.modules_of(one.kernel)}
             cause = cause_of(error, own)
             is_short = _is_short_on_cpu(error, q, own)
             if cause in RAISED and not is_short:
                 raise
             if not is_short:
-                out, other_call, other = _answer(error, candidate, asked, verdict, bind, (q, k, v, mask))
+                given = (q, k, v, mask)
+                out, other_call, other = _answer(error, may_serve, asked, verdict, bind, given)
                 is_its_own = cause is Cause.KERNEL and not is_capturing(q) and _fits(asked, q, k, v)
-                if is_its_own and _raises_again(error, call, (q, k, v, mask)):
-                    serving = (other_call, other)
-                    _demote(error, candidate, other, asked, verdict, q)
+                if is_its_own and _raises_again(error, call, given, own):
+                    failed = next((one for one in may_serve[:-1] if _raises(bind(one), given)), may_serve[-1])
+                    serving = (other_call, (other,))
+                    _demote(error, failed, other, asked, verdict, q)
                 return out
         # only now: the exception held what the kernel had made
-        return _with_less_memory(candidate, asked, verdict, bind, (q, k, v, mask))
+        return _with_less_memory(may_serve, asked, verdict, bind, (q, k, v, mask))
 
     return run
 
@@ -66,11 +68,11 @@ def _is_short_on_cpu(error: Exception, q: Tensor, own: Collection[str]) -> bool:
 
 
 def _with_less_memory(
-    candidate: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
+    may_serve: tuple[Accepted, ...], asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
 ) -> Any:
     """The answer of the default, which may need no copies; where it has no memory either, its error is the caller's."""
     default = fallback.last_resorts(asked, verdict)[0]
-    log.info("kernel %s found no memory on %s; %s answered", candidate.name, asked.problem, default.name)
+    log.info("kernel %s found no memory on %s; %s answered", may_serve[0].name, asked.problem, default.name)
     return bind(default)(*given)
 
 
@@ -86,15 +88,23 @@ def _fits(asked: Asked, *given: Tensor) -> bool:
 
 
 def _answer(
-    error: Exception, failed: Accepted, asked: Asked, verdict: Verdict | None, bind: Bind, given: tuple[Any, ...]
+    error: Exception,
+    failed: tuple[Accepted, ...],
+    asked: Asked,
+    verdict: Verdict | None,
+    bind: Bind,
+    given: tuple[Any, ...],
 ) -> tuple[Any, Call, Accepted]:
-    """What answers in place of a candidate that raised: (the answer, the Call it came from, its candidate)."""
+    """What answers in place of a candidate that raised: (the answer, the Call it came from, its candidate).
+
+    Of two that a mask decides between both are asked again: who knows which one raised.
+    """
     capturing = is_capturing(given[0])
     asked = asked._replace(circumstances=asked.circumstances._replace(capturing=capturing))
     answers = _answer_of_default(error, asked, verdict, bind, given)
     latest = session.latest(verdict, asked.settings, Device.of(given[0].device)) if verdict is not None else None
     for candidate in fallback.in_order(asked, latest):
-        if candidate == failed or (capturing and not fallback.is_ready(candidate.kernel)):
+        if (candidate,) == failed or (capturing and not fallback.is_ready(candidate.kernel)):
             continue
         try:
             call = bind(candidate)
@@ -121,7 +131,7 @@ def _answer_of_default(
         raise error from None
 
 
-def _raises_again(error: Exception, call: Call, given: tuple[Any, ...]) -> bool:
+def _raises_again(error: Exception, call: Call, given: tuple[Any, ...], own: Collection[str]) -> bool:
     """Whether the call raises a second time, now that something else has answered it.
 
     Raises `error` where it does not, and no kernel raises the like: it came from outside.
@@ -129,11 +139,20 @@ def _raises_again(error: Exception, call: Call, given: tuple[Any, ...]) -> bool:
     try:
         call(*given)
     except Exception as again:
-        if cause_of(again) is Cause.CALLER:
+        cause = cause_of(again, own)
+        if cause is Cause.CALLER:
             raise
-        return cause_of(again) is not Cause.MEMORY
+        return cause is not Cause.MEMORY
     if not isinstance(error, RuntimeError):
         raise error
+    return False
+
+
+def _raises(call: Call, given: tuple[Any, ...]) -> bool:
+    try:
+        call(*given)
+    except Exception:
+        return True
     return False
 
 

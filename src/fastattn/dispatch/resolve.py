@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch import dtensors, fallback, passed_on, service, validity
+from fastattn.dispatch.by_share import by_share
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -163,30 +164,32 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
     session.counts.miss(candidate.name)
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
-    by_share = fallback.by_share(candidate, asked, decision.verdict)
-    # of the two that a mask decides between, tiles are out where the call raises
-    first = candidate if by_share is None else by_share.in_tiles
-    call = bind(candidate, asked, key, by_share)
+    pair = by_share(candidate, asked, decision.verdict)
+    may_serve = (candidate,) if pair is None else (pair.in_tiles, pair.plain)
+    call = bind(candidate, asked, key, pair)
     if asked.problem.is_custom and asked.kernel is None and given is not None:
         _check_custom(call, candidate, asked, key, given)
     elif (
-        asked.kernel is None and not asked.problem.is_custom and first.kernel.name != "default" and not asked.drops_all
+        asked.kernel is None
+        and not asked.problem.is_custom
+        and any(one.kernel.name != "default" for one in may_serve)
+        and not asked.drops_all
     ):
-        call = rescued(call, first, asked, decision.verdict, lambda other: bind(other, asked, key))
+        call = rescued(call, may_serve, asked, decision.verdict, lambda other: bind(other, asked, key))
     return Resolved(
         call,
         candidate.name,
         "tuned now" if decision.action is Action.TUNE else decision.why,
         decision.remember and decision.action is Action.SERVE and may_remember(asked.circumstances),
-        validity.state_read_here(candidate, asked, by_share),
-        None if asked.problem.is_custom else validity.kv_lens_served(candidate, asked, key),
+        validity.state_read_by(may_serve, asked),
+        None if asked.problem.is_custom else validity.kv_lens_served(may_serve, asked, key),
         decision.verdict is not None,
-        reads_alignment=validity.reads_alignment(candidate, asked),
+        reads_alignment=any(validity.reads_alignment(one, asked) for one in may_serve),
         saves_us=decision.verdict.saves_us(candidate.name) if decision.verdict is not None else 0.0,
     )
 
 
-def bind(candidate: Accepted, asked: Asked, key: CallKey, by_share: binding.ByShare | None = None) -> binding.Call:
+def bind(candidate: Accepted, asked: Asked, key: CallKey, pair: binding.ByShare | None = None) -> binding.Call:
     """The Call of a candidate for a call with these options; of one of the two that a mask decides between, in each call."""
     options = key.options
     return binding.bind(
@@ -197,7 +200,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, by_share: binding.BySh
         structured=isinstance(key.mask, masks.Causal),
         dropout_p=options.dropout_p,
         score_mod=options.score_mod,
-        by_share=by_share,
+        by_share=pair,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastattn.dispatch.circumstances import ASKED_BY_SDPA, PRIORITY, is_inside_sdpa_kernel
 from fastattn.dispatch.service import Asked
 from fastattn.environment import torch_switches
 from fastattn.planning import candidates, default_choice
-from fastattn.planning.binding import ByShare
 from fastattn.planning.decision import Accepted
 from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import INT32
@@ -14,8 +15,12 @@ from fastattn.problems.call_key import CallKey, is_block_mask
 from fastattn.problems.layouts import TO_BHSD
 
 
-def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
-    """Names of guard.READERS: the state that a Call depends on and that tensors do not show."""
+def state_read_by(may_serve: Iterable[Accepted], asked: Asked) -> tuple[str, ...]:
+    """Names of guard.READERS: the state that a Call depends on and that tensors do not show; of all that may serve it."""
+    return tuple(dict.fromkeys(name for candidate in may_serve for name in _state_read_by(candidate, asked)))
+
+
+def _state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     problem, facts, kernel = asked.problem, asked.facts, candidate.kernel
     reads = ["deterministic"]
     if facts.asks_grad:
@@ -35,12 +40,6 @@ def state_read_by(candidate: Accepted, asked: Asked) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reads))
 
 
-def state_read_here(candidate: Accepted, asked: Asked, by_share: ByShare | None) -> tuple[str, ...]:
-    """The same of a call that one of two candidates serves, as its mask decides."""
-    may_serve = (candidate,) if by_share is None else (by_share.in_tiles, by_share.plain)
-    return tuple(dict.fromkeys(name for one in may_serve for name in state_read_by(one, asked)))
-
-
 def reads_alignment(candidate: Accepted, asked: Asked) -> bool:
     """Whether a Call is right only for tensors that start at multiples of 16 bytes as these do: of a kernel that reads vectors.
 
@@ -52,10 +51,11 @@ def reads_alignment(candidate: Accepted, asked: Asked) -> bool:
     return candidate.kernel.aligned or (candidate.kernel.name == "default" and runs != "torch_math")
 
 
-def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int, int, int] | None:
+def kv_lens_served(may_serve: Iterable[Accepted], asked: Asked, key: CallKey) -> tuple[int, int, int] | None:
     """(dimension of k's length, lowest, highest kv_len) that a decode's Call may serve; None: its own length alone.
 
-    It serves its whole kv bucket where its kernel takes each length of it. Lengths up to 16 are exact, as corners may coincide.
+    It serves its whole kv bucket where each kernel that may serve takes each length of it. Lengths up to 16 are exact, as
+    corners may coincide.
     """
     problem, decode = asked.problem, asked.facts.decode
     dim, limit = TO_BHSD[problem.layout][2], _longest(asked, key)
@@ -72,8 +72,8 @@ def kv_lens_served(candidate: Accepted, asked: Asked, key: CallKey) -> tuple[int
         return None
     low, high = length_buckets.bucket_bounds(problem.kv_len)
     high = min(high, limit)
-    is_served = candidates.serves_kv_lens(candidate, problem, asked.device, asked.settings, low, high)
-    return (dim, low, high) if is_served else None
+    serve = (candidates.serves_kv_lens(one, problem, asked.device, asked.settings, low, high) for one in may_serve)
+    return (dim, low, high) if all(serve) else None
 
 
 def _longest(asked: Asked, key: CallKey) -> int:

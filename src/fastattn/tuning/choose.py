@@ -12,9 +12,8 @@ from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.reasons import inaccurate
 from fastattn.tuning.stopwatch import MIN_ROUNDS
 from fastattn.tuning.trial_in_progress import TrialInProgress
-from fastattn.verdicts.verdict import MARGIN, Outcome
+from fastattn.verdicts.verdict import MARGIN, ONE_LOOK, Outcome
 
-ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 CheckOnCallersTensors = Callable[[Accepted], Errors]
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 6
+SCHEMA = 7
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
+ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
 MOST_IN_TILES = 0.9  # of all pairs: with more of them there is nothing to gain, whatever the times say
@@ -108,15 +109,20 @@ class Verdict:
             return 0.0
         return before.time_us - after.time_us
 
-    def share_worth_tiles(self, tiles: str, plain: str) -> float:
+    @staticmethod
+    def share_worth_tiles(tiles: Trial, plain: Trial, *, is_to_gain: bool = False) -> float:
         """In how large a share of all pairs tiles cost no more than another candidate, which computes all of them.
 
         As if all that tiles cost grew with the share: what does not only makes them cheaper than that in a larger one.
+        is_to_gain: the other one serves with the mask that was timed, and tiles must gain more than the times are sure of.
         """
-        before, after = self.trial(plain), self.trial(tiles)
-        if before is None or after is None or not (before.time_us and after.time_us and after.share):
+        if not (tiles.time_us and plain.time_us and tiles.share):
             return 0.0
-        return min(MOST_IN_TILES, after.share * before.time_us / after.time_us)
+        worth = tiles.share * plain.time_us / tiles.time_us
+        if is_to_gain:
+            sure = (ONE_LOOK if t.noise is None else 2 * t.noise for t in (tiles, plain))
+            worth = min(worth / (1 + max(MARGIN, *sure)), tiles.share / (1 + MARGIN))
+        return min(MOST_IN_TILES, worth)
 
     def is_open(self, compiling: bool = False) -> bool:
         """Whether another tuning may try candidates that this one left out; compiling: also those to be compiled first."""

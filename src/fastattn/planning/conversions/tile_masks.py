@@ -17,21 +17,22 @@ from fastattn.problems.tilings.of_mask import FEWEST, tiling_of_mask
 from fastattn.problems.tilings.stack import Stack
 from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
 
-KEPT = 2**20, 2**23  # bytes of a tile's mask, up to which 32 and 4 are kept for other tiles and calls
+KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
 FAR = 2**40  # where a tile is taken to lie if only distances count
 
 
 class Tiled(NamedTuple):
-    """parts: the tiles as they are computed. mask_of: the mask (b|1, h|1, rows, keys) of one, for a dtype of q. mask: of all.
+    """parts: the tiles as they are computed. mask_of: the mask of one, (b|1, h|1, rows, keys). mask: the whole.
 
-    own_bytes: of what the graphs of all tiles would hold: masks that no other tile shares, stacks.
+    own_bytes: of what the graphs of all tiles would hold: masks that no other tile shares, stacks. dtype: of q.
     """
 
     tiling: Tiling
     parts: tuple[Tile | Stack, ...]
-    mask_of: Callable[[Any, torch.dtype], Tensor | None]
+    mask_of: Callable[[Any], Tensor | None]
     mask: Tensor | Mask
     own_bytes: int
+    dtype: torch.dtype
 
 
 def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Tiled:
@@ -41,14 +42,11 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
     """
     (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
     offset = mask.offset(q_len, kv_len)
+    dtype = torch.promote_types(q.dtype, torch.float32) if mask.heads() else q.dtype
 
-    def added(dtype: torch.dtype) -> torch.dtype:
-        return torch.promote_types(dtype, torch.float32) if mask.heads() else dtype
-
-    def mask_of(tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    def mask_of(tile: Tile) -> Tensor | None:
         if tile.masked_by is None:
             return None
-        dtype = added(dtype)
         at, keys, entries = tile.positions(offset), tile.keys, range(batch)[tile.batch]
         if tile.masked_by.shifts():
             shift = FAR - at.start
@@ -58,11 +56,11 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
             )
         if not tile.masked_by.is_per_batch():
             entries = range(1)
-        make = next((kept for most, kept in zip(KEPT, _kept, strict=True) if _bytes(tile, dtype) <= most), _made)
+        make = _kept if _bytes(tile, dtype) <= KEPT_BYTES else _made
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
     tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
-    return Tiled(tiling, tiling.tiles, mask_of, mask, own_mask_bytes(tiling.tiles, added(q.dtype)))
+    return Tiled(tiling, tiling.tiles, mask_of, mask, own_mask_bytes(tiling.tiles, dtype), q.dtype)
 
 
 def own_mask_bytes(tiles: Iterable[Tile], dtype: torch.dtype) -> int:
@@ -84,7 +82,7 @@ def _made(
         return additive(seen, torch.empty(0, dtype=dtype, device=device))
 
 
-_kept = remembered(32)(_made), remembered(4)(_made)
+_kept = remembered(32)(_made)
 
 
 def _bytes(tile: Tile, dtype: torch.dtype) -> int:
@@ -98,6 +96,14 @@ def tiled_by_look(mask: Tensor, q: Tensor, k: Tensor, most: float = 1.0) -> Tile
     return None if tiling is None or tiling.share > most else _sliced(mask, tiling, q)
 
 
+def tiled_again(tiled: Tiled, q: Tensor, k: Tensor) -> Tiled:
+    """The same tiles with masks for q as it is now: it may have been cast since."""
+    if tiled.dtype is q.dtype:
+        return tiled
+    mask = tiled.mask
+    return tiled_by_mask(mask, q, k) if isinstance(mask, Mask) else _sliced(mask, tiled.tiling, q)
+
+
 def undivided(mask: Tensor, q: Tensor, k: Tensor) -> Tiled:
     """One tile of all."""
     (batch, _, q_len, _), kv_len = q.shape, k.shape[2]
@@ -108,7 +114,7 @@ def undivided(mask: Tensor, q: Tensor, k: Tensor) -> Tiled:
 def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
     whole = as_4d(mask)
 
-    def mask_of(tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    def mask_of(tile: Tile) -> Tensor | None:
         if not tile.is_masked:
             return None
         rows = whole if whole.shape[2] == 1 else whole[:, :, tile.rows]
@@ -117,4 +123,4 @@ def _sliced(mask: Tensor, tiling: Tiling, q: Tensor) -> Tiled:
     masked = [tile for tile in tiling.tiles if tile.is_masked]
     entries = [len(range(whole.shape[0])[tile.batch]) if whole.shape[0] > 1 else 1 for tile in masked]
     own = whole.shape[1] * sum(n * _bytes(tile, q.dtype) for n, tile in zip(entries, masked, strict=True))
-    return Tiled(tiling, tiling.tiles, mask_of, mask, own)
+    return Tiled(tiling, tiling.tiles, mask_of, mask, own, q.dtype)

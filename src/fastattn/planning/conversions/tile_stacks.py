@@ -23,7 +23,7 @@ from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.problems.tilings.stack import Stack, filled_up, of_like_size
 from fastattn.problems.tilings.tile import Tile
 
-MaskOf = Callable[[Tile, torch.dtype], "Tensor | None"]
+MaskOf = Callable[[Tile], "Tensor | None"]
 FEWER = 2  # times fewer calls that are worth a try: rows and keys are copied for it
 LOOKED_AT = 1024, 4096  # rows and keys, and
 ENTRIES_LOOKED_AT = 16  # batch entries: beyond them there is more of the same
@@ -70,8 +70,8 @@ def _in_stacks(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> Tiled:
     bytes_each = _bytes_each(q.shape[1], k.shape[1], q.shape[3] + v.shape[3], q.dtype)
     parts = _parts(mask, q.shape[0], q.shape[2], k.shape[2], bytes_each, q.dtype, q.device)
 
-    def mask_of(part: Tile | Stack, dtype: torch.dtype) -> Tensor | None:
-        return part.mask if isinstance(part, Stack) else tiled.mask_of(part, dtype)
+    def mask_of(part: Tile | Stack) -> Tensor | None:
+        return part.mask if isinstance(part, Stack) else tiled.mask_of(part)
 
     own = own_mask_bytes([part for part in parts if not isinstance(part, Stack)], q.dtype)
     own += sum(part.bytes(*bytes_each) for part in parts if isinstance(part, Stack))
@@ -104,7 +104,7 @@ def _stack(tiles: Sequence[Tile], tiled: Tiled, q: Tensor, k: Tensor) -> Stack:
     keys, is_key = filled_up([tile.keys[0] for tile in tiles], device)
     mask = None
     if any(tile.is_masked for tile in tiles):
-        mask = _one_for_all(tiles, tiled.mask_of, q.dtype)
+        mask = _one_for_all(tiles, tiled.mask_of)
         if mask is None or ((mask == 0) & is_row[..., None] & is_key.logical_not()[:, None]).any():
             at = entries[:, None, None], rows[:, :, None] + tiled.mask.offset(q_len, kv_len), keys[:, None]
             mask = additive(tiled.mask.sees(*at, kv_len) & is_key[:, None], q)[:, None]
@@ -117,7 +117,7 @@ def _stack(tiles: Sequence[Tile], tiled: Tiled, q: Tensor, k: Tensor) -> Stack:
     return Stack(entries, rows, keys, is_row, is_row.flatten().nonzero()[:, 0], mask)
 
 
-def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf, dtype: torch.dtype) -> Tensor | None:
+def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf) -> Tensor | None:
     """(1, rows, keys) of which each tile's mask is the upper left part; None where there is no such mask."""
     first = tiles[0]
     if first.masked_by is None or not first.masked_by.shifts():
@@ -126,5 +126,5 @@ def _one_for_all(tiles: Sequence[Tile], mask_of: MaskOf, dtype: torch.dtype) -> 
         return None
     row, key = first.rows.start, first.keys[0][0]
     rows, keys = max(tile.row_count for tile in tiles), max(tile.key_count for tile in tiles)
-    found = mask_of(first._replace(rows=slice(row, row + rows), keys=((key, key + keys),)), dtype)
+    found = mask_of(first._replace(rows=slice(row, row + rows), keys=((key, key + keys),)))
     return None if found is None else found[0]

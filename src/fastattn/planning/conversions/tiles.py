@@ -18,7 +18,7 @@ from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.conversions.double_backward import followed_gradients, must_be_followed
 from fastattn.planning.conversions.mask_forms import when_mask_dense
 from fastattn.planning.conversions.own_forms import takes_own_form
-from fastattn.planning.conversions.tile_masks import Tiled, tiled_by_look, tiled_by_mask, undivided
+from fastattn.planning.conversions.tile_masks import Tiled, tiled_again, tiled_by_look, tiled_by_mask, undivided
 from fastattn.planning.default_output import output_order
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import empty_in_order
@@ -76,7 +76,7 @@ def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         if isinstance(mask, Tiled):
-            tiled = mask
+            tiled = tiled_again(mask, q, k)
         elif isinstance(mask, Mask) or band is not None:
             tiled = tiled_by_mask(mask if isinstance(mask, Mask) else band, q, k)  # type: ignore[arg-type]
         else:
@@ -118,7 +118,7 @@ def _forward(step: Run, order: Any, tiled: Tiled, q: Tensor, k: Tensor, v: Tenso
         if lse is not None:
             lse.fill_(float("-inf"))
     for tile in tiled.parts:
-        found = step(tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile, q.dtype), a)
+        found = step(tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile), a)
         if lse is not None:
             found, of_lse = found
             tile.put_rows(lse, of_lse)
@@ -172,7 +172,7 @@ class _InTiles(torch.autograd.Function):
                     inputs, out = graphs[i]
                     graphs[i] = None
                 else:
-                    part = (tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile, q.dtype))
+                    part = (tile.of_rows(q), tile.of_keys(k), tile.of_keys(v), tiled.mask_of(tile))
                     inputs, out = _followed(ctx.step, *part, ctx.a, wanted)[0]
                 asked = [x for x in inputs if x.requires_grad]
                 found = iter(torch.autograd.grad(out, asked, tile.of_gradient(grad)))
