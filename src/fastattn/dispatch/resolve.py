@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import dtensors, fallback, passed_on, service, validity
+from fastattn.dispatch import fallback, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -18,7 +18,6 @@ from fastattn.dispatch.circumstances import (
     what_is_allowed,
     what_passes_on,
 )
-from fastattn.dispatch.rescue import rescued
 from fastattn.dispatch.service import Action, Asked, decide_service
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
@@ -70,8 +69,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     circumstances = Circumstances()
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
-        if (local := dtensors.local_attention(circumstances, q, k, v, mask, layout, given)) is not None:
-            return Resolved(local, "", "", remember=False)  # its own call is counted, and has an entry
+        if circumstances.foreign:
+            from fastattn.dispatch.dtensors import local_attention  # here, as no other call needs it
+
+            if (local := local_attention(circumstances, q, k, v, mask, layout, given)) is not None:
+                return Resolved(local, "", "", remember=False)  # its own call is counted, and has an entry
         if service.is_passed_on(circumstances, options.kernel):
             return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
@@ -117,6 +119,8 @@ def without_tensors(key: CallKey) -> tuple[Resolved, Asked]:
 
 
 def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, mask: Any) -> Resolved:
+    from fastattn.dispatch import passed_on  # here, as no other call needs it
+
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         return passed_on.attend(q, k, v, mask, layout, options)
 
@@ -173,6 +177,8 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
         and candidate.kernel.name != "default"
         and not asked.drops_all
     ):
+        from fastattn.dispatch.rescue import rescued  # the default needs nobody behind it
+
         call = rescued(
             call, candidate, asked, decision.verdict, lambda other: bind(other, asked, key, decision.verdict)
         )
@@ -198,7 +204,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, verdict: Verdict | Non
         asked.problem,
         options.scale,
         asked.facts,
-        structured=isinstance(key.mask, masks.Causal),
+        structured=key.mask is not None and isinstance(key.mask, masks.Causal),
         dropout_p=options.dropout_p,
         score_mod=options.score_mod,
         unless=unless,
