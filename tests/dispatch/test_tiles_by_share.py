@@ -1,7 +1,5 @@
 """What is found in a dense mask decides each call: tiles where enough of it is hidden, else the kernel that computes all."""
 
-from dataclasses import replace
-
 import fakes
 import pytest
 import torch
@@ -65,7 +63,7 @@ def test_the_share_up_to_which_tiles_pay_is_measured(seen):
     assert verdict.share_worth_tiles("tiler+tiles", "no such kernel") == 0
     faster = verdict.trial("tiler+tiles")._replace(time_us=1.0)
     others = tuple(t for t in verdict.trials if t.candidate != "tiler+tiles")
-    assert replace(verdict, trials=(*others, faster)).share_worth_tiles("tiler+tiles", "default") == MOST_IN_TILES
+    assert verdict._replace(trials=(*others, faster)).share_worth_tiles("tiler+tiles", "default") == MOST_IN_TILES
 
 
 def test_a_kernel_that_is_ordered_in_tiles_runs_in_tiles(seen):

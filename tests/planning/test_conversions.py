@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from building import CPU
@@ -47,7 +48,7 @@ def asked() -> list[tuple[Kernel, Problem, CallFacts]]:
 @pytest.fixture
 def amx(monkeypatch):
     """A CPU that has AMX, for all that fastattn knows."""
-    made_up = CPU._replace(name=f"{CPU.name} amx_bf16")
+    made_up = replace(CPU, name=f"{CPU.name} amx_bf16")
     monkeypatch.setattr(Device, "of", staticmethod(lambda device: made_up))
 
 
