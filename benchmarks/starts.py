@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -40,7 +39,7 @@ def store_verdicts() -> None:
     settings, device = current_settings(), Device.of(torch.device("cpu"))
     for verdict in session.held(settings):
         trials = tuple(t._replace(noise=None, drift=None) for t in verdict.trials)
-        session.keep(replace(verdict, trials=trials, cores_missing=0.0), settings, device)
+        session.keep(verdict._replace(trials=trials, cores_missing=0.0), settings, device)
 
 
 def as_installed() -> dict[str, str]:

@@ -365,7 +365,7 @@ def test_what_a_machine_kept_from_being_stored_is_counted(monkeypatch):
     def drifting(problem, *args, **how):
         verdict = real(problem, *args, **how)
         trials = tuple(t._replace(drift=9.0) for t in verdict.trials) if problem.q_heads == 4 else verdict.trials
-        return replace(verdict, trials=trials)
+        return verdict._replace(trials=trials)
 
     monkeypatch.setattr(verdict_module, "DRIFT", 8.0)
     monkeypatch.setattr(tune_now, "tune_problem", drifting)

@@ -191,9 +191,9 @@ def test_on_a_gpu_the_capability_decides_and_a_kernel_file_makes_it_usable(site,
     assert row("SageAttention 3").why_not[0] == "needs sm120 to sm121, this device is sm90"
     assert row("FlashAttention 2").usable
     base = next(kernel for kernel in registry.rows() if kernel.name == "matmul")
-    mine = replace(base, name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
-    too_new = replace(mine, name="flash_9", needs=(Range("capability", min=100),))
-    absent = replace(mine, name="other", library="natten")
+    mine = base.replace(name="flash_2", library="flash_attn", devices=("cuda",), needs=(Range("capability", max=90),))
+    too_new = mine.replace(name="flash_9", needs=(Range("capability", min=100),))
+    absent = mine.replace(name="other", library="natten")
     monkeypatch.setattr(registry, "_registered", [mine, too_new, absent])
     report = examined()
     own = {r.name: r for r in report.kernels}

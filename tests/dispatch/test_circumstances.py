@@ -160,11 +160,10 @@ def problem_of(*args, **options):
 
 def winning(verdict, name):
     """The verdict as if a candidate had won by far."""
-    from dataclasses import replace
 
     won = {"outcome": Outcome.TIMED, "reason": None, "time_us": 0.001}
     trials = tuple(t._replace(**won) if t.candidate == name else t for t in verdict.trials)
-    return replace(verdict, winner=name, trials=trials)
+    return verdict._replace(winner=name, trials=trials)
 
 
 def test_inside_sdpa_kernel_nothing_is_learnt(qkv, never_tuned):

@@ -18,7 +18,7 @@ from fakes import FAST, Clock, add, honest, made_up, turn
 
 import fastattn
 from fastattn import sdpa
-from fastattn.dispatch import four_dims, passed_on
+from fastattn.dispatch import drop_in, four_dims, passed_on
 from fastattn.kernels import Arguments, registry
 from fastattn.kernels.libraries import availability
 from fastattn.planning import binding
@@ -92,7 +92,7 @@ def f_sdpa(request, monkeypatch):
             mask = mask & drawn if mask.dtype is torch.bool else mask.masked_fill(~drawn, float("-inf"))
         return F_sdpa(q, k, v, mask, dropout_p, is_causal and mask is None, scale=scale, enable_gqa=enable_gqa)
 
-    for module in (binding, passed_on, four_dims):
+    for module in (binding, drop_in, passed_on, four_dims):
         monkeypatch.setattr(module, "sdpa", stand_in)
     monkeypatch.setattr(four_dims, "_answers", {})
     monkeypatch.setattr(availability, "load_kernel", lambda kernel, real=availability.load_kernel: (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -164,7 +163,7 @@ def test_explain_says_what_attention_then_does(rule, options, clock, monkeypatch
 
 def test_explain_imports_and_runs_nothing(monkeypatch):
     loaded = []
-    made = replace(made_up("far", honest, library="far-away"), load=lambda: loaded.append(1))
+    made = made_up("far", honest, library="far-away").replace(load=lambda: loaded.append(1))
     monkeypatch.setattr(availability, "library_version", lambda name: torch.__version__ if name == "torch" else "1.0")
     add(monkeypatch, made)
     fastattn.stats.reset()

@@ -37,7 +37,7 @@ def test_a_kernel_accepts_and_refuses_what_the_table_says(case):
 
 
 def test_an_unknown_library_a_foreign_device_and_a_closed_list_are_reasons():
-    kernel = replace(registry.rows()[1], name="elsewhere", library="no-such-library", devices=("cuda",))
+    kernel = registry.rows()[1].replace(name="elsewhere", library="no-such-library", devices=("cuda",))
     [found] = candidates.decide(kernel, problem(), CPU, Settings())
     assert found.reasons == ("needs cuda, this device is cpu",)
     [found] = candidates.decide(kernel, problem(device="cuda"), H100, Settings(kernels=("matmul",)))

@@ -193,7 +193,7 @@ def test_what_compiles_or_was_not_imported_is_not_begun_in_a_cuda_graph(monkeypa
         availability.forget_libraries()  # a process that only read the verdict
         assert first(capturing=True) != WINNER
         assert first() == WINNER
-        rows = tuple(replace(k, compiles="once") if k.name == WINNER else k for k in registry._shipped())
+        rows = tuple(k.replace(compiles="once") if k.name == WINNER else k for k in registry._shipped())
         ship(monkeypatch, rows)
         assert first() == WINNER
         assert first(capturing=True) != WINNER

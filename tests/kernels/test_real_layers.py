@@ -235,12 +235,10 @@ def outcomes(kernel, stub, patch) -> dict[str, str]:
 
     told = kernel
     if not is_on_cpu:
-        told = replace(
-            kernel, load=lambda: OnCuda()(kernel.load()), load_packed=None, load_cached=None, load_paged=None
-        )
+        told = kernel.replace(load=lambda: OnCuda()(kernel.load()), load_packed=None, load_cached=None, load_paged=None)
     if stub.file in ("xformers", "mslk") and kernel.load_packed:
         calls |= library_grid.PACKED
-        told = replace(told, load_packed=lambda: OnCuda()(kernel.load_packed()))
+        told = told.replace(load_packed=lambda: OnCuda()(kernel.load_packed()))
     return {case: outcome(told, stub, call) for case, call in calls.items()}
 
 

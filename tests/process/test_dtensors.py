@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rank_processes import outputs_of
 
 import fastattn
-from fastattn.dispatch import passed_on
+from fastattn.dispatch import drop_in
 
 F_sdpa = F.scaled_dot_product_attention
 
@@ -24,7 +24,7 @@ import os
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 import fastattn
-from fastattn.dispatch import passed_on, tune_now
+from fastattn.dispatch import drop_in, tune_now
 
 F_sdpa = F.scaled_dot_product_attention
 torch.set_num_threads(1)
@@ -80,7 +80,7 @@ for door in ("sdpa", "patched", "attention", "bshd"):
                 torch.testing.assert_close(x.grad.full_tensor(), theirs)
 
 # what is not alike is F.sdpa's, as it was called (DTensor's own takes half a minute for its first such call on a CPU)
-passed_on.sdpa = lambda *given, **options: "F.sdpa"
+drop_in.sdpa = lambda *given, **options: "F.sdpa"
 full = torch.randn(2, 4, 6, 8)
 OTHERS = {
     "sharded over rows": ([(Shard(2),)] * 3, None, {}),
@@ -134,7 +134,7 @@ def alone():
 def test_a_mask_that_asks_for_a_gradient_and_modes_are_torchs(alone, untuned, monkeypatch):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    monkeypatch.setattr(passed_on, "sdpa", lambda *_, **__: "F.sdpa")
+    monkeypatch.setattr(drop_in, "sdpa", lambda *_, **__: "F.sdpa")
     q = distribute_tensor(torch.randn(2, 4, 6, 8), alone, [Shard(0)])
     mask = distribute_tensor(torch.randn(6, 6), alone, [Replicate()])
     want = F_sdpa(*[q.to_local()] * 3, mask.to_local())

@@ -122,18 +122,47 @@ print("served")
     assert child(code, FASTATTN_CACHE_DIR=str(tmp_path), FASTATTN_KERNELS="-flex") == "served"
 
 
-def test_fault_93_the_first_call_on_a_stored_problem_imports_no_tuning(tmp_path):
-    code = """
-import sys, torch, fastattn
-x = torch.randn(1, 2, 16, 8)
+SUPPORT = Path(__file__).parents[1] / "support"
+TUNES = """
+import pytest, torch, fastattn
+from fakes import Clock, turn
+turn(pytest.MonkeyPatch(), Clock({{"default": 4e-3, {winner!r}: 1e-3}}))
+x = torch.zeros(1, 2, 16, 8)
 fastattn.attention(x, x, x)
-print([m for m in sys.modules if m.startswith(("fastattn.tuning.t", "fastattn.tuning.s", "fastattn.tuning.accuracy"))])
 """
-    child(code, FASTATTN_CACHE_DIR=str(tmp_path))
-    stored = list(tmp_path.rglob("v*/*/*.json"))
-    if not stored:
-        pytest.skip("the machine changed its speed: no verdict was stored")
-    assert child(code, FASTATTN_CACHE_DIR=str(tmp_path)) == "[]"
+CALLS = """
+import sys, torch, fastattn
+before, x = set(sys.modules), torch.zeros(1, 2, 16, 8)
+fastattn.attention(x, x, x)
+print(*sorted(set(sys.modules) - before))
+"""
+# What the first call on a stored problem without a mask does without, unless its candidate asks for it.
+SPARED = (
+    "fastattn.tuning.t", "fastattn.tuning.s", "fastattn.tuning.accuracy", "fastattn.problems.masks.",
+    "fastattn.problems.tilings", "fastattn.problems.rewriting", "fastattn.problems.packing", "fastattn.problems.spelling",
+    "fastattn.problems.sliding_window_decode", "fastattn.verdicts.manifest", "fastattn.kernels.workspace",
+    "fastattn.kernels.plain_math", "fastattn.kernels.libraries.import_probe", "fastattn.kernels.libraries.operator_files",
+    "fastattn.kernels.libraries.crash_notes", "fastattn.kernels.adapters.", "fastattn.planning.conversions.",
+    "fastattn.dispatch.dtensors", "fastattn.dispatch.four_dims", "fastattn.dispatch.passed_on", "fastattn.dispatch.rescue",
+    "fastattn.dispatch.explain", "fastattn.dispatch.compiled", "shlex", "subprocess", "email",
+)  # fmt: skip
+OF_ALL = {"planning.conversions.conversion", "kernels.adapters.torch_sdpa"}
+OF_MATMUL = {"dispatch.rescue", "kernels.adapters.matmul", "kernels.plain_math", "kernels.workspace",
+             "planning.conversions.blocks", "planning.conversions.dtype"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("winner", "own"), [("default", OF_ALL), ("matmul", OF_ALL | OF_MATMUL)], ids=["default", "matmul"]
+)
+def test_fault_93_the_first_call_on_a_stored_problem_imports_what_its_candidate_needs(winner, own, tmp_path):
+    """Nothing of tuning, no other kernel's adapter, and of the conversions and the masks those that the call has."""
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+    child(TUNES.format(winner=winner), FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
+    assert len(list(tmp_path.rglob("v*/*/*.json"))) == 1
+    loaded = child(CALLS, FASTATTN_CACHE_DIR=str(tmp_path)).split()
+    found = {name.removeprefix("fastattn.") for name in loaded if name.startswith(SPARED)}
+    assert found <= own, "imported in the first call, and not needed by it"
+    assert ("kernels.adapters.matmul" in found) == (winner == "matmul"), "it was not the stored winner that served"
 
 
 # --- fault 97: where the default wins, tune says what came nearest

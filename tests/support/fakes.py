@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def quick_wins(monkeypatch: Any) -> Clock:
 
 def replace_default(monkeypatch: Any, run: Run) -> None:
     """The default computes `run` until the test ends."""
-    rows = tuple(replace(r, load=lambda: run) if r.name == "default" else r for r in registry._shipped())
+    rows = tuple(r.replace(load=lambda: run) if r.name == "default" else r for r in registry._shipped())
     ship(monkeypatch, rows)
 
     def sdpa(q, k, v, mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):

@@ -355,14 +355,10 @@ def test_an_error_of_the_backward_alone_becomes_the_reason(fast):
 
 
 def test_fault_59_a_library_that_cannot_be_imported_becomes_the_reason(monkeypatch):
-    from dataclasses import replace
-
     def load():
         raise ImportError("libfast.so.3: cannot open shared object file")
 
-    add(
-        monkeypatch, replace(made_up("broken", honest), load=load), made_up("absent", honest, library="no-such-library")
-    )
+    add(monkeypatch, made_up("broken", honest).replace(load=load), made_up("absent", honest, library="no-such-library"))
     rows = {t.candidate: t.reason for t in fastattn.explain(*qkv(64)).rows}
     assert rows["broken"] == "package torch cannot be used: ImportError: libfast.so.3: cannot open shared object file"
     assert rows["absent"] == "package no-such-library is not installed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import replace
 
 import pytest
 import torch
@@ -215,7 +214,7 @@ def test_what_took_too_much_room_is_not_tried_by_every_process(library, monkeypa
         ({"first_call_us": None, "library": "torch 2.13.0"}, False),
         ({"first_call_us": None, "outcome": Outcome.NOT_COMPILED}, False),
     ):
-        assert replace(base, trials=(base.trials[0], trial._replace(**changes))).is_unfinished is want
+        assert base._replace(trials=(base.trials[0], trial._replace(**changes))).is_unfinished is want
 
 
 def test_where_rounds_of_all_would_take_too_long_slow_ones_leave_before(monkeypatch):

@@ -12,7 +12,7 @@ from fastattn.kernels import registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates, default_choice
-from fastattn.planning.conversions.blocks import IN_BLOCKS
+from fastattn.planning.conversions import IN_BLOCKS
 from fastattn.planning.decision import Accepted, Decision, Rejected, but_for_copies
 from fastattn.problems.problem import Problem
 from fastattn.verdicts.verdict import Verdict

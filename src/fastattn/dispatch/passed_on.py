@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +32,6 @@ def why_not_in_graph(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: Any,
     if q.shape[1] != k.shape[1] and not enable_gqa and not is_one_head_broadcast(q, k, v, enable_gqa):
         return OTHER_HEADS
     return None
-
-
-def as_it_was(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Callable[..., Any]:
-    """F.sdpa with these arguments; what is as usual is not said again, which saves some 0.2 us a call."""
-    if scale is not None or enable_gqa is not False:
-        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if is_causal is not False or dropout_p.__class__ is not float or dropout_p:
-        return lambda q, k, v, mask: sdpa(q, k, v, mask, dropout_p, is_causal)
-    return sdpa
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptions) -> Any:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch import dtensors, fallback, passed_on, service, validity
-from fastattn.dispatch.by_share import by_share
+from fastattn.dispatch import fallback, service, validity
 from fastattn.dispatch.circumstances import (
     SEEN_BY_GUARDS,
     TUNE,
@@ -19,7 +18,6 @@ from fastattn.dispatch.circumstances import (
     what_is_allowed,
     what_passes_on,
 )
-from fastattn.dispatch.rescue import rescued
 from fastattn.dispatch.service import Action, Asked, decide_service
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
@@ -70,8 +68,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     circumstances = Circumstances()
     if all(isinstance(x, Tensor) for x in (q, k, v)) or has_torch_function(q, k, v):
         circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
-        if (local := dtensors.local_attention(circumstances, q, k, v, mask, layout, given)) is not None:
-            return Resolved(local, "", "", remember=False)  # its own call is counted, and has an entry
+        if circumstances.foreign:
+            from fastattn.dispatch.dtensors import local_attention  # here, as no other call needs it
+
+            if (local := local_attention(circumstances, q, k, v, mask, layout, given)) is not None:
+                return Resolved(local, "", "", remember=False)  # its own call is counted, and has an entry
         if service.is_passed_on(circumstances, options.kernel):
             return _if_guarded(_passed_on(circumstances, layout, options, mask), mask, given)
     key = call_key(q, k, v, mask, layout, options)
@@ -117,6 +118,8 @@ def without_tensors(key: CallKey) -> tuple[Resolved, Asked]:
 
 
 def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, mask: Any) -> Resolved:
+    from fastattn.dispatch import passed_on  # here, as no other call needs it
+
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
         return passed_on.attend(q, k, v, mask, layout, options)
 
@@ -164,7 +167,11 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
     session.counts.miss(candidate.name)
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
-    pair = by_share(candidate, asked, decision.verdict)
+    pair = None
+    if asked.problem.mask is not None:
+        from fastattn.dispatch.by_share import by_share  # elsewhere calls of a problem hide all alike
+
+        pair = by_share(candidate, asked, decision.verdict)
     may_serve = (candidate,) if pair is None else (pair.in_tiles, pair.plain)
     call = bind(candidate, asked, key, pair)
     if asked.problem.is_custom and asked.kernel is None and given is not None:
@@ -175,6 +182,8 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
         and any(one.kernel.name != "default" for one in may_serve)
         and not asked.drops_all
     ):
+        from fastattn.dispatch.rescue import rescued  # the default needs nobody behind it
+
         call = rescued(call, may_serve, asked, decision.verdict, lambda other: bind(other, asked, key))
     return Resolved(
         call,
@@ -197,7 +206,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, pair: binding.ByShare 
         asked.problem,
         options.scale,
         asked.facts,
-        structured=isinstance(key.mask, masks.Causal),
+        structured=key.mask is not None and isinstance(key.mask, masks.Causal),
         dropout_p=options.dropout_p,
         score_mod=options.score_mod,
         by_share=pair,

@@ -19,11 +19,9 @@ from fastattn.dispatch.lengths_seen import LengthsSeen
 from fastattn.dispatch.shared_tables import SharedTables
 from fastattn.environment.device import Device
 from fastattn.environment.log import log
-from fastattn.environment.remembered import forget
 from fastattn.environment.settings import Settings
 from fastattn.problems import length_buckets
 from fastattn.problems.problem import Problem
-from fastattn.problems.spelling import command_line
 from fastattn.tuning.freshness import is_fresh
 from fastattn.verdicts.store import Store, store_of
 from fastattn.verdicts.verdict import Verdict
@@ -211,6 +209,8 @@ class Session:
             is_first = why not in self._said
             self._said.add(why)
         if is_first and not (circumstances.distributed and torch.distributed.get_rank()):
+            from fastattn.problems.spelling import command_line
+
             text = "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s"
             log.warning(text, why, command_line(problem))
 
@@ -237,5 +237,7 @@ if hasattr(os, "register_at_fork"):
 
 def clear() -> None:
     """Forget all that this process has learnt (not what is on disk): the next call of each kind is a miss again."""
+    from fastattn.environment.remembered import forget  # here, as whoever remembers has it imported
+
     session.clear()
     forget()

@@ -6,7 +6,6 @@ from fastattn.environment.device import Device
 from fastattn.environment.log import log
 from fastattn.environment.settings import Settings
 from fastattn.problems.problem import Problem
-from fastattn.verdicts.manifest import read_manifest
 from fastattn.verdicts.verdict import Verdict
 
 Table = dict[Problem, Verdict]
@@ -29,6 +28,8 @@ class SharedTables:
         if settings.manifest is not None:
             name = (settings.manifest, device)
             if name not in self._manifests and may_read:
+                from fastattn.verdicts.manifest import read_manifest  # here, as few processes have one
+
                 try:
                     self._manifests[name] = read_manifest(settings.manifest, device)
                 except (OSError, ValueError) as error:

@@ -5,31 +5,36 @@ A kernel is a row of data about one entry point of one library, with one `load()
 what is installed.
 """
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fastattn.environment.device import Device
-from fastattn.environment.log import log
-from fastattn.environment.remembered import remembered
-from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
-from fastattn.kernels.libraries.availability import is_before
-from fastattn.kernels.libraries.operator_files import load_operators
-from fastattn.kernels.limits import (
-    BFLOAT16,
-    FLASH_2_BACKWARD,
-    GRID,
-    NOT_EMPTY,
-    OWN_MASK,
-    PLANNED,
-    Forbid,
-    Need,
-    OneOf,
-    Range,
-    RefuseWhen,
-)
-from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
-from fastattn.kernels.workspace import scratch
-from fastattn.problems.dense_masks import additive, as_4d, as_bias, drowns_scores, sees_nothing
-from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlocks
+from fastattn.environment.later import imported_later
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastattn.environment.device import Device
+    from fastattn.environment.log import log
+    from fastattn.environment.remembered import remembered
+    from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
+    from fastattn.kernels.libraries.availability import is_before
+    from fastattn.kernels.libraries.operator_files import load_operators
+    from fastattn.kernels.limits import (
+        BFLOAT16,
+        FLASH_2_BACKWARD,
+        GRID,
+        NOT_EMPTY,
+        OWN_MASK,
+        PLANNED,
+        Forbid,
+        Need,
+        OneOf,
+        Range,
+        RefuseWhen,
+    )
+    from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
+    from fastattn.kernels.workspace import scratch
+    from fastattn.problems.dense_masks import additive, as_4d, as_bias, drowns_scores, sees_nothing
+    from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, MaskBlocks
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
@@ -37,3 +42,19 @@ __all__ = [
     "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "is_before", "load_operators", "log",
     "remembered", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip
+
+# An adapter has no more imported than it names: of most only torch's own is asked in a process.
+_OF_KERNEL = ("Arguments", "Backward", "Kernel", "Run", "Tensor", "require_keywords", "require_private")
+_OF_LIMITS = ("BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED",
+              "Forbid", "Need", "OneOf", "Range", "RefuseWhen")  # fmt: skip
+_OF_DENSE_MASKS = ("additive", "as_4d", "as_bias", "drowns_scores", "sees_nothing")
+_FILES = {
+    **dict.fromkeys(_OF_KERNEL, "kernel"),
+    **dict.fromkeys(_OF_LIMITS, "limits"),
+    **dict.fromkeys(("NEVER", "fold", "sdpa_math", "unfold"), "plain_math"),
+    **dict.fromkeys(_OF_DENSE_MASKS, ".problems.dense_masks"),
+    **dict.fromkeys(("HIDDEN", "SIZE", "WHOLE", "MaskBlocks"), ".problems.tilings.mask_blocks"),
+    "scratch": "workspace", "is_before": "libraries.availability", "load_operators": "libraries.operator_files",
+    "Device": ".environment.device", "log": ".environment.log", "remembered": ".environment.remembered",
+}  # fmt: skip
+__getattr__ = imported_later(__name__, _FILES)

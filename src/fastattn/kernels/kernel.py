@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -62,9 +61,8 @@ Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
 Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor, Arguments], "tuple[Tensor, ...]"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)  # a row is itself: hashing 45 fields would cost every miss
-class Kernel:
-    """One entry point. The order of rows is the order that decides between equals."""
+class Kernel(NamedTuple):
+    """One entry point, made by keywords. The order of rows is the order that decides between equals."""
 
     name: str
     summary: str
@@ -132,6 +130,13 @@ class Kernel:
     )  # of the library: the first that works, and the first that does not work any more
     opt_in: bool = False  # considered only where the caller names it
     needs: tuple[Need, ...] = ()
+
+    # a row is itself: to hash 50 fields would cost every miss
+    __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
+
+    def replace(self, **changes: Any) -> Kernel:
+        """The same row but for some fields."""
+        return self._replace(**changes)
 
     def __reduce__(self) -> Any:
         """Pickled by name: a row holds functions, and another process has rows of its own."""

@@ -16,11 +16,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from pkgutil import get_data
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastattn.environment.device import Device
 from fastattn.kernels.libraries.versions import comparable
@@ -45,16 +44,15 @@ COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 SPEC = re.compile(r"(>=|<=|==|<|>)\s*\d+(\.\d+)*((a|b|rc)\d+)?")  # a part of what "versions" asks for
 
 
-@dataclass(frozen=True)
-class KnownFault:
+class KnownFault(NamedTuple):
     """One known fault of a kernel."""
 
     kernel: str | list[str]
     reason: str
     link: str
     runs: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    when: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = {}
+    when: dict[str, Any] = {}
 
     @property
     def kernels(self) -> list[str]:
@@ -72,7 +70,7 @@ class KnownFault:
     def may_hold_between(self, low: int, high: int, problem: Problem, device: Device, library: str) -> bool:
         """Whether it holds at a kv_len of that range, or may: of what else follows from a length nothing is known."""
         fixed = {name: wanted for name, wanted in self.when.items() if name not in OF_LENGTH}
-        if len(fixed) == len(self.when) or not replace(self, when=fixed).holds(problem, device, library):
+        if len(fixed) == len(self.when) or not self._replace(when=fixed).holds(problem, device, library):
             return False
         wanted = self.when.get("kv_len")
         return wanted is None or any(_is_met(length, wanted) for length in range(low, high + 1))
@@ -144,7 +142,7 @@ def _why_invalid(row: Any) -> str | None:
             return f"versions of {name} must look like '>=2.11,<2.14', got {spec!r}"
     for name, wanted in row.get("when", {}).items():
         is_property = isinstance(getattr(Problem, name, None), property)
-        if name not in (*OF_DEVICE, *OF_CALL) and not is_property and name not in Problem.__dataclass_fields__:
+        if name not in (*OF_DEVICE, *OF_CALL) and not is_property and name not in Problem._fields:
             return f"when speaks of {name!r}, which no Problem has"
         if isinstance(wanted, dict) and not set(wanted) <= set(BOUNDS):
             return f"when of {name} must use {', '.join(BOUNDS)}, got {', '.join(wanted)}"

@@ -7,7 +7,6 @@ its metadata alone, and imported only where the caller names it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -167,4 +166,4 @@ def _loaded(kernel: Kernel) -> Kernel:
     except Exception as error:
         raise_callers(error, [point.value.split(".")[0].split(":")[0]])
         return _unloaded(point, error)
-    return replace(row, name=kernel.name, library=kernel.library, opt_in=True)
+    return row.replace(name=kernel.name, library=kernel.library, opt_in=True)

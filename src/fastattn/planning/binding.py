@@ -15,19 +15,13 @@ from fastattn.environment.text import type_name
 from fastattn.environment.torch_private import is_view, sdpa
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.kernels.libraries import availability
-from fastattn.planning.conversions import BY_NAME
-from fastattn.planning.conversions.blocks import IN_BLOCKS
+from fastattn.planning.conversions import BY_NAME, IN_BLOCKS, OWN_FORMS
 from fastattn.planning.conversions.conversion import map_output
-from fastattn.planning.conversions.double_backward import twice_differentiable
-from fastattn.planning.conversions.lse_gradient import with_lse_gradient
-from fastattn.planning.conversions.own_forms import OWN_FORMS
-from fastattn.planning.conversions.tiles import where_they_pay
 from fastattn.planning.decision import Accepted
 from fastattn.planning.default_output import CONTIGUOUS, is_fused, output_order
-from fastattn.problems import bands
+from fastattn.problems import bands, masks
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
-from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem, default_scale
 
 # call(q, k, v, mask) -> out, or (out, lse)
@@ -67,10 +61,14 @@ def bind(
     if by_share is None:
         step, is_right = _converted(candidate, p, facts), _lies_as_default(candidate, p, facts)
     else:
+        from fastattn.planning.conversions.tiles import where_they_pay  # here, as few calls need it
+
         in_tiles, plain, share = by_share
         step = where_they_pay(_converted(in_tiles, p, facts), _converted(plain, p, facts), share)
         is_right = all(_lies_as_default(one, p, facts) for one in (in_tiles, plain))
     if p.lse and p.needs_grad:
+        from fastattn.planning.conversions.lse_gradient import with_lse_gradient
+
         step = with_lse_gradient(step)
     return _outermost(step, is_right, is_tuning, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
@@ -88,7 +86,11 @@ def _converted(candidate: Accepted, p: Problem, facts: CallFacts) -> Run:
     step = _in_layout(step, candidate.kernel)
     for name in reversed(candidate.conversions):
         step = BY_NAME[name].wrap(step, candidate.kernel, p, facts)
-    return twice_differentiable(step) if _lacks_double_backward(candidate, p, facts) else step
+    if _lacks_double_backward(candidate, p, facts):
+        from fastattn.planning.conversions.double_backward import twice_differentiable
+
+        return twice_differentiable(step)
+    return step
 
 
 def _on_its_device(step: Run) -> Run:
@@ -173,7 +175,7 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
         if not has_mask:
             mask = None
         elif is_told:
-            if not isinstance(mask, Mask):
+            if not isinstance(mask, masks.Mask):
                 raise TypeError(f"this call was bound for a mask like {p.structure}, got {type_name(mask)}")
             mask = mask if also is None else mask & also
             if not is_tuning:

@@ -13,7 +13,6 @@ from fastattn.kernels.libraries import availability
 from fastattn.kernels.limits import Range
 from fastattn.planning.conversions import BY_NAME, CONVERSIONS, in_order
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
-from fastattn.planning.conversions.own_forms import has_own_form
 from fastattn.planning.decision import Accepted, Decision, Rejected
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.problem import Problem
@@ -98,7 +97,7 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
         if not kernel.custom_mask:
             yield "a BlockMask is not supported"
     elif p.mask and not (p.structure and kernel.mask_blocks):  # whose conversion says what squares cannot
-        if not kernel.masks and not has_own_form(kernel, p):
+        if not kernel.masks and not _has_own_form(kernel, p):
             yield f"a mask is not supported ({p.mask} {p.mask_shape})"
         elif p.mask != "bool" and "additive" not in kernel.masks:
             yield f"a float mask is not supported ({p.mask})"
@@ -127,6 +126,15 @@ def _reasons(kernel: Kernel, p: Problem, facts: CallFacts, device: Device, setti
     why = availability.why_absent(kernel)
     if why:
         yield why
+
+
+def _has_own_form(kernel: Kernel, p: Problem) -> bool:
+    """Whether it has an entry point for such problems, which may still refuse this one."""
+    if not p.structure:
+        return False
+    from fastattn.planning.conversions.own_forms import has_own_form  # here, as few calls need it
+
+    return has_own_form(kernel, p)
 
 
 def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, settings: Settings, low: int, high: int) -> bool:

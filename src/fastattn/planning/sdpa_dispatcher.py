@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from fastattn.environment.device import Device
 from fastattn.kernels import registry
+from fastattn.planning.conversions import BY_NAME
 from fastattn.planning.conversions.conversion import REQUIRED
-from fastattn.planning.conversions.mask_forms import when_mask_dense
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
@@ -44,7 +44,7 @@ def _asks(device: Device, what: str) -> bool:
 def is_masked(p: Problem, facts: CallFacts) -> bool:
     """Whether F.sdpa is given a mask: the caller's, or the triangle or window that its is_causal does not mean."""
     default = registry.row_for("default", p.device)
-    return p.mask is not None or (default is not None and when_mask_dense(default, p, facts) == REQUIRED)
+    return p.mask is not None or (default is not None and BY_NAME["mask_dense"].when(default, p, facts) == REQUIRED)
 
 
 def takes_cpu_flash(p: Problem, device: Device, facts: CallFacts) -> bool:

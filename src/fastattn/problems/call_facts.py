@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastattn.problems import masks
 from fastattn.problems.layouts import order_in_memory, strides_of_class
 from fastattn.problems.problem import Problem
-from fastattn.problems.sliding_window_decode import SlidingWindowDecode
+
+if TYPE_CHECKING:
+    from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 
 INT32 = 2**31 - 1
 

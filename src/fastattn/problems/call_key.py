@@ -82,7 +82,8 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
         _check_bias_lengths(mask, q, k, layout)
     options, structured, also = told(structured, options)
     of_q, of_k, of_v = (tensor_spec(x, layout) for x in (q, k, v))
-    if isinstance(structured, masks.Mask) and (table := structured.page_table) is not None:
+    table = structured.page_table if structured is not None and isinstance(structured, masks.Mask) else None
+    if table is not None:
         of_k, of_v = (_as_cache(x, tuple(table.shape)) for x in (of_k, of_v))
     key = CallKey(
         of_q,
@@ -103,7 +104,7 @@ def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask 
 
     Raises ValueError where mask and options have different corners.
     """
-    if not isinstance(mask, masks.Mask):
+    if mask is None or not isinstance(mask, masks.Mask):
         return options, mask, None
     windows = [part for part in mask.parts() if isinstance(part, masks.Window)]
     corners = [part for part in mask.parts() if isinstance(part, masks.Causal)]
@@ -124,8 +125,8 @@ def check_call(key: CallKey) -> None:
     _check_tensors(key)
     _check_mask(key)
     mask, (q_len, kv_len) = key.mask, (key.q.shape[2], key.k.shape[2])
-    both = key.options.is_causal and isinstance(mask, masks.Causal) and mask.corner == "bottom_right"
-    if key.options.window and both and q_len != kv_len:
+    is_cornered = mask is not None and isinstance(mask, masks.Causal) and mask.corner == "bottom_right"
+    if key.options.window and key.options.is_causal and is_cornered and q_len != kv_len:
         raise ValueError(
             "attention(): window with is_causal and Causal('bottom_right') could mean either diagonal; give one"
         )

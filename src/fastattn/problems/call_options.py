@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fastattn.environment.settings import check_accuracy
 from fastattn.environment.text import type_name, unexpected_argument
-from fastattn.problems import bands
+from fastattn.problems import bands, masks
 from fastattn.problems.layouts import LAYOUTS
-from fastattn.problems.masks.mask import Mask
 
 
 class CallOptions(NamedTuple):
@@ -53,7 +52,9 @@ _HINTS = {
 
 def is_ordinary(q: Any, mask: Any, layout: Any, given: dict[str, Any]) -> bool:
     """Whether a call needs no rewriting (problems/rewriting)."""
-    if layout == "thd" or (isinstance(q, Tensor) and q.is_nested) or (isinstance(mask, Mask) and mask.added()):
+    if layout == "thd" or (isinstance(q, Tensor) and q.is_nested):
+        return False
+    if mask is not None and isinstance(mask, masks.Mask) and mask.added():
         return False
     return not given or all(given.get(name) is None for name in REWRITTEN)
 

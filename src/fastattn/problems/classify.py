@@ -13,22 +13,25 @@ from fastattn.problems.call_facts import CallFacts, each, extent, has_aligned_ro
 from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask
 from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
 from fastattn.problems.problem import Problem
-from fastattn.problems.sliding_window_decode import SlidingWindowDecode
 
 
 def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Problem, CallFacts]:
     """The Problem of a call, and its facts. default_accuracy: the rung of a call that names none."""
-    decode = SlidingWindowDecode.of(key)
+    decode = None
+    if key.options.window is not None:
+        from fastattn.problems.sliding_window_decode import SlidingWindowDecode  # here, as no other call needs it
+
+        decode = SlidingWindowDecode.of(key)
     key = decode.sliced(key) if decode else key
     q, k, v, mask, state, options = key.q, key.k, key.v, key.mask, key.state, key.options
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    corner, window = bands.simplest_band(
-        mask.corner if isinstance(mask, masks.Causal) else None, options.is_causal, options.window, q_len, kv_len
-    )
-    whole = None  # all that a Mask hides, where it is more than a triangle and a window
-    if isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal):
+    corner = whole = None  # whole: all that a Mask hides, where it is more than a triangle and a window
+    if mask is not None and isinstance(mask, masks.Causal):
+        corner = mask.corner
+    elif mask is not None and isinstance(mask, masks.Mask):
         whole = mask if key.also is None else mask & key.also
+    corner, window = bands.simplest_band(corner, options.is_causal, options.window, q_len, kv_len)
     tensors = [s for s in (q, k, v, mask) if isinstance(s, TensorSpec)]
     dense = mask if isinstance(mask, TensorSpec) else None
     mask_shape, mask_strides = _mask_class(dense, q, kv_len) if dense else ("", "")
@@ -49,7 +52,9 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         q_len=q_len,
         kv_len=kv_len,
         strides=(stride_class(q.shape, q.stride), stride_class(k.shape, k.stride), stride_class(v.shape, v.stride)),
-        mask=dtype_name(after_autocast(dense.dtype, state)) if dense else _kind(mask, after_autocast(q.dtype, state)),
+        mask=dtype_name(after_autocast(dense.dtype, state))
+        if dense
+        else _kind(mask, whole, after_autocast(q.dtype, state)),
         structure=repr(whole.like(kv_len)) if whole is not None else "",
         mask_shape=mask_shape,
         mask_strides=mask_strides,
@@ -88,10 +93,10 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
     return problem, facts
 
 
-def _kind(mask: Any, dtype: torch.dtype) -> str | None:
+def _kind(mask: Any, whole: masks.Mask | None, dtype: torch.dtype) -> str | None:
     """Problem.mask of what is no tensor. A bias is not rounded to half precision: it grows with the distance."""
-    if isinstance(mask, masks.Mask) and not isinstance(mask, masks.Causal):
-        return dtype_name(torch.promote_types(dtype, torch.float32)) if mask.heads() else "bool"
+    if whole is not None:
+        return dtype_name(torch.promote_types(dtype, torch.float32)) if whole.heads() else "bool"
     return "block" if is_block_mask(mask) else None
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ def default_scale(head_dim: int) -> float:
     return head_dim**-0.5 if head_dim else 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """What a decision may depend on. Lengths are tokens, strides are classes (layouts.py), dtypes are torch's names.
 
     `lengths` says how q_len, kv_len and batch are meant: "exact", "kv" (kv_len stands for its bucket) or "all" (each
@@ -184,26 +182,26 @@ class Problem:
             return self
         kv_len = length_buckets.canonical_length(self.kv_len)
         if lengths == "kv":
-            return replace(self, kv_len=kv_len, lengths="kv")
+            return self._replace(kv_len=kv_len, lengths="kv")
         q_len = length_buckets.canonical_length(self.q_len)
         if q_len == kv_len and self.q_len < self.kv_len:  # one bucket, yet not square: the causal corner still matters
             q_len = max(1, q_len - 1)
         elif q_len == kv_len and self.q_len > self.kv_len:
             kv_len = max(1, kv_len - 1)
         batch = length_buckets.canonical_batch(self.batch)
-        return replace(self, q_len=q_len, kv_len=kv_len, batch=batch, lengths="all")
+        return self._replace(q_len=q_len, kv_len=kv_len, batch=batch, lengths="all")
 
     def as_in_training(self) -> Problem:
         """The problem of the same call where its inputs ask for a gradient; a float mask may then be one that learns."""
-        return self if self.is_custom else replace(self, needs_grad=True, mask_grad=self.mask not in (None, "bool"))
+        return self if self.is_custom else self._replace(needs_grad=True, mask_grad=self.mask not in (None, "bool"))
 
     def replace(self, **changes: Any) -> Problem:
         """The same problem but for some fields."""
-        return replace(self, **changes)
+        return self._replace(**changes)
 
     def family(self) -> Problem:
         """All but the lengths and the batch: within a family, many different lengths mean churn."""
-        return replace(self, q_len=0, kv_len=0, batch=0)
+        return self._replace(q_len=0, kv_len=0, batch=0)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that name the problem."""
@@ -242,4 +240,4 @@ _KINDS: dict[str, Any] = {
     "str | float": (str, int, float), "tuple[str, ...]": tuple, "tuple[str, str, str]": tuple,
     "bands.Sides | None": (tuple, type(None)),
 }  # fmt: skip
-_JSON_FIELDS = {n: _KINDS[str(f.type)] for n, f in Problem.__dataclass_fields__.items()}
+_JSON_FIELDS = {name: _KINDS[kind.__forward_arg__] for name, kind in Problem.__annotations__.items()}

@@ -17,7 +17,7 @@ from fastattn.environment.log import log
 from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding, candidates
-from fastattn.planning.conversions.blocks import IN_BLOCKS
+from fastattn.planning.conversions import IN_BLOCKS
 from fastattn.planning.conversions.tiles import share_in_tiles
 from fastattn.planning.decision import Accepted
 from fastattn.problems.problem import Problem

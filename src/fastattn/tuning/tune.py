@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -111,7 +110,7 @@ def tune_problem(
         libraries=libraries_now(problem.device),
     )
     if verdict.is_crowded and incumbent.is_alive:  # such times crown nobody
-        verdict = replace(verdict, winner=incumbent.candidate.name)
+        verdict = verdict._replace(winner=incumbent.candidate.name)
     _log(verdict, took)
     screening.close()
     return verdict

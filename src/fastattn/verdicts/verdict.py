@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -69,8 +68,7 @@ class Trial(NamedTuple):
         return self.outcome is Outcome.TIMED and self.time_us is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The outcome for a problem. The trials stand in their fixed order; `winner` and `incumbent` are names of theirs."""
 
     problem: Problem
@@ -81,7 +79,7 @@ class Verdict:
     cores_missing: float = 0.0  # cores that other programs used while it was timed, of those that it needed
     made_by: str = ""  # the version of fastattn
     kernels: tuple[str, ...] = ()  # the option `kernels` that it was tuned under
-    libraries: dict[str, str] = field(default_factory=dict)  # kernel libraries that were installed, and their versions
+    libraries: dict[str, str] = {}  # kernel libraries that were installed, and their versions
 
     def trial(self, candidate: str) -> Trial | None:
         """The trial of a candidate, if it had one."""
@@ -178,8 +176,8 @@ class Verdict:
         """The same without a candidate that raised: the next one wins."""
         out = {"outcome": Outcome.DEMOTED, "reason": cause}
         trials = tuple(t._replace(**out) if t.candidate == candidate else t for t in self.trials)
-        left = replace(self, trials=trials).ranked()
-        return replace(self, trials=trials, winner=left[0] if left else self.incumbent)
+        left = self._replace(trials=trials).ranked()
+        return self._replace(trials=trials, winner=left[0] if left else self.incumbent)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; from_json is the inverse."""

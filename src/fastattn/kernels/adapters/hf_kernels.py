@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,8 @@ def _depends_on_others(snapshot: Path) -> bool:
 
 
 def _row(base: Kernel, name: str, what: str, repository: str, of: Callable[[Any], Run], **changes: Any) -> Kernel:
-    return replace(
-        base, name=name, summary=f"{what} from the Hugging Face hub ({repository}), where it is in the local cache",
+    return base.replace(
+        name=name, summary=f"{what} from the Hugging Face hub ({repository}), where it is in the local cache",
         load=partial(load, repository, of), library="kernels", versions=("0.17", ""), opt_in=True,
         **changes,
     )  # fmt: skip

@@ -5,7 +5,6 @@ The query group of GQA is folded into rows, so keys and values are never repeate
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from fastattn.kernels import (
@@ -215,8 +214,8 @@ MATMUL = Kernel(
 )
 KERNELS = (
     MATMUL,
-    replace(
-        MATMUL, name="matmul_mixed", load=load_mixed, dtypes=("bfloat16",), fp32=False,
+    MATMUL.replace(
+        name="matmul_mixed", load=load_mixed, dtypes=("bfloat16",), fp32=False,
         summary="scores in float32, their product with v in bfloat16: what a fused kernel rounds",
     ),
     Kernel(

@@ -7,7 +7,6 @@ strides of k for those of v, and its backward is not told the scale: it is a for
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from fastattn.kernels import GRID, NOT_EMPTY, Kernel, OneOf, Range, RefuseWhen, Run
@@ -27,8 +26,8 @@ def load_blackwell() -> Run:
 
 def _row(base: Kernel, name: str, operator: str, **changes: object) -> Kernel:
     packed = {"load_packed": partial(xformers.load_packed, operator, MODULE)} if base.load_packed else {}
-    return replace(
-        base, name=f"mslk_{name}", load=partial(xformers.load, operator, MODULE), library="mslk-cuda", versions=("1.1", ""),
+    return base.replace(
+        name=f"mslk_{name}", load=partial(xformers.load, operator, MODULE), library="mslk-cuda", versions=("1.1", ""),
         summary=base.summary.replace("xFormers'", "MSLK's"), **packed, **changes,
     )  # fmt: skip
 
@@ -52,8 +51,7 @@ KERNELS = (
     ),
     _row(CUTLASS, "cutlass", "cutlass"),
     _row(SPLITK, "splitk", "triton_splitk"),
-    replace(
-        _row(FLASH, "blackwell", "cutlass_blackwell"),
+    _row(FLASH, "blackwell", "cutlass_blackwell").replace(
         summary="MSLK's cutlass kernel for sm100",
         load=load_blackwell,
         load_packed=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.kernels import NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, require_private, sees_nothing
+from fastattn.kernels import NOT_EMPTY, Arguments, Kernel, Range, Run, Tensor, require_private
 
 
 def load_default() -> Run:
@@ -21,6 +21,8 @@ def load_default() -> Run:
 
 
 def load_cpu_flash() -> Run:
+    from fastattn.kernels import sees_nothing  # here, as the default is of this file too
+
     flash = require_private("cpu_flash")
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:

@@ -6,7 +6,6 @@ Read in torch 2.13. It writes no row that is in no sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
@@ -121,8 +120,7 @@ def load_varlen() -> Run:
 
 
 KERNELS = (
-    replace(
-        torch_lower.FLASH,
+    torch_lower.FLASH.replace(
         name="torch_varlen",
         summary="torch.nn.attention.varlen: packed sequences, or every sequence of one length",
         load=load_varlen,

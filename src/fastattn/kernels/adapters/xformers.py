@@ -8,7 +8,6 @@ counts the query's own key, that of a local one does not. cutlass is torch's own
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -176,8 +175,7 @@ FLASH = Kernel(
 
 KERNELS = (
     FLASH,
-    replace(
-        FLASH,
+    FLASH.replace(
         name="xformers_flash3",
         summary="xFormers' FlashAttention 3: the package flash_attn_3",
         load=partial(load, "flash3"), load_packed=partial(load_packed, "flash3"),
@@ -195,8 +193,7 @@ KERNELS = (
             ),
         ),
     ),
-    replace(
-        FLASH,
+    FLASH.replace(
         name="xformers_cutlass",
         summary="xFormers' cutlass: torch's memory-efficient kernel",
         load=partial(load, "cutlass"), load_packed=partial(load_packed, "cutlass"), packed_needs=SAME,
@@ -227,8 +224,7 @@ KERNELS = (
             ),
         ),
     ),
-    replace(
-        FLASH,
+    FLASH.replace(
         name="xformers_splitk",
         summary="xFormers' Triton kernel that splits the keys, for decoding",
         load=partial(load, "triton_splitk"), load_packed=None, packed_needs=(),

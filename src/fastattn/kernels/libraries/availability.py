@@ -13,7 +13,7 @@ from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
 from fastattn.kernels.kernel import Kernel, Run
-from fastattn.kernels.libraries import catalogue, import_probe, operator_files
+from fastattn.kernels.libraries import catalogue
 from fastattn.kernels.libraries.versions import comparable
 
 
@@ -83,7 +83,11 @@ def why_unprepared(kernel: Kernel) -> str | None:
 def import_crash_reason(kernel: Kernel) -> str | None:
     """Why importing the library would end this process; beside whatever other library is here."""
     library = catalogue.library_of(kernel.library)
-    if library is None or operator_files.is_imported(library):
+    if library is None:
+        return None
+    from fastattn.kernels.libraries import import_probe, operator_files  # here, as torch's own kernels need neither
+
+    if operator_files.is_imported(library):
         return None
     root, _ = cache_layers(current_settings().cache_dir)
     known = library_version(kernel.library) or ""

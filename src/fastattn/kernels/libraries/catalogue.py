@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
+class Library(NamedTuple):
     """One library. `sm`: of those for CUDA, the first and last compute capability it has kernels for."""
 
     name: str  # what people call it

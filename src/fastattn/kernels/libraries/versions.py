@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_PRE_RELEASE = re.compile(r"\d+(?:\.\d+)*(a|b|rc)(\d+)")
+_PRE_RELEASE = r"\d+(?:\.\d+)*(a|b|rc)(\d+)"
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -17,12 +17,12 @@ def comparable(version: str, other: str) -> tuple[tuple[int, ...], tuple[int, ..
 
     "4.0.0b36" is 4.0.0 beside "4", and comes after "4.0.0b34" and before what follows the betas.
     """
-    if _PRE_RELEASE.match(other) is None:
+    if re.match(_PRE_RELEASE, other) is None:
         return version_numbers(version), version_numbers(other)
     return _with_pre_release(version), _with_pre_release(other)
 
 
 def _with_pre_release(version: str) -> tuple[int, ...]:
     numbers = (*version_numbers(version), 0, 0, 0)[:4]
-    found = _PRE_RELEASE.match(version)
+    found = re.match(_PRE_RELEASE, version)
     return (*numbers, ("a", "b", "rc").index(found[1]), int(found[2])) if found else (*numbers, 3, 0)

@@ -6,62 +6,135 @@ that converts on the way in and, where needed, on the way out. Rows stand in the
 
 from __future__ import annotations
 
-from fastattn.planning.conversions import blocks
+from fastattn.kernels.kernel import Kernel
 from fastattn.planning.conversions.conversion import Conversion
-from fastattn.planning.conversions.dtype import fp32, when_by_heads, when_fp32
-from fastattn.planning.conversions.head_dim import pad_head_dims, when_pad
-from fastattn.planning.conversions.heads import gqa_expand, gqa_fold, when_gqa_expand, when_gqa_fold
-from fastattn.planning.conversions.kv_len import pad_lengths, when_pad_lengths
-from fastattn.planning.conversions.kv_parts import split_kv, when_split_kv
-from fastattn.planning.conversions.mask_blocks import mask_blocks, when_mask_blocks
-from fastattn.planning.conversions.mask_forms import mask_additive, mask_dense, when_mask_additive, when_mask_dense
-from fastattn.planning.conversions.memory_layout import contiguous, dense, when_contiguous, when_dense
-from fastattn.planning.conversions.own_forms import (
-    cached,
-    gathered,
-    packed,
-    paged,
-    when_cached,
-    when_gathered,
-    when_packed,
-    when_paged,
-)
-from fastattn.planning.conversions.recompute import recompute, when_recompute
-from fastattn.planning.conversions.tile_stacks import stacked, when_stacked
-from fastattn.planning.conversions.tiles import in_tiles, when_tiles
 from fastattn.problems.problem import Problem
 
 COPIES = ("contiguous", "by_heads", "chunks")  # worth trying, and not on top of tiles: these are small
 
+
+def _is_told(kernel: Kernel, p: Problem) -> bool:
+    """Whether a mask with a meaning says what is hidden."""
+    return bool(p.structure)
+
+
+def _is_half(kernel: Kernel, p: Problem) -> bool:
+    return kernel.fp32 and p.dtype in ("float16", "bfloat16")
+
+
 CONVERSIONS: tuple[Conversion, ...] = (
-    Conversion("gathered", "the pages of each entry's cache in one piece", when_gathered, gathered),
-    Conversion("stacked", "small tiles of like size in one call", when_stacked, stacked, requires="tiles"),
-    Conversion("tiles", "only the tiles of the scores that a mask leaves", when_tiles, in_tiles, instead_of=COPIES),
-    Conversion("packed", "told where packed sequences begin, in place of a mask", when_packed, packed),
-    Conversion("cached", "told how much of a cache is filled, in place of a mask", when_cached, cached),
-    Conversion("paged", "told the pages of a cache as well, and they stay where they are", when_paged, paged),
-    Conversion("mask_dense", "the triangle or window as a dense mask", when_mask_dense, mask_dense),
-    Conversion("mask_blocks", "a mask as squares that are skipped or not", when_mask_blocks, mask_blocks),
-    Conversion("mask_additive", "a bool mask as the float mask that is added", when_mask_additive, mask_additive),
-    Conversion("gqa_fold", "the query group folded into rows", when_gqa_fold, gqa_fold),
-    Conversion("gqa_expand", "keys and values repeated for each query head", when_gqa_expand, gqa_expand),
-    Conversion("split_kv", "the keys in parts, for each thread some", when_split_kv, split_kv),
+    Conversion("gathered", "the pages of each entry's cache in one piece", "own_forms", _is_told),
+    Conversion("stacked", "small tiles of like size in one call", "tile_stacks", _is_told, requires="tiles"),
+    Conversion(
+        "tiles",
+        "only the tiles of the scores that a mask leaves",
+        "tiles",
+        lambda kernel, p: p.is_masked,
+        instead_of=COPIES,
+        is_loop=True,
+    ),
+    Conversion(
+        "packed",
+        "told where packed sequences begin, in place of a mask",
+        "own_forms",
+        lambda kernel, p: kernel.load_packed and p.structure,
+        is_own_form=True,
+    ),
+    Conversion(
+        "cached",
+        "told how much of a cache is filled, in place of a mask",
+        "own_forms",
+        lambda kernel, p: kernel.load_cached and p.structure,
+        is_own_form=True,
+    ),
+    Conversion(
+        "paged",
+        "told the pages of a cache as well, and they stay where they are",
+        "own_forms",
+        lambda kernel, p: kernel.load_paged and p.structure,
+        is_own_form=True,
+    ),
+    Conversion(
+        "mask_dense",
+        "the triangle or window as a dense mask",
+        "mask_forms",
+        lambda kernel, p: p.structure or p.is_banded,
+    ),
+    Conversion(
+        "mask_blocks",
+        "a mask as squares that are skipped or not",
+        "mask_blocks",
+        lambda kernel, p: kernel.mask_blocks and p.structure,
+    ),
+    Conversion(
+        "mask_additive",
+        "a bool mask as the float mask that is added",
+        "mask_forms",
+        lambda kernel, p: p.is_masked and kernel.masks and "bool" not in kernel.masks,
+    ),
+    Conversion(
+        "gqa_fold",
+        "the query group folded into rows",
+        "heads",
+        lambda kernel, p: kernel.gqa_fold and p.group > 1,
+    ),
+    Conversion(
+        "gqa_expand",
+        "keys and values repeated for each query head",
+        "heads",
+        lambda kernel, p: not kernel.gqa and p.group > 1,
+    ),
+    Conversion(
+        "split_kv",
+        "the keys in parts, for each thread some",
+        "kv_parts",
+        lambda kernel, p: kernel.split_kv and p.batch == 1,
+    ),
     Conversion(
         "pad_lengths",
         "keys padded to a multiple of 32",
-        when_pad_lengths,
-        pad_lengths,
+        "kv_len",
+        lambda kernel, p: kernel.pad_lengths and p.dtype == "bfloat16",
         instead_of=("contiguous", "by_heads", "fp32"),
     ),
-    Conversion("contiguous", "q, k, v copied to dense memory", when_contiguous, contiguous),
-    Conversion("by_heads", "a few heads at a time", when_by_heads, blocks.by_heads, requires="fp32"),
-    Conversion("fp32", "cast to float32, the output back", when_fp32, fp32),
-    Conversion("head_dim_pad", "head dims padded with zeros", when_pad, pad_head_dims),
-    Conversion("dense", "q, k, v copied to dense memory in the kernel's layout", when_dense, dense),
-    Conversion("recompute", "in blocks; the backward makes each block's scores again", when_recompute, recompute),
-    Conversion("chunks", "cut into blocks of heads and query rows", blocks.when_chunks, blocks.chunks),
+    Conversion(
+        "contiguous",
+        "q, k, v copied to dense memory",
+        "memory_layout",
+        lambda kernel, p: not kernel.dense and (kernel.aligned or set(p.strides) != {"contiguous"}),
+    ),
+    Conversion("by_heads", "a few heads at a time", "blocks", _is_half, requires="fp32", is_loop=True),
+    Conversion("fp32", "cast to float32, the output back", "dtype", _is_half),
+    Conversion(
+        "head_dim_pad",
+        "head dims padded with zeros",
+        "head_dim",
+        lambda kernel, p: (
+            kernel.head_dims
+            or max(kernel.head_dim_multiple, kernel.head_dim_bytes) > 1
+            or (kernel.equal_head_dims and p.head_dim != p.head_dim_v)
+        ),
+    ),
+    Conversion(
+        "dense",
+        "q, k, v copied to dense memory in the kernel's layout",
+        "memory_layout",
+        lambda kernel, p: kernel.dense,
+    ),
+    Conversion(
+        "recompute",
+        "in blocks; the backward makes each block's scores again",
+        "recompute",
+        lambda kernel, p: kernel.load_backward and p.needs_grad,
+        is_loop=True,
+    ),
+    Conversion(
+        "chunks", "cut into blocks of heads and query rows", "blocks", lambda kernel, p: kernel.chunks, is_loop=True
+    ),
 )
 BY_NAME = {c.name: c for c in CONVERSIONS}
+IN_BLOCKS = frozenset(c.name for c in CONVERSIONS if c.is_loop)
+OWN_FORMS = frozenset(c.name for c in CONVERSIONS if c.is_own_form)
 
 
 def in_order(names: tuple[str, ...], p: Problem) -> tuple[str, ...]:

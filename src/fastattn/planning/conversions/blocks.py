@@ -15,18 +15,12 @@ from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
+from fastattn.planning.conversions.dtype import when_fp32
 from fastattn.planning.default_output import output_order
 from fastattn.problems import length_buckets
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.layouts import empty_in_order
 from fastattn.problems.problem import Problem
-
-IN_BLOCKS = {
-    "chunks",
-    "recompute",
-    "by_heads",
-    "tiles",
-}  # conversions with a loop, which a traced graph would have unrolled
 
 CHUNK_BYTES = 4 * 2**20  # of float32 scores at once on a CPU: they stay in a core's second-level cache
 SHARE_ON_CUDA = (
@@ -185,6 +179,10 @@ def _joined(parts: list[tuple[Block, Tensor]]) -> Tensor:
 
 
 # --- by_heads: whole heads, so that copies stay small
+
+
+def when_by_heads(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+    return OPTIONAL if when_fp32(kernel, p, facts) != NO and are_copies_all(p) else NO
 
 
 def are_copies_all(p: Problem) -> bool:

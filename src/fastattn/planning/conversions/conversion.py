@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,14 +17,30 @@ NO, OPTIONAL, REQUIRED = "no", "optional", "required"
 
 
 class Conversion(NamedTuple):
-    """`when(kernel, problem, facts)` answers NO, OPTIONAL, REQUIRED or a reason; `wrap` makes the step that converts."""
+    """One row. Its file has two functions that are named after it: `when_<name>` and `<name>`.
+
+    concerns: whether it may apply at all, by fields alone: where it does not, its file is not imported.
+    """
 
     name: str
     summary: str
-    when: Callable[[Kernel, Problem, CallFacts], str]
-    wrap: Callable[[Run, Kernel, Problem, CallFacts], Run]
+    file: str
+    concerns: Callable[[Kernel, Problem], object]
     requires: str = ""  # another conversion, without which this one is worth nothing
     instead_of: tuple[str, ...] = ()  # conversions that are not worth trying together with this one
+    is_loop: bool = False  # over blocks, which a traced graph would have unrolled
+    is_own_form: bool = False  # the kernel's own entry point for such problems takes the place of its ordinary one
+
+    def when(self, kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+        """NO, OPTIONAL, REQUIRED, or the reason why the kernel cannot do the problem."""
+        return self._function(f"when_{self.name}")(kernel, p, facts) if self.concerns(kernel, p) else NO
+
+    def wrap(self, step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+        """The step that converts, around another one."""
+        return self._function(self.name)(step, kernel, p, facts)
+
+    def _function(self, name: str) -> Any:
+        return getattr(import_module(f"{__package__}.{self.file}"), name)
 
 
 def map_output(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
-from fastattn.planning.conversions import blocks
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
@@ -27,7 +26,3 @@ def fp32(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
         return map_output(step(q.float(), k.float(), v.float(), mask, a), lambda out: out.to(q.dtype))
 
     return run
-
-
-def when_by_heads(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return OPTIONAL if when_fp32(kernel, p, facts) != NO and blocks.are_copies_all(p) else NO

@@ -32,11 +32,11 @@ def pads(kernel: Kernel, p: Problem) -> Each:
     return width > p.head_dim, width > p.head_dim, width_v > p.head_dim_v
 
 
-def when_pad(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
+def when_head_dim_pad(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return NO if _widths(kernel, p) == (p.head_dim, p.head_dim_v) else REQUIRED
 
 
-def pad_head_dims(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+def head_dim_pad(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     width, width_v = _widths(kernel, p)
     more, more_v, head_dim_v = width - p.head_dim, width_v - p.head_dim_v, p.head_dim_v
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.kernels.kernel import Kernel, Run
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
-from fastattn.planning.conversions.head_dim import pads, when_pad
+from fastattn.planning.conversions.head_dim import pads, when_head_dim_pad
 from fastattn.planning.conversions.heads import when_gqa_expand
 from fastattn.problems.call_facts import CallFacts, Each, each
 from fastattn.problems.layouts import DENSE_CLASS, from_bhsd, to_bhsd
@@ -65,7 +65,7 @@ def when_dense(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     if not kernel.dense:
         return NO
     lies_so = set(p.strides) == {DENSE_CLASS[kernel.layout]} and (all(facts.aligned) or not kernel.aligned)
-    is_made_anew = REQUIRED in (when_pad(kernel, p, facts), when_gqa_expand(kernel, p, facts))
+    is_made_anew = REQUIRED in (when_head_dim_pad(kernel, p, facts), when_gqa_expand(kernel, p, facts))
     return NO if lies_so and not is_made_anew else REQUIRED
 
 

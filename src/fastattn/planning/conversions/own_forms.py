@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.unread import Sequences
 
 INF = float("inf")
-OWN_FORMS = frozenset({"packed", "cached", "paged"})
 NO_DEVICE: Any = None  # limits of such an entry point ask nothing of it
 
 

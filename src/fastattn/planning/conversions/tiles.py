@@ -70,7 +70,7 @@ def share_in_tiles(p: Problem, mask: Tensor | Mask | None) -> float | None:
     return None if tiling is None else round(tiling.share, 4)
 
 
-def in_tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
+def tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     order = output_order(p, facts)
     band = None if p.structure else p.told_mask
 

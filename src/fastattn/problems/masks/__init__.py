@@ -11,13 +11,13 @@ kernel needs them as a dense mask, so what they hide is neither computed nor sto
 from typing import TYPE_CHECKING
 
 from fastattn.environment.later import imported_later
-from fastattn.problems.masks.band import Causal, Window
-from fastattn.problems.masks.mask import Mask
 
 if TYPE_CHECKING:
     from fastattn.problems.masks.alibi import ALiBi
+    from fastattn.problems.masks.band import Causal, Window
     from fastattn.problems.masks.bias import Bias
     from fastattn.problems.masks.combined import all_of, leaves
+    from fastattn.problems.masks.mask import Mask
     from fastattn.problems.masks.packed import Filled, Packed
     from fastattn.problems.masks.pages import FilledPagesUnread
     from fastattn.problems.masks.patterns import Chunked, Dilated, Global, Neighborhood
@@ -32,9 +32,11 @@ __all__ = [
     "parse", "write",
 ]  # fmt: skip
 
-# A call without a mask needs none of these: they cost a process's first call a quarter of its time.
+# A call without a mask needs none of these, and asks for the class of none: they cost a process's first call a quarter of
+# its time.
 _FILES = {
-    "ALiBi": "alibi", "Bias": "bias", "all_of": "combined", "leaves": "combined", "Filled": "packed", "Packed": "packed",
+    "Mask": "mask", "Causal": "band", "Window": "band", "ALiBi": "alibi", "Bias": "bias", "Filled": "packed",
+    "Packed": "packed", "all_of": "combined", "leaves": "combined",
     "Chunked": "patterns", "Dilated": "patterns", "Global": "patterns", "Neighborhood": "patterns",
     "Document": "sequences", "Padding": "sequences", "Prefix": "sequences", "Static": "static",
     "FilledPagesUnread": "pages", "FilledUnread": "unread", "PackedUnread": "unread",

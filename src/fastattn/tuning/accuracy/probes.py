@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def probe_problem(p: Problem) -> Problem:
     count = len(PROBES) - (0 if p.mask or p.causal else 1)
     q, k, v = ("contiguous" if cls == "expanded" else cls for cls in p.strides)
     q_len, kv_len = checked_lengths(p, count)
-    return replace(p, batch=1, kv_heads=count, q_heads=count * p.group, q_len=q_len, kv_len=kv_len, strides=(q, k, v))
+    return p.replace(batch=1, kv_heads=count, q_heads=count * p.group, q_len=q_len, kv_len=kv_len, strides=(q, k, v))
 
 
 def checked_lengths(p: Problem, count: int) -> tuple[int, int]:
