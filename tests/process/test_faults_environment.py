@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -25,13 +23,7 @@ SOURCE = Path(fastattn.__file__).parent
 
 
 def child(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = children.run(code, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -129,10 +121,9 @@ x = torch.randn(1, 2, 16, 8)
 fastattn.attention(x, x, x)
 print([m for m in sys.modules if m.startswith(("fastattn.tuning.t", "fastattn.tuning.s", "fastattn.tuning.accuracy"))])
 """
-    child(code, FASTATTN_CACHE_DIR=str(tmp_path))
-    stored = list(tmp_path.rglob("v*/*/*.json"))
-    if not stored:
-        pytest.skip("the machine changed its speed: no verdict was stored")
+    by_a_clock = "import pytest\nfrom fakes import Clock, turn\nturn(pytest.MonkeyPatch(), Clock())\n"
+    child(by_a_clock + code, FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=children.PATH)
+    assert list(tmp_path.rglob("v*/*/*.json"))
     assert child(code, FASTATTN_CACHE_DIR=str(tmp_path)) == "[]"
 
 
