@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -64,6 +65,10 @@ def pytest_collection_modifyitems(config, items):
     missing = sorted(row for path, row in unseen if path in collected)
     if missing and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"tests/support/core.py names what is no test: {', '.join(missing)}")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a million objects that stay: whoever looks for garbage need not look at them
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,11 +14,13 @@ from fastattn.problems.masks.unread import sequences_of_lengths
 from fastattn.problems.tilings.of_mask import tiling_of_mask
 
 
-def by_definition(mask, q_len, kv_len, rows):
-    """[B, len(rows), kv_len] from what each mask is said to be, pair by pair."""
+def by_definition(mask, q_len, kv_len):
+    """[B, q_len, kv_len] from what each mask is said to be, pair by pair."""
     at = kv_len - q_len if "Causal('bottom_right')" in repr(mask) else 0
-    shows = [[[_shows(mask, b, i + at, j, kv_len) for j in range(kv_len)] for i in rows] for b in range(B)]
-    return torch.tensor(shows, dtype=torch.bool).view(B, len(rows), kv_len)
+    shows = [
+        [[_shows(mask, b, i + at, j, kv_len) for j in range(kv_len)] for i in range(q_len)] for b in range(B)
+    ]  # fmt: skip
+    return torch.tensor(shows, dtype=torch.bool).view(B, q_len, kv_len)
 
 
 def _shows(mask, b, p, j, kv_len):
@@ -89,13 +91,11 @@ def _in_sequence(lengths, x):
 
 
 @settings(max_examples=120, deadline=None)
-@given(some, st.integers(1, 60), st.integers(1, 60), st.integers(0, 3))
-def test_dense_is_what_the_mask_is_said_to_be(mask, q_len, kv_len, first):
-    """Looked at in the last row and every fourth from a row that is drawn."""
+@given(some, st.integers(1, 40), st.integers(1, 40))
+def test_dense_is_what_the_mask_is_said_to_be(mask, q_len, kv_len):
     found = mask.dense(B, q_len, kv_len)
     assert found.shape == (B if mask.is_per_batch() else 1, 1, q_len, kv_len)
-    rows = [*range(first, q_len - 1, 4), q_len - 1]
-    assert torch.equal(found.expand(B, 1, -1, -1)[:, 0, rows], by_definition(mask, q_len, kv_len, rows)), mask
+    assert torch.equal(found.expand(B, 1, -1, -1)[:, 0], by_definition(mask, q_len, kv_len)), mask
 
 
 @settings(max_examples=120, deadline=None)
