@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import logging
 import os
 import runpy
 import socket
@@ -31,6 +34,9 @@ from fastattn.environment.settings import reload_settings
 from fastattn.tuning import cpu_contention
 
 NOTHING_WINS = Path(__file__).parent / "support" / "nothing_wins"
+# torch has 55 loggers whose parents hear nothing of them: pytest would hang its handlers on each, six times a test
+for logger in [x for x in logging.Logger.manager.loggerDict.values() if isinstance(x, logging.Logger)]:
+    logger.propagate = True
 
 
 def pytest_addoption(parser):
@@ -61,6 +67,10 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"tests/support/core.py names what is no test: {', '.join(missing)}")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # a million objects that stay: whoever looks for garbage need not look at them
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
     """Fault 56: nothing here may need, or reach, another machine."""
@@ -76,12 +86,20 @@ def no_network():
         yield
 
 
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    """Directories, each of which is made when something is stored there."""
+    root = tmp_path_factory.mktemp("stores")
+    return (root / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
+def own_store(stores, monkeypatch):
     """Every test tunes into its own directory, with a small budget, and forgets what it learnt."""
+    store = next(stores)
     for name in [n for n in os.environ if n.startswith("FASTATTN_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(store))
     monkeypatch.setattr(
         cpu_contention, "read_cpu_usage", lambda: None
     )  # what else runs on the machine has no say in a test
@@ -90,22 +108,27 @@ def own_store(tmp_path, monkeypatch):
     session.tuning_s = 0.0
     log.setLevel("NOTSET")
     log.handlers.clear()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for a GPU: 1 ms a test
     before = torch.nn.functional.scaled_dot_product_attention
-    yield tmp_path / "store"
+    yield store
     assert torch.nn.functional.scaled_dot_product_attention is before, "a test left F.sdpa patched"
     reload_settings()
     fastattn.clear()
 
 
 @pytest.fixture(autouse=True)
-def flex_without_dynamo(request, monkeypatch):
-    """Outside of compiled code flex_attention sends itself through Dynamo, a second for each new shape, only to run the same
-    operators in eager code. Here it runs them at once; the tests of flex itself let it do as it does for users.
+def quicker_torch(request, monkeypatch):
+    """What torch does for each new graph and is not asked for here.
+
+    Outside of compiled code flex_attention sends itself through Dynamo, a second for each new shape, only to run the same
+    operators in eager code. Here it runs them at once; the tests of flex itself let it do as it does for users. And Dynamo
+    flushes the caches of the CPU to time its own guards, for a log.
     """
     flex = sys.modules.get("torch.nn.attention.flex_attention")
     if flex is not None and request.path.name != "test_flex.py":
         monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    if guards := sys.modules.get("torch._dynamo.guards"):
+        monkeypatch.setattr(guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
 
 
 @pytest.fixture

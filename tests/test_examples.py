@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -34,8 +32,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run(store, script, *arguments):
-    command = [sys.executable, "-c", STEADY, str(EXAMPLES), str(EXAMPLES / script), *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FASTATTN_CACHE_DIR": str(store)})
+    told = [str(EXAMPLES), str(EXAMPLES / script), *arguments, "--json"]
+    done = children.run(STEADY, *told, env={"FASTATTN_CACHE_DIR": str(store)}, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

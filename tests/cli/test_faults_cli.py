@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
+import children
 import pytest
 from click.testing import CliRunner
 from fakes import Clock, add, honest, made_up, turn
@@ -104,9 +104,8 @@ def test_fault_82_the_callers_streams_are_left_as_they_were(odd, capsys):
     pytest.param({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_fault_82_in_a_process_of_its_own_whose_output_is_piped(environment, tmp_path):
-    home = {"FASTATTN_CACHE_DIR": os.fsencode(tmp_path / "jürgen→")}
-    env = {**os.environb, **{os.fsencode(k): os.fsencode(v) for k, v in {**environment, **home}.items()}}
-    words = [sys.executable, "-m", "fastattn.cli", "cache", "path"]
-    done = subprocess.run(words, env=env, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    as_program = "import runpy; runpy.run_module('fastattn.cli', run_name='__main__')"
+    told = {"FASTATTN_CACHE_DIR": str(tmp_path / "jürgen→"), **environment}
+    done = children.run(as_program, "cache", "path", env=told)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() or environment.get("PYTHONIOENCODING", "").startswith("cp1252")

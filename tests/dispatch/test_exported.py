@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import shutil
-import subprocess
-import sys
 import warnings
 
+import children
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,9 +118,7 @@ def test_a_packaged_program_needs_torch_alone(tmp_path):
         "assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(run(*given), want, strict=True))\n"
         "assert 'fastattn' not in sys.modules"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, package, str(tmp_path / "data.pt")], capture_output=True, text=True, check=False
-    )
+    ran = children.run(code, package, str(tmp_path / "data.pt"))
     assert ran.returncode == 0, ran.stderr
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from fakes import FAST, Clock, add, check, honest, made_up, qkv, turn
@@ -165,6 +163,7 @@ from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings
 
+torch.set_num_threads(1)
 fastattn.options(mode="cached")
 q, k, v = (torch.randn(1, 8, n, 64, generator=torch.Generator().manual_seed(n)).half() for n in (1, 65536, 65536))
 problem = fastattn.explain(q, k, v).problem.bucketed("kv")
@@ -186,13 +185,6 @@ assert fastattn.explain(q, k, v).served_by == "{winner}" and not fastattn.stats(
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
 @pytest.mark.parametrize("winner", ["torch_flash+fp32", pytest.param("matmul+fp32", marks=pytest.mark.long)])
 def test_fault_83_a_real_copy_under_a_real_limit(winner):
-    support = Path(__file__).parents[1] / "support"
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{support}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    words = [sys.executable, "-c", SCRIPT.format(winner=winner)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    done = children.run(SCRIPT.format(winner=winner), env={"PYTHONPATH": children.PATH})
     assert done.returncode == 0, done.stderr
     assert f"kernel {winner} found no memory on" in done.stdout and done.stdout.count("default answered") == 1

@@ -53,13 +53,14 @@ CASES = {
 
 
 def hold_to_default(q, k, v, mask=None, layout="bhsd", flex=False, **options):
-    """Every candidate's output lies as F.sdpa's; flex takes long, and is asked only where it is wanted."""
+    """Every candidate's output lies as F.sdpa's; the outputs. flex takes long, and is asked only where it is wanted."""
     views = [back(layout, x) for x in (q, k, v)]
     want = lies(to(layout, F_sdpa(*views, mask, enable_gqa=True, **options)))
     names = [n for n in accepted(q, k, v, mask, layout, **options) if n != "flex" or flex]
     assert len(names) > 3
     found = {name: fastattn.attention(q, k, v, mask, layout, kernel=name, **options) for name in names}
     assert {name: lies(out) for name, out in found.items()} == dict.fromkeys(names, want)
+    return found.values()
 
 
 @pytest.fixture
@@ -135,10 +136,9 @@ VIEWS = {
 def test_fault_79_heads_can_be_joined_where_the_default_lets_them(form, layout, made):
     for dv in (16, 8, 24):
         q, k, v = made(form, dv=dv, layout=layout)
-        hold_to_default(q, k, v, layout=layout)
+        found = hold_to_default(q, k, v, layout=layout, flex=dv == 8)
         plain = to(layout, F_sdpa(*(back(layout, x) for x in (q, k, v))))
-        for name in accepted(q, k, v, layout=layout):
-            out = fastattn.attention(q, k, v, layout=layout, kernel=name)
+        for out in found:
             for view in (VIEWS[layout], lambda x: x.view(-1), lambda x: x.view(*x.shape[:2], -1)):
                 try:
                     view(plain)

@@ -7,9 +7,8 @@ import importlib
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 
+import children
 import numpy
 import pytest
 import torch
@@ -252,7 +251,8 @@ def test_fault_74_without_docstrings_too():
         "import torch, fastattn; F = torch.nn.functional; before = F.scaled_dot_product_attention.__doc__; "
         "fastattn.patch(); assert 'enable_gqa' in before and F.scaled_dot_product_attention.__doc__ == before"
     )
-    subprocess.run([sys.executable, "-OO", "-c", code], check=True, timeout=120)
+    done = children.run(code, flags=("-OO",))
+    assert done.returncode == 0, done.stderr
 
 
 def test_fault_74_it_is_pickled_as_torchs(patched):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import children
 import pytest
 import torch
 from building import mask_of, qkv
@@ -218,6 +215,5 @@ def test_fault_84_the_variable_of_the_environment(monkeypatch):
         reload_settings()
         assert current_settings().same_kernel_in_training is want
     code = "import fastattn, torch; x = torch.randn(1, 1, 2, 4); fastattn.attention(x, x, x)"
-    environment = {**os.environ, "FASTATTN_SAME_KERNEL_IN_TRAINING": "perhaps"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = children.run(code, env={"FASTATTN_SAME_KERNEL_IN_TRAINING": "perhaps"})
     assert "FASTATTN_SAME_KERNEL_IN_TRAINING must be one of 0, 1, got 'perhaps'" in done.stderr

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import textwrap
 import threading
 
+import children
 import pytest
 import torch
 from building import problem_of
@@ -195,26 +195,25 @@ def test_fault_53_a_new_process_skips_the_demoted(fragile, own_store):
     fragile.error = RuntimeError("broken")
     check(q, k, v)
     script = """
+        import sys
         import fakes, fastattn, pytest, torch
-        from fastattn.dispatch import tune_now
         from fastattn.dispatch import tune_now
         from fastattn.kernels import registry
         def run(*args):
             raise SystemExit("the demoted kernel was called")
         registry._registered.append(fakes.made_up("fragile", run))
         tune_now.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
+        torch.set_num_threads(int(sys.argv[1]))
         q, k, v = fakes.qkv(64)
         fastattn.attention(q, k, v)
         why = fastattn.explain(q, k, v)
         print(why.served_by, "|", fakes.row("fragile", q, k, v).reason)
     """
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # with another number it is another problem
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={"PATH": "/usr/bin:/bin", "FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": os.pathsep.join(sys.path)}
-        | threads,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    ran = children.run(
+        textwrap.dedent(script),
+        str(torch.get_num_threads()),  # with another number it is another problem
+        env={"FASTATTN_CACHE_DIR": str(own_store), "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert ran.returncode == 0, ran.stderr
     served, _, cause = ran.stdout.strip().partition(" | ")
     assert served == fastattn.explain(q, k, v).served_by and cause == "RuntimeError: broken"

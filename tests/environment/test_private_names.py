@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import children
 import pytest
 
 from fastattn.environment import torch_private
@@ -121,11 +119,7 @@ def said(tmp_path_factory):
     script += f"parts = {PARTS!r}\nimport traceback\nfor name, code in parts.items():\n"
     script += "    try:\n        exec(code)\n        said.setdefault(name, None)\n"
     script += "    except BaseException:\n        said[name] = traceback.format_exc()\nprint(json.dumps(said))\n"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
-    environment["FASTATTN_CACHE_DIR"] = str(tmp_path_factory.mktemp("private") / "store")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = children.run(script, env={"FASTATTN_CACHE_DIR": str(tmp_path_factory.mktemp("private") / "store")})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

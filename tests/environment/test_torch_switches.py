@@ -9,13 +9,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 import textwrap
 import types
 
+import children
 import pytest
 import torch
 from building import CPU, problem_of
@@ -350,11 +348,8 @@ print(fastattn.explain(q, q, q).problem.switches, fastattn.explain(q, q, q).prob
     pytest.param("TORCH_MKLDNN_MATMUL_MIN_SIZE", "1", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_fault_75_what_a_process_was_started_with_is_in_its_keys(name, value, tmp_path):
-    environment = {n: v for n, v in os.environ.items() if n not in torch_switches.AT_START["cpu"]}
-    environment |= {"FASTATTN_CACHE_DIR": str(tmp_path), name: value}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", AT_START], env=environment, capture_output=True, text=True
-    )
+    told = {**dict.fromkeys(torch_switches.AT_START["cpu"]), "FASTATTN_CACHE_DIR": str(tmp_path), name: value}
+    done = children.run(AT_START, env=told, fresh=False)  # fastattn reads them itself
     assert done.returncode == 0, done.stderr
     if value:
         assert f"('{name}={value}',)" in done.stdout and f"with {name}={value}" in done.stdout

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import fakes
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_fault_49_what_a_dead_process_tried_is_left_alone_until_the_cache_is_cle
         f"with trying.leave_note(pathlib.Path({str(root)!r}), 'a candidate'): os._exit(139)"
     )
     path = str(Path(crash_notes.__file__).parents[3])
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, timeout=120)
+    assert children.run(code, env={"PYTHONPATH": path}).returncode == 139
     assert "ended the process" in str(crash_notes.crashed_before(root, "a candidate"))
     assert crash_notes.crashed_before(root, "another") is None
     fastattn.options(cache_dir=str(root))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import children
 import pytest
 from fakes import problem
 
@@ -81,13 +81,7 @@ def test_the_next_process_does_not_try_it_again(site, root):
     code = "import pathlib; from fastattn.kernels.libraries.import_probe import why_import_crashes; "
     code += f"print(why_import_crashes({asked}))"
     path = os.pathsep.join([str(site.path), str(Path(import_probe.__file__).parents[3])])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = children.run(code, env={"PYTHONPATH": path})
     assert done.stdout.strip() == why, done.stderr
     assert site.imports(name) == 1
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ContextDecorator
@@ -19,8 +18,10 @@ from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import library_grid
 import pytest
 import stubs
@@ -251,11 +252,9 @@ def outcome(kernel, stub, call) -> str:
 
 @cache
 def found(file: str) -> dict[str, dict[str, str]]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
-    child = subprocess.run(
-        [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=600
-    )
+    told = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    told["NVTE_FUSED_ATTN"] = "0"  # compiled code would ask cuDNN
+    child = children.run(Path(__file__), file, env=told, timeout=600)
     assert child.returncode == 0, child.stderr[-2000:]
     return json.loads(child.stdout.splitlines()[-1])
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 
+import children
 import pytest
 
 VERSION = "1.0.6"
@@ -103,8 +103,8 @@ def found():
             pytest.skip(f"{name} is not installed (how to: the docstring of {os.path.basename(__file__)})")
         if version and here != version:
             pytest.skip(f"{name} {here} is installed, these are the traps of {version}")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment, timeout=600)
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    child = children.run(CHILD, env=environment, fresh=True, timeout=600)
     assert child.returncode == 0, child.stderr[-2000:]
     return json.loads(child.stdout)
 

@@ -1,5 +1,7 @@
 """The conversion `stacked`: tiles of like size in one call, copied side by side and filled up."""
 
+from functools import lru_cache
+
 import fakes
 import pytest
 import torch
@@ -31,6 +33,13 @@ def named(kernel, q, k, v, mask, layout="bhsd"):
     return name
 
 
+@lru_cache(1)  # the next test has the other kernel
+def drawn(mask, layout, grad):
+    """((q, k, v), what is right)."""
+    given = qkv(2, 4, 2, TOKENS, TOKENS, 16, layout=layout, grad=grad)
+    return given, expect(*given, mask.dense(2, TOKENS, TOKENS), layout=layout)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
@@ -47,8 +56,7 @@ def named(kernel, q, k, v, mask, layout="bhsd"):
     ids=str,
 )
 def test_agrees_with_float64(mask, layout, grad, kernel):
-    q, k, v = qkv(2, 4, 2, TOKENS, TOKENS, 16, layout=layout, grad=grad)
-    want = expect(q, k, v, mask.dense(2, TOKENS, TOKENS), layout=layout)
+    (q, k, v), want = drawn(mask, layout, grad)
     name = named(kernel, q, k, v, mask, layout)
     hold(want, lambda *given: attention(*given, layout, kernel=name), q, k, v, mask)
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import children
 import pytest
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 SCRIPT = """
 import hashlib, json, sys
@@ -83,18 +78,15 @@ WARM = ["warm", "cleared", "restarted", "server"]
 @pytest.fixture
 def runs(tmp_path):
     """What a cold process did, the same process again, after clear(), a new process on the same store, and a server on it."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
-    environment["FASTATTN_CACHE_DIR"] = str(tmp_path / "store")
-    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), environment.get("PYTHONPATH", "")])
 
-    def start(how, **extra):
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, how]
-        done = subprocess.run(command, env=environment | extra, timeout=120, capture_output=True, text=True)
+    def start(how, fresh=False, **extra):
+        told = {"FASTATTN_CACHE_DIR": str(tmp_path / "store"), "PYTHONPATH": children.PATH, **extra}
+        done = children.run(SCRIPT, how, env=told, fresh=fresh)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     cold, warm, cleared = start("cold")
-    (restarted,) = start("warm")
+    (restarted,) = start("warm", fresh=True)  # with hashes of its own
     (server,) = start("warm", FASTATTN_MODE="cached")
     return {"cold": cold, "warm": warm, "cleared": cleared, "restarted": restarted, "server": server}
 

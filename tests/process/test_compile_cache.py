@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import children
 import pytest
 
 MODEL = """
@@ -44,18 +42,11 @@ print(json.dumps([*hits, counters["aot_autograd"]["autograd_cache_hit"], weight.
 
 @pytest.mark.long
 def test_the_second_process_compiles_from_the_cache(tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "FASTATTN_MODE": "cached",
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "FASTATTN_MODE": "cached",
                    "FASTATTN_LOG": "error", "FASTATTN_CACHE_DIR": str(tmp_path / "store")}  # fmt: skip
     found = []
     for which in ("first", "second"):
-        ran = subprocess.run(
-            [sys.executable, "-c", MODEL, which],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        ran = children.run(MODEL, which, env=environment, fresh=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         found.append(json.loads(ran.stdout.splitlines()[-1]))
     first, second = found
@@ -83,5 +74,5 @@ assert len(seen) == 1 and "scaled_dot_product_attention" in seen[0], seen
 @pytest.mark.long
 def test_stock_code_is_traced_as_if_fastattn_were_not_imported():
     """No clock: nothing of ours is run, or imported, while stock code is traced. benchmarks/compiled.py has the times."""
-    ran = subprocess.run([sys.executable, "-c", STOCK], capture_output=True, text=True, check=False, timeout=300)
+    ran = children.run(STOCK, timeout=300)
     assert ran.returncode == 0, ran.stderr

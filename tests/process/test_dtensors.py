@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
+import rank_processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rank_processes import outputs_of
 
 import fastattn
 from fastattn.dispatch import drop_in
@@ -105,18 +100,8 @@ print("ok")
 @pytest.mark.long  # two processes, and DTensor's first operators
 def test_fault_30_dtensors_on_two_ranks(tmp_path):
     """DTensors that are sharded alike over batch or heads, or replicated, are served part by part, forward and backward."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FASTATTN_CACHE_DIR": str(tmp_path)}
-    command, pipes = (
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-    )
-    environments = [{**os.environ, **own, "RANK": str(rank)} for rank in range(2)]
-    ranks = [subprocess.Popen(command, env=environment, text=True, **pipes) for environment in environments]
-    outputs = outputs_of(ranks)
-    assert [out.splitlines()[-1:] for out, _ in outputs] == [["ok"], ["ok"]], [err for _, err in outputs]
+    ranks = rank_processes.run(SCRIPT, tmp_path)
+    assert [r.stdout.splitlines()[-1:] for r in ranks] == [["ok"], ["ok"]], [r.stderr for r in ranks]
 
 
 @pytest.fixture

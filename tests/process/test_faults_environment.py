@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -25,13 +23,7 @@ SOURCE = Path(fastattn.__file__).parent
 
 
 def child(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = children.run(code, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -122,7 +114,6 @@ print("served")
     assert child(code, FASTATTN_CACHE_DIR=str(tmp_path), FASTATTN_KERNELS="-flex") == "served"
 
 
-SUPPORT = Path(__file__).parents[1] / "support"
 TUNES = """
 import pytest, torch, fastattn
 from fakes import Clock, turn
@@ -156,10 +147,11 @@ OF_MATMUL = {"dispatch.rescue", "kernels.adapters.matmul", "kernels.plain_math",
 )
 def test_fault_93_the_first_call_on_a_stored_problem_imports_what_its_candidate_needs(winner, own, tmp_path):
     """Nothing of tuning, no other kernel's adapter, and of the conversions and the masks those that the call has."""
-    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
-    child(TUNES.format(winner=winner), FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
+    child(TUNES.format(winner=winner), FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=children.PATH)
     assert len(list(tmp_path.rglob("v*/*/*.json"))) == 1
-    loaded = child(CALLS, FASTATTN_CACHE_DIR=str(tmp_path)).split()
+    done = children.run(CALLS, env={"FASTATTN_CACHE_DIR": str(tmp_path)}, fresh=True)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split()
     found = {name.removeprefix("fastattn.") for name in loaded if name.startswith(SPARED)}
     assert found <= own, "imported in the first call, and not needed by it"
     assert ("kernels.adapters.matmul" in found) == (winner == "matmul"), "it was not the stored winner that served"

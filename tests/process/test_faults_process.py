@@ -7,11 +7,10 @@ import builtins
 import io
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from fakes import FAST, Clock, add, check, honest, made_up, problem, qkv, turn
@@ -166,10 +165,7 @@ assert not seen, seen
 
 def test_fault_56_nobody_is_called_from_import_to_patch(tmp_path):
     """No other machine is called, from import to patch()."""
-    environment = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "store")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", OFFLINE], env=environment, timeout=120, capture_output=True, text=True
-    )
+    done = children.run(OFFLINE, env={"FASTATTN_CACHE_DIR": str(tmp_path / "store")})
     assert done.returncode == 0, done.stderr
 
 

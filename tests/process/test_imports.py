@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 import fastattn
@@ -19,16 +18,9 @@ KERNEL_LIBRARIES = ["flash_attn", "flash_attn_interface", "xformers", "transform
 LIGHT_LIBRARIES = ["rich", "click", "platformdirs", "transformers", "hypothesis", "pytest"]
 
 
-def fresh(code, **environment):
-    """What a fresh process prints as JSON."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("FASTATTN_")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def said(code, fresh=False, **environment):
+    """What a process prints as JSON."""
+    done = children.run(code, env={"FASTATTN_CACHE_DIR": None, **environment}, fresh=fresh)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -38,7 +30,7 @@ def test_fault_63_import_loads_only_itself_and_the_standard_library(tmp_path):
 
     And no directory is made, nothing opened for writing, no environment or flag changed.
     """
-    seen = fresh(
+    seen = said(
         """
 import json, os, sys, threading
 import torch
@@ -59,6 +51,7 @@ print(json.dumps({
         torch.is_grad_enabled(), torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled(), torch.initial_seed()),
 }))
 """,
+        fresh=True,
         HOME=str(tmp_path),
     )
     assert seen["new"] == ["fastattn"]
@@ -69,7 +62,7 @@ print(json.dumps({
 
 
 def test_the_first_call_loads_no_compiler_and_no_terminal_library(tmp_path):
-    seen = fresh(
+    seen = said(
         """
 import json, sys
 import torch, fastattn

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 from fakes import FAST, Clock, add, honest, made_up, qkv, turn
-from rank_processes import outputs_of
 
 import fastattn
 from fastattn.dispatch import tune_now
@@ -70,19 +66,9 @@ INIT = 'dist.init_process_group("gloo")\n'
 
 def two_ranks(tmp_path, body, **environment):
     """Run the script on two gloo ranks, each with a store of its own; what each printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        own["FASTATTN_CACHE_DIR"] = str(tmp_path / f"rank{rank}")
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT.replace("BODY", body)]
-        environ = {**os.environ, **own, **environment}
-        ranks.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = outputs_of(ranks)
-    assert [r.returncode for r in ranks] == [0, 0], [err for _, err in outputs]
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    ranks = rank_processes.run(SCRIPT.replace("BODY", body), tmp_path, **environment)
+    assert [r.returncode for r in ranks] == [0, 0], [r.stderr for r in ranks]
+    return [json.loads(r.stdout.splitlines()[-1]) for r in ranks]
 
 
 def test_fault_44_ranks_choose_alike(tmp_path):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 
+import children
 import pytest
 import torch
 
@@ -177,12 +176,5 @@ os._exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("how", ["tuning", "locked"])
 def test_fault_51_fork_during_a_tuning_the_child_works(how, tmp_path):
-    environment = {**os.environ, "FASTATTN_CACHE_DIR": str(tmp_path / "forked")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, how],
-        env=environment,
-        timeout=TIMEOUT_S,
-        capture_output=True,
-        text=True,
-    )
+    done = children.run(FORK, how, env={"FASTATTN_CACHE_DIR": str(tmp_path / "forked")}, timeout=TIMEOUT_S)
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -196,34 +196,51 @@ class Expected:
     def _e(self, name):
         return (self.rounded[name].to(self.dtype).double() - self.exact[name]).abs()
 
+    @cached_property
+    def _none(self):
+        """Rows that may attend to nothing."""
+        return self.hidden.all(-1)
+
+    @cached_property
+    def _spread(self):
+        return (self.exact["weights"] @ self.exact["v"].abs()).amax(-1)
+
+    @cached_property
+    def _row_budgets(self):
+        c = 2 if self.dtype in HALF else 4
+        return c * (self._e("out").amax(-1) + (self.u + 2**-23 * self._noise) * self._spread)
+
+    @cached_property
+    def _plain_row_budgets(self):
+        plain = (self.plain["out"].double() - self.exact["out"]).abs()
+        return 2 * (plain.amax((2, 3), keepdim=True)[..., 0] + self.u * self._spread)
+
     def forward(self, out, rung="exact"):
         """The largest error of `out` (in `layout`) in budgets."""
         assert tuple(out.shape) == tuple(to(self.layout, torch.empty(self.b, self.hq, self.sq, self.dv)).shape)
         assert out.dtype is self.dtype
-        spread = (self.exact["weights"] @ self.exact["v"].abs()).amax(-1)
-        if rung == "dtype":
-            plain = (self.plain["out"].double() - self.exact["out"]).abs()
-            budget = 2 * (plain.amax((2, 3), keepdim=True)[..., 0] + self.u * spread)
-        else:
-            c = 2 if self.dtype in HALF else 4
-            budget = c * (self._e("out").amax(-1) + (self.u + 2**-23 * self._noise) * spread)
-        return _worst((back(self.layout, out.detach()).double() - self.exact["out"]).abs().amax(-1), budget)
+        budgets = self._plain_row_budgets if rung == "dtype" else self._row_budgets
+        return _worst((back(self.layout, out.detach()).double() - self.exact["out"]).abs().amax(-1), budgets)
+
+    @cached_property
+    def _log_sum_budgets(self):
+        want = self.exact["lse"]
+        e32 = (self.rounded["lse"].double() - want).masked_fill(self._none, 0.0).abs()
+        return 4 * (e32 + 2**-24 * (1 + want.masked_fill(self._none, 0.0).abs() + self._sizes))
 
     def log_sum(self, lse):
         """The largest error of a log-sum-exp (b, h, s) in budgets."""
         assert lse.dtype is torch.float32 and lse.shape == (self.b, self.hq, self.sq)
         lse = lse.detach()
-        want, none = self.exact["lse"], self.hidden.all(-1)
-        assert torch.equal(lse == float("-inf"), none)
-        e32 = (self.rounded["lse"].double() - want).masked_fill(none, 0.0).abs()
-        budget = 4 * (e32 + 2**-24 * (1 + want.masked_fill(none, 0.0).abs() + self._sizes))
-        return _worst((lse.double() - want).masked_fill(none, 0.0).abs(), budget)
+        assert torch.equal(lse == float("-inf"), self._none)
+        return _worst((lse.double() - self.exact["lse"]).masked_fill(self._none, 0.0).abs(), self._log_sum_budgets)
 
-    def backward(self, dq, dk, dv, dmask=None):
-        """The largest error of the gradients (in `layout`) in budgets."""
+    @cached_property
+    def _gradient_budgets(self):
+        """(b, hkv) of dq, dk and dv; of dmask, where there is one, a number."""
         x, w, s = self.exact, self.exact["weights"], abs(self.scale)
         grad = back(self.layout, self.grad).double()
-        lse = x["scores"].logsumexp(-1).abs().masked_fill(self.hidden.all(-1), 0.0)
+        lse = x["scores"].logsumexp(-1).abs().masked_fill(self._none, 0.0)
         size = self._per_kv_head(torch.maximum(lse, self._noise)[..., None])
         terms = grad * x["out"]
         dscores = (grad @ x["v"].mT - terms.sum(-1, keepdim=True)) * w
@@ -243,21 +260,27 @@ class Expected:
             cancel_q = most * self._per_kv_head(delta @ x["k"].abs())
             cancel_k = most * self._heads_sum(delta.mT @ self.q.double().abs())
             cancel_v = self.u * (1 + size) * self._heads_sum(w.mT @ grad.abs(), self.dv)
-        more = {"dq": cancel_q, "dk": cancel_k, "dv": cancel_v}
+        found = {}
+        for name, cancelling in (("dq", cancel_q), ("dk", cancel_k), ("dv", cancel_v)):
+            rounding = (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs())
+            found[name] = 3 * (self._per_kv_head(self._e(name)) + rounding + cancelling)
+        if self.bias is not None and self.bias.numel():
+            sizes = dscores.abs() + delta if self.dtype in HALF else delta
+            sizes = sizes.sum_to_size((1,) * (4 - self.bias.dim()) + self.bias.shape)
+            most = float(size.max()) if size.numel() else 0.0
+            found["dmask"] = 3 * (self.u + min(2**-24, self.u) * most) * sizes.amax()
+        return found
+
+    def backward(self, dq, dk, dv, dmask=None):
+        """The largest error of the gradients (in `layout`) in budgets."""
         worst = 0.0
         for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
-            rounding = (self.u + 2**-24 * size) * self._per_kv_head(x[name].abs())
-            budget = 3 * (self._per_kv_head(self._e(name)) + rounding + more[name])
-            error = self._per_kv_head((back(self.layout, got).double() - x[name]).abs())
-            worst = max(worst, _worst(error, budget))
+            error = self._per_kv_head((back(self.layout, got).double() - self.exact[name]).abs())
+            worst = max(worst, _worst(error, self._gradient_budgets[name]))
         if dmask is not None:
-            sizes = (dscores.abs() + delta if self.dtype in HALF else delta).sum_to_size(
-                (1,) * (4 - self.bias.dim()) + self.bias.shape
-            )
-            most = float(size.max()) if size.numel() else 0.0
-            budget = 3 * (self.u + min(2**-24, self.u) * most) * sizes.amax()
-            error = (dmask.double() - x["dmask"]).abs().masked_fill(self.mask.detach() == float("-inf"), 0.0)
-            worst = max(worst, _worst(error, budget))
+            error = (dmask.double() - self.exact["dmask"]).abs()
+            error = error.masked_fill(self.mask.detach() == float("-inf"), 0.0)
+            worst = max(worst, _worst(error, self._gradient_budgets["dmask"]))
         return worst
 
     def _per_kv_head(self, x):
@@ -305,15 +328,20 @@ def hold(want, call, q, k, v, mask=None, rung="exact"):
     return out
 
 
+def classified(q, k, v, mask=None, layout="bhsd", **options):
+    """The Problem and the CallFacts of a call."""
+    key = call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options))
+    return classify(key, current_settings().accuracy)
+
+
 def problem_of(q, k, v, mask=None, layout="bhsd", **options):
     """The Problem of a call."""
-    key = call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options))
-    return classify(key, current_settings().accuracy)[0]
+    return classified(q, k, v, mask, layout, **options)[0]
 
 
 def facts_of(q, k, v, mask=None, layout="bhsd", **options):
     """The CallFacts of a call."""
-    return classify(call_key.call_key(q, k, v, mask, layout, call_options.parse_options(options)))[1]
+    return classified(q, k, v, mask, layout, **options)[1]
 
 
 def accepted(q, k, v, mask=None, layout="bhsd", **options) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 import time
 
+import children
 import pytest
 import torch
 from fakes import FAST, Clock, add, honest, made_up, problem, qkv, row, turn
@@ -145,10 +145,9 @@ print(found.why)
     (7, 0), (0, 1e-12), *(pytest.param(0, step, marks=pytest.mark.long) for step in (3600, -1)),
 ])  # fmt: skip
 def test_fault_81_a_clock_that_was_replaced_before_fastattn_came(start, step, own_store):
-    words = [sys.executable, "-c", SCRIPT.format(start=start, step=step)]
     path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not p.endswith("nothing_wins")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}  # by the real stopwatch
-    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    env = {"PYTHONPATH": os.pathsep.join(path)}  # by the real stopwatch
+    done = children.run(SCRIPT.format(start=start, step=step), env=env)
     assert done.returncode == 0 and "clock" in done.stdout, done.stdout + done.stderr
     assert not list(own_store.rglob("*.json"))
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from changes import changed
@@ -16,7 +15,7 @@ from torch.utils import _device
 
 import fastattn
 from fastattn.environment.settings import current_settings
-from fastattn.tuning.accuracy import probes
+from fastattn.tuning.accuracy import judge, probes
 from fastattn.tuning.accuracy.judge import judges_of_problem
 from fastattn.tuning.tune import tune_problem
 from fastattn.verdicts.verdict import Outcome
@@ -105,7 +104,7 @@ PROBLEMS = {
     "training with a bias that asks for a gradient": {
         "needs_grad": True, "mask": "float32", "mask_shape": "1hqk", "mask_grad": True},
     "a bool mask in bfloat16": {"dtype": "bfloat16", "mask": "bool", "mask_shape": "b11k"},
-    "rows that are sampled": {"q_len": 1500, "kv_len": 1500, "q_heads": 1, "kv_heads": 1, "head_dim": 8, "head_dim_v": 8},
+    "rows that are sampled": {"q_len": 1500, "kv_len": 64, "q_heads": 1, "kv_heads": 1, "head_dim": 8, "head_dim_v": 8},
     "log-sum-exp, window, broadcast heads": {
         "lse": True, "window": (5, 5), "strides": ("contiguous", "expanded", "expanded")},
 }  # fmt: skip
@@ -120,7 +119,9 @@ def found(p):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_fault_80_defaults_change_no_number_of_a_verdict(name, monkeypatch):
     turn(monkeypatch, Clock(other=4e-3))
+    monkeypatch.setattr(judge, "ROW_LIMIT", 2**14)  # 1500 rows on 64 keys are many
     p = problem(**PROBLEMS[name])
+    assert (judge.row_sample(p, torch.device("cpu")) is not None) is (name == "rows that are sampled")
     usual = found(p)
     assert any(outcome is Outcome.TIMED for outcome, *_ in usual.values()), usual
     assert any(forward for _, forward, _ in usual.values())
@@ -201,10 +202,6 @@ assert fastattn.stats()["hits"] == 1
     "torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')",
     pytest.param("torch.set_default_dtype(torch.float64)", marks=pytest.mark.long),
 ])  # fmt: skip
-def test_fault_80_fastattn_may_be_imported_under_any_default(set_up, tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("FASTATTN_MODE", "cached")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORTED.format(set_up=set_up)], capture_output=True, text=True
-    )
+def test_fault_80_fastattn_may_be_imported_under_any_default(set_up):
+    done = children.run(IMPORTED.format(set_up=set_up), env={"FASTATTN_MODE": "cached"})
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import children
 import pytest
 import torch
 from building import CPU
@@ -108,14 +106,7 @@ print(Store([Path(sys.argv[1])]).put(verdict(), DEVICE))
 @pytest.mark.parametrize("bytes_left", [0, 100])
 def test_fault_41_a_quota_leaves_neither_a_temporary_file_nor_half_an_entry(bytes_left, tmp_path):
     """A full disk leaves neither a temporary file nor half an entry."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", QUOTA, str(tmp_path / "own"), str(bytes_left)],
-        env=environment, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
+    done = children.run(QUOTA, str(tmp_path / "own"), str(bytes_left), env={"PYTHONPATH": children.PATH})
     assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
     assert done.stderr.count("in memory only") == 1 and os.strerror(errno.EFBIG) in done.stderr
     assert not [p for p in (tmp_path / "own").rglob("*") if p.is_file()]

@@ -6,15 +6,13 @@ import ast
 import errno
 import json
 import os
-import signal
 import stat
-import subprocess
-import sys
 import time
 import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from fakes import FAST, Clock, turn
@@ -96,15 +94,13 @@ while count < 0 or i < count:
 
 
 def writer(root, first, count):
-    command = [sys.executable, "-W", "ignore", "-c", WRITER, str(root), str(first), str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return children.start(WRITER, str(root), str(first), str(count))
 
 
 def test_fault_37_concurrent_writers_lose_nothing(tmp_path):
     """Processes that write at once lose nothing, and no reader meets half a file."""
     writers = [writer(tmp_path / "s", 100 * n, 50) for n in range(2)]
-    ends = [w.communicate(timeout=60) for w in writers]
-    assert [w.returncode for w in writers] == [0, 0], ends
+    assert [w.wait().returncode for w in writers] == [0, 0], [w.stderr for w in writers]
     found = [v for _, v in Store([tmp_path / "s"]).verdicts()]
     assert {v.problem.kv_len for v in found} == {*range(50), *range(100, 150), *range(10_000, 10_005)}
     files = list((tmp_path / "s").rglob("*"))
@@ -113,16 +109,13 @@ def test_fault_37_concurrent_writers_lose_nothing(tmp_path):
 
 def test_fault_37_a_killed_writer_leaves_nothing_half_written(tmp_path):
     """Killed at moments of its own; every file present is whole, what it left behind is no verdict."""
-    process = None
     for attempt in range(2):
         process = writer(tmp_path / "s", attempt, -1)
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(8):
-            process.stdout.readline()
+        while process.stdout.count("\n") <= 8:
+            assert process.returncode is None, process.stderr
+            time.sleep(0.001)
         time.sleep(0.003 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-        process.stdout.close(), process.stderr.close()
+        process.kill()
         files = list((tmp_path / "s").rglob("*.json"))
         assert files
         assert len([v for _, v in Store([tmp_path / "s"]).verdicts()]) == len(files)
@@ -468,8 +461,8 @@ def test_fault_54_a_fifo_does_not_block(kept):
     os.mkfifo(path, 0o600)
     code = "import sys; from pathlib import Path; from fastattn.verdicts.store import Store; " \
            "sys.exit(len(list(Store([Path(sys.argv[1])]).verdicts())))"  # fmt: skip
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(mine.root)], timeout=30)
-    assert done.returncode == 0
+    done = children.run(code, str(mine.root), timeout=30)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fault_54_a_directory_or_device_as_entry(kept):
