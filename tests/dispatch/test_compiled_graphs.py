@@ -10,54 +10,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Graphs
+from graphs import Graphs, compiled, exact, fresh, qkv, store  # noqa: F401  (fresh is used by its name)
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.dispatch import tune_now
 from fastattn.dispatch.session import session
-from fastattn.environment.device import Device
-from fastattn.environment.settings import current_settings
 from fastattn.problems.spelling import command_line
-from fastattn.verdicts.verdict import Trial, Verdict
 
 TORCHS = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
-    with fastattn.options.scope(mode="cached"):
-        yield
-    torch._dynamo.reset()
-
-
-def compiled(call, **options):
-    graphs = Graphs()
-    return torch.compile(call, backend=graphs, fullgraph=True, **options), graphs
-
-
-def store(winner, *given, lengths="exact", **options):
-    """Put a verdict for this call, or its bucket, into the store: this candidate won."""
-    problem = fastattn.explain(*given, **options).problem.bucketed(lengths)
-    verdict = Verdict(problem, winner, (Trial("default", time_us=9.0), Trial(winner, time_us=1.0)))
-    session.store(current_settings()).put(verdict, Device.of(given[0].device))
-    fastattn.clear()
-    return problem
-
-
-def qkv(q_len=24, kv_len=None, *, batch=2, heads=4, kv_heads=2, dim=16, grad=False, layout="bhsd"):
-    sizes = ((batch, heads, q_len, dim), *[(batch, kv_heads, kv_len or q_len, dim)] * 2)
-    order = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}[layout]
-    return [torch.randn(size).permute(order).contiguous().requires_grad_(grad) for size in sizes]
-
-
-def exact(q, k, v, *given, **options):
-    """attention() in float64, eagerly."""
-    found = attention(*(x.detach().double() for x in (q, k, v)), *given, **options)
-    return tuple(x.float() for x in found) if isinstance(found, tuple) else found.float()
 
 
 # --- warnings

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_compiled_graphs import compiled, exact, fresh, qkv, store  # noqa: F401  (fresh is used by its name)
+from graphs import compiled, exact, fresh, qkv, store  # noqa: F401  (fresh is used by its name)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastattn

@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 from fakes import Clock, turn
-from graphs import Graphs
-from test_compiled_graphs import exact, qkv
+from graphs import Graphs, exact, qkv
 
 import fastattn
 from fastattn import attention, masks

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_compiled_graphs import qkv, store
+from graphs import qkv, store
 
 import fastattn
 from fastattn import attention, masks

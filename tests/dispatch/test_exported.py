@@ -14,7 +14,7 @@ import children
 import pytest
 import torch
 import torch.nn.functional as F
-from test_compiled_graphs import exact, qkv, store
+from graphs import exact, qkv, store
 
 import fastattn
 from fastattn import attention, masks

@@ -106,6 +106,13 @@ def test_a_path_is_a_program(tmp_path):
     assert children.run(program, "a").stdout == f"['a'] {tmp_path}\n"
 
 
+def test_no_test_imports_another():
+    """What they share stands in tests/support."""
+    tests = Path(__file__).parents[1]
+    found = [str(p) for p in tests.rglob("*.py") if re.search(r"^(from|import) test_", p.read_text(), re.M)]
+    assert found == []
+
+
 def test_tests_start_processes_in_no_other_way():
     tests = Path(__file__).parents[1]
     found = {
