@@ -11,7 +11,7 @@ from fastattn.kernels import known_faults, registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
 from fastattn.kernels.limits import Range
-from fastattn.planning.conversions import BY_NAME, CONVERSIONS, in_order
+from fastattn.planning.conversions import BY_NAME, CONVERSIONS, as_applied
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.decision import Accepted, Decision, Rejected
 from fastattn.problems.call_facts import CallFacts, ordinary_facts
@@ -61,7 +61,7 @@ def decide(
     chosen = (tuple(name for name in names if name) for names in product(*choices))
     chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
     chosen = (names for names in chosen if not _is_twice_as_much(names, answers))
-    found: list[Decision] = [Accepted(kernel, in_order(names, problem)) for names in chosen]
+    found: list[Decision] = [Accepted(kernel, as_applied(names, problem)) for names in chosen]
     version = availability.library_version(kernel.library) or ""
     faults = known_faults.faults_that_hold(kernel.name, problem, device, version, settings.known_faults, facts)
     return [Rejected(kernel, tuple(faults))] if faults else found

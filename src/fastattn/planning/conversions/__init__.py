@@ -137,7 +137,7 @@ IN_BLOCKS = frozenset(c.name for c in CONVERSIONS if c.is_loop)
 OWN_FORMS = frozenset(c.name for c in CONVERSIONS if c.is_own_form)
 
 
-def in_order(names: tuple[str, ...], p: Problem) -> tuple[str, ...]:
+def as_applied(names: tuple[str, ...], p: Problem) -> tuple[str, ...]:
     """Names of conversions as they are applied: as the rows stand, but in training all is cast before it is cut into tiles.
 
     Each tile would keep a cast copy of the keys that it shares with others. Without gradients no copy outlives its tile.
