@@ -23,6 +23,7 @@ from building import CPU, Expected, back, classified, corner, expect, hold, mask
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
+from fastattn.kernels.adapters import flash_attn_3
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability, catalogue, import_probe
 from fastattn.kernels.limits import OneOf
@@ -211,6 +212,7 @@ def gpu(monkeypatch, *those: stubs.Stub):
 
 def forget() -> None:
     availability.forget_libraries()
+    flash_attn_3.flags.cache_clear()  # what the build of the library before this one left out
 
 
 def silicon(stub: stubs.Stub, kernel: str) -> Device:
