@@ -458,8 +458,8 @@ def test_a_flash_attention_2_that_would_read_the_lengths_is_given_no_table(monke
 
 def test_a_flash_attention_3_built_without_pages_gathers_them(monkeypatch, on_gpu):
     q, *pools, table, _, _ = in_pages()
-    with gpu(monkeypatch, flash_attn_3.STUB):
-        monkeypatch.setitem(sys.modules, "flash_attn_config", flash_attn_3.config(("PAGEDKV",)))
+    made = {**flash_attn_3.STUB.modules(), "flash_attn_config": flash_attn_3.config(("PAGEDKV",))}
+    with gpu(monkeypatch, replace(flash_attn_3.STUB, modules=lambda: made)):
         given = {"layout": "bshd", "kv_lens": torch.tensor(FILLED), "page_table": table, "kernel": "flash_attn_3"}
         assert fastattn.explain(q, *pools, **given).served_by == "flash_attn_3+gathered+cached"
 
