@@ -17,6 +17,7 @@ Made from the rows in `src/fastattn/kernels/adapters/` by `python docs/make_kern
 conversion may still bring about ([adding a kernel](adding-a-kernel.md)); `fastattn explain` says which candidates a problem
 has, and why each other kernel is out. `packed`, `cache` and `pages` among the options: its library has an entry point
 that is told the lengths of packed sequences, how much of a cache is filled, or a page table ([packing](packing.md#on-cuda)).
+`kept`: a `fastattn.KVCache` keeps keys and values in its own order for it.
 """
 OPTIONS = ("window", "softcap", "dropout", "lse", "score_mod", "custom_mask", "mask_blocks")
 FAULTS = """## Known faults
@@ -68,8 +69,8 @@ def overview(rows: list[Kernel]) -> str:
 
 
 def options_of(k: Kernel) -> list[str]:
-    """What it does beside plain attention; `packed`, `cache` and `pages`: it has an entry point that is told the lengths."""
-    forms = (("packed", k.load_packed), ("cache", k.load_cached), ("pages", k.load_paged))
+    """What it does beside plain attention; `packed`, `cache`, `pages` and `kept`: it has such an entry point."""
+    forms = (("packed", k.load_packed), ("cache", k.load_cached), ("pages", k.load_paged), ("kept", k.load_kept))
     own = [name for name, load in forms if load is not None]
     return [SAID.get(o, o) for o in OPTIONS if getattr(k, o)] + own
 

@@ -11,7 +11,7 @@ import building
 import pytest
 import torch
 from click.testing import CliRunner
-from fakes import Clock, turn
+from fakes import Clock, quick_wins, turn
 
 import fastattn
 from fastattn.cli import main, shape_words, tables
@@ -396,6 +396,22 @@ def test_no_help_line_is_cut(words):
 @pytest.mark.parametrize("command", ["tune", "explain"])
 def test_help_explains_shapes(command):
     assert "8x16x196x64 is batch x heads x length x head_dim" in run(command, "--help")
+
+
+def test_a_kv_cache_has_verdicts_of_its_own(monkeypatch):
+    quick_wins(monkeypatch)
+    words = ("1x4/2x1x40x16", "--strides", "contiguous,cache,cache")
+    [verdict] = json.loads(run("tune", *words, "--kept", "--json"))
+    assert verdict["problem"]["kept"] is True
+    [problem] = asked(*words, "--kept")
+    assert asked(command_line(problem)) == [problem]
+    assert "kept" in run("cache", "show") and "in a KVCache" in run("explain", *words, "--kept")
+    assert "in a KVCache" not in run("explain", *words)
+    cache = fastattn.KVCache(capacity=64)
+    cache.append(torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16))
+    cache._is_kept = True  # as with a library that keeps keys in an order of its own
+    found = cache.explain(torch.zeros(1, 4, 1, 16))
+    assert found.served_by == "quick" and found.why != "not tuned"
 
 
 def test_compiled_code_has_verdicts_of_its_own(monkeypatch):

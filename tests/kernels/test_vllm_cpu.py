@@ -92,10 +92,8 @@ def test_amx_is_used_for_bfloat16_where_the_system_lets_it(capabilities, asked, 
     with installed(stub.STUB, monkeypatch):
         on_a_cpu_with(monkeypatch, **capabilities)
         monkeypatch.setattr(torch.cpu, "_init_amx", lambda: times.append(1) or asked, raising=False)
-        attend = vllm_cpu.load_attend()
-        starts = torch.tensor([0, 8], dtype=torch.int32)
-        q = torch.randn(8, 2, head_dim, dtype=dtype)
-        attend(q, q, q, torch.empty_like(q), starts, starts, 8, (None, None), fastattn.kernels.Arguments(0.1))
+        run, q = vllm_cpu.load(), torch.randn(1, 8, 2, head_dim, dtype=dtype)
+        run(q, q, q, None, fastattn.kernels.Arguments(0.1))
     assert stub.plans[-1]["isa"] == isa and len(times) == (asked is not None)
 
 

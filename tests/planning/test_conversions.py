@@ -21,6 +21,7 @@ DRAWS = 60  # problems of each kernel on each of its devices, beside
 RARE = (
     {"q_len": 600, "kv_len": 600, "structure": "Document(8)", "mask": "bool", "mask_shape": "11qk"},
     {"q_len": 1, "kv_len": 600, "q_heads": 1, "kv_heads": 1},
+    {"q_len": 1, "kv_len": 600, "kept": True},
 )
 STRIDES = (("contiguous",) * 3, ("transposed",) * 3, ("other", "contiguous", "expanded"))
 FACTS = {"aligned": (True, True, False), "aligned_rows": (False, True, True)}

@@ -88,9 +88,9 @@ def problems(
 ) -> dict[Problem, str]:
     """The problems that these arguments mean, each with the preset it comes from. Raises click.UsageError.
 
-    more: window, softcap, dropout, lse and cast_from; compiled: of compiled code.
+    more: window, softcap, dropout, lse and cast_from; kept: in a KVCache; compiled: of compiled code.
     """
-    compiled = bool(more.pop("compiled", False))
+    compiled, kept = (bool(more.pop(name, False)) for name in ("compiled", "kept"))
     if compiled and more.get("dropout"):
         raise click.UsageError("--dropout does not go with --compiled: compiled code draws its own, unchecked")
     kind, mask_grad = _mask(mask)
@@ -123,7 +123,7 @@ def problems(
                 problem = problem_of_shape(shape, getattr(torch, each), grad=grad, on=device)
             except (ValueError, NotImplementedError) as error:
                 raise click.UsageError(f"{name}: {str(error).removeprefix('attention(): ')}") from None
-            problem = problem.replace(compiled=compiled)
+            problem = problem.replace(compiled=compiled, kept=kept)
             found.setdefault(problem, name if name in presets.PRESETS else "")
     return found
 
@@ -193,6 +193,7 @@ def asking(command: F) -> F:
         click.option("--layout", type=click.Choice(list(TO_BHSD)), default="bhsd", show_default=True),
         click.option("--strides", metavar="CLASS", help="How q, k, v lie in memory, or Q,K,V: transposed, packed, cache, ..."),
         click.option("--accuracy", metavar="RUNG", help="exact, dtype, or the largest row error over |P||V|."),
+        click.option("--kept", is_flag=True, help="K and V in a KVCache, which a kernel may keep in its own order."),
         click.option("--compiled", is_flag=True, help="In compiled code, as torch.compile makes it; some seconds a candidate."),
         device_option,
         json_option,

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastattn.dispatch.attention import attention
+from fastattn.environment.settings import current_settings
 from fastattn.environment.text import dtype_name
+from fastattn.planning.conversions.kept import KeptCopies, is_kept_by_any
 from fastattn.problems import masks
+from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
 from fastattn.problems.masks.values import whole_numbers
+
+if TYPE_CHECKING:
+    from fastattn.dispatch.explain import Explanation
+    from fastattn.kernels.kernel import Kernel
+
+_KNOWN = {"scale", "softcap", "accuracy", "kernel", "return_lse"}  # options that a kept cache goes with
 
 
 class KVCache:
@@ -24,6 +33,8 @@ class KVCache:
 
     layout: of what append() and attend() are given, "bhsd", "bshd" or "sbhd"; in memory each head's rows lie together.
     capacity: tokens to make room for at first; where more come it doubles. Dtype and device are those of the first keys.
+    A kernel that reads keys in an order of its own (vllm_cpu) may win where that order is kept: the cache then takes its
+    memory twice, and a new token is written twice. `fastattn.options(kernels=...)` says which kernels may.
     Raises ValueError for another layout or a capacity below 1.
     """
 
@@ -35,6 +46,8 @@ class KVCache:
         self.layout, self._capacity = layout, capacity
         self._k = self._v = None  # (batch, kv_heads, capacity, head_dim or head_dim_v)
         self._filled: list[int] = []
+        self._copies = KeptCopies()
+        self._is_kept: bool | None = None  # whether a kernel that is installed reads keys in an order of its own
 
     def append(self, k: Tensor, v: Tensor, lengths: Any = None) -> None:
         """Add tokens behind what is filled: k, v [batch, kv_heads, tokens, head_dim] in the cache's layout.
@@ -68,14 +81,45 @@ class KVCache:
         mask: None means that the queries are the last of the filled tokens, and see no later ones. Options and errors are those
         of attention(); RuntimeError where nothing is filled yet.
         """
+        q, k, v, mask, options = self._call(q, mask, options)
+        return attention(q, k, v, mask, self.layout, **options)
+
+    def explain(self, q: Tensor, mask: Any = None, *, tune: bool = False, **options: Any) -> Explanation:
+        """Why attend() with these arguments is served as it is: `fastattn.explain` of that call."""
+        from fastattn.dispatch.explain import explain  # here, as no call needs it
+
+        q, k, v, mask, options = self._call(q, mask, options)
+        return explain(q, k, v, mask, self.layout, tune=tune, **options)
+
+    def _call(
+        self, q: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Any, dict[str, Any]]:
+        """(q, k, v, mask, options) of attention()."""
         if told := {"kv_lens", "page_table"} & options.keys():
             raise ValueError(f"KVCache.attend(): {min(told)} is the cache's own to say")
         tokens = q.shape[TO_BHSD[self.layout][2]] if q.dim() == 4 else 1
+        filled = self._filled
+        if mask is None and options.keys() <= _KNOWN and tokens <= min(filled, default=0) and self._may_be_kept(q):
+            hides: Any = masks.Causal("bottom_right") if tokens > 1 else None
+            if len(set(filled)) > 1:
+                hides = masks.Filled(filled, tokens if tokens > 1 else 0)
+            return q, self.k, self.v, Kept(hides, self), options
         if mask is None and tokens > 1:
             mask = masks.Causal("bottom_right")
-        if len(set(self._filled)) > 1:
-            options["kv_lens"] = self._filled
-        return attention(q, self.k, self.v, mask, self.layout, **options)
+        if len(set(filled)) > 1:
+            options["kv_lens"] = filled
+        return q, self.k, self.v, mask, options
+
+    def _may_be_kept(self, q: Tensor) -> bool:
+        if self._is_kept is None:
+            self._is_kept = is_kept_by_any(q.device.type, current_settings().named)
+        is_training = q.requires_grad and torch.is_grad_enabled()
+        return self._is_kept and q.dim() == 4 and not (is_training or torch.compiler.is_compiling())
+
+    def kept_for(self, kernel: Kernel) -> tuple[Tensor, ...]:
+        """What is filled as a kernel reads it, brought up to date; attend() asks for it where that kernel serves."""
+        assert self._k is not None and self._v is not None
+        return self._copies.of(kernel, self._k, self._v, self._filled)
 
     @property
     def k(self) -> Tensor:
@@ -106,6 +150,7 @@ class KVCache:
         if len(most) != len(self._filled) or min(most, default=0) < 0:
             raise ValueError(f"KVCache.crop(): lengths must be {len(self._filled)} numbers from 0 on, got {lengths}")
         self._filled = [min(n, m) for n, m in zip(self._filled, most, strict=True)]
+        self._copies.cut(self._filled)
 
     def reorder(self, entries: Tensor | Sequence[int]) -> None:
         """Entry i becomes what entries[i] was: beams, or a batch that loses and gains entries."""
@@ -114,13 +159,16 @@ class KVCache:
             raise ValueError(f"KVCache.reorder(): entries must be from 0 to {len(self._filled) - 1}, got {list(order)}")
         if self._k is None or self._v is None:
             return
-        index = torch.tensor(order, dtype=torch.int64, device=self._k.device)
-        self._k, self._v = self._k.index_select(0, index), self._v.index_select(0, index)
+        with torch.inference_mode(False):
+            index = torch.tensor(order, dtype=torch.int64, device=self._k.device)
+            self._k, self._v = self._k.index_select(0, index), self._v.index_select(0, index)
         self._filled = [self._filled[i] for i in order]
+        self._copies.reorder(list(order))
 
     def reset(self) -> None:
         """Forget all tokens, and keep the memory for as many entries."""
         self._filled = [0] * len(self._filled)
+        self._copies.cut(self._filled)
 
     def __repr__(self) -> str:
         if self._k is None:
@@ -163,7 +211,8 @@ class KVCache:
 
     def _grown(self, store: Tensor | None, like: Tensor, room: int) -> Tensor:
         """The same tokens with room for more. What is not filled is never read."""
-        grown = torch.empty(*like.shape[:2], room, like.shape[3], dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # it outlives the mode that it was made in
+            grown = torch.empty(*like.shape[:2], room, like.shape[3], dtype=like.dtype, device=like.device)
         if store is not None:
             grown[:, :, : len(self)].copy_(store[:, :, : len(self)])
         return grown

@@ -14,6 +14,7 @@ from fastattn.kernels.plain_math import sdpa_math
 from fastattn.problems import bands, dense_masks, masks
 from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask, told
 from fastattn.problems.call_options import CallOptions
+from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import default_scale
 
@@ -40,6 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     What F.sdpa cannot do is plain math, or flex_attention where the caller's own function is part of it.
     """
     q, k, v = to_bhsd(q, layout), to_bhsd(k, layout), to_bhsd(v, layout)
+    mask = mask.of if isinstance(mask, Kept) else mask
     is_custom = o.score_mod is not None or is_block_mask(mask)
     is_math = o.softcap > 0 or o.return_lse
     if is_block_mask(mask):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastattn.environment.device import Device
     from fastattn.environment.log import log
     from fastattn.environment.remembered import remembered
-    from fastattn.kernels.kernel import Arguments, Backward, Kernel, Run, require_keywords, require_private
+    from fastattn.kernels.kernel import Arguments, Backward, Keeper, Kernel, Run, require_keywords, require_private
     from fastattn.kernels.libraries.availability import is_before
     from fastattn.kernels.libraries.operator_files import load_operators
     from fastattn.kernels.limits import (
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "HIDDEN", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE", "WHOLE",
-    "Arguments", "Backward", "Device", "Forbid", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen", "Run",
-    "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "is_before", "load_operators", "log",
+    "Arguments", "Backward", "Device", "Forbid", "Keeper", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen",
+    "Run", "Tensor", "additive", "as_4d", "as_bias", "drowns_scores", "fold", "is_before", "load_operators", "log",
     "remembered", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing", "unfold",
 ]  # fmt: skip
 
 # An adapter has no more imported than it names: of most only torch's own is asked in a process.
-_OF_KERNEL = ("Arguments", "Backward", "Kernel", "Run", "Tensor", "require_keywords", "require_private")
+_OF_KERNEL = ("Arguments", "Backward", "Keeper", "Kernel", "Run", "Tensor", "require_keywords", "require_private")
 _OF_LIMITS = ("BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NOT_EMPTY", "OWN_MASK", "PLANNED",
               "Forbid", "Need", "OneOf", "Range", "RefuseWhen")  # fmt: skip
 _OF_DENSE_MASKS = ("additive", "as_4d", "as_bias", "drowns_scores", "sees_nothing")

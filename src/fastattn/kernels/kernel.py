@@ -44,6 +44,7 @@ class Arguments(NamedTuple):
     page_table: Tensor | None = (
         None  # for load_paged: int32 [batch, pages], the pages of k and v that are an entry's cache
     )
+    kept: Any = None  # for load_kept: what its Keeper made and wrote, filled to kv_lens; upper: 0 or None, lower: None
 
     def window_sides(self, q_len: int, kv_len: int) -> tuple[int | None, int | None]:
         """(left, right): the band as keys visible beside query i's own, which is key i + kv_len - q_len; None is no limit.
@@ -59,6 +60,19 @@ Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Arguments], "Any"]
 # backward(q, k, v, mask, out, grad, arguments) -> (dq, dk, dv, dscores) from the inputs alone: the scores are made again.
 # out is None where the caller may have changed it.
 Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", Tensor, Arguments], "tuple[Tensor, ...]"]
+
+
+class Keeper(NamedTuple):
+    """How a KVCache keeps keys and values in the order that a kernel reads them in.
+
+    empty(k, v, blocks) -> tensors [batch, blocks, ...] of zeros, with room for so many blocks of each entry; k, v: a cache
+    (b, kv_heads, s, d) whose heads, head dims and dtype they are for. write(kept, k, v, slots): tokens (n, kv_heads, d) into
+    slots, int64 (n): a token's position, behind those of all blocks of the entries before.
+    """
+
+    block: int  # tokens in a block
+    empty: Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
+    write: Callable[[tuple[Tensor, ...], Tensor, Tensor, Tensor], None]
 
 
 class Kernel(NamedTuple):
@@ -115,6 +129,9 @@ class Kernel(NamedTuple):
     load_cached: Callable[[], Run] | None = None
     # the same for caches in pages: k and v are all pages there are, (pages, h, page, d) or as its layout has it
     load_paged: Callable[[], Run] | None = None
+    # the same for caches that a KVCache keeps in an order of the kernel's own, by its Keeper; k and v are not read
+    load_kept: Callable[[], Run] | None = None
+    load_keeper: Callable[[], Keeper] | None = None
     paged_needs: tuple[Need, ...] = ()  # limits of that entry point alone, as packed_needs: else pages are gathered
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None

@@ -56,7 +56,7 @@ def bind(
     facts = ordinary_facts(p) if facts is None else facts
     is_default = candidate.kernel.name == "default" and not (candidate.conversions or facts.decode or facts.by_math)
     if is_default and p.layout == "bhsd" and by_share is None:
-        direct = _direct_default(p, scale, structured, dropout_p)
+        direct = _direct_default(p, scale, structured or p.kept, dropout_p)
         return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
     if by_share is None:
         step, is_right = _converted(candidate, p, facts), _lies_as_default(candidate, p, facts)
@@ -70,7 +70,9 @@ def bind(
         from fastattn.planning.conversions.lse_gradient import with_lse_gradient
 
         step = with_lse_gradient(step)
-    return _outermost(step, is_right, is_tuning, p, facts, Arguments(
+    may_serve = (candidate,) if by_share is None else (by_share.in_tiles, by_share.plain)
+    reads_kept = any("kept" in one.conversions for one in may_serve)
+    return _outermost(step, is_right, is_tuning, reads_kept, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
         softcap=p.softcap, dropout_p=dropout_p, needs_grad=p.needs_grad, lse=p.lse, score_mod=score_mod,
         deterministic=p.deterministic,
@@ -129,7 +131,9 @@ def _in_layout(step: Run, kernel: Kernel) -> Run:
     return run
 
 
-def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: CallFacts, a: Arguments) -> Call:
+def _outermost(
+    step: Run, is_right: bool, is_tuning: bool, reads_kept: bool, p: Problem, facts: CallFacts, a: Arguments
+) -> Call:
     """From (q, k, v, mask) in the caller's layout to the step, and back. is_right: its output lies as F.sdpa's would."""
     order = TO_BHSD[p.layout]
     back = FROM_BHSD[p.layout]
@@ -137,7 +141,7 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
     is_moving = p.is_banded and p.causal == "bottom_right"  # the band depends on the lengths
     is_banded, causal, window, decode = p.is_banded, p.causal, p.window, facts.decode
     has_mask = p.mask is not None  # a structured mask has become the corner
-    is_tensor, is_told, also = p.mask != "block", bool(p.structure), facts.also
+    is_kept, is_tensor, is_told, also = p.kept, p.mask != "block", bool(p.structure), facts.also
     wanted = output_order(p, facts)
     is_contiguous = wanted == CONTIGUOUS
     # a view of what a backward may read must stay one, or that it was changed would not be noticed
@@ -159,7 +163,7 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
             ]  # the same memory, and no view: it may be changed in place with gradients
         return out.permute(back) if is_permuted else out
 
-    if is_right and not (is_permuted or is_moving or has_mask or decode or facts.autocast):
+    if is_right and not (is_permuted or is_moving or has_mask or decode or facts.autocast or reads_kept):
         return lambda q, k, v, mask: step(q, k, v, None, a)  # the short way, for decoding above all
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
@@ -172,6 +176,9 @@ def _outermost(step: Run, is_right: bool, is_tuning: bool, p: Problem, facts: Ca
         if is_moving:
             lower, upper = bands.band(causal, window, q.shape[2], k.shape[2])
             now = a._replace(lower=lower, upper=upper)
+        if is_kept:
+            now = now._replace(kept=mask.cache) if reads_kept else now
+            mask = mask.of
         if not has_mask:
             mask = None
         elif is_told:

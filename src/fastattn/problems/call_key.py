@@ -14,6 +14,7 @@ from fastattn.environment import torch_state
 from fastattn.environment.text import dtype_name, type_name
 from fastattn.problems import masks
 from fastattn.problems.call_options import CallOptions, check_layout
+from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import TO_BHSD, dense_strides
 
 
@@ -38,9 +39,8 @@ class CallKey(NamedTuple):
     layout: str
     options: CallOptions
     state: torch_state.TorchState
-    also: masks.Mask | None = (
-        None  # the options' own triangle and window, where the mask is a Mask that holds more than those
-    )
+    also: masks.Mask | None = None  # the options' own triangle and window, beside a Mask that holds more than those
+    is_kept: bool = False  # k and v are views of a KVCache, which keeps them as kernels want them as well
 
 
 def tensor_spec(x: Tensor, layout: str = "bhsd") -> TensorSpec:
@@ -58,7 +58,9 @@ def _as_cache(pages: TensorSpec, table: tuple[int, ...]) -> TensorSpec:
 
 
 def as_structured(mask: Any) -> Any:
-    """torch.nn.attention.bias's causal biases as our own value; everything else as it is."""
+    """torch.nn.attention.bias's causal biases as our own value, of a KVCache what is hidden; everything else as it is."""
+    if isinstance(mask, Kept):
+        return mask.of
     if type(mask).__name__ == "CausalBias" and hasattr(mask, "variant"):
         return masks.Causal("top_left" if mask.variant.name == "UPPER_LEFT" else "bottom_right")
     return mask
@@ -77,8 +79,8 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
             raise TypeError(f"attention(): {name} must be a Tensor, got {type_name(x)}")
         if x.dim() != 4:
             raise ValueError(f"attention(): {name} must have 4 dimensions ({layout}), got shape {tuple(x.shape)}")
-    structured = as_structured(mask)
-    if structured is not mask:
+    structured, is_kept = as_structured(mask), isinstance(mask, Kept)
+    if structured is not mask and not is_kept:
         _check_bias_lengths(mask, q, k, layout)
     options, structured, also = told(structured, options)
     of_q, of_k, of_v = (tensor_spec(x, layout) for x in (q, k, v))
@@ -94,6 +96,7 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
         options,
         torch_state.torch_state(q.device.type),
         also,
+        is_kept,
     )
     check_call(key)
     return key

@@ -74,6 +74,7 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         dropout=options.dropout_p > 0,
         lse=options.return_lse,
         score_mod=options.score_mod is not None,
+        kept=key.is_kept,
     )
     facts = CallFacts(
         extent=max(extent(s.shape, s.stride) for s in tensors),

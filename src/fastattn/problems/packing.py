@@ -60,11 +60,12 @@ def kv_lens_of(mask: masks.Mask, batch: int, kv_len: int, device: torch.device) 
     if isinstance(mask, masks.FilledUnread) and mask.lengths is not None:
         return mask.lengths[:batch]  # a check looks at the first entry alone
     keys = each(mask.keys)
-    return _kv_lens(tuple(min(keys[b % len(keys)], kv_len) for b in range(batch)), device)
+    return kv_lens_tensor(tuple(min(keys[b % len(keys)], kv_len) for b in range(batch)), device)
 
 
 @lru_cache(64)  # the next layer asks for the same ones
-def _kv_lens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def kv_lens_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Lengths as kernels take them: int32 [batch]."""
     import torch
 
     with torch.inference_mode(False):

@@ -59,6 +59,7 @@ class Problem(NamedTuple):
     dropout: bool = False
     lse: bool = False
     score_mod: bool = False
+    kept: bool = False  # k and v are a KVCache's, which keeps them in the order of a kernel's own as well
     compiled: bool = False  # inside a region of torch.compile, where Inductor changes what a kernel costs
 
     @property

@@ -35,6 +35,7 @@ def in_words(p: Problem) -> str:
         f"with {', '.join(p.switches)}" if p.switches else "",
         f"accuracy {p.accuracy}" if p.accuracy != "exact" else "",
         f"autocast from {'/'.join(dict.fromkeys(p.cast_from))}" if p.cast_from else "",
+        "in a KVCache" if p.kept else "",
         "compiled" if p.compiled else "",
     ]
     return ", ".join(word for word in words if word)
@@ -56,6 +57,7 @@ def briefly(p: Problem) -> str:
         "dropout" if p.dropout else "",
         "lse" if p.lse else "",
         "fwd+bwd" if p.needs_grad else "",
+        "kept" if p.kept else "",
         "compiled" if p.compiled else "",
     ]
     return " ".join(word for word in words if word)
@@ -81,5 +83,6 @@ def command_line(p: Problem) -> str:
     words += [f"--accuracy {p.accuracy}"] if p.accuracy != "exact" else []
     words += ["--grad"] if p.needs_grad else []
     words += ["--bucket"] if p.lengths == "all" else []
+    words += ["--kept"] if p.kept else []
     words += ["--compiled"] if p.compiled else []
     return " ".join(words)

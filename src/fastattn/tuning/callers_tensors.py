@@ -25,6 +25,7 @@ class CallersTensors:
 
     def __init__(self, problem: Problem, facts: CallFacts, key: CallKey, given: tuple[Any, ...]) -> None:
         """problem: the call's own, at its exact lengths."""
+        given = (*given[:3], given[3].of) if key.is_kept else given
         self._problem = problem
         self._make = lambda: _as_vectors_can_be_read(problem, facts, _visible_part(facts, key, _gathered(key, given)))
         self._is_dense = isinstance(given[3], Tensor) and not isinstance(key.mask, masks.Causal)

@@ -145,7 +145,8 @@ class Screening:
         is_churning = self.problem.lengths != "exact"  # then a plan in that run must not pass for its usual time
         if self._region or trial.first_run < ONE_RUN_S or (is_churning and trial.first_run <= most):
             trial.first_run = self.clock.time(run, 1)
-        if TOO_SLOW * trial.first_run <= KEEP_WITHIN * most:  # else it cannot win
+        # what is kept is kept anew for each sample; where it is too slow it cannot win
+        if "kept" not in candidate.conversions and TOO_SLOW * trial.first_run <= KEEP_WITHIN * most:
             trial.new_length = new_length_s(
                 s, lambda short: self._whole(call, short), partial(self._can_do, candidate), self.clock
             )

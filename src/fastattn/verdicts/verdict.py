@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 7
+SCHEMA = 8
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
 ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk

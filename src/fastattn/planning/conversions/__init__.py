@@ -55,6 +55,13 @@ CONVERSIONS: tuple[Conversion, ...] = (
         is_own_form=True,
     ),
     Conversion(
+        "kept",
+        "what a KVCache keeps in the kernel's own order, where only new tokens are written",
+        "kept",
+        lambda kernel, p: kernel.load_kept and p.kept,
+        is_own_form=True,
+    ),
+    Conversion(
         "mask_dense",
         "the triangle or window as a dense mask",
         "mask_forms",

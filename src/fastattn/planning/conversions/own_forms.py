@@ -27,12 +27,17 @@ NO_DEVICE: Any = None  # limits of such an entry point ask nothing of it
 
 def takes_own_form(kernel: Kernel, p: Problem) -> bool:
     """Whether the kernel is told the lengths, and no mask is made of them."""
-    return bool(p.structure) and REQUIRED in (_packed(kernel, p), _cached(kernel, p), _paged(kernel, p))
+    return bool(p.structure) and REQUIRED in (
+        _packed(kernel, p),
+        _cached(kernel, p),
+        _paged(kernel, p),
+        _kept(kernel, p),
+    )
 
 
 def has_own_form(kernel: Kernel, p: Problem) -> bool:
     """Whether it has an entry point for such problems, which may still refuse this one."""
-    return {_packed(kernel, p), _cached(kernel, p), _paged(kernel, p)} != {NO}
+    return {_packed(kernel, p), _cached(kernel, p), _paged(kernel, p), _kept(kernel, p)} != {NO}
 
 
 def when_packed(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
@@ -83,6 +88,14 @@ def _paged(kernel: Kernel, p: Problem) -> str:
         return f"pages with head_dim {p.head_dim}, head_dim_v {p.head_dim_v}, which it would pad in all pages there are"
     reasons = (need.why_not(p, NO_DEVICE) for need in kernel.paged_needs)
     return next(filter(None, reasons), _filled(kernel, p))
+
+
+def _kept(kernel: Kernel, p: Problem) -> str:
+    if not p.kept:
+        return NO
+    from fastattn.planning.conversions.kept import when_kept  # here, as no other call needs it
+
+    return when_kept(kernel, p)
 
 
 def _filled(kernel: Kernel, p: Problem) -> str:

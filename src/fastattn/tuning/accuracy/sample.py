@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastattn.problems import dense_masks
+from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import from_bhsd, to_bhsd
-from fastattn.problems.masks import Mask
+from fastattn.problems.masks import Filled, Mask
+from fastattn.problems.masks.values import each
 from fastattn.problems.problem import Problem
 
 
@@ -33,6 +35,8 @@ class Sample:
         k, v, mask = self.k, self.v, self.mask
         if self.problem.page_size and isinstance(mask, Mask):
             k, v, mask = _in_pages(k, v, mask, self.problem.layout)
+        if self.problem.kept:
+            mask = _in_kv_cache(self.problem, k, v, mask)
         object.__setattr__(self, "given", (self.q, k, v, mask))
 
     @property
@@ -58,6 +62,16 @@ class Sample:
         if p.cast_from and mask.dtype is not torch.bool:
             mask = mask.to(p.torch_dtype)
         return mask if mask.shape[0] == 1 else mask[heads]
+
+
+def _in_kv_cache(p: Problem, k: Tensor, v: Tensor, mask: Any) -> Kept:
+    from fastattn.planning.conversions.kept import InDecoding  # here, as no other problem needs it
+
+    filled = (p.kv_len,) * p.batch
+    if isinstance(mask, Filled):
+        keys = each(mask.keys)
+        filled = tuple(min(keys[b % len(keys)], p.kv_len) for b in range(p.batch))
+    return Kept(mask, InDecoding(to_bhsd(k, p.layout), to_bhsd(v, p.layout), filled, p.q_len))
 
 
 def _in_pages(k: Tensor, v: Tensor, mask: Mask, layout: str) -> tuple[Tensor, Tensor, Mask]:
