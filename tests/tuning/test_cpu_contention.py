@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import children
 import pytest
 from fakes import Clock, problem, turn
 
@@ -44,6 +45,17 @@ def test_the_reading_of_this_system_moves_on(monkeypatch):
     sum(range(3_000_000))
     second = cpu_contention.read_cpu_usage()
     assert second.now > first.now and second.own > first.own and second.everyone >= first.everyone
+
+
+def test_a_child_of_this_process_is_no_other_program(monkeypatch):
+    """A library is imported in a child first: the tuning that asks for it must not pass for one in a crowd."""
+    monkeypatch.undo()
+    first = cpu_contention.read_cpu_usage()
+    if first is None:
+        pytest.skip("no /proc/stat here")
+    took = children.run("import os\nwhile sum(os.times()[:2]) < 0.5: pass\nprint(os.times()[0])", fresh=True)
+    second = cpu_contention.read_cpu_usage()
+    assert second.own - first.own >= 0.4, took
 
 
 def test_a_crowded_verdict_is_marked_said_and_measured_again(monkeypatch, caplog):
