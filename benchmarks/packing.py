@@ -291,7 +291,7 @@ def loop(case: Loop, dtype: torch.dtype, repeats: int) -> Result:
                     until(x, n, n - 1).copy_(one)
                 yield attend(q, *(until(x, n) for x in pair))
 
-    owned = [fastattn.KVCache(case.layout, most) for _ in caches]
+    owned = [fastattn.KVCache(case.layout, most + 1) for _ in caches]  # never quite full: that would be another problem
     for own, pair in zip(owned, caches, strict=True):
         own.append(*(until(x, case.first) for x in pair))
 

@@ -60,19 +60,26 @@ class KVCache:
         k, v = to_bhsd(k, self.layout), to_bhsd(v, self.layout)
         self._check(k, v)
         batch, _, tokens, _ = k.shape
-        new = (tokens,) * batch if lengths is None else whole_numbers("KVCache.append(): lengths", lengths, 0)
-        if len(new) != batch or not all(0 <= n <= tokens for n in new):
-            raise ValueError(f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {list(new)}")
         filled = self._filled or [0] * batch
-        after = [n + more for n, more in zip(filled, new, strict=True)]
+        if lengths is None:
+            after = [n + tokens for n in filled]
+        else:
+            new = whole_numbers("KVCache.append(): lengths", lengths, 0)
+            if len(new) != batch or not all(0 <= n <= tokens for n in new):
+                raise ValueError(
+                    f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {list(new)}"
+                )
+            after = [n + more for n, more in zip(filled, new, strict=True)]
         self._make_room(max(after), k, v)
+        are_alike = filled.count(filled[0]) == batch == after.count(after[0])
         for store, given in ((self._k, k), (self._v, v)):
             assert store is not None
-            if len(set(zip(filled, new, strict=True))) == 1:
-                store[:, :, filled[0] : after[0]].copy_(given[:, :, : new[0]])
+            if are_alike:
+                count = after[0] - filled[0]
+                store.narrow(2, filled[0], count).copy_(given if count == tokens else given[:, :, :count])
                 continue
-            for entry, (first, last, count) in enumerate(zip(filled, after, new, strict=True)):
-                store[entry, :, first:last].copy_(given[entry, :, :count])
+            for entry, (first, last) in enumerate(zip(filled, after, strict=True)):
+                store[entry, :, first:last].copy_(given[entry, :, : last - first])
         self._filled = after
 
     def attend(self, q: Tensor, mask: Any = None, **options: Any) -> Any:
@@ -182,7 +189,7 @@ class KVCache:
     def _view(self, store: Tensor | None) -> Tensor:
         if store is None:
             raise RuntimeError("KVCache: nothing is filled yet: append() keys and values first")
-        return from_bhsd(store[:, :, : len(self)], self.layout)
+        return from_bhsd(store.narrow(2, 0, len(self)), self.layout)
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         if k.shape[:3] != v.shape[:3]:
@@ -194,8 +201,11 @@ class KVCache:
         for name, store, given in (("k", self._k, k), ("v", self._v, v)):
             if store is None:
                 continue
-            before = (*store.shape[:2], store.shape[3], store.dtype, store.device)
-            now = (*given.shape[:2], given.shape[3], given.dtype, given.device)
+            before, now = (
+                (batch, heads, head_dim, x.dtype, x.device)
+                for x in (store, given)
+                for batch, heads, _, head_dim in (x.shape,)
+            )
             if before != now:
                 raise ValueError(
                     f"KVCache.append(): {name} has (batch, kv_heads, head_dim, dtype, device) {now}, the cache {before}"
