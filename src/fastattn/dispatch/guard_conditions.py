@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.problems.kept import Kept
+from fastattn.problems import masks
 from fastattn.problems.layouts import TO_BHSD
 
 
@@ -20,7 +20,7 @@ def mask_condition(mask: Any, k: Tensor, layout: str, grows: bool, values: dict[
         return "m.__class__ is MASK.__class__ and m == MASK"
     dim = TO_BHSD[layout][2]
     values["LIKE"] = mask.like(k.shape[dim])
-    if isinstance(mask, Kept):
+    if isinstance(mask, masks.Kept):
         values["MASK"] = values["LIKE"]  # an entry outlives its caches
     same = f"m.like(k.shape[{dim}]) == LIKE"
     return f"m.__class__ is MASK.__class__ and {same if grows else f'(m == MASK or {same})'}"

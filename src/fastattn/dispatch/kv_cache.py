@@ -13,7 +13,6 @@ from fastattn.environment.settings import current_settings
 from fastattn.environment.text import dtype_name
 from fastattn.planning.conversions.kept import KeptCopies, is_kept_by_any
 from fastattn.problems import masks
-from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
 from fastattn.problems.masks.values import whole_numbers
 
@@ -110,7 +109,7 @@ class KVCache:
             hides: Any = masks.Causal("bottom_right") if tokens > 1 else None
             if len(set(filled)) > 1:
                 hides = masks.Filled(filled, tokens if tokens > 1 else 0)
-            return q, self.k, self.v, Kept(hides, self), options
+            return q, self.k, self.v, masks.Kept(hides, self), options
         if mask is None and tokens > 1:
             mask = masks.Causal("bottom_right")
         if len(set(filled)) > 1:

@@ -12,9 +12,8 @@ from fastattn.dispatch.torch_function import sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.problems import bands, dense_masks, masks
-from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask, told
+from fastattn.problems.call_key import as_structured, check_block_mask_alone, is_block_mask, is_kept, told
 from fastattn.problems.call_options import CallOptions
-from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.problem import default_scale
 
@@ -41,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     What F.sdpa cannot do is plain math, or flex_attention where the caller's own function is part of it.
     """
     q, k, v = to_bhsd(q, layout), to_bhsd(k, layout), to_bhsd(v, layout)
-    mask = mask.of if isinstance(mask, Kept) else mask
+    mask = mask.of if is_kept(mask) else mask
     is_custom = o.score_mod is not None or is_block_mask(mask)
     is_math = o.softcap > 0 or o.return_lse
     if is_block_mask(mask):

@@ -14,7 +14,6 @@ from fastattn.environment import torch_state
 from fastattn.environment.text import dtype_name, type_name
 from fastattn.problems import masks
 from fastattn.problems.call_options import CallOptions, check_layout
-from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import TO_BHSD, dense_strides
 
 
@@ -59,11 +58,16 @@ def _as_cache(pages: TensorSpec, table: tuple[int, ...]) -> TensorSpec:
 
 def as_structured(mask: Any) -> Any:
     """torch.nn.attention.bias's causal biases as our own value, of a KVCache what is hidden; everything else as it is."""
-    if isinstance(mask, Kept):
+    if is_kept(mask):
         return mask.of
     if type(mask).__name__ == "CausalBias" and hasattr(mask, "variant"):
         return masks.Causal("top_left" if mask.variant.name == "UPPER_LEFT" else "bottom_right")
     return mask
+
+
+def is_kept(mask: Any) -> bool:
+    """Whether it is of a call on a KVCache."""
+    return mask is not None and isinstance(mask, masks.Kept)
 
 
 def tensors_of(q: Any, k: Any, v: Any, mask: Any) -> list[Any]:
@@ -79,8 +83,8 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
             raise TypeError(f"attention(): {name} must be a Tensor, got {type_name(x)}")
         if x.dim() != 4:
             raise ValueError(f"attention(): {name} must have 4 dimensions ({layout}), got shape {tuple(x.shape)}")
-    structured, is_kept = as_structured(mask), isinstance(mask, Kept)
-    if structured is not mask and not is_kept:
+    structured, of_cache = as_structured(mask), is_kept(mask)
+    if structured is not mask and not of_cache:
         _check_bias_lengths(mask, q, k, layout)
     options, structured, also = told(structured, options)
     of_q, of_k, of_v = (tensor_spec(x, layout) for x in (q, k, v))
@@ -96,7 +100,7 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
         options,
         torch_state.torch_state(q.device.type),
         also,
-        is_kept,
+        of_cache,
     )
     check_call(key)
     return key
@@ -220,19 +224,6 @@ def _check_block_mask(key: CallKey) -> None:
     if key.mask.kv_num_blocks.device != key.q.device:
         raise RuntimeError(f"attention(): the BlockMask is on {key.mask.kv_num_blocks.device}, q on {key.q.device}")
     check_block_mask_alone(key.options)
-
-
-def captures_grad(function: Any) -> bool:
-    """Whether a caller's function holds a tensor that requires grad."""
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    return any(isinstance(x, Tensor) and x.requires_grad for x in held)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def check_block_mask_alone(options: CallOptions) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastattn.environment.device import Device
 from fastattn.environment.text import dtype_name
 from fastattn.problems import bands, masks
 from fastattn.problems.call_facts import CallFacts, each, extent, has_aligned_rows
-from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, captures_grad, is_block_mask
+from fastattn.problems.call_key import CallKey, TensorSpec, after_autocast, is_block_mask
 from fastattn.problems.layouts import dense_strides, order_in_memory, stride_class
 from fastattn.problems.problem import Problem
 
@@ -61,7 +62,7 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         mask_grad=bool(dense and dense.requires_grad and state.grad),
         causal=corner,
         scale="positive" if scale is None or scale > 0 else "zero" if scale == 0 else "negative",
-        needs_grad=state.grad and (asks_grad or captures_grad(options.score_mod)),
+        needs_grad=state.grad and (asks_grad or _captures_grad(options.score_mod)),
         deterministic=state.deterministic,
         switches=state.switches,
         accuracy=options.accuracy if options.accuracy is not None else default_accuracy,
@@ -92,6 +93,19 @@ def classify(key: CallKey, default_accuracy: str | float = "exact") -> tuple[Pro
         also=key.also,
     )
     return problem, facts
+
+
+def _captures_grad(function: Any) -> bool:
+    """Whether a caller's function holds a tensor that requires grad."""
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in held)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _kind(mask: Any, whole: masks.Mask | None, dtype: torch.dtype) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.conversions.head_dim import pads
 from fastattn.problems import masks
 from fastattn.problems.call_facts import CallFacts
-from fastattn.problems.kept import KeepsTokens
 from fastattn.problems.masks.values import each
 from fastattn.problems.packing import kv_lens_tensor
 from fastattn.problems.problem import Problem
+
+if TYPE_CHECKING:
+    from fastattn.problems.masks.kept import KeepsTokens
 
 
 def is_kept_by_any(device: str, named: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastattn.problems.masks.band import Causal, Window
     from fastattn.problems.masks.bias import Bias
     from fastattn.problems.masks.combined import all_of, leaves
+    from fastattn.problems.masks.kept import Kept
     from fastattn.problems.masks.mask import Mask
     from fastattn.problems.masks.packed import Filled, Packed
     from fastattn.problems.masks.pages import FilledPagesUnread
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALiBi", "Bias", "Causal", "Chunked", "Dilated", "Document", "Filled", "FilledPagesUnread", "FilledUnread", "Global",
-    "Mask", "Neighborhood", "Packed", "PackedUnread", "Padding", "Prefix", "Static", "Window", "all_of", "has_words", "leaves",
-    "parse", "write",
+    "Kept", "Mask", "Neighborhood", "Packed", "PackedUnread", "Padding", "Prefix", "Static", "Window", "all_of", "has_words",
+    "leaves", "parse", "write",
 ]  # fmt: skip
 
 # A call without a mask needs none of these, and asks for the class of none: they cost a process's first call a quarter of
@@ -39,7 +40,7 @@ _FILES = {
     "Packed": "packed", "all_of": "combined", "leaves": "combined",
     "Chunked": "patterns", "Dilated": "patterns", "Global": "patterns", "Neighborhood": "patterns",
     "Document": "sequences", "Padding": "sequences", "Prefix": "sequences", "Static": "static",
-    "FilledPagesUnread": "pages", "FilledUnread": "unread", "PackedUnread": "unread",
+    "Kept": "kept", "FilledPagesUnread": "pages", "FilledUnread": "unread", "PackedUnread": "unread",
     "has_words": "written", "parse": "written", "write": "written",
 }  # fmt: skip
 __getattr__ = imported_later(__name__, _FILES)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn.problems import dense_masks
-from fastattn.problems.kept import Kept
 from fastattn.problems.layouts import from_bhsd, to_bhsd
-from fastattn.problems.masks import Filled, Mask
+from fastattn.problems.masks import Filled, Kept, Mask
 from fastattn.problems.masks.values import each
 from fastattn.problems.problem import Problem
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from torch import Tensor
 
-    from fastattn.problems.masks import Mask
+    from fastattn.problems.masks.mask import Mask
 
+    class KeepsTokens(Protocol):
+        """Whose keys and values they are."""
 
-class KeepsTokens(Protocol):
-    """Whose keys and values they are."""
+        @property
+        def lengths(self) -> tuple[int, ...]:
+            """How much of each batch entry is filled."""
+            ...
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """How much of each batch entry is filled."""
-        ...
-
-    def kept_for(self, kernel: Any) -> tuple[Tensor, ...]:
-        """Its keys and values as the kernel's Keeper has them, all that are filled."""
-        ...
+        def kept_for(self, kernel: Any) -> tuple[Tensor, ...]:
+            """Its keys and values as the kernel's Keeper has them, all that are filled."""
+            ...
 
 
 class Kept(NamedTuple):
