@@ -135,7 +135,7 @@ def test_the_draw_reaches_every_kernel_and_conversion():
 
     But tiles, their stacks and parts of the keys, which are for larger problems than these, squares, and packing:
     planning/test_tiles.py, test_tile_stacks.py, test_kv_parts.py, test_kv_len.py, dispatch/test_told_masks.py,
-    kernels/test_flex.py and dispatch/test_lengths_on_gpu.py look at them.
+    kernels/test_flex.py, dispatch/test_lengths_on_gpu.py and test_kept_caches.py look at them.
     """
     missing = {"default", "torch_flash", "torch_math", "matmul", "matmul_mixed", "matmul_shifted", "flex", "sdpa_math"}
     missing |= {c.name for c in conversions.CONVERSIONS} - {
@@ -150,6 +150,7 @@ def test_the_draw_reaches_every_kernel_and_conversion():
         "cached",
         "paged",
         "gathered",
+        "kept",
     }
     for seed in range(1000):
         p, r = drawn(seed)
