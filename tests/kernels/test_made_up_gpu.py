@@ -135,7 +135,7 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         "sdpa_math": "not tried: the last resort",
         "flex": "excluded by options: kernels -flex",  # it would be compiled, for the CPU
         "fa3_fwd": "package fa3-fwd is not installed",
-        "flash_attn_4": "package flash-attn-4 is not installed",
+        **dict.fromkeys(("flash_attn_4", "flex_flash"), "package flash-attn-4 is not installed"),
         "ffpa_cute": "head_dim 64 < 257; package ffpa-attn is not installed",
         "ffpa_triton": "kv_len 64 < 512; q_len 64 between 8 and 511: it leaves that to F.sdpa; head_dim 64 < 257; package "
         "ffpa-attn is not installed",
