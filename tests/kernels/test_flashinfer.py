@@ -136,3 +136,17 @@ def test_where_lengths_churn_nothing_is_planned():
 def test_fa3_is_for_hopper_alone():
     assert "capability 80 is not one of 90" in reasons("flashinfer_single_fa3", 80)
     assert "capability" not in reasons("flashinfer_single_fa2", 80)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "cutlass"])
+def test_where_sequences_begin_lies_where_the_plan_wants_it(backend, monkeypatch):
+    """fa2 plans on the host; cutlass reads pointers of the device."""
+    flashinfer.WORKSPACES.clear()
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        run = flashinfer.load_ragged(backend)
+        wrapper = flashinfer_ragged.BatchPrefillWithRaggedKVCacheWrapper
+        monkeypatch.setattr(wrapper, "plan", lambda self, **told: stubs.calls.append(("plan", told)))
+        monkeypatch.setattr(wrapper, "run", lambda self, q, k, v, return_lse: q)
+        run(*(x.to("meta") for x in made()), None, TOLD)
+    starts = [stubs.calls[-1][1][name].device.type for name in ("qo_indptr", "kv_indptr")]
+    assert starts == [{"fa2": "cpu", "cutlass": "meta"}[backend]] * 2

@@ -139,6 +139,7 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         "ffpa_cute": "head_dim 64 < 257; package ffpa-attn is not installed",
         "ffpa_triton": "kv_len 64 < 512; q_len 64 between 8 and 511: it leaves that to F.sdpa; head_dim 64 < 257; package "
         "ffpa-attn is not installed",
+        "flashinfer_ragged_cutlass": "capability 90 is not one of 100, 103, 110",
         "mslk_blackwell": "capability 90 is not one of 100",
         "natten_blackwell": "capability 90 is not one of 100, 103",
         "sage_1": "package sageattention 2.2.0 >= 2.0, which is not known to work",

@@ -33,6 +33,7 @@ ORDER = {
     "xformers_splitk": "xformers", "mslk_blackwell": "mslk", "mslk_flash3": "mslk", "mslk_flash": "mslk",
     "mslk_cutlass": "mslk", "mslk_splitk": "mslk",
     "flashinfer_single_fa3": "flashinfer", "flashinfer_ragged_fa3": "flashinfer",
+    "flashinfer_ragged_cutlass": "flashinfer",
     "flashinfer_single_fa2": "flashinfer", "flashinfer_ragged_fa2": "flashinfer",
     "vllm_cpu": "vllm_cpu", "zentorch": "zentorch",
 }  # fmt: skip

@@ -2,14 +2,16 @@
 
 Forward only, causal from the bottom-right corner, a window to the left alone, the log-sum-exp in base 2. Its masks are bool,
 shared by the heads, of fa2 alone, and packed anew in each call; those of packed requests belong to a plan, and are not used.
+cutlass is for packed requests on sm100 and sm110, where 0.7's `auto` takes it before fa2; it drops a window and a softcap.
 What must be known:
   - Hidden scores are -5e4 before the scale, up to 0.6.18 (flashinfer#4450, #4451, #4452): a row that sees nothing gets a mean
     of v, or fa2 raises (causal, q_len > kv_len); a row whose every product is below -5e4 gives zeros.
   - A row's maximum is taken before the scale: positive ones alone.
   - fa3 of one request reads lengths and heads as NHD whatever kv_layout says.
-  - plan() takes float16 unless told otherwise, copies from the host, and cannot be captured. A plan belongs to its lengths:
-    where they churn it is no candidate. Each has 8 MiB on the device and on the host; those of a stream share 128 MiB. A
-    CUDA graph takes over the plans of the stream that warmed up.
+  - plan() takes float16 unless told otherwise, copies from the host (cutlass's reads the device, and counts no tile that its
+    lists have no room for), and cannot be captured. A plan belongs to its lengths: where they churn it is no candidate. Each
+    has 8 MiB on the device and on the host; those of a stream share 128 MiB. A CUDA graph takes over the plans of the stream
+    that warmed up.
   - Kernels are compiled by nvcc for each dtype, head_dim, window and softcap.
 """
 
@@ -98,9 +100,8 @@ def load_ragged(backend: str) -> Run:
                 plans.pop(next(iter(plans), None), None)
             with torch.inference_mode(False):
                 found = Wrapper(float_workspace_buffer=workspace(q.device, stream), kv_layout="NHD", backend=backend)
-                starts = torch.arange(
-                    q.shape[0] + 1, dtype=torch.int32, device="cpu"
-                )  # on the host, where it is wanted
+                where = q.device if backend == "cutlass" else "cpu"  # where it is wanted
+                starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=where)
                 lengths = starts * q.shape[1], starts * k.shape[1]
                 values = (*lengths, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
                 found.plan(**dict(zip(sizes, values, strict=True)), **more)
@@ -146,22 +147,35 @@ NEEDS = (
     *NOT_EMPTY,
     Range("q_heads", min=1, max=65535),
     Range("extent", max=2**31 - 1),  # 32-bit offsets
-    OneOf("head_dim", (64, 128, 192, 256)),
     RefuseWhen(
-        "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}: it has 64, 128 and 256 with the same, and 192 with 128",
+        "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}: it has 192 with 128, and the others with the same",
         lambda p, _: p.head_dim_v != (128 if p.head_dim == 192 else p.head_dim),
     ),
     OneOf("scale", ("positive",)),
-    RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
     RefuseWhen(
         "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: rows that see nothing (flashinfer#4452)",
         lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
     ),
-)  # fmt: skip
+)
+FA = (
+    OneOf("head_dim", (64, 128, 192, 256)),
+    RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
+)
+CUTLASS = (
+    OneOf("head_dim", (64, 128, 192)),
+    RefuseWhen(
+        "batch {p.batch}, q_heads {p.q_heads}, q_len {p.q_len}: its plan has room for 131072 tiles of 256 queries",
+        lambda p, _: p.batch * p.q_heads * -(-p.q_len // 256) > 131072,
+    ),
+)
 ONE = (OneOf("batch", (1,)),)
 MASK = RefuseWhen("a mask {p.mask_shape} that differs by head: it has one for all", lambda p, _: "h" in p.mask_shape)
 MANY = (Range("batch", min=1, max=65535), PLANNED)
-GPUS = {"fa2": Range("capability", min=80, max=121), "fa3": OneOf("capability", (90,))}
+GPUS = {
+    "fa2": Range("capability", min=80, max=121),
+    "fa3": OneOf("capability", (90,)),
+    "cutlass": OneOf("capability", (100, 103, 110)),
+}
 
 KERNELS = tuple(
     Kernel(
@@ -174,8 +188,8 @@ KERNELS = tuple(
         layout="bshd",
         corner="bottom_right",
         masks=("bool",) if MASK in more else (),
-        window=True,
-        softcap=True,
+        window=FA[0] in more,
+        softcap=FA[0] in more,
         lse=True,
         grad=False,
         dense_last_dim=True,
@@ -185,9 +199,10 @@ KERNELS = tuple(
         needs=(*NEEDS, *more, GPUS[backend]),
     )
     for what, backend, summary, load, more in (
-        ("single", "fa3", "one request", load_single, ONE),
-        ("single", "fa2", "one request", load_single, (*ONE, MASK)),
-        ("ragged", "fa3", "packed requests, planned", load_ragged, MANY),
-        ("ragged", "fa2", "packed requests, planned", load_ragged, MANY),
+        ("single", "fa3", "one request", load_single, (*FA, *ONE)),
+        ("single", "fa2", "one request", load_single, (*FA, *ONE, MASK)),
+        ("ragged", "fa3", "packed requests, planned", load_ragged, (*FA, *MANY)),
+        ("ragged", "fa2", "packed requests, planned", load_ragged, (*FA, *MANY)),
+        ("ragged", "cutlass", "packed requests, planned", load_ragged, (*CUTLASS, *MANY)),
     )
 )
