@@ -90,6 +90,7 @@ def one(k: Kernel) -> str:
     options = options_of(k)
     backward = "no" if not k.grad else ("yes, and for a float mask" if k.mask_grad else "yes")
     first, last = k.versions
+    groups = {True: "yes", False: "after they are repeated"}
     lines = [
         ("devices", ", ".join(k.devices)),
         ("dtypes", ", ".join(k.dtypes)),
@@ -98,7 +99,7 @@ def one(k: Kernel) -> str:
         ("causal", k.corner or ("by a dense mask" if k.masks else "no")),
         ("masks", ", ".join(k.masks)),
         ("options", ", ".join(options)),
-        ("fewer kv heads", "yes" if k.gqa else "after they are repeated"),
+        ("fewer kv heads", groups.get(k.gqa, f"from {k.library} {k.gqa} on, repeated before")),
         ("gradients", backward + ("" if k.deterministic or not k.grad else ", not deterministic")),
         ("compiles", {"once": "before its first run", "each_length": "for each length"}.get(k.compiles or "", "")),
         ("accuracy", "quantises: only where the caller gives a number" if k.approximate else ""),

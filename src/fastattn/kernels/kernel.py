@@ -83,7 +83,7 @@ class Kernel(NamedTuple):
     score_mod: bool = False
     custom_mask: bool = False  # takes a flex BlockMask
     mask_blocks: bool = False  # takes the squares of a mask with a meaning (MaskBlocks), and no tensor
-    gqa: bool = True  # takes fewer kv heads as they are
+    gqa: bool | str = True  # takes fewer kv heads as they are; a version: of its library, from that one on
     gqa_fold: bool = False  # worth trying with the query group folded into rows
     equal_head_dims: bool = False  # v must be as wide as q
     head_dim_multiple: int = 1

@@ -82,7 +82,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
         "gqa_expand",
         "keys and values repeated for each query head",
         "heads",
-        lambda kernel, p: not kernel.gqa and p.group > 1,
+        lambda kernel, p: kernel.gqa is not True and p.group > 1,
     ),
     Conversion(
         "split_kv",
