@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import torch
 
+from fastattn.kernels.libraries import catalogue, tags
 from stubs import Stub, module, signed
 from stubs.flashinfer_single import CASES, MUTATIONS, REFUSES, one_request
 
@@ -55,6 +59,30 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         ]  # fmt: skip
         out, lse = (torch.cat(parts) for parts in zip(*found, strict=True))
         return (out, lse) if return_lse else out
+
+
+def jit(came, asked=None):
+    """flashinfer.jit of 0.6.13. came(told): whether flashinfer-jit-cache brings such a module; asked: what was asked for."""
+
+    def made(name):
+        @signed("flashinfer", name)
+        def make(**told):
+            if asked is not None:
+                asked.append(told)
+            return SimpleNamespace(is_aot=came(told))
+
+        return make
+
+    names = ("gen_single_prefill_module", "gen_batch_prefill_module", "gen_fmha_cutlass_sm100a_module")
+    return module("flashinfer.jit", **{name: made(name) for name in names})
+
+
+def bring(monkeypatch, came, asked=None, version="0.6.13+cu129"):
+    """flashinfer-jit-cache is installed, beside the stub."""
+    real = catalogue.version_of
+    monkeypatch.setattr(catalogue, "version_of", lambda name: version if name == "flashinfer-jit-cache" else real(name))
+    monkeypatch.setattr(sys.modules["flashinfer"], "jit", jit(came, asked), raising=False)
+    tags.came_compiled.cache_clear()
 
 
 STUB = Stub(

@@ -31,9 +31,11 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
+    is_before,
     require_keywords,
 )
 
+LIBRARY = "flashinfer-python"
 INF = float("inf")
 WORKSPACE_BYTES = 128 * 2**20
 PLANS = 32  # kept at once
@@ -118,6 +120,28 @@ def load_ragged(backend: str) -> Run:
     return run
 
 
+def is_built(what: str, backend: str, p: Any) -> bool:
+    """Whether flashinfer-jit-cache brings what a problem needs.
+
+    Of what was compiled here before, ninja alone knows whether it still holds: that is no promise.
+    """
+    import torch
+    from flashinfer import jit  # type: ignore[attr-defined]
+
+    if (what, backend) == ("ragged", "fa2") and not is_before(LIBRARY, "0.7"):
+        return False  # it runs a module that nothing public makes
+    given = dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), p.torch_dtype)
+    given |= {"head_dim_qk": p.head_dim, "head_dim_vo": p.head_dim_v, "use_logits_soft_cap": bool(p.softcap)}
+    given |= {"pos_encoding_mode": 0, **({"dtype_idx": torch.int32} if what == "ragged" else {})}
+    if backend == "cutlass":
+        make = jit.gen_fmha_cutlass_sm100a_module
+    else:
+        make = jit.gen_single_prefill_module if what == "single" else jit.gen_batch_prefill_module
+        given |= {"backend": backend, "use_fp16_qk_reduction": False}
+    windows = {False, p.window is not None}  # without one as well, as it may come as a mask
+    return all(make(**given, use_sliding_window=window).is_aot for window in windows)
+
+
 def told(q: Tensor, k: Tensor, a: Arguments) -> dict[str, Any]:
     left, right = a.window_sides(q.shape[1], k.shape[1])
     return dict(zip(TOLD, (right == 0, -1 if left is None else left, a.softcap, a.scale), strict=True))
@@ -182,7 +206,7 @@ KERNELS = tuple(
         name=f"flashinfer_{what}_{backend}",
         summary=f"FlashInfer's {backend}: {summary}",
         load=partial(load, backend),
-        library="flashinfer-python",
+        library=LIBRARY,
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
         layout="bshd",
@@ -195,6 +219,7 @@ KERNELS = tuple(
         dense_last_dim=True,
         aligned=True,
         compiles="once",
+        is_built=partial(is_built, what, backend),
         versions=("0.6", ""),
         needs=(*NEEDS, *more, GPUS[backend]),
     )
