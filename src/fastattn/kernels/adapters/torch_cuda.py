@@ -147,6 +147,7 @@ KERNELS = (
         dropout=True,
         lse=True,
         gqa="2.14",  # pytorch#191085, forward and backward, a mask beside them too
+        gqa_fold=True,
         mask_grad=True,
         head_dim_bytes=16,
         dense_last_dim=True,

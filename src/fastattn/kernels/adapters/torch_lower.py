@@ -129,6 +129,7 @@ KERNELS = (
         dropout=True,
         lse=True,
         gqa="2.14",
+        gqa_fold=True,
         mask_grad=True,
         head_dim_bytes=16,
         dense_last_dim=True,

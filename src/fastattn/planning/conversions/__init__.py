@@ -77,6 +77,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
         "the query group folded into rows",
         "heads",
         lambda kernel, p: kernel.gqa_fold and p.group > 1,
+        spares="gqa_expand",
     ),
     Conversion(
         "gqa_expand",
