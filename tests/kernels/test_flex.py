@@ -8,7 +8,7 @@ import pytest
 import torch
 from building import Expected, qkv
 from fakes import problem
-from library_grid import H100, installed
+from library_grid import H100, gpu, installed
 from stubs import flex_flash
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -214,3 +214,11 @@ def test_flash_gets_a_length_as_a_number_however_many_there_were(monkeypatch):
             q, k, v = qkv(sq=length, skv=length, d=16, dtype=torch.float16)
             out = run(q, k, v, None, Arguments(0.25, upper=0))
             assert Expected(q, k, v, masks.Causal().dense(2, length, length)).forward(out) <= 1
+
+
+def test_flash_runs_a_score_mod_where_it_is_ordered(monkeypatch, caplog):
+    q, k, v = qkv(sq=40, skv=40, d=16, dtype=torch.float16)
+    with gpu(monkeypatch, flex_flash.STUB):
+        out = attention(q, k, v, score_mod=alibi, kernel="flex_flash")
+        assert fastattn.explain(q, k, v, score_mod=alibi, kernel="flex_flash").served_by == "flex_flash"
+    assert expected(q, k, v, alibi).forward(out) <= 1 and not caplog.text
