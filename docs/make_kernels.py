@@ -35,6 +35,7 @@ CORNERS = {
     None: "",
 }
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+COMPILES = {None: "", "once": "before its first run", "each_length": "for each length"}
 SAID = {"lse": "return_lse", "custom_mask": "BlockMask", "mask_blocks": "masks with a meaning"}
 
 
@@ -91,6 +92,7 @@ def one(k: Kernel) -> str:
     options = options_of(k)
     backward = "no" if not k.grad else ("yes, and for a float mask" if k.mask_grad else "yes")
     first, last = k.versions
+    groups = {True: "yes", False: "after they are repeated"}
     lines = [
         ("devices", ", ".join(k.devices)),
         ("dtypes", ", ".join(k.dtypes)),
@@ -99,9 +101,9 @@ def one(k: Kernel) -> str:
         ("causal", k.corner or ("by a dense mask" if k.masks else "no")),
         ("masks", ", ".join(k.masks)),
         ("options", ", ".join(options)),
-        ("fewer kv heads", "yes" if k.gqa else "after they are repeated"),
+        ("fewer kv heads", groups.get(k.gqa, f"from {k.library} {k.gqa} on, repeated before")),
         ("gradients", backward + ("" if k.deterministic or not k.grad else ", not deterministic")),
-        ("compiles", {"once": "before its first run", "each_length": "for each length"}.get(k.compiles or "", "")),
+        ("compiles", COMPILES[k.compiles] + (", where it did not come compiled" if k.is_built else "")),
         ("accuracy", "quantises: only where the caller gives a number" if k.approximate else ""),
         ("considered", "only where it is named" if k.opt_in else ""),
         ("limits", ", ".join(f"`{n.describe()}`" for n in k.needs if not isinstance(n, RefuseWhen))),

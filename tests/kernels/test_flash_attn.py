@@ -8,7 +8,7 @@ import library_grid as grid
 import pytest
 import torch
 from fakes import problem
-from stubs import flash_attn_3, module
+from stubs import flash_attn_3, flex_flash, module
 
 from fastattn.environment.settings import Settings
 from fastattn.kernels.adapters import flash_attn_4
@@ -296,14 +296,15 @@ def test_an_interface_before_softcap_and_splits_is_refused(monkeypatch):
     ]  # fmt: skip
 
 
-def test_flash_attn_4_beside_gpus_of_two_kinds_is_a_reason(monkeypatch):
+@pytest.mark.parametrize("stub, name", [(STUBS["flash_attn_4"], "flash_attn_4"), (flex_flash.STUB, "flex_flash")])
+def test_flash_attn_4_beside_gpus_of_two_kinds_is_a_reason(stub, name, monkeypatch):
     """It would compile for the first one that it meets."""
     kinds = {0: (9, 0), 1: (10, 0)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(kinds))
     monkeypatch.setattr(torch.cuda, "get_device_capability", kinds.get)
-    with grid.installed(STUBS["flash_attn_4"], monkeypatch):
-        why = availability.why_unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4"))
+    with grid.installed(stub, monkeypatch):
+        why = availability.why_unavailable(grid.row_of(stub, name))
         assert why and "these differ: set FLASH_ATTENTION_ARCH" in why
         monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90")
         availability.forget_libraries()
-        assert availability.why_unavailable(grid.row_of(STUBS["flash_attn_4"], "flash_attn_4")) is None
+        assert availability.why_unavailable(grid.row_of(stub, name)) is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import stubs
 import torch
 from building import problem_of, qkv
+from fakes import problem
 from library_grid import installed
 from stubs import flashinfer_ragged, flashinfer_single
 
@@ -13,6 +16,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels.adapters import flashinfer
 from fastattn.kernels.kernel import Arguments
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
 
 ROWS = {kernel.name: kernel for kernel in flashinfer.KERNELS}
@@ -136,3 +140,72 @@ def test_where_lengths_churn_nothing_is_planned():
 def test_fa3_is_for_hopper_alone():
     assert "capability 80 is not one of 90" in reasons("flashinfer_single_fa3", 80)
     assert "capability" not in reasons("flashinfer_single_fa2", 80)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "cutlass"])
+def test_where_sequences_begin_lies_where_the_plan_wants_it(backend, monkeypatch):
+    """fa2 plans on the host; cutlass reads pointers of the device."""
+    flashinfer.WORKSPACES.clear()
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        run = flashinfer.load_ragged(backend)
+        wrapper = flashinfer_ragged.BatchPrefillWithRaggedKVCacheWrapper
+        monkeypatch.setattr(wrapper, "plan", lambda self, **told: stubs.calls.append(("plan", told)))
+        monkeypatch.setattr(wrapper, "run", lambda self, q, k, v, return_lse: q)
+        run(*(x.to("meta") for x in made()), None, TOLD)
+    starts = [stubs.calls[-1][1][name].device.type for name in ("qo_indptr", "kv_indptr")]
+    assert starts == [{"fa2": "cpu", "cutlass": "meta"}[backend]] * 2
+
+
+WHOLE, WINDOW = {"use_sliding_window": False}, {"use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    "name, changes, asked",
+    [
+        ("flashinfer_single_fa2", {}, [{"backend": "fa2", "head_dim_qk": 128, "use_logits_soft_cap": False, **WHOLE}]),
+        ("flashinfer_single_fa3", {"softcap": 30.0}, [{"backend": "fa3", "use_logits_soft_cap": True, **WHOLE}]),
+        (
+            "flashinfer_ragged_fa2",
+            {"window": (8, 0)},
+            [{"dtype_idx": torch.int32, **WHOLE}, {"backend": "fa2", **WINDOW}],
+        ),
+        ("flashinfer_ragged_cutlass", {"head_dim": 192}, [{"head_dim_qk": 192, "head_dim_vo": 128, **WHOLE}]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("came", ["whole", "windows", "nothing"])
+def test_it_runs_in_a_first_call_where_all_that_it_needs_came_compiled(name, changes, asked, came, monkeypatch):
+    """A window may come as a mask, too: its module without windows runs then."""
+    p = problem(**{"device": "cuda", "dtype": "float16", "head_dim": 128, "head_dim_v": 128, **changes})
+    brings = {"nothing": (), "windows": (True,), "whole": (True, False)}[came]
+    with installed((flashinfer_single if "single" in name else flashinfer_ragged).STUB, monkeypatch):
+        told = []
+        flashinfer_ragged.bring(monkeypatch, lambda told: told["use_sliding_window"] in brings, told)
+        assert availability.is_built(ROWS[name], p) is (came == "whole")
+    assert came != "whole" or all(want.items() <= had.items() for want, had in zip(asked, told, strict=True)), told
+    assert all({had[name] for name in ("dtype_q", "dtype_kv", "dtype_o")} == {torch.float16} for had in told)
+
+
+def test_it_is_not_asked_what_came_compiled_where_nothing_did(monkeypatch):
+    p = problem(device="cuda", dtype="float16")
+    with installed(flashinfer_ragged.STUB, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(availability, "why_unavailable", None)  # it would import the library
+        assert not availability.is_built(ROWS["flashinfer_ragged_fa2"], p)
+
+
+@pytest.mark.parametrize("version, is_built", [("0.6.18", True), ("0.7.4", False)])
+def test_the_module_of_packed_requests_is_not_public_since_0_7(version, is_built, monkeypatch):
+    p = problem(device="cuda", dtype="float16", head_dim=128, head_dim_v=128)
+    with installed(replace(flashinfer_ragged.STUB, version=version), monkeypatch):
+        flashinfer_ragged.bring(monkeypatch, lambda told: True)
+        assert availability.is_built(ROWS["flashinfer_ragged_fa2"], p) is is_built
+        assert availability.is_built(ROWS["flashinfer_ragged_fa3"], p)
+
+
+def test_what_cannot_say_what_came_compiled_brought_nothing(monkeypatch):
+    def unknown(told):
+        raise AttributeError("is_aot")
+
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        flashinfer_ragged.bring(monkeypatch, unknown)
+        assert not availability.is_built(ROWS["flashinfer_ragged_fa3"], problem(device="cuda", dtype="float16"))

@@ -8,15 +8,19 @@ import pytest
 import torch
 from building import Expected, qkv
 from fakes import problem
+from library_grid import H100, gpu, installed
+from stubs import flex_flash
 from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
 from fastattn import NoKernelError, attention, masks
 from fastattn.dispatch import resolve
 from fastattn.dispatch.session import session
-from fastattn.environment.settings import current_settings
+from fastattn.environment.settings import Settings, current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flex
+from fastattn.kernels.kernel import Arguments
+from fastattn.planning import candidates
 from fastattn.tuning.tune import MUST_COMPILE, tune_problem
 from fastattn.verdicts.verdict import Outcome
 
@@ -177,3 +181,44 @@ def test_what_squares_cannot_say_is_refused(mask, reason):
     q, k, v = qkv(b=1, hq=2, sq=20, d=16)
     with pytest.raises(NoKernelError, match=reason):
         attention(q, k, v, mask, kernel="flex")
+
+
+# --- the backend FLASH: its numbers are in test_libraries.py
+
+
+def why_not_flash(**changes):
+    """The reasons of flex_flash on an H100."""
+    p = problem(device="cuda", dtype="float16", **changes)
+    [found, *_] = candidates.decide(registry.row_for("flex_flash", "cuda"), p, H100, Settings())
+    return getattr(found, "reasons", ())
+
+
+def test_flash_is_refused_in_words_where_flash_attention_4_is_not_there():
+    assert why_not_flash() == ("package flash-attn-4 is not installed",)
+
+
+def test_flash_takes_functions_and_masks_with_a_meaning_but_no_block_mask(monkeypatch):
+    with installed(flex_flash.STUB, monkeypatch):
+        assert not why_not_flash(score_mod=True)
+        assert not why_not_flash(structure="Document(8)", mask="bool", mask_shape="11qk")
+        assert why_not_flash(mask="block") == ("a BlockMask is not supported",)  # its squares may be of any size
+        assert why_not_flash(lengths="all") == ("compiled for each length, and lengths change here",)
+
+
+def test_flash_gets_a_length_as_a_number_however_many_there_were(monkeypatch):
+    """It cannot inline a symbol: the stub refuses what is compiled for changing sizes."""
+    monkeypatch.setattr(flex, "KERNELS_KEPT", 1)
+    with installed(flex_flash.STUB, monkeypatch):
+        run = flex.load_flash()
+        for length in (1, 16, 40, 41):
+            q, k, v = qkv(sq=length, skv=length, d=16, dtype=torch.float16)
+            out = run(q, k, v, None, Arguments(0.25, upper=0))
+            assert Expected(q, k, v, masks.Causal().dense(2, length, length)).forward(out) <= 1
+
+
+def test_flash_runs_a_score_mod_where_it_is_ordered(monkeypatch, caplog):
+    q, k, v = qkv(sq=40, skv=40, d=16, dtype=torch.float16)
+    with gpu(monkeypatch, flex_flash.STUB):
+        out = attention(q, k, v, score_mod=alibi, kernel="flex_flash")
+        assert fastattn.explain(q, k, v, score_mod=alibi, kernel="flex_flash").served_by == "flex_flash"
+    assert expected(q, k, v, alibi).forward(out) <= 1 and not caplog.text

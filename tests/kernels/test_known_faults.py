@@ -160,6 +160,16 @@ CASES = (
     small_dims("flash_attn_4"),
     large_dims("flash_attn_4"),
     small_dims("hf_flash_attn_4"),
+    small_dims("flex_flash"),
+    Case(
+        "flex_flash", "ln 2 once too often", ({"lse": True, "torch": "2.12.1"}, {"lse": True, "torch": "2.11.0+cu130"}),
+        ({"torch": "2.13.0"}, {"lse": False}),
+    ),
+    Case(
+        "flex_flash", "broken on sm90",
+        ({"library": "4.0.0b13", "causal": "top_left"}, {"library": "4.0.0b13", "structure": "Document(8)", "mask": "bool"}),
+        ({"library": "4.0.0b12"}, {"library": "4.0.0b14"}, {"library": "4.0.0"}, {"capability": 100}, {"causal": None}),
+    ),
     large_dims("hf_flash_attn_4"),
     Case(
         "torch_flash", "reads it as float64", ({"device": "cpu", "dtype": "float64", "mask": "float32"},),

@@ -16,7 +16,7 @@ import stubs
 import torch
 from fakes import DEFAULT, FAST, Clock, ship, turn
 from library_grid import H100, gpu
-from stubs import flash_attn_2, flashinfer_single, sage_1
+from stubs import flash_attn_2, flashinfer_ragged, flashinfer_single, sage_1
 
 import fastattn
 from fastattn.dispatch import fallback, resolve
@@ -29,6 +29,7 @@ from fastattn.kernels.libraries import availability
 from fastattn.planning import binding
 from fastattn.problems import call_key, call_options
 from fastattn.problems.classify import classify
+from fastattn.tuning.tune import MUST_COMPILE
 
 BESIDE = [  # sage_1 is of sage_2's distribution, flash_attn_4 of flash_attn_2's module
     "torch_cuda", "torch_lower", "torch_varlen", "flash_attn_2", "flash_attn_3", "cudnn_frontend", "transformer_engine",
@@ -135,10 +136,11 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         "sdpa_math": "not tried: the last resort",
         "flex": "excluded by options: kernels -flex",  # it would be compiled, for the CPU
         "fa3_fwd": "package fa3-fwd is not installed",
-        "flash_attn_4": "package flash-attn-4 is not installed",
+        **dict.fromkeys(("flash_attn_4", "flex_flash"), "package flash-attn-4 is not installed"),
         "ffpa_cute": "head_dim 64 < 257; package ffpa-attn is not installed",
         "ffpa_triton": "kv_len 64 < 512; q_len 64 between 8 and 511: it leaves that to F.sdpa; head_dim 64 < 257; package "
         "ffpa-attn is not installed",
+        "flashinfer_ragged_cutlass": "capability 90 is not one of 100, 103, 110",
         "mslk_blackwell": "capability 90 is not one of 100",
         "natten_blackwell": "capability 90 is not one of 100, 103",
         "sage_1": "package sageattention 2.2.0 >= 2.0, which is not known to work",
@@ -151,6 +153,27 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
     }
     assert len(timed) == 30 and found.served_by == WINNER
     assert all(t.forward is not None and t.forward < 0.2 for name, t in rows.items() if name in timed)
+
+
+def test_a_kernel_that_compiles_is_tried_in_a_first_call_once_it_comes_compiled(monkeypatch, clock):
+    """FlashInfer's, where flashinfer-jit-cache brings what the call needs: a verdict that was stored before is made anew."""
+    name = "flashinfer_ragged_fa2"
+    clock.costs[name] = FAST
+
+    def outcome():
+        [row] = [t for t in fastattn.explain(*call(), is_causal=True).rows if t.candidate == name]
+        return row.reason
+
+    with gpu(monkeypatch, flashinfer_ragged.STUB):
+        assert serve(*call())[1] != name and outcome() == MUST_COMPILE
+    restart()
+    with gpu(monkeypatch, flashinfer_ragged.STUB), monkeypatch.context() as patch:
+        flashinfer_ragged.bring(patch, lambda told: False)
+        assert serve(*call())[1] != name and outcome() == MUST_COMPILE
+    restart()
+    with gpu(monkeypatch, flashinfer_ragged.STUB), monkeypatch.context() as patch:
+        flashinfer_ragged.bring(patch, lambda told: True, version="0.6.13.post1")
+        assert serve(*call())[1] == name
 
 
 def test_a_decode_loop_leaves_a_kernel_at_the_lengths_that_it_cannot_do(monkeypatch):

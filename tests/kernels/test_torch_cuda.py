@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import library_grid
 import pytest
@@ -10,10 +11,11 @@ import torch
 from building import problem_of, qkv
 from fakes import problem
 from library_grid import installed, row_of, silicon
-from stubs import torch_cuda, torch_lower
+from stubs import torch_cuda, torch_lower, xformers
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates, default_choice
 from fastattn.planning.decision import Rejected
 from fastattn.problems.dense_masks import as_bias, sees_nothing
@@ -34,6 +36,47 @@ def test_a_row_whose_last_key_the_triangle_hides_has_no_log_sum_exp(stub, name, 
     call = {"mask": ("bhqk", torch.bool), "is_causal": True, "return_lse": True}
     with installed(stub, monkeypatch):
         assert library_grid.run(row_of(stub, name), stub, call) == []
+
+
+GROUPS = {"hq": 8, "hkv": 2, "sq": 5}
+OF_GROUPS = ({**GROUPS, "mask": ("1hqk", "grad"), "grad": True}, {**GROUPS, "is_causal": True, "return_lse": True})
+
+
+@pytest.mark.parametrize("torch_version", ["2.13.0", "2.14.0+cu130", "2.15.0"])
+@pytest.mark.parametrize("stub, name", [(torch_cuda.STUB, "torch_efficient"), (torch_lower.STUB, "aten_efficient")])
+def test_the_efficient_kernel_takes_fewer_kv_heads_since_torch_2_14(stub, name, torch_version, monkeypatch):
+    """The stub refuses them before that, as the kernel does."""
+    monkeypatch.setattr(availability, "library_version", cache(lambda _: torch_version))
+    for call in OF_GROUPS:
+        with installed(stub, monkeypatch):
+            assert library_grid.run(row_of(stub, name), stub, call) == []
+    p = problem(device="cuda", dtype="float16", q_heads=8, kv_heads=2, causal="top_left")
+    found = candidates.decide(row_of(stub, name), p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
+    assert [d.name for d in found] == [f"{name}+gqa_expand" if torch_version < "2.14" else name]
+
+
+@pytest.mark.parametrize("letters, kind", [("b11k", torch.bool), ("bhqk", torch.bool), ("1hqk", "grad")])
+@pytest.mark.parametrize(
+    "stub, name",
+    [(torch_cuda.STUB, "torch_efficient"), (torch_lower.STUB, "aten_efficient"), (xformers.STUB, "xformers_cutlass")],
+)
+def test_a_query_group_may_be_folded_and_then_no_key_is_repeated(stub, name, letters, kind, monkeypatch):
+    """Decoding with grouped queries and a mask, by kernels that take as many kv heads as queries: the clock decides."""
+    call = {
+        "hq": 8,
+        "hkv": 2,
+        "sq": 1,
+        "skv": 33,
+        "mask": (letters, kind),
+        "grad": kind == "grad",
+        "return_lse": kind != "grad",
+    }
+    call["dtype"] = torch.float32 if kind == "grad" else torch.float16
+    with installed(stub, monkeypatch):
+        assert library_grid.run(row_of(stub, name), stub, call) == []  # every candidate of it
+        p = problem(device="cuda", dtype="float16", q_heads=8, kv_heads=2, q_len=1, mask="bool", mask_shape=letters)
+        found = candidates.decide(row_of(stub, name), p, silicon(stub, name), Settings(kernels=(f"+{name}",)))
+    assert [d.conversions[-1] for d in found] == ["gqa_fold", "gqa_expand"]
 
 
 def test_what_a_mask_and_a_band_leave_no_key():

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from fastattn import masks
 from fastattn.kernels.adapters import flex
+from fastattn.kernels.block_masks import band_mask, square_mask
 from fastattn.problems.tilings.mask_blocks import HIDDEN, SIZE, WHOLE, blocks_of_mask
 
 CPU = torch.device("cpu")
@@ -43,10 +44,11 @@ def test_squares_of_a_window_are_few_kinds_and_no_tensor_of_queries_by_keys():
 
 @pytest.mark.parametrize("lengths", [(300, 300), (256, 384), (200, 513), (513, 200), (1, 700)], ids=str)
 @pytest.mark.parametrize("band", [(None, 0), (-64, 64), (-200, 0), (0, None), (3, 140), (-500, -400)], ids=str)
-def test_the_block_mask_of_a_band_is_what_torch_finds_by_looking_at_every_pair(band, lengths):
-    ours = flex.band_mask(*band, *lengths, CPU)
-    theirs = create_block_mask(ours.mask_mod, 1, 1, *lengths, device="cpu")
-    assert listed(ours) == listed(theirs)
+@pytest.mark.parametrize("height", [SIZE, 2 * SIZE], ids=["", "two rows at once"])
+def test_the_block_mask_of_a_band_is_what_torch_finds_by_looking_at_every_pair(band, lengths, height):
+    ours = band_mask(*band, *lengths, CPU, height)
+    theirs = create_block_mask(ours.mask_mod, 1, 1, *lengths, device="cpu", BLOCK_SIZE=(height, SIZE))
+    assert listed(ours) == listed(theirs) and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
 
 
 def listed(block_mask):
@@ -61,10 +63,11 @@ def listed(block_mask):
     ]
 
 
-def test_the_block_mask_of_squares_is_what_torch_finds_by_looking_at_every_pair():
+@pytest.mark.parametrize("height", [SIZE, 2 * SIZE], ids=["", "two rows at once"])
+def test_the_block_mask_of_squares_is_what_torch_finds_by_looking_at_every_pair(height):
     mask = masks.Causal() & masks.Document([[100, 337, 163], [600]])
-    ours = flex.square_mask(blocks_of_mask(mask, 2, 600, 600, CPU))
-    theirs = create_block_mask(ours.mask_mod, 2, 1, 600, 600, device="cpu")
+    ours = square_mask(blocks_of_mask(mask, 2, 600, 600, CPU), height)
+    theirs = create_block_mask(ours.mask_mod, 2, 1, 600, 600, device="cpu", BLOCK_SIZE=(height, SIZE))
     dense = mask.dense(2, 600, 600)
     at = torch.arange(600)
     assert torch.equal(ours.mask_mod(torch.arange(2)[:, None, None], 0, at[:, None], at), dense[:, 0])
@@ -110,7 +113,7 @@ def test_packings_of_different_documents_have_patterns_of_few_counts():
 def test_what_was_made_in_inference_mode_may_be_saved_for_a_backward():
     with torch.inference_mode():
         blocks = blocks_of_mask(masks.Causal() & masks.Document(70), 1, 256, 256, CPU)
-        told = flex.kept(flex.square_mask)(blocks)
+        told = flex.kept(square_mask)(blocks)
     assert not (blocks.pattern.is_inference() or blocks.patterns.is_inference() or told.kv_indices.is_inference())
 
 

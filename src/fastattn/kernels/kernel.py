@@ -17,6 +17,7 @@ from fastattn.kernels.limits import Need
 
 if TYPE_CHECKING:
     from fastattn.problems.masks.unread import Sequences
+    from fastattn.problems.problem import Problem
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -97,7 +98,7 @@ class Kernel(NamedTuple):
     score_mod: bool = False
     custom_mask: bool = False  # takes a flex BlockMask
     mask_blocks: bool = False  # takes the squares of a mask with a meaning (MaskBlocks), and no tensor
-    gqa: bool = True  # takes fewer kv heads as they are
+    gqa: bool | str = True  # takes fewer kv heads as they are; a version: of its library, from that one on
     gqa_fold: bool = False  # worth trying with the query group folded into rows
     equal_head_dims: bool = False  # v must be as wide as q
     head_dim_multiple: int = 1
@@ -135,6 +136,8 @@ class Kernel(NamedTuple):
     paged_needs: tuple[Need, ...] = ()  # limits of that entry point alone, as packed_needs: else pages are gathered
     # Takes seconds before its first run, "once" or for "each_length": left to `fastattn tune` where anything else can do it.
     compiles: str | None = None
+    # Whether what a problem needs came compiled with the library, as that says: such a problem is no reason to leave it out.
+    is_built: Callable[[Problem], bool] | None = None
     prepare: Callable[[], object] | None = (
         None  # imports what its first run needs, seconds of it, before anything is timed
     )

@@ -58,13 +58,19 @@ def decide(
     if reasons:
         return [Rejected(kernel, tuple(reasons))]
     choices = [_choices(name, answer) for name, answer in answers.items() if answer != NO]
-    chosen = (tuple(name for name in names if name) for names in product(*choices))
+    chosen = (_needed(names) for names in product(*choices))
     chosen = (names for names in chosen if all(BY_NAME[name].requires in ("", *names) for name in names))
     chosen = (names for names in chosen if not _is_twice_as_much(names, answers))
     found: list[Decision] = [Accepted(kernel, as_applied(names, problem)) for names in chosen]
     version = availability.library_version(kernel.library) or ""
     faults = known_faults.faults_that_hold(kernel.name, problem, device, version, settings.known_faults, facts)
     return [Rejected(kernel, tuple(faults))] if faults else found
+
+
+def _needed(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that are chosen, without what another one spares."""
+    spared = {BY_NAME[name].spares for name in names if name}
+    return tuple(name for name in names if name and name not in spared)
 
 
 def _is_twice_as_much(names: tuple[str, ...], answers: dict[str, str]) -> bool:

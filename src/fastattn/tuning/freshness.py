@@ -8,7 +8,7 @@ from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.environment.version import __version__
 from fastattn.kernels import registry
-from fastattn.kernels.libraries import availability, catalogue
+from fastattn.kernels.libraries import availability, tags
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted, Decision
 from fastattn.verdicts.verdict import OPEN, Outcome, Verdict
@@ -46,8 +46,8 @@ def libraries_now(device_type: str) -> dict[str, str]:
     """The kernel libraries that may serve on such a device, each with its version and what its environment says."""
     own = {kernel.library for kernel in registry.registered()} - {"torch"}
     return {
-        **catalogue.installed_for(device_type),
-        **{library: catalogue.tag_of(library, availability.library_version(library)) for library in own},
+        **tags.installed_for(device_type),
+        **{library: tags.tag_of(library, availability.library_version(library)) for library in own},
     }
 
 

@@ -76,7 +76,7 @@ def tune_problem(
         for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
             if progress is not None:
                 progress(problem, trial.candidate.name, index, len(trials))
-            outcome = _left_out(trial, incumbent, native, trials, compiling)
+            outcome = _left_out(trial, incumbent, native, trials, compiling, problem)
             if trial.candidate.kernel.name == "default":
                 trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
             elif outcome is not None:
@@ -145,14 +145,19 @@ def _budget(incumbent_s: float, device_type: str) -> float:
 
 
 def _left_out(
-    trial: TrialInProgress, incumbent: TrialInProgress, native: str, trials: Sequence[TrialInProgress], compiling: bool
+    trial: TrialInProgress,
+    incumbent: TrialInProgress,
+    native: str,
+    trials: Sequence[TrialInProgress],
+    compiling: bool,
+    problem: Problem,
 ) -> tuple[Outcome, str] | None:
     """Why a candidate need not be tried."""
     kernel = trial.candidate.kernel
     is_default = incumbent.candidate.kernel.name == "default" and incumbent.is_alive
     if is_default and default_choice.runs_natively(trial.candidate, native, in_tiles=incumbent.candidate.is_in_tiles):
         return Outcome.RUN_BY_DEFAULT, "the default runs this kernel"
-    if kernel.compiles and not compiling:
+    if kernel.compiles and not compiling and not availability.is_built(kernel, problem):
         return Outcome.NOT_COMPILED, MUST_COMPILE
     if kernel.name == "sdpa_math" and any(t.is_alive for t in trials if t.first_call is not None):
         return Outcome.NOT_NEEDED, "not tried: the last resort"

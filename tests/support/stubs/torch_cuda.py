@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.kernels import kernel
+from fastattn.kernels.libraries import availability
 from stubs import INF, Stub, attend, band, check_aligned, check_half, of_operator, signed
 
 HALF = (torch.float16, torch.bfloat16)
@@ -50,6 +51,12 @@ def check_bias(bias, query, shape):
     assert (end + -(-shape[3] // step) * step) * bias.itemsize <= bias.untyped_storage().nbytes(), "reads past the bias"
 
 
+def check_heads(of_query, of_key, of_value):
+    """What the efficient kernel takes: groups since torch 2.14."""
+    takes_groups = not availability.is_before("torch", "2.14")
+    assert of_key == of_value and (of_query % of_key == 0 if takes_groups else of_query == of_key)
+
+
 def padded_lse(lse, is_wanted):
     if not is_wanted:
         return lse.new_empty((*lse.shape[:2], 0))
@@ -60,7 +67,8 @@ def padded_lse(lse, is_wanted):
 def efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, scale):
     assert query.dtype in (*HALF, torch.float32) and query.dtype is key.dtype is value.dtype
     check_aligned(query, key, value)
-    assert query.shape[1] == key.shape[1] == value.shape[1] and query.numel() and key.numel()
+    check_heads(query.shape[1], key.shape[1], value.shape[1])
+    assert query.numel() and key.numel()
     assert query.shape[3] * query.itemsize % 16 == value.shape[3] * value.itemsize % 16 == 0
     given = (query, key, value) if attn_bias is None else (query, key, value, attn_bias)
     assert compute_log_sumexp or not any(x.requires_grad for x in given), "the backward needs it"
@@ -142,7 +150,7 @@ STUB = Stub(
         ("head_dim_multiple=8", "head_dim_multiple=1"),
         ("head_dim_bytes=16", "head_dim_bytes=1"),
         ("dense_last_dim=True,\n        aligned=True", "dense_last_dim=True"),
-        ("gqa=False", "gqa=True"),
+        ('gqa="2.14"', "gqa=True"),
         ('Range("kv_len", min=2)', 'Range("kv_len", min=1)'),
         ('dtypes=(*HALF, "float32")', "dtypes=HALF"),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from stubs import INF, Stub, attend, band, check_aligned, check_half
-from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, padded_lse, private, torch_op
+from stubs.torch_cuda import HALF, LSE_WITH_MASK, check_bias, check_heads, padded_lse, private, torch_op
 
 
 def run_flash(q, k, v, scale, is_causal, left, right, longest=None):
@@ -55,7 +55,8 @@ def efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     assert query.dtype in (*HALF, torch.float32) and query.dtype is key.dtype is value.dtype
     check_aligned(query, key, value)
     (b, q_len, h, _), kv_len = query.shape, key.shape[1]
-    assert h == key.shape[2] == value.shape[2] and query.numel() and key.numel()
+    check_heads(h, key.shape[2], value.shape[2])
+    assert query.numel() and key.numel()
     assert query.shape[3] * query.itemsize % 16 == value.shape[3] * value.itemsize % 16 == 0 and custom_mask_type in (
         0,
         1,
@@ -131,6 +132,6 @@ STUB = Stub(
         ("head_dim_multiple=8", "head_dim_multiple=1"),
         ("head_dim_bytes=16", "head_dim_bytes=1"),
         ("aligned=True", "aligned=False"),
-        ("gqa=False", "gqa=True"),
+        ('gqa="2.14"', "gqa=True"),
     ),
 )

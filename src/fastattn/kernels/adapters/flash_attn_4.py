@@ -8,7 +8,6 @@ of -inf.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
+    check_silicon,
     is_before,
     require_keywords,
 )
@@ -87,16 +87,6 @@ def of_paged(function: Callable[..., Any]) -> Run:
         return (out, lse) if a.lse else out
 
     return run
-
-
-def check_silicon() -> set[tuple[int, int]]:
-    """The capabilities of the GPUs that are here. Raises ImportError where it would take one for another."""
-    import torch
-
-    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if len(here) > 1 and not os.environ.get("FLASH_ATTENTION_ARCH"):
-        raise ImportError("it compiles for the first GPU that it meets, and these differ: set FLASH_ATTENTION_ARCH")
-    return here
 
 
 def of(function: Callable[..., Any]) -> Run:

@@ -2,14 +2,16 @@
 
 Forward only, causal from the bottom-right corner, a window to the left alone, the log-sum-exp in base 2. Its masks are bool,
 shared by the heads, of fa2 alone, and packed anew in each call; those of packed requests belong to a plan, and are not used.
+cutlass is for packed requests on sm100 and sm110, where 0.7's `auto` takes it before fa2; it drops a window and a softcap.
 What must be known:
   - Hidden scores are -5e4 before the scale, up to 0.6.18 (flashinfer#4450, #4451, #4452): a row that sees nothing gets a mean
     of v, or fa2 raises (causal, q_len > kv_len); a row whose every product is below -5e4 gives zeros.
   - A row's maximum is taken before the scale: positive ones alone.
   - fa3 of one request reads lengths and heads as NHD whatever kv_layout says.
-  - plan() takes float16 unless told otherwise, copies from the host, and cannot be captured. A plan belongs to its lengths:
-    where they churn it is no candidate. Each has 8 MiB on the device and on the host; those of a stream share 128 MiB. A
-    CUDA graph takes over the plans of the stream that warmed up.
+  - plan() takes float16 unless told otherwise, copies from the host (cutlass's reads the device, and counts no tile that its
+    lists have no room for), and cannot be captured. A plan belongs to its lengths: where they churn it is no candidate. Each
+    has 8 MiB on the device and on the host; those of a stream share 128 MiB. A CUDA graph takes over the plans of the stream
+    that warmed up.
   - Kernels are compiled by nvcc for each dtype, head_dim, window and softcap.
 """
 
@@ -29,9 +31,11 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
+    is_before,
     require_keywords,
 )
 
+LIBRARY = "flashinfer-python"
 INF = float("inf")
 WORKSPACE_BYTES = 128 * 2**20
 PLANS = 32  # kept at once
@@ -98,9 +102,8 @@ def load_ragged(backend: str) -> Run:
                 plans.pop(next(iter(plans), None), None)
             with torch.inference_mode(False):
                 found = Wrapper(float_workspace_buffer=workspace(q.device, stream), kv_layout="NHD", backend=backend)
-                starts = torch.arange(
-                    q.shape[0] + 1, dtype=torch.int32, device="cpu"
-                )  # on the host, where it is wanted
+                where = q.device if backend == "cutlass" else "cpu"  # where it is wanted
+                starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=where)
                 lengths = starts * q.shape[1], starts * k.shape[1]
                 values = (*lengths, q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype)
                 found.plan(**dict(zip(sizes, values, strict=True)), **more)
@@ -115,6 +118,28 @@ def load_ragged(backend: str) -> Run:
         return batched(wrapper.run(q=q3, k=k3, v=v3, return_lse=a.lse), q.shape[0])
 
     return run
+
+
+def is_built(what: str, backend: str, p: Any) -> bool:
+    """Whether flashinfer-jit-cache brings what a problem needs.
+
+    Of what was compiled here before, ninja alone knows whether it still holds: that is no promise.
+    """
+    import torch
+    from flashinfer import jit  # type: ignore[attr-defined]
+
+    if (what, backend) == ("ragged", "fa2") and not is_before(LIBRARY, "0.7"):
+        return False  # it runs a module that nothing public makes
+    given = dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), p.torch_dtype)
+    given |= {"head_dim_qk": p.head_dim, "head_dim_vo": p.head_dim_v, "use_logits_soft_cap": bool(p.softcap)}
+    given |= {"pos_encoding_mode": 0, **({"dtype_idx": torch.int32} if what == "ragged" else {})}
+    if backend == "cutlass":
+        make = jit.gen_fmha_cutlass_sm100a_module
+    else:
+        make = jit.gen_single_prefill_module if what == "single" else jit.gen_batch_prefill_module
+        given |= {"backend": backend, "use_fp16_qk_reduction": False}
+    windows = {False, p.window is not None}  # without one as well, as it may come as a mask
+    return all(make(**given, use_sliding_window=window).is_aot for window in windows)
 
 
 def told(q: Tensor, k: Tensor, a: Arguments) -> dict[str, Any]:
@@ -146,48 +171,63 @@ NEEDS = (
     *NOT_EMPTY,
     Range("q_heads", min=1, max=65535),
     Range("extent", max=2**31 - 1),  # 32-bit offsets
-    OneOf("head_dim", (64, 128, 192, 256)),
     RefuseWhen(
-        "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}: it has 64, 128 and 256 with the same, and 192 with 128",
+        "head_dim {p.head_dim} with head_dim_v {p.head_dim_v}: it has 192 with 128, and the others with the same",
         lambda p, _: p.head_dim_v != (128 if p.head_dim == 192 else p.head_dim),
     ),
     OneOf("scale", ("positive",)),
-    RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
     RefuseWhen(
         "causal bottom_right with q_len {p.q_len} > kv_len {p.kv_len}: rows that see nothing (flashinfer#4452)",
         lambda p, _: p.causal == "bottom_right" and p.q_len > p.kv_len,
     ),
-)  # fmt: skip
+)
+FA = (
+    OneOf("head_dim", (64, 128, 192, 256)),
+    RefuseWhen("a window that ends to the right {p.window}", lambda p, _: p.window is not None and p.window[1] > 0),
+)
+CUTLASS = (
+    OneOf("head_dim", (64, 128, 192)),
+    RefuseWhen(
+        "batch {p.batch}, q_heads {p.q_heads}, q_len {p.q_len}: its plan has room for 131072 tiles of 256 queries",
+        lambda p, _: p.batch * p.q_heads * -(-p.q_len // 256) > 131072,
+    ),
+)
 ONE = (OneOf("batch", (1,)),)
 MASK = RefuseWhen("a mask {p.mask_shape} that differs by head: it has one for all", lambda p, _: "h" in p.mask_shape)
 MANY = (Range("batch", min=1, max=65535), PLANNED)
-GPUS = {"fa2": Range("capability", min=80, max=121), "fa3": OneOf("capability", (90,))}
+GPUS = {
+    "fa2": Range("capability", min=80, max=121),
+    "fa3": OneOf("capability", (90,)),
+    "cutlass": OneOf("capability", (100, 103, 110)),
+}
 
 KERNELS = tuple(
     Kernel(
         name=f"flashinfer_{what}_{backend}",
         summary=f"FlashInfer's {backend}: {summary}",
         load=partial(load, backend),
-        library="flashinfer-python",
+        library=LIBRARY,
         devices=("cuda",),
         dtypes=("float16", "bfloat16"),
         layout="bshd",
         corner="bottom_right",
         masks=("bool",) if MASK in more else (),
-        window=True,
-        softcap=True,
+        window=FA[0] in more,
+        softcap=FA[0] in more,
         lse=True,
         grad=False,
         dense_last_dim=True,
         aligned=True,
         compiles="once",
+        is_built=partial(is_built, what, backend),
         versions=("0.6", ""),
         needs=(*NEEDS, *more, GPUS[backend]),
     )
     for what, backend, summary, load, more in (
-        ("single", "fa3", "one request", load_single, ONE),
-        ("single", "fa2", "one request", load_single, (*ONE, MASK)),
-        ("ragged", "fa3", "packed requests, planned", load_ragged, MANY),
-        ("ragged", "fa2", "packed requests, planned", load_ragged, MANY),
+        ("single", "fa3", "one request", load_single, (*FA, *ONE)),
+        ("single", "fa2", "one request", load_single, (*FA, *ONE, MASK)),
+        ("ragged", "fa3", "packed requests, planned", load_ragged, (*FA, *MANY)),
+        ("ragged", "fa2", "packed requests, planned", load_ragged, (*FA, *MANY)),
+        ("ragged", "cutlass", "packed requests, planned", load_ragged, (*CUTLASS, *MANY)),
     )
 )

@@ -1,7 +1,9 @@
 """torch.nn.attention.flex_attention: compiled for one problem at a time, and never run unfused above a small size.
 
-The only kernel that takes a caller's score_mod or BlockMask. Windows, triangles and the squares of other masks become a
-BlockMask here, a cap a score_mod.
+The only one that takes a caller's score_mod or BlockMask. Windows, triangles and the squares of other masks become a BlockMask
+here, a cap a score_mod. Its backend FLASH puts them into the forward of FlashAttention 4. That one skips two tiles of 128
+queries at once on sm100, so a row of squares is 256 queries high there; a caller's BlockMask has squares of a size that no
+Problem says. It takes no number that is a symbol: each length is compiled for itself.
 """
 
 from __future__ import annotations
@@ -11,18 +13,22 @@ from typing import Any
 
 from fastattn.kernels import (
     GRID,
-    HIDDEN,
     NOT_EMPTY,
     SIZE,
-    WHOLE,
     Arguments,
     Kernel,
     MaskBlocks,
+    OneOf,
     Range,
+    RefuseWhen,
     Run,
     Tensor,
+    band_mask,
+    check_silicon,
     log,
     remembered,
+    require_keywords,
+    square_mask,
 )
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
@@ -31,6 +37,17 @@ KERNELS_KEPT = 32  # problems that are compiled for themselves in one process; b
 
 
 CHANGING = ("changing sizes",)
+
+
+def load_flash() -> Run:
+    from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
+    # what the code that torch makes calls
+    require_keywords(
+        interface._flash_attn_fwd, "out", "lse", "score_mod", "mask_mod", "block_sparse_tensors", "aux_tensors"
+    )
+    check_silicon()
+    return load("FLASH")
 
 
 def load_cpu() -> Run:
@@ -45,7 +62,7 @@ def load_cpu() -> Run:
     return load()
 
 
-def load() -> Run:
+def load(backend: str = "AUTO") -> Run:
     import warnings
 
     import torch
@@ -53,13 +70,15 @@ def load() -> Run:
 
     attend: Callable[..., Any] = flex.flex_attention
     compiled: dict[Any, Callable[..., Any]] = {}
+    is_flash = backend == "FLASH"
+    height = 2 * SIZE if is_flash else SIZE
 
     def fused(sizes: Any) -> Callable[..., Any]:
         """flex_attention compiled for these sizes; a code object of its own, as torch bounds the recompiles of each."""
         sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else CHANGING
         if sizes not in compiled:
             log.info("flex_attention is compiled: kernel %d of this process, for %s", len(compiled) + 1, sizes)
-            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes[0] == CHANGING[0])
+            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes is CHANGING and not is_flash)
         return compiled[sizes]
 
     def run_fused(sizes: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
@@ -83,17 +102,19 @@ def load() -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         is_traced = torch.compiler.is_compiling()  # nothing is kept then, and Dynamo would warn of a cache
         if a.lower is not None or a.upper is not None:
-            mask = (band_mask if is_traced else kept_band)(a.lower, a.upper, q.shape[2], k.shape[2], q.device)
+            mask = (band_mask if is_traced else kept_band)(a.lower, a.upper, q.shape[2], k.shape[2], q.device, height)
         elif isinstance(mask, MaskBlocks):
-            mask = (square_mask if is_traced else kept_squares)(mask)
+            mask = (square_mask if is_traced else kept_squares)(mask, height)
         options: dict[str, Any] = {"block_mask": mask, "scale": a.scale, "enable_gqa": q.shape[1] != k.shape[1]}
         options["score_mod"] = (cap if is_traced else kept_cap)(a.softcap) if a.softcap else a.score_mod
+        if is_flash:
+            options["kernel_options"] = {"BACKEND": backend}
         if a.lse:
             options["return_aux"] = flex.AuxRequest(lse=True)
         is_small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= EAGER_SCORES
         if is_traced:
             found = attend(q, k, v, **options)
-        elif is_small:
+        elif is_small and not is_flash:
             found = unfused(q, k, v, **options)
         else:
             tensors = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))
@@ -113,55 +134,6 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(*given)
 
     return remembered(32)(made)
-
-
-def band_mask(lower: int | None, upper: int | None, q_len: int, kv_len: int, device: Any) -> Any:
-    """The BlockMask of a triangle or a window; None is no limit."""
-    import torch
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = j >= 0
-        if lower is not None:
-            seen = seen & (j >= i + lower)
-        return seen if upper is None else seen & (j <= i + upper)
-
-    def first_and_last(length: int) -> tuple[Tensor, Tensor]:
-        """Of the rows, or of the keys, of each square."""
-        first = torch.arange(0, length, SIZE, dtype=torch.int64, device=device)
-        return first, torch.cat([first[1:] - 1, first.new_tensor([length - 1])])
-
-    (i, last_i), (j, last_j) = first_and_last(q_len), first_and_last(kv_len)
-    every = (last_i - i == SIZE - 1)[:, None] & (last_j - j == SIZE - 1)  # squares that reach beyond are never whole
-    i, last_i, some = i[:, None], last_i[:, None], torch.ones_like(every)
-    if lower is not None:
-        some, every = some & (last_j >= i + lower), every & (j >= last_i + lower)
-    if upper is not None:
-        some, every = some & (j <= last_i + upper), every & (last_j <= i + upper)
-    return block_mask(some[None], every[None], visible, q_len, kv_len)
-
-
-def square_mask(blocks: MaskBlocks) -> Any:
-    """The BlockMask of MaskBlocks: in a square that is hidden in part each pair is looked up in the square's pattern."""
-    pattern, patterns, of_entries = blocks.pattern, blocks.patterns, int(len(blocks.pattern) > 1)
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return patterns[pattern[b * of_entries, i // SIZE, j // SIZE], i % SIZE, j % SIZE]
-
-    return block_mask(pattern != HIDDEN, pattern == WHOLE, visible, blocks.q_len, blocks.kv_len)
-
-
-def block_mask(some: Tensor, every: Tensor, visible: Callable[..., Tensor], q_len: int, kv_len: int) -> Any:
-    """A BlockMask from whether some and all of each square is seen, bool [1 or batch, rows of squares, squares in a row]."""
-    import torch
-    from torch.nn.attention.flex_attention import BlockMask
-
-    def listed(squares: Tensor) -> tuple[Tensor, Tensor]:
-        """How many there are in each row of squares, and which: they come first."""
-        order = squares.int().argsort(dim=-1, descending=True, stable=True)
-        return squares.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
-
-    lists = (*listed(some & ~every), *listed(every))
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=SIZE, mask_mod=visible, seq_lengths=(q_len, kv_len))
 
 
 def cap(softcap: float) -> Callable[..., Tensor]:
@@ -217,5 +189,39 @@ KERNELS = (
         products=True,
         no_broadcast=True,  # it would read beyond them (pytorch#172225)
         needs=(*GRID, *NOT_EMPTY, Range("capability", min=75), Range("head_dim", min=16), Range("head_dim_v", min=16)),
+    ),
+    Kernel(
+        name="flex_flash",
+        summary="torch's flex_attention, compiled into FlashAttention 4 (package flash-attn-4)",
+        load=load_flash,
+        library="flash-attn-4",
+        versions=("4", "5"),
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16"),
+        corner="any",
+        window=True,
+        softcap=True,
+        score_mod=True,
+        mask_blocks=True,
+        lse=True,
+        grad=False,
+        head_dim_multiple=8,
+        dense_last_dim=True,
+        aligned=True,
+        output_lies="as_query",
+        compiles="each_length",
+        no_broadcast=True,
+        needs=(
+            *GRID,
+            *NOT_EMPTY,
+            Range("capability", min=90, max=119),
+            Range("head_dim", min=16),
+            Range("head_dim_v", min=16),
+            OneOf("scale", ("positive",)),  # a row's maximum is taken before it is scaled
+            RefuseWhen(
+                "head_dim {p.head_dim} and head_dim_v {p.head_dim_v}: it skips squares up to (128, 128), and for (192, 128)",
+                lambda p, _: max(p.head_dim, p.head_dim_v) > 128 and (p.head_dim, p.head_dim_v) != (192, 128),
+            ),
+        ),
     ),
 )

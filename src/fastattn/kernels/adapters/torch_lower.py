@@ -1,8 +1,9 @@
 """torch's flash and efficient kernels below their SDPA wrappers: windows and both corners, without any library.
 
-Read in torch 2.13. The efficient op keeps no window for its backward (its gradients would be those of no window), and its
-bottom-right corner is computed in unsigned numbers: with more queries than keys it hides nothing. Its window counts the
-query's own key. Where no key is visible flash says a log-sum-exp of +inf, the efficient kernel 0.
+Read in torch 2.13, and in 2.14.1 that the efficient op takes fewer kv heads. It keeps no window for its backward (its
+gradients would be those of no window), and its bottom-right corner is computed in unsigned numbers: with more queries than
+keys it hides nothing. Its window counts the query's own key. Where no key is visible flash says a log-sum-exp of +inf, the
+efficient kernel 0.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ KERNELS = (
         window=True,
         dropout=True,
         lse=True,
-        gqa=False,
+        gqa="2.14",
+        gqa_fold=True,
         mask_grad=True,
         head_dim_bytes=16,
         dense_last_dim=True,

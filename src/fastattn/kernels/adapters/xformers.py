@@ -199,7 +199,7 @@ KERNELS = (
         load=partial(load, "cutlass"), load_packed=partial(load_packed, "cutlass"), packed_needs=SAME,
         dtypes=("float16", "bfloat16", "float32"),
         corner="any", causal_scales=("positive", "zero", "negative"), masks=("additive",), mask_grad=True,
-        gqa=False, head_dim_multiple=1, head_dim_bytes=16, equal_head_dims=False, deterministic=True,
+        gqa=False, gqa_fold=True, head_dim_multiple=1, head_dim_bytes=16, equal_head_dims=False, deterministic=True,
         needs=(
             Range("capability", min=50, max=90),
             Range("head_dim", min=1, max=65536),

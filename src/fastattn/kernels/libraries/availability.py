@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +14,11 @@ from fastattn.environment.cache_files import cache_layers
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import first_line
 from fastattn.kernels.kernel import Keeper, Kernel, Run
-from fastattn.kernels.libraries import catalogue
+from fastattn.kernels.libraries import catalogue, tags
 from fastattn.kernels.libraries.versions import comparable
+
+if TYPE_CHECKING:
+    from fastattn.problems.problem import Problem
 
 
 def why_absent(kernel: Kernel) -> str | None:
@@ -80,6 +84,17 @@ def why_unprepared(kernel: Kernel) -> str | None:
     return None
 
 
+def is_built(kernel: Kernel, problem: Problem) -> bool:
+    """Whether a kernel that compiles need not, for this problem: it came compiled. Its library is imported to say so."""
+    if kernel.is_built is None or not tags.came_compiled(kernel.library) or why_unavailable(kernel) is not None:
+        return False
+    try:
+        return kernel.is_built(problem)
+    except Exception as error:
+        raise_callers(error, modules_of(kernel))
+        return False
+
+
 def import_crash_reason(kernel: Kernel) -> str | None:
     """Why importing the library would end this process; beside whatever other library is here."""
     library = catalogue.library_of(kernel.library)
@@ -108,7 +123,8 @@ def forget_libraries() -> None:
         load_keeper,
         why_unavailable,
         why_unprepared,
-        catalogue.distributions_for,
+        tags.distributions_for,
+        tags.came_compiled,
     ):
         remembered.cache_clear()
 
@@ -170,4 +186,4 @@ def is_before(library: str, version: str) -> bool:
 
 def library_tag(kernel: Kernel) -> str:
     """The kernel's library, its version and what its environment says: what a trial is filed under."""
-    return catalogue.tag_of(kernel.library, library_version(kernel.library))
+    return tags.tag_of(kernel.library, library_version(kernel.library))

@@ -7,8 +7,6 @@ Found means: a distribution of that name is installed. A module of that name pro
 from __future__ import annotations
 
 import importlib.metadata
-import os
-from functools import cache
 from typing import NamedTuple
 
 
@@ -30,6 +28,9 @@ class Library(NamedTuple):
     suffix: str = ".so"  # of those files
     follows_torch: bool = False  # its version begins with that of the torch which it is built for
     rebuild: str = ""  # `install` as --no-deps must have it, where that is another command
+    compiled_by: str = (
+        ""  # the distribution that brings kernels compiled which are else compiled when they are first run
+    )
 
     @property
     def repair(self) -> str:
@@ -38,7 +39,6 @@ class Library(NamedTuple):
         return command.replace("pip install", "pip install --force-reinstall --no-deps", 1)
 
 
-TORCH_ENVIRONMENT = ("TORCH_CUDNN_SDPA_",)  # what F.sdpa itself reads
 HUB_CACHES = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")  # of kernels
 FROM_SOURCE = "pip install --no-build-isolation"
 SAGE = "git+https://github.com/thu-ml/SageAttention"
@@ -127,6 +127,7 @@ LIBRARIES = (
         entry="single_prefill_with_kv_cache",
         install="pip install flashinfer-python",
         sm=(75, 121),
+        compiled_by="flashinfer-jit-cache",  # of the same version; its own index has it
     ),
     Library(
         name="cuDNN frontend",
@@ -220,28 +221,3 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def tag_of(distribution: str, version: str | None) -> str:
-    """What a trial is filed under: the distribution, its version, and the variables that change what it does."""
-    library = library_of(distribution)
-    prefixes = TORCH_ENVIRONMENT if distribution == "torch" else library.environment if library else ()
-    return " ".join([distribution, str(version), *_told(prefixes)])
-
-
-def installed_for(device_type: str) -> dict[str, str]:
-    """The libraries that are installed and may have kernels for such a device: distribution -> tag."""
-    of_torch = {"torch": " ".join(_told(TORCH_ENVIRONMENT))} if device_type == "cuda" else {}
-    return {**of_torch, **{name: tag_of(name, version) for name, version in distributions_for(device_type)}}
-
-
-@cache
-def distributions_for(device_type: str) -> list[tuple[str, str]]:
-    """(distribution, version) of each of them: looked up once, as every stored verdict asks."""
-    return list(filter(None, (installed_distribution(each) for each in LIBRARIES if each.device == device_type)))
-
-
-def _told(prefixes: tuple[str, ...]) -> list[str]:
-    """The variables of the environment that begin so."""
-    told = sorted(os.environ.items()) if prefixes else ()
-    return [f"{name}={value}" for name, value in told if name.startswith(prefixes)]

@@ -84,12 +84,13 @@ CONVERSIONS: tuple[Conversion, ...] = (
         "the query group folded into rows",
         "heads",
         lambda kernel, p: kernel.gqa_fold and p.group > 1,
+        spares="gqa_expand",
     ),
     Conversion(
         "gqa_expand",
         "keys and values repeated for each query head",
         "heads",
-        lambda kernel, p: not kernel.gqa and p.group > 1,
+        lambda kernel, p: kernel.gqa is not True and p.group > 1,
     ),
     Conversion(
         "split_kv",

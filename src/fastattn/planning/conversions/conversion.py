@@ -28,6 +28,7 @@ class Conversion(NamedTuple):
     concerns: Callable[[Kernel, Problem], object]
     requires: str = ""  # another conversion, without which this one is worth nothing
     instead_of: tuple[str, ...] = ()  # conversions that are not worth trying together with this one
+    spares: str = ""  # another conversion, which is not needed any more where this one is done
     is_loop: bool = False  # over blocks, which a traced graph would have unrolled
     is_own_form: bool = False  # the kernel's own entry point for such problems takes the place of its ordinary one
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.kernels.kernel import Arguments, Kernel, Run
+from fastattn.kernels.libraries import availability
 from fastattn.kernels.plain_math import unfold
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED, map_output
 from fastattn.planning.conversions.own_forms import takes_own_form
@@ -38,7 +39,14 @@ def gqa_fold(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
 
 
 def when_gqa_expand(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
-    return REQUIRED if p.group > 1 and not kernel.gqa else NO
+    return REQUIRED if p.group > 1 and not _takes_groups(kernel) else NO
+
+
+def _takes_groups(kernel: Kernel) -> bool:
+    """Whether it takes fewer kv heads as they are, in the version of its library that is installed."""
+    if isinstance(kernel.gqa, str):
+        return not availability.is_before(kernel.library, kernel.gqa)
+    return kernel.gqa
 
 
 def gqa_expand(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
