@@ -400,7 +400,7 @@ def test_help_explains_shapes(command):
 
 def test_a_kv_cache_has_verdicts_of_its_own(monkeypatch):
     quick_wins(monkeypatch)
-    words = ("1x4/2x1x40x16", "--strides", "contiguous,cache,cache")
+    words = ("1x4/2x1x40x32",)
     [verdict] = json.loads(run("tune", *words, "--kept", "--json"))
     assert verdict["problem"]["kept"] is True
     [problem] = asked(*words, "--kept")
@@ -408,10 +408,12 @@ def test_a_kv_cache_has_verdicts_of_its_own(monkeypatch):
     assert "kept" in run("cache", "show") and "in a KVCache" in run("explain", *words, "--kept")
     assert "in a KVCache" not in run("explain", *words)
     cache = fastattn.KVCache(capacity=64)
-    cache.append(torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16))
+    cache.append(torch.zeros(1, 2, 40, 32), torch.zeros(1, 2, 40, 32))
     cache._is_kept = True  # as with a library that keeps keys in an order of its own
-    found = cache.explain(torch.zeros(1, 4, 1, 16))
-    assert found.served_by == "quick" and found.why != "not tuned"
+    found = cache.explain(torch.zeros(1, 4, 1, 32))
+    assert found.served_by == "quick" and found.verdict is not None
+    for wrong in ("--grad", "--dropout", "--compiled"):
+        assert f"{wrong} does not go with --kept" in run("tune", *words, "--kept", wrong, code=2)
 
 
 def test_compiled_code_has_verdicts_of_its_own(monkeypatch):

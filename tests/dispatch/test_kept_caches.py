@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import sys
+import threading
 import weakref
 
 import pytest
 import torch
-from fakes import DEFAULT, FAST, SLOW, Clock, turn
+from building import CPU
+from fakes import DEFAULT, FAST, SLOW, Clock, problem, turn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from library_grid import installed
+from library_grid import installed, row_of
 from stubs import calls, vllm_cpu
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from uninstalling import restart
 
 import fastattn
 from fastattn import KVCache, attention, masks
+from fastattn.environment.settings import Settings
+from fastattn.planning import candidates
+from fastattn.planning.conversions import kept
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 
 KEPT = "vllm_cpu+kept"
@@ -191,25 +201,216 @@ def test_what_no_kept_cache_goes_with_is_served_as_ever(what, lengths, q_len, op
     assert grad.shape == q.shape and not cache._copies._copies
 
 
-def test_a_training_call_and_a_graph_do_without(wins):
+def test_a_training_call_does_without(wins):
     cache, q = filled(), draw(1, 4, 1, 32)
     assert not cache.explain(q.clone().requires_grad_()).problem.kept
     with torch.no_grad():
         assert cache.explain(q.clone().requires_grad_()).problem.kept
-    compiled = torch.compile(lambda q: cache.attend(q), backend="eager")
-    assert torch.allclose(compiled(q).double(), right(cache, q), **CLOSE)
 
 
-@pytest.mark.parametrize("refused, sizes, changes", [
-    ("kept keys of head_dim 20, head_dim_v 20, which it would pad in all of them", {"d": 20}, {}),
-    ("kept keys of float32 under autocast, which computes in bfloat16", {}, {"autocast": torch.bfloat16}),
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_in_one_graph_it_is_what_it_was(is_kept, wins):
+    """Also where what is kept was made before: the graph does without, and what it changed is written again behind it."""
+    cache, q = filled(50, batch=2), draw(2, 4, 1, 32)
+    if is_kept:
+        assert is_right(cache, q, kernel=KEPT)
+
+    def step(q, k, v):
+        cache.append(k, v)
+        out = cache.attend(q)
+        cache.reorder([1, 0])
+        cache.crop(40)
+        return out
+
+    torch._dynamo.reset()
+    plain, k, v = filled(50, batch=2), *tokens(1, 7, batch=2)
+    plain.append(k, v)
+    assert torch.allclose(
+        torch.compile(step, backend="eager", fullgraph=True)(q, k, v).double(), right(plain, q), **CLOSE
+    )
+    assert cache.lengths == (40, 40) and is_right(cache, q) and is_right(cache, q, kernel=KEPT)
+
+
+def test_a_graph_may_take_entries_out(wins):
+    cache = filled(50, batch=3)
+    assert is_right(cache, draw(3, 4, 1, 32), kernel=KEPT)
+    torch._dynamo.reset()
+    torch.compile(lambda: cache.reorder([2, 0]), backend="eager", fullgraph=True)()
+    assert is_right(cache, draw(2, 4, 1, 32), kernel=KEPT)
+
+
+def test_under_a_dispatch_mode_it_does_without(wins):
+    """A mode's tensors must not be remembered, nor what is kept be a constant of its graph."""
+    cache, q = filled(), draw(1, 4, 1, 32)
+    cache.attend(q)
+    graph = make_fx(lambda q: cache.attend(q))(q)
+    assert not any("vllm" in str(node.target) or "_C" in str(node.target) for node in graph.graph.nodes)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(fastattn.NoKernelError):
+        cache.attend(q, kernel=KEPT)
+    assert is_right(cache, q, kernel=KEPT)
+
+
+def test_what_is_written_through_its_views_is_seen(wins):
+    cache, q = filled(), draw(1, 4, 1, 32)
+    assert is_right(cache, q, kernel=KEPT)
+    with torch.inference_mode():
+        cache.k.mul_(-1.0)
+    assert is_right(cache, q, kernel=KEPT)
+    cache.v[:, :, 3] = 7.0
+    cache.append(*tokens(1))
+    assert is_right(cache, q, kernel=KEPT)
+    cache.k[:, :, 5] = 2.0
+    cache.crop(20)
+    assert is_right(cache, q, kernel=KEPT)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_keeps_its_own(duplicate, wins):
+    cache, q = filled(40, batch=2), draw(2, 4, 1, 32)
+    assert is_right(cache, q, kernel=KEPT)
+    other = duplicate(cache)
+    other.reorder([1, 1])
+    assert is_right(other, q, kernel=KEPT) and is_right(cache, q, kernel=KEPT)
+    for each in (cache, other):
+        each.append(*tokens(100, batch=2))
+    assert is_right(other, q, kernel=KEPT) and is_right(cache, q, kernel=KEPT)
+
+
+def test_threads_may_attend_to_one_cache(wins):
+    caches, q = [filled(40 + n) for n in range(8)], draw(1, 4, 1, 32)
+    want, wrong = [right(cache, q) for cache in caches], []
+    together = threading.Barrier(3)
+
+    def work():
+        together.wait(60)
+        for cache, exact in zip(caches, want, strict=True):
+            out = cache.attend(q, kernel=KEPT).double()
+            wrong.extend([] if torch.allclose(out, exact, **CLOSE) else [cache])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+def test_what_fails_half_way_leaves_nothing_wrong(monkeypatch, wins):
+    cache, q = filled(40, [40, 30], batch=2), draw(2, 4, 1, 32)
+    library, keeper = kept.availability, kept.availability.load_keeper(row_of(vllm_cpu.STUB, "vllm_cpu"))
+
+    def no_memory(*given):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "load_keeper", lambda _: keeper._replace(empty=no_memory))
+        with pytest.raises(RuntimeError, match="memory"):
+            cache.kept_for(row_of(vllm_cpu.STUB, "vllm_cpu"))
+    cache.reorder([1, 0])
+    assert is_right(cache, q, kernel=KEPT)
+    copies = cache._copies._copies
+
+    class Full:
+        device = torch.device("cpu")
+
+        def index_select(self, *given):
+            no_memory()
+
+    copies["vllm_cpu"] = copies["vllm_cpu"]._replace(kept=(Full(),))
+    with pytest.raises(RuntimeError, match="memory"):
+        cache.reorder([1, 0])
+    assert is_right(cache, q, kernel=KEPT)
+    cache.append(*(torch.full_like(x, float("nan")) for x in tokens(3, batch=2)))
+    with monkeypatch.context() as patch:
+        writes = []
+
+        def interrupted(*given):
+            writes.append(keeper.write(*given))
+            raise KeyboardInterrupt
+
+        patch.setattr(library, "load_keeper", lambda _: keeper._replace(write=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            cache.kept_for(row_of(vllm_cpu.STUB, "vllm_cpu"))
+    cache.crop([40, 30])
+    assert writes and is_right(cache, q, kernel=KEPT)
+
+
+def test_room_that_is_not_filled_is_not_touched(wins, monkeypatch):
+    """Memory that nobody wrote to holds NaN here: all that is read was written, or is zero."""
+    keeper = kept.availability.load_keeper(row_of(vllm_cpu.STUB, "vllm_cpu"))
+
+    def empty(k, v, blocks):
+        return tuple(torch.full_like(x, float("nan")) for x in keeper.empty(k, v, blocks))
+
+    cache, q = KVCache(capacity=2048), draw(3, 4, 1, 32)
+    cache.append(*tokens(40, batch=3), [40, 7, 23])
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.availability, "load_keeper", lambda _: keeper._replace(empty=empty))
+        for n in (1, 120, 100, 1):
+            assert is_right(cache, q, kernel=KEPT)
+            cache.append(*tokens(n, batch=3))
+            cache.reorder([2, 0, 1])
+        (keys, _) = cache.kept_for(row_of(vllm_cpu.STUB, "vllm_cpu"))
+    assert keys[:, 4:].isnan().all()
+
+
+def test_entries_that_differ_are_written_together(wins):
+    cache, q = filled(40, [40, 7, 23], batch=3), draw(3, 4, 1, 32)
+    cache.attend(q, kernel=KEPT)
+    calls.clear()
+    cache.append(*tokens(2, batch=3))
+    assert is_right(cache, q, kernel=KEPT)
+    assert [name for name, _ in calls].count("cpu_attn_reshape_and_cache") == 1
+
+
+@pytest.mark.parametrize("options", [
+    {"dropout_p": 0.0}, {"window": None, "is_causal": False, "sinks": None}, {"mask": masks.Causal("bottom_right")},
+    {"scale": 0.3, "softcap": 2.0}, {"accuracy": "dtype"},
 ])  # fmt: skip
-def test_what_cannot_be_read_as_it_is_kept_is_said(refused, sizes, changes):
-    cache, d = KVCache(), sizes.get("d", 32)
-    cache.append(draw(3, 2, 9, d), draw(3, 2, 9, d), [9, 5, 3])
-    with torch.autocast("cpu", changes.get("autocast"), enabled="autocast" in changes):
-        [row] = [row for row in cache.explain(draw(3, 4, 1, d)).rows if row.candidate.startswith("vllm_cpu")]
-    assert refused in row.reason
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_options_that_say_nothing_do_not_hinder(q_len, options, wins):
+    cache, q = filled(), draw(1, 4, q_len, 32)
+    want = cache.attend(q, kernel="sdpa_math", **options)
+    assert torch.allclose(cache.attend(q, kernel=KEPT, **options), want, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype, d, dv", [(torch.float64, 32, 32), (torch.float32, 20, 20), (torch.float32, 32, 64)])
+def test_a_cache_that_no_kernel_could_keep_is_an_ordinary_one(dtype, d, dv, wins):
+    cache = KVCache()
+    cache.append(draw(1, 2, 9, d).to(dtype), draw(1, 2, 9, dv).to(dtype))
+    assert not cache.explain(draw(1, 4, 1, d).to(dtype)).problem.kept
+
+
+@pytest.mark.parametrize("refused, changes", [
+    ("kept keys of head_dim 20, head_dim_v 20, which it would pad in all of them", {"head_dim": 20}),
+    ("kept keys of float32 under autocast, which computes in bfloat16", {"cast_from": ("float32",) * 3, "dtype": "bfloat16"}),
+    ("kept keys and a mask (Prefix(2))", {"structure": "Prefix(2)"}),
+    ("4 queries on fewer filled keys, of which the first see none (Filled((3, 9), 4))",
+     {"structure": "Filled((3, 9), 4)", "q_len": 4, "batch": 2}),
+    ("kept keys and a mask (Filled((8, 9), 4, 5))", {"structure": "Filled((8, 9), 4, 5)", "q_len": 4, "batch": 2}),
+])  # fmt: skip
+def test_what_cannot_be_read_as_it_is_kept_is_said(refused, changes):
+    """Of masks that it could not draw either; elsewhere it packs the keys in each call."""
+    told = {"structure": "Filled((8, 9))", "mask": "bool", "mask_shape": "b1qk", "q_len": 1, "kept": True, "threads": 2}
+    p = problem(**{**told, **changes})
+    [found] = candidates.decide(row_of(vllm_cpu.STUB, "vllm_cpu"), p, CPU, Settings())
+    assert refused in found.reasons
+    plain = p.replace(structure="", mask=None, mask_shape="", q_len=4)
+    names = [d.name for d in candidates.decide(row_of(vllm_cpu.STUB, "vllm_cpu"), plain, CPU, Settings())]
+    assert (KEPT in names) is (changes.keys() <= {"structure", "q_len", "batch"})
+
+
+def test_a_window_or_another_corner_is_none_of_its(wins):
+    row = row_of(vllm_cpu.STUB, "vllm_cpu")
+    told = {"q_len": 4, "kept": True, "threads": 2, "window": (5, 0)}
+    for changes in ({"causal": "bottom_right"}, {"causal": "top_left", "window": None}):
+        p = problem(**{**told, **changes})
+        assert KEPT not in [d.name for d in candidates.decide(row, p, CPU, Settings())]
+        p = p.replace(causal="bottom_right", window=None)
+        assert KEPT in [d.name for d in candidates.decide(row, p, CPU, Settings())]
 
 
 @pytest.mark.parametrize("mode", ["off", "cached"])

@@ -93,6 +93,9 @@ def problems(
     compiled, kept = (bool(more.pop(name, False)) for name in ("compiled", "kept"))
     if compiled and more.get("dropout"):
         raise click.UsageError("--dropout does not go with --compiled: compiled code draws its own, unchecked")
+    wrong = {"--grad": grad, "--dropout": more.get("dropout"), "--compiled": compiled, "--window": more.get("window")}
+    if kept and (with_it := next((name for name, is_there in wrong.items() if is_there), None)):
+        raise click.UsageError(f"{with_it} does not go with --kept: a KVCache is then one of plain tensors")
     kind, mask_grad = _mask(mask)
     extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy), **more}
     extra["window"] = _window(more.get("window"))
@@ -101,7 +104,7 @@ def problems(
         "causal": causal,
         "mask": kind,
         "mask_grad": mask_grad,
-        "strides": tuple(strides.split(",")) if strides else None,
+        "strides": tuple(strides.split(",")) if strides else ("contiguous", "cache", "cache") if kept else None,
     }
     wanted = [(word, replace(parse_shape(word), **own, **extra)) for word in shapes]
     given = [f"--{name}" for name, value in (("causal", causal), ("mask", mask), ("strides", strides)) if value]

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch.attention import attention
+from fastattn.dispatch.kv_memory import check_tokens, grown, write_tokens
 from fastattn.environment.settings import current_settings
 from fastattn.environment.text import dtype_name
+from fastattn.environment.torch_private import dispatch_modes
 from fastattn.planning.conversions.kept import KeptCopies, is_kept_by_any
 from fastattn.problems import masks
+from fastattn.problems.call_options import OPTION_DEFAULTS
 from fastattn.problems.layouts import TO_BHSD, from_bhsd, to_bhsd
 from fastattn.problems.masks.values import whole_numbers
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch.explain import Explanation
     from fastattn.kernels.kernel import Kernel
 
+_LAST = masks.Causal("bottom_right")
 _KNOWN = {"scale", "softcap", "accuracy", "kernel", "return_lse"}  # options that a kept cache goes with
 
 
@@ -47,6 +51,7 @@ class KVCache:
         self._filled: list[int] = []
         self._copies = KeptCopies()
         self._is_kept: bool | None = None  # whether a kernel that is installed reads keys in an order of its own
+        self._versions: tuple[int, int] | None = None  # of k and v, as they are known to what is kept
 
     def append(self, k: Tensor, v: Tensor, lengths: Any = None) -> None:
         """Add tokens behind what is filled: k, v [batch, kv_heads, tokens, head_dim] in the cache's layout.
@@ -57,7 +62,7 @@ class KVCache:
         if k.dim() != 4 or v.dim() != 4:
             raise ValueError(f"KVCache.append(): k and v must have four dimensions, got {k.dim()} and {v.dim()}")
         k, v = to_bhsd(k, self.layout), to_bhsd(v, self.layout)
-        self._check(k, v)
+        check_tokens((self._k, self._v), k, v)
         batch, _, tokens, _ = k.shape
         filled = self._filled or [0] * batch
         if lengths is None:
@@ -69,17 +74,12 @@ class KVCache:
                     f"KVCache.append(): lengths must be {batch} numbers from 0 to {tokens}, got {list(new)}"
                 )
             after = [n + more for n, more in zip(filled, new, strict=True)]
+        self._see_changes()
         self._make_room(max(after), k, v)
-        are_alike = filled.count(filled[0]) == batch == after.count(after[0])
         for store, given in ((self._k, k), (self._v, v)):
             assert store is not None
-            if are_alike:
-                count = after[0] - filled[0]
-                store.narrow(2, filled[0], count).copy_(given if count == tokens else given[:, :, :count])
-                continue
-            for entry, (first, last) in enumerate(zip(filled, after, strict=True)):
-                store[entry, :, first:last].copy_(given[entry, :, : last - first])
-        self._filled = after
+            write_tokens(store, given, filled, after)
+        self._filled, self._versions = after, self._versions_now()
 
     def attend(self, q: Tensor, mask: Any = None, **options: Any) -> Any:
         """attention() of the last tokens on what is filled: q [batch, q_heads, tokens, head_dim] in the cache's layout.
@@ -105,27 +105,51 @@ class KVCache:
             raise ValueError(f"KVCache.attend(): {min(told)} is the cache's own to say")
         tokens = q.shape[TO_BHSD[self.layout][2]] if q.dim() == 4 else 1
         filled = self._filled
-        if mask is None and options.keys() <= _KNOWN and tokens <= min(filled, default=0) and self._may_be_kept(q):
-            hides: Any = masks.Causal("bottom_right") if tokens > 1 else None
+        is_last = mask is None or (isinstance(mask, masks.Causal) and mask == _LAST)
+        if is_last and tokens <= min(filled, default=0) and self._may_be_kept(q, options):
+            hides: Any = _LAST if tokens > 1 else None
             if len(set(filled)) > 1:
                 hides = masks.Filled(filled, tokens if tokens > 1 else 0)
             return q, self.k, self.v, masks.Kept(hides, self), options
         if mask is None and tokens > 1:
-            mask = masks.Causal("bottom_right")
+            mask = _LAST
         if len(set(filled)) > 1:
             options["kv_lens"] = filled
         return q, self.k, self.v, mask, options
 
-    def _may_be_kept(self, q: Tensor) -> bool:
+    def _may_be_kept(self, q: Tensor, options: dict[str, Any]) -> bool:
+        if torch.compiler.is_compiling() or dispatch_modes() or self._k is None or self._v is None or q.dim() != 4:
+            return False  # in a graph there is no memory to come back to
         if self._is_kept is None:
-            self._is_kept = is_kept_by_any(q.device.type, current_settings().named)
-        is_training = q.requires_grad and torch.is_grad_enabled()
-        return self._is_kept and q.dim() == 4 and not (is_training or torch.compiler.is_compiling())
+            self._is_kept = is_kept_by_any(self._k, self._v, current_settings().named)
+        if not self._is_kept or (q.requires_grad and torch.is_grad_enabled()):
+            return False
+        return all(name in _KNOWN or value == OPTION_DEFAULTS.get(name) for name, value in options.items())
 
     def kept_for(self, kernel: Kernel) -> tuple[Tensor, ...]:
         """What is filled as a kernel reads it, brought up to date; attend() asks for it where that kernel serves."""
         assert self._k is not None and self._v is not None
-        return self._copies.of(kernel, self._k, self._v, self._filled)
+        self._see_changes()
+        found = self._copies.of(kernel, self._k, self._v, self._filled)
+        self._versions = self._versions_now()
+        return found
+
+    def _versions_now(self) -> tuple[int, int] | None:
+        """How often k and v were written to; None where nothing is kept of them, or a graph is traced, which cannot tell."""
+        if torch.compiler.is_compiling() or not self._copies or self._k is None or self._v is None:
+            return None
+        return self._k._version, self._v._version
+
+    def _see_changes(self) -> None:
+        """What is kept of keys and values is made again where somebody wrote through `k` or `v`, or a graph wrote."""
+        if (versions := self._versions_now()) != self._versions:
+            if versions is not None:
+                self._copies.cut([0] * len(self._filled))
+            self._versions = versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: what kernels keep is made again."""
+        return {**self.__dict__, "_copies": KeptCopies(), "_versions": None}
 
     @property
     def k(self) -> Tensor:
@@ -156,7 +180,9 @@ class KVCache:
         if len(most) != len(self._filled) or min(most, default=0) < 0:
             raise ValueError(f"KVCache.crop(): lengths must be {len(self._filled)} numbers from 0 on, got {lengths}")
         self._filled = [min(n, m) for n, m in zip(self._filled, most, strict=True)]
-        self._copies.cut(self._filled)
+        self._see_changes()
+        if self._versions is not None:
+            self._copies.cut(self._filled)
 
     def reorder(self, entries: Tensor | Sequence[int]) -> None:
         """Entry i becomes what entries[i] was: beams, or a batch that loses and gains entries."""
@@ -165,16 +191,19 @@ class KVCache:
             raise ValueError(f"KVCache.reorder(): entries must be from 0 to {len(self._filled) - 1}, got {list(order)}")
         if self._k is None or self._v is None:
             return
+        self._see_changes()
         with torch.inference_mode(False):
             index = torch.tensor(order, dtype=torch.int64, device=self._k.device)
             self._k, self._v = self._k.index_select(0, index), self._v.index_select(0, index)
         self._filled = [self._filled[i] for i in order]
-        self._copies.reorder(list(order))
+        if self._versions is not None:
+            self._copies.reorder(order)
+            self._versions = self._versions_now()
 
     def reset(self) -> None:
         """Forget all tokens, and keep the memory for as many entries."""
         self._filled = [0] * len(self._filled)
-        self._copies.cut(self._filled)
+        self._copies, self._versions = KeptCopies(), None
 
     def __repr__(self) -> str:
         if self._k is None:
@@ -190,38 +219,10 @@ class KVCache:
             raise RuntimeError("KVCache: nothing is filled yet: append() keys and values first")
         return from_bhsd(store.narrow(2, 0, len(self)), self.layout)
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        if k.shape[:3] != v.shape[:3]:
-            raise ValueError(
-                f"KVCache.append(): k and v must be alike but for head_dim, got {tuple(k.shape)} and {tuple(v.shape)} in bhsd"
-            )
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            raise ValueError("KVCache.append(): a cache is for inference: use it under torch.no_grad()")
-        for name, store, given in (("k", self._k, k), ("v", self._v, v)):
-            if store is None:
-                continue
-            before, now = (
-                (batch, heads, head_dim, x.dtype, x.device)
-                for x in (store, given)
-                for batch, heads, _, head_dim in (x.shape,)
-            )
-            if before != now:
-                raise ValueError(
-                    f"KVCache.append(): {name} has (batch, kv_heads, head_dim, dtype, device) {now}, the cache {before}"
-                )
-
     def _make_room(self, tokens: int, k: Tensor, v: Tensor) -> None:
         room = self._capacity if self._k is None else self._k.shape[2]
         if self._k is not None and tokens <= room:
             return
         while room < tokens:
             room *= 2
-        self._k, self._v = (self._grown(store, given, room) for store, given in ((self._k, k), (self._v, v)))
-
-    def _grown(self, store: Tensor | None, like: Tensor, room: int) -> Tensor:
-        """The same tokens with room for more. What is not filled is never read."""
-        with torch.inference_mode(False):  # it outlives the mode that it was made in
-            grown = torch.empty(*like.shape[:2], room, like.shape[3], dtype=like.dtype, device=like.device)
-        if store is not None:
-            grown[:, :, : len(self)].copy_(store[:, :, : len(self)])
-        return grown
+        self._k, self._v = (grown(x, len(self), given, room) for x, given in ((self._k, k), (self._v, v)))

@@ -66,9 +66,9 @@ Backward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", T
 class Keeper(NamedTuple):
     """How a KVCache keeps keys and values in the order that a kernel reads them in.
 
-    empty(k, v, blocks) -> tensors [batch, blocks, ...] of zeros, with room for so many blocks of each entry; k, v: a cache
-    (b, kv_heads, s, d) whose heads, head dims and dtype they are for. write(kept, k, v, slots): tokens (n, kv_heads, d) into
-    slots, int64 (n): a token's position, behind those of all blocks of the entries before.
+    empty(k, v, blocks) -> tensors [batch, blocks, ...], with room for so many blocks of each entry; k, v: a cache (b, kv_heads,
+    s, d) whose heads, head dims and dtype they are for. An entry's last block holds zeros behind its tokens. write(kept, k, v,
+    slots): tokens (n, kv_heads, d) into slots, int64 (n): a token's position, behind those of all blocks of the entries before.
     """
 
     block: int  # tokens in a block

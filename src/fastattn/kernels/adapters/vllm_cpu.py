@@ -57,7 +57,7 @@ def load() -> Run:
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-        cu_q, cu_kv = _numbered(batch + 1, q_len, q.device), _numbered(batch + 1, kv_len, q.device)
+        cu_q, cu_kv = (_numbered(batch + 1, n, q.device) for n in (q_len, kv_len))
         out, sides = q.new_empty((batch * q_len, *q.shape[2:])), a.window_sides(q_len, kv_len)
         _attend_packed(operators, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out, cu_q, cu_kv, kv_len, sides, a)
         return out.unflatten(0, (batch, q_len))
@@ -86,10 +86,10 @@ def load_kept() -> Run:
         assert a.kept is not None and a.kv_lens is not None
         keys, values = a.kept
         batch, blocks = keys.shape[:2]
-        table = _numbered(batch * blocks, 1, q.device).view(batch, blocks)
+        table = _remembered(batch * blocks, 1, q.device).view(batch, blocks)
         out = q.new_empty(q.shape).flatten(0, 1)
         operators.attend(
-            q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), out, _numbered(batch + 1, q.shape[1], q.device),
+            q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), out, _remembered(batch + 1, q.shape[1], q.device),
             a.kv_lens, table, (None, a.upper), a,
         )  # fmt: skip
         return out.unflatten(0, q.shape[:2])
@@ -102,7 +102,7 @@ def load_keeper() -> Keeper:
 
     def empty(k: Tensor, v: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
         shape = k.shape[0], blocks, k.shape[1], BLOCK, k.shape[3]
-        return k.new_zeros(shape), v.new_zeros(shape)
+        return k.new_empty(shape), v.new_empty(shape)
 
     def write(kept: tuple[Tensor, ...], k: Tensor, v: Tensor, slots: Tensor) -> None:
         keys, values = kept
@@ -111,13 +111,15 @@ def load_keeper() -> Keeper:
     return Keeper(BLOCK, empty, write)
 
 
-@lru_cache(64)  # the next layer asks for the same ones
 def _numbered(count: int, step: int, device: Any) -> Tensor:
     """0, step, 2 step, ...: int32 [count]."""
     from torch import arange, inference_mode, int32
 
     with inference_mode(False):
         return arange(count, dtype=int32, device=device) * step
+
+
+_remembered = lru_cache(64)(_numbered)  # the next layer asks for the same ones
 
 
 def _attend_packed(
