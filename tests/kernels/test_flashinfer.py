@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import stubs
@@ -14,10 +15,15 @@ from stubs import flashinfer_ragged, flashinfer_single
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
+from fastattn.kernels import registry
 from fastattn.kernels.adapters import flashinfer
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
+from fastattn.planning.decision import Accepted
+from fastattn.tuning import tune
+from fastattn.tuning.trial_in_progress import TrialInProgress
+from fastattn.verdicts.verdict import Outcome
 
 ROWS = {kernel.name: kernel for kernel in flashinfer.KERNELS}
 TOLD = Arguments(0.125)
@@ -200,6 +206,48 @@ def test_the_module_of_packed_requests_is_not_public_since_0_7(version, is_built
         flashinfer_ragged.bring(monkeypatch, lambda told: True)
         assert availability.is_built(ROWS["flashinfer_ragged_fa2"], p) is is_built
         assert availability.is_built(ROWS["flashinfer_ragged_fa3"], p)
+
+
+@pytest.mark.parametrize("loaded", [None, object()])
+def test_what_came_compiled_and_cannot_be_loaded_would_be_compiled_anew(loaded, monkeypatch):
+    """From 0.6.16 on: a build for another CUDA, say."""
+    p = problem(device="cuda", dtype="float16", head_dim=128, head_dim_v=128)
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        flashinfer_ragged.bring(monkeypatch, lambda told: True, loaded=lambda: loaded)
+        assert availability.is_built(ROWS["flashinfer_ragged_fa3"], p) is (loaded is not None)
+
+
+def test_to_ask_once_is_enough(monkeypatch):
+    """Each question writes the sources of a module."""
+    asked, p = [], problem(device="cuda", dtype="float16", head_dim=128, head_dim_v=128)
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        flashinfer_ragged.bring(monkeypatch, lambda told: True, asked)
+        assert all(availability.is_built(ROWS["flashinfer_ragged_fa3"], p.replace(q_len=n)) for n in (64, 128, 256))
+    assert len(asked) == 1
+
+
+def test_why_its_library_cannot_be_used_is_what_a_verdict_says(monkeypatch):
+    with installed(flashinfer_ragged.STUB, monkeypatch), monkeypatch.context() as patch:
+        flashinfer_ragged.bring(monkeypatch, lambda told: True)
+        patch.setattr(availability, "import_crash_reason", lambda _: "RuntimeError: versions do not match")
+        row, p = ROWS["flashinfer_ragged_fa3"], problem(device="cuda", dtype="float16")
+        trial, default = (TrialInProgress(Accepted(r)) for r in (row, registry.row_for("default", "cuda")))
+        outcome, why = tune._left_out(trial, default, "torch_flash", [trial, default], False, p)
+    assert outcome is Outcome.REFUSED and why.endswith("cannot be used: RuntimeError: versions do not match")
+
+
+@pytest.mark.parametrize("counts, backend, is_refused", [
+    ((132, 148), "cutlass", True), ((148, 148), "cutlass", False), ((132, 148), "fa2", False), ((), "cutlass", False),
+])  # fmt: skip
+def test_cutlass_beside_another_gpu_is_refused(counts, backend, is_refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(counts))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=counts[i]))
+    with installed(flashinfer_ragged.STUB, monkeypatch):
+        if not is_refused:
+            flashinfer.load_ragged(backend)
+            return
+        with pytest.raises(ImportError, match="counts the multiprocessors of the first GPU"):
+            flashinfer.load_ragged(backend)
 
 
 def test_what_cannot_say_what_came_compiled_brought_nothing(monkeypatch):

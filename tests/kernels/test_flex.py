@@ -20,6 +20,7 @@ from fastattn.environment.settings import Settings, current_settings
 from fastattn.kernels import registry
 from fastattn.kernels.adapters import flex
 from fastattn.kernels.kernel import Arguments
+from fastattn.kernels.libraries import availability
 from fastattn.planning import candidates
 from fastattn.tuning.tune import MUST_COMPILE, tune_problem
 from fastattn.verdicts.verdict import Outcome
@@ -104,8 +105,6 @@ def test_a_block_mask_that_does_not_fit(what):
 
 def test_a_wrong_kernel_is_reported(monkeypatch, caplog):
     """The caller's function cannot be checked ahead, so its first output is."""
-    from fastattn.kernels.libraries import availability
-
     q, k, v = qkv(sq=13)
     row = next(r for r in registry.rows_for("cpu") if r.name == "flex")
     run = availability.load_kernel(row)
@@ -214,6 +213,32 @@ def test_flash_gets_a_length_as_a_number_however_many_there_were(monkeypatch):
             q, k, v = qkv(sq=length, skv=length, d=16, dtype=torch.float16)
             out = run(q, k, v, None, Arguments(0.25, upper=0))
             assert Expected(q, k, v, masks.Causal().dense(2, length, length)).forward(out) <= 1
+
+
+def test_flash_keeps_so_many_lengths_and_lets_the_oldest_go(monkeypatch):
+    """torch bounds how often one code object compiles anew: each length has one of its own, however few queries."""
+    made = []
+    monkeypatch.setattr(flex, "KERNELS_KEPT", 3)
+    with installed(flex_flash.STUB, monkeypatch):
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda *given, **told: made.append(told) or compile_(*given, **told))
+        run = flex.load_flash()
+        for length in (1, 2, 3, 1, 2, 3, 4, 1):
+            q, k, v = qkv(sq=length, skv=40, d=16, dtype=torch.float16)
+            run(q, k, v, None, Arguments(0.25))
+    assert [told["dynamic"] for told in made] == [False] * 5  # 1, 2, 3; then 4 in the place of 1, and 1 in that of 2
+
+
+def test_flash_that_drops_a_score_mod_is_reported_where_it_is_ordered(monkeypatch, caplog):
+    q, k, v = qkv(sq=40, skv=40, d=16, dtype=torch.float16)
+    row = registry.row_for("flex_flash", "cuda")
+    with gpu(monkeypatch, flex_flash.STUB):
+        run, load = availability.load_kernel(row), availability.load_kernel
+        dropping = lambda q, k, v, mask, a: run(q, k, v, mask, a._replace(score_mod=None))  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(availability, "load_kernel", lambda kernel: dropping if kernel is row else load(kernel))
+            attention(q, k, v, score_mod=alibi, kernel="flex_flash")
+    assert "flex_flash is off by" in caplog.text and "it was ordered" in caplog.text
 
 
 def test_flash_runs_a_score_mod_where_it_is_ordered(monkeypatch, caplog):

@@ -43,9 +43,8 @@ def check_first_output(call: Call, candidate: str, problem: Problem, key: CallKe
         log.warning("kernel %s could not be checked on %s: %s: %s", candidate, problem, type(error).__name__, error)
         return
     if errors is not None and not errors.passed:
-        log.warning(
-            "kernel %s is off by %.3g budgets on %s; nothing else can do it", candidate, errors.forward, problem
-        )
+        why = "nothing else can do it" if key.options.kernel is None else "it was ordered"
+        log.warning("kernel %s is off by %.3g budgets on %s; %s", candidate, errors.forward, problem, why)
 
 
 def _for_each(function: Callable[..., Tensor], *scores: Tensor) -> Callable[..., Tensor]:

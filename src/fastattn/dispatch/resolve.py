@@ -174,7 +174,7 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
         pair = by_share(candidate, asked, decision.verdict)
     may_serve = (candidate,) if pair is None else (pair.in_tiles, pair.plain)
     call = bind(candidate, asked, key, pair)
-    if asked.problem.is_custom and asked.kernel is None and given is not None:
+    if asked.problem.is_custom and given is not None:
         _check_custom(call, candidate, asked, key, given)
     elif (
         asked.kernel is None
@@ -216,7 +216,7 @@ def bind(candidate: Accepted, asked: Asked, key: CallKey, pair: binding.ByShare 
 def _check_custom(call: binding.Call, candidate: Accepted, asked: Asked, key: CallKey, given: tuple[Any, ...]) -> None:
     """A caller's own function is checked where it is new, as no verdict can stand for it."""
     is_ordinary = what_is_allowed(asked.circumstances)[0] == TUNE
-    if is_ordinary and session.is_first_look(asked.problem, key.options.score_mod, key.mask):
+    if is_ordinary and session.is_first_look(asked.problem, candidate.name, key.options.score_mod, key.mask):
         from fastattn.dispatch.custom_check import check_first_output
 
         check_first_output(call, candidate.name, asked.problem, key, given)

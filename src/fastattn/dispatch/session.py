@@ -214,10 +214,10 @@ class Session:
             text = "not tuned, the default serves: %s. To tune it ahead: fastattn tune %s"
             log.warning(text, why, command_line(problem))
 
-    def is_first_look(self, problem: Problem, score_mod: Any, mask: Any) -> bool:
-        """Whether a caller's own function is new for this problem: by its code, as a closure may be made anew for each call."""
+    def is_first_look(self, problem: Problem, candidate: str, score_mod: Any, mask: Any) -> bool:
+        """Whether a caller's own function is new to a candidate: by its code, as a closure may be made anew for each call."""
         functions = (score_mod, getattr(mask, "mask_mod", None))
-        name = (problem, *(getattr(f, "__code__", type(f)) for f in functions))
+        name = (problem, candidate, *(getattr(f, "__code__", type(f)) for f in functions))
         with self.lock:
             is_new = name not in self._checked
             self._checked.add(name)

@@ -158,7 +158,8 @@ def _left_out(
     if is_default and default_choice.runs_natively(trial.candidate, native, in_tiles=incumbent.candidate.is_in_tiles):
         return Outcome.RUN_BY_DEFAULT, "the default runs this kernel"
     if kernel.compiles and not compiling and not availability.is_built(kernel, problem):
-        return Outcome.NOT_COMPILED, MUST_COMPILE
+        why = availability.why_broken(kernel)
+        return (Outcome.REFUSED, why) if why is not None else (Outcome.NOT_COMPILED, MUST_COMPILE)
     if kernel.name == "sdpa_math" and any(t.is_alive for t in trials if t.first_call is not None):
         return Outcome.NOT_NEEDED, "not tried: the last resort"
     return None

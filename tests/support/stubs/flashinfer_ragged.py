@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from fastattn.environment import remembered
 from fastattn.kernels.libraries import catalogue, tags
 from stubs import Stub, module, signed
 from stubs.flashinfer_single import CASES, MUTATIONS, REFUSES, one_request
@@ -61,15 +62,18 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         return (out, lse) if return_lse else out
 
 
-def jit(came, asked=None):
-    """flashinfer.jit of 0.6.13. came(told): whether flashinfer-jit-cache brings such a module; asked: what was asked for."""
+def jit(came, asked=None, loaded=None):
+    """flashinfer.jit of 0.6.13. came(told): whether flashinfer-jit-cache brings such a module; asked: what was asked for.
+
+    loaded: its try_load() of 0.6.16.
+    """
 
     def made(name):
         @signed("flashinfer", name)
         def make(**told):
             if asked is not None:
                 asked.append(told)
-            return SimpleNamespace(is_aot=came(told))
+            return SimpleNamespace(is_aot=came(told), **({"try_load": loaded} if loaded else {}))
 
         return make
 
@@ -77,12 +81,13 @@ def jit(came, asked=None):
     return module("flashinfer.jit", **{name: made(name) for name in names})
 
 
-def bring(monkeypatch, came, asked=None, version="0.6.13+cu129"):
+def bring(monkeypatch, came, asked=None, loaded=None, version="0.6.13+cu129"):
     """flashinfer-jit-cache is installed, beside the stub."""
     real = catalogue.version_of
     monkeypatch.setattr(catalogue, "version_of", lambda name: version if name == "flashinfer-jit-cache" else real(name))
-    monkeypatch.setattr(sys.modules["flashinfer"], "jit", jit(came, asked), raising=False)
+    monkeypatch.setattr(sys.modules["flashinfer"], "jit", jit(came, asked, loaded), raising=False)
     tags.came_compiled.cache_clear()
+    remembered.forget()
 
 
 STUB = Stub(

@@ -129,7 +129,7 @@ STUB = Stub(
     mutations=(
         ('{"BACKEND": backend}', '{"BACKEND": "AUTO"}'),
         ("2 * SIZE if is_flash", "SIZE if is_flash"),
-        ("sizes is CHANGING and not is_flash", "sizes is not CHANGING"),
+        ("<= DECODE and not is_flash", "<= DECODE"),
         ("is_small and not is_flash", "is_small"),
         ("a.lower, a.upper, q.shape[2], k.shape[2]", "a.lower, a.upper, k.shape[2], q.shape[2]"),
         ('"scale": a.scale', '"scale": None'),

@@ -32,6 +32,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     is_before,
+    remembered,
     require_keywords,
 )
 
@@ -74,6 +75,9 @@ def load_ragged(backend: str) -> Run:
     sizes = ("qo_indptr", "kv_indptr", "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "q_data_type")
     require_keywords(Wrapper.plan, *sizes, *TOLD)
     require_keywords(Wrapper.run, "q", "k", "v", "return_lse")
+    here = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()) if backend == "cutlass")
+    if len({gpu.multi_processor_count for gpu in here}) > 1:
+        raise ImportError("its cutlass kernel counts the multiprocessors of the first GPU, and these differ")
     plans: dict[Any, Any] = {}
     captured: dict[Any, Any] = {}  # a graph goes on to read a plan's memory
 
@@ -125,21 +129,33 @@ def is_built(what: str, backend: str, p: Any) -> bool:
 
     Of what was compiled here before, ninja alone knows whether it still holds: that is no promise.
     """
+    if (what, backend) == ("ragged", "fa2") and not is_before(LIBRARY, "0.7"):
+        return False  # it runs a module that nothing public makes
+    windows = (False,) if p.window is None else (False, True)  # without one as well, as it may come as a mask
+    return _came_compiled(what, backend, p.torch_dtype, (p.head_dim, p.head_dim_v), bool(p.softcap), windows)
+
+
+@remembered(64)  # to ask writes the modules' sources
+def _came_compiled(
+    what: str, backend: str, dtype: Any, dims: tuple[int, int], is_capped: bool, windows: tuple[bool, ...]
+) -> bool:
     import torch
     from flashinfer import jit  # type: ignore[attr-defined]
 
-    if (what, backend) == ("ragged", "fa2") and not is_before(LIBRARY, "0.7"):
-        return False  # it runs a module that nothing public makes
-    given = dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), p.torch_dtype)
-    given |= {"head_dim_qk": p.head_dim, "head_dim_vo": p.head_dim_v, "use_logits_soft_cap": bool(p.softcap)}
-    given |= {"pos_encoding_mode": 0, **({"dtype_idx": torch.int32} if what == "ragged" else {})}
+    given = {**dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), dtype), "head_dim_qk": dims[0], "head_dim_vo": dims[1]}
+    given |= {"use_logits_soft_cap": is_capped, "pos_encoding_mode": 0}
+    given |= {"dtype_idx": torch.int32} if what == "ragged" else {}
     if backend == "cutlass":
         make = jit.gen_fmha_cutlass_sm100a_module
     else:
         make = jit.gen_single_prefill_module if what == "single" else jit.gen_batch_prefill_module
         given |= {"backend": backend, "use_fp16_qk_reduction": False}
-    windows = {False, p.window is not None}  # without one as well, as it may come as a mask
-    return all(make(**given, use_sliding_window=window).is_aot for window in windows)
+    return all(_can_be_loaded(make(**given, use_sliding_window=window)) for window in windows)
+
+
+def _can_be_loaded(module: Any) -> bool:
+    """From 0.6.16 on a file that came compiled and cannot be loaded is compiled anew; before, that raises."""
+    return module.is_aot and (not hasattr(module, "try_load") or module.try_load() is not None)
 
 
 def told(q: Tensor, k: Tensor, a: Arguments) -> dict[str, Any]:

@@ -23,12 +23,9 @@ from fastattn.kernels import (
     RefuseWhen,
     Run,
     Tensor,
-    band_mask,
-    check_silicon,
     log,
     remembered,
     require_keywords,
-    square_mask,
 )
 
 EAGER_SCORES = 2**16  # up to so many scores compiling is not worth it, and unfused costs nothing
@@ -41,6 +38,8 @@ CHANGING = ("changing sizes",)
 
 def load_flash() -> Run:
     from flash_attn.cute import interface  # pyright: ignore[reportMissingImports]
+
+    from fastattn.kernels import check_silicon
 
     # what the code that torch makes calls
     require_keywords(
@@ -68,6 +67,8 @@ def load(backend: str = "AUTO") -> Run:
     import torch
     from torch.nn.attention import flex_attention as flex
 
+    from fastattn.kernels import band_mask, square_mask
+
     attend: Callable[..., Any] = flex.flex_attention
     compiled: dict[Any, Callable[..., Any]] = {}
     is_flash = backend == "FLASH"
@@ -75,10 +76,14 @@ def load(backend: str = "AUTO") -> Run:
 
     def fused(sizes: Any) -> Callable[..., Any]:
         """flex_attention compiled for these sizes; a code object of its own, as torch bounds the recompiles of each."""
-        sizes = sizes if len(compiled) < KERNELS_KEPT or sizes in compiled else CHANGING
+        if len(compiled) >= KERNELS_KEPT and sizes not in compiled:
+            if is_flash:  # it takes no changing ones
+                compiled.pop(next(iter(compiled)), None)
+            else:
+                sizes = CHANGING
         if sizes not in compiled:
             log.info("flex_attention is compiled: kernel %d of this process, for %s", len(compiled) + 1, sizes)
-            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes is CHANGING and not is_flash)
+            compiled[sizes] = torch.compile(_own(attend), fullgraph=True, dynamic=sizes is CHANGING)
         return compiled[sizes]
 
     def run_fused(sizes: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Any:
@@ -118,7 +123,7 @@ def load(backend: str = "AUTO") -> Run:
             found = unfused(q, k, v, **options)
         else:
             tensors = tuple((x.shape, x.stride(), x.dtype) for x in (q, k, v))
-            sizes = CHANGING if q.shape[2] <= DECODE else (tensors, a._replace(score_mod=None))
+            sizes = CHANGING if q.shape[2] <= DECODE and not is_flash else (tensors, a._replace(score_mod=None))
             found = run_fused(sizes, q, k, v, options)
         return (found[0], found[1].lse.detach()) if a.lse else found
 

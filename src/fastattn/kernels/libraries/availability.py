@@ -85,14 +85,26 @@ def why_unprepared(kernel: Kernel) -> str | None:
 
 
 def is_built(kernel: Kernel, problem: Problem) -> bool:
-    """Whether a kernel that compiles need not, for this problem: it came compiled. Its library is imported to say so."""
+    """Whether a kernel that compiles need not, for this problem: it came compiled. Its library is imported to say so.
+
+    That counts as what importing a library takes.
+    """
+    global _import_s
     if kernel.is_built is None or not tags.came_compiled(kernel.library) or why_unavailable(kernel) is not None:
         return False
+    start = clock.now()
     try:
         return kernel.is_built(problem)
     except Exception as error:
         raise_callers(error, modules_of(kernel))
         return False
+    finally:
+        _import_s += clock.seconds_since(start)
+
+
+def why_broken(kernel: Kernel) -> str | None:
+    """Why its library cannot be used, where that was found out already."""
+    return _broken.get(kernel)
 
 
 def import_crash_reason(kernel: Kernel) -> str | None:
