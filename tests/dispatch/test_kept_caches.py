@@ -7,6 +7,7 @@ import gc
 import pickle
 import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -296,6 +297,30 @@ def test_threads_may_attend_to_one_cache(wins):
     finally:
         sys.setswitchinterval(before)
     assert not wrong
+
+
+def test_one_thread_writes_and_the_others_wait(monkeypatch, wins):
+    cache, q = filled(40), draw(1, 4, 1, 32)
+    exact, inside, most, wrong = right(cache, q), [], [], []
+    keeper, together = kept.availability.load_keeper(row_of(vllm_cpu.STUB, "vllm_cpu")), threading.Barrier(2)
+
+    def write(*given):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)  # as long as a prompt takes
+        keeper.write(*given)
+        inside.pop()
+
+    def work():
+        together.wait(60)
+        wrong.extend([] if torch.allclose(cache.attend(q, kernel=KEPT).double(), exact, **CLOSE) else [cache])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.availability, "load_keeper", lambda _: keeper._replace(write=write))
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert most and max(most) == 1 and not wrong
 
 
 def test_what_fails_half_way_leaves_nothing_wrong(monkeypatch, wins):

@@ -95,7 +95,7 @@ def problems(
         raise click.UsageError("--dropout does not go with --compiled: compiled code draws its own, unchecked")
     wrong = {"--grad": grad, "--dropout": more.get("dropout"), "--compiled": compiled, "--window": more.get("window")}
     if kept and (with_it := next((name for name, is_there in wrong.items() if is_there), None)):
-        raise click.UsageError(f"{with_it} does not go with --kept: a KVCache is then one of plain tensors")
+        raise click.UsageError(f"{with_it} does not go with --kept: a KVCache serves such calls from its plain tensors")
     kind, mask_grad = _mask(mask)
     extra: dict[str, Any] = {"layout": layout, "accuracy": _accuracy(accuracy), **more}
     extra["window"] = _window(more.get("window"))

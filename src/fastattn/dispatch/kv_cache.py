@@ -104,16 +104,14 @@ class KVCache:
         if told := {"kv_lens", "page_table"} & options.keys():
             raise ValueError(f"KVCache.attend(): {min(told)} is the cache's own to say")
         tokens = q.shape[TO_BHSD[self.layout][2]] if q.dim() == 4 else 1
-        filled = self._filled
+        filled, corner = self._filled, _LAST if tokens > 1 else None
+        are_alike = len(set(filled)) < 2
         is_last = mask is None or (isinstance(mask, masks.Causal) and mask == _LAST)
         if is_last and tokens <= min(filled, default=0) and self._may_be_kept(q, options):
-            hides: Any = _LAST if tokens > 1 else None
-            if len(set(filled)) > 1:
-                hides = masks.Filled(filled, tokens if tokens > 1 else 0)
+            hides = corner if are_alike else masks.Filled(filled, tokens if tokens > 1 else 0)
             return q, self.k, self.v, masks.Kept(hides, self), options
-        if mask is None and tokens > 1:
-            mask = _LAST
-        if len(set(filled)) > 1:
+        mask = corner if mask is None else mask
+        if not are_alike:
             options["kv_lens"] = filled
         return q, self.k, self.v, mask, options
 

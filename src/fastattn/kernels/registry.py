@@ -27,7 +27,7 @@ ORDER = {
     "torch_varlen": "torch_varlen", "matmul_mixed": "matmul", "matmul_shifted": "matmul", "matmul": "matmul",
     "torch_math": "torch_sdpa", "flex": "flex", "sdpa_math": "sdpa_math",
     "flash_attn_3": "flash_attn_3", "fa3_fwd": "flash_attn_3", "flash_attn_4": "flash_attn_4",
-    "flex_flash": "flex",    "flash_attn_2": "flash_attn_2", "cudnn_frontend": "cudnn_frontend",
+    "flex_flash": "flex", "flash_attn_2": "flash_attn_2", "cudnn_frontend": "cudnn_frontend",
     "te_fused": "transformer_engine", "te_flash": "transformer_engine",
     "xformers_flash3": "xformers", "xformers_flash": "xformers", "xformers_cutlass": "xformers",
     "xformers_splitk": "xformers", "mslk_blackwell": "mslk", "mslk_flash3": "mslk", "mslk_flash": "mslk",

@@ -59,8 +59,13 @@ def kv_lens_of(mask: masks.Mask, batch: int, kv_len: int, device: torch.device) 
     assert isinstance(mask, masks.Filled), f"{mask!r} is no cache"
     if isinstance(mask, masks.FilledUnread) and mask.lengths is not None:
         return mask.lengths[:batch]  # a check looks at the first entry alone
+    return kv_lens_tensor(filled_to(mask, batch, kv_len), device)
+
+
+def filled_to(mask: masks.Filled, batch: int, kv_len: int) -> tuple[int, ...]:
+    """How much of each batch entry a mask with known lengths calls filled, of caches of kv_len."""
     keys = each(mask.keys)
-    return kv_lens_tensor(tuple(min(keys[b % len(keys)], kv_len) for b in range(batch)), device)
+    return tuple(min(keys[b % len(keys)], kv_len) for b in range(batch))
 
 
 @lru_cache(64)  # the next layer asks for the same ones

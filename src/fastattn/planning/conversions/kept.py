@@ -148,8 +148,8 @@ class KeptCopies:
         _zero_new_blocks(kept, keeper.block, touched, touched_now)
         _write(keeper, kept, k, v, written, filled)
         # what was cropped may be NaN: kernels multiply it by zero
-        zeros = (x.new_zeros(x.shape[3]).expand_as(x) for x in (k, v))
-        _write(keeper, kept, *zeros, filled, touched_now)  # type: ignore[call-arg]
+        no_keys, no_values = (x.new_zeros(x.shape[3]).expand_as(x) for x in (k, v))
+        _write(keeper, kept, no_keys, no_values, filled, touched_now)
         copy = self._copies[kernel.name] = _Copy(kept, filled, filled)
         return copy
 

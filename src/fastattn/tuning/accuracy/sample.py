@@ -11,7 +11,6 @@ from torch import Tensor
 from fastattn.problems import dense_masks
 from fastattn.problems.layouts import from_bhsd, to_bhsd
 from fastattn.problems.masks import Filled, Kept, Mask
-from fastattn.problems.masks.values import each
 from fastattn.problems.problem import Problem
 
 
@@ -65,11 +64,9 @@ class Sample:
 
 def _in_kv_cache(p: Problem, k: Tensor, v: Tensor, mask: Any) -> Kept:
     from fastattn.planning.conversions.kept import InDecoding  # here, as no other problem needs it
+    from fastattn.problems.packing import filled_to
 
-    filled = (p.kv_len,) * p.batch
-    if isinstance(mask, Filled):
-        keys = each(mask.keys)
-        filled = tuple(min(keys[b % len(keys)], p.kv_len) for b in range(p.batch))
+    filled = filled_to(mask, p.batch, p.kv_len) if isinstance(mask, Filled) else (p.kv_len,) * p.batch
     return Kept(mask, InDecoding(to_bhsd(k, p.layout), to_bhsd(v, p.layout), filled, p.q_len))
 
 
