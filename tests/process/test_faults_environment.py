@@ -127,6 +127,18 @@ before, x = set(sys.modules), torch.zeros(1, 2, 16, 8)
 fastattn.attention(x, x, x)
 print(*sorted(set(sys.modules) - before))
 """
+COMPILED_TEXT = """
+import sys, typing, torch, fastattn
+x = torch.zeros(1, 2, 16, 8)
+fastattn.attention(x, x, x)
+modules = [module for name, module in sys.modules.items() if name.startswith("fastattn.")]
+records = {c for m in modules for c in vars(m).values() if isinstance(c, type) and hasattr(c, "_fields")}
+assert len(records) > 20, records
+for record in records:
+    text = [name for name, kind in record.__annotations__.items() if isinstance(kind, typing.ForwardRef)]
+    if len(text) > 3:
+        print(record.__module__, record.__name__, *text)
+"""
 # What the first call on a stored problem without a mask does without, unless its candidate asks for it.
 SPARED = (
     "fastattn.tuning.t", "fastattn.tuning.s", "fastattn.tuning.accuracy", "fastattn.problems.masks.",
@@ -155,6 +167,13 @@ def test_fault_93_the_first_call_on_a_stored_problem_imports_what_its_candidate_
     found = {name.removeprefix("fastattn.") for name in loaded if name.startswith(SPARED)}
     assert found <= own, "imported in the first call, and not needed by it"
     assert ("kernels.adapters.matmul" in found) == (winner == "matmul"), "it was not the stored winner that served"
+
+
+def test_fault_93_a_first_call_compiles_no_annotations(tmp_path):
+    """A NamedTuple compiles each annotation that is text: with `from __future__ import annotations` 250 in a first call."""
+    child(TUNES.format(winner="default"), FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=children.PATH)
+    done = children.run(COMPILED_TEXT, env={"FASTATTN_CACHE_DIR": str(tmp_path)}, fresh=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 # --- fault 97: where the default wins, tune says what came nearest

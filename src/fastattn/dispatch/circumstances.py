@@ -1,7 +1,5 @@
 """When a miss may be tuned, when only what is stored may serve, and when fastattn keeps out of the way: one table."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 

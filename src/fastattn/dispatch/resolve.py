@@ -1,7 +1,5 @@
 """A miss of attention() from start to finish: what is asked, the decision, a tuning if it comes first, and the Call."""
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +79,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, layout: str, given: dict[str, A
     return _if_guarded(resolve_key(key, asked, (q, k, v, mask)), mask, given)
 
 
-def _rewritten(ordinary: Rewritten, door: Any) -> Resolved:
+def _rewritten(ordinary: "Rewritten", door: Any) -> Resolved:
     """The ordinary call, which has an entry of its own. What made it another one is looked at in each call."""
     from fastattn.dispatch.attention import attention
 

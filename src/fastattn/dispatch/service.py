@@ -3,8 +3,6 @@
 It runs nothing, and asks the store only.
 """
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """torch's switches that a decision may depend on, read once for a call key."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

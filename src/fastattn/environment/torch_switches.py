@@ -6,8 +6,6 @@ grad mode, the flash implementation, the SDPA backends) are in torch_state.py. t
 compares the table with what torch lets one set.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import lru_cache

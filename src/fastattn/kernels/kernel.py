@@ -4,8 +4,6 @@ An adapter imports fastattn.kernels and, inside `load()`, its library; nothing e
 brings about: a kernel never transposes, casts, pads or checks a shape itself.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,10 +12,10 @@ from torch import Tensor
 
 from fastattn.environment.torch_private import private
 from fastattn.kernels.limits import Need
+from fastattn.problems.problem import Problem
 
 if TYPE_CHECKING:
     from fastattn.problems.masks.unread import Sequences
-    from fastattn.problems.problem import Problem
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -40,7 +38,7 @@ class Arguments(NamedTuple):
     lse: bool = False
     score_mod: Callable[..., Tensor] | None = None
     deterministic: bool = False  # the backward must give the same bits on every run
-    packed: Sequences | None = None  # for load_packed: where sequences begin; the band is around their own diagonals
+    packed: "Sequences | None" = None  # for load_packed: where sequences begin; the band is around their own diagonals
     kv_lens: Tensor | None = None  # for load_cached: int32 [batch]; the band is around the last filled key's diagonal
     page_table: Tensor | None = (
         None  # for load_paged: int32 [batch, pages], the pages of k and v that are an entry's cache
@@ -154,7 +152,7 @@ class Kernel(NamedTuple):
     # a row is itself: to hash 50 fields would cost every miss
     __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
 
-    def replace(self, **changes: Any) -> Kernel:
+    def replace(self, **changes: Any) -> "Kernel":
         """The same row but for some fields."""
         return self._replace(**changes)
 

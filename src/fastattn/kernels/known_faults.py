@@ -11,8 +11,6 @@ A known fault is an object:
 It rules the kernel out where all of it holds. Nothing in a file is run.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -5,17 +5,12 @@ generated from the same row. RefuseWhen is the escape hatch: first ask whether i
 A field is an attribute of Problem, "capability" of the Device, or one of OF_CALL of the CallFacts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from fastattn.environment.device import Device
 from fastattn.problems.call_facts import CallFacts
-
-if TYPE_CHECKING:
-    from fastattn.environment.device import Device
-    from fastattn.problems.problem import Problem
-
+from fastattn.problems.problem import Problem
 
 OF_CALL = ("extent",)  # what a limit may ask of one call
 ORDINARY = CallFacts()

@@ -3,8 +3,6 @@
 No Call bakes a length in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

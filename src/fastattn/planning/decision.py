@@ -1,7 +1,5 @@
 """The answer to whether a kernel can do a problem: a candidate, or all the reasons why not."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from fastattn.kernels.kernel import Kernel

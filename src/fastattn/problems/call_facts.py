@@ -1,7 +1,5 @@
 """What belongs to one call and not to its kind: it decides how this call is served, and no Verdict depends on it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,9 +31,11 @@ class CallFacts(NamedTuple):
     dense_last_dims: bool = True  # q, k and v step by 1 in their last dimension
     dense_mask: bool = True  # so does the mask
     sixteenths: bool = False  # dropout is by sixteenths, as cuDNN has it
-    also: masks.Mask | None = None  # what the options hide beside a Mask
+    also: "masks.Mask | None" = None  # what the options hide beside a Mask
     by_math: bool = False  # F.sdpa takes its math: it is given other dimensions than four, or broadcasts
-    decode: SlidingWindowDecode | None = None  # one query in a window: the Problem's k and v are the keys that it sees
+    decode: "SlidingWindowDecode | None" = (
+        None  # one query in a window: the Problem's k and v are the keys that it sees
+    )
 
 
 def ordinary_facts(p: Problem) -> CallFacts:

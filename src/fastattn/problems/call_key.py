@@ -3,8 +3,6 @@
 Mistakes that F.scaled_dot_product_attention also refuses raise the same type of error here, with the shapes in the message.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +36,7 @@ class CallKey(NamedTuple):
     layout: str
     options: CallOptions
     state: torch_state.TorchState
-    also: masks.Mask | None = None  # the options' own triangle and window, beside a Mask that holds more than those
+    also: "masks.Mask | None" = None  # the options' own triangle and window, beside a Mask that holds more than those
     is_kept: bool = False  # k and v are views of a KVCache, which keeps them as kernels want them as well
 
 
@@ -106,7 +104,7 @@ def call_key(q: Any, k: Any, v: Any, mask: Any, layout: str, options: CallOption
     return key
 
 
-def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, masks.Mask | None]:
+def told(mask: Any, options: CallOptions) -> tuple[CallOptions, Any, "masks.Mask | None"]:
     """(options, mask, what the options hide beside it). A triangle with a window becomes the options that say the same.
 
     Raises ValueError where mask and options have different corners.

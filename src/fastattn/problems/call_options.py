@@ -3,8 +3,6 @@
 The same mistake raises the same type of error as F.scaled_dot_product_attention.
 """
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Problem: one kind of call, frozen, without tensors. It alone names the Verdict and the file that holds it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,7 +102,7 @@ class Problem(NamedTuple):
         return max(3 * self.io_bytes, 128 * 2**20)
 
     @property
-    def told_mask(self) -> masks.Mask | None:
+    def told_mask(self) -> "masks.Mask | None":
         """The Mask that the problem is told by: its structure, or its triangle and window."""
         if self.structure:
             return masks.parse(self.structure).for_heads(self.q_heads)
@@ -113,7 +111,7 @@ class Problem(NamedTuple):
         return masks.all_of(own) if own else None
 
     @property
-    def packing(self) -> Packing | None:
+    def packing(self) -> "Packing | None":
         """How sequences are packed, where that is all that hides keys."""
         if not self.structure or self.batch > 1:
             return None
@@ -122,7 +120,7 @@ class Problem(NamedTuple):
         return packing_of(self.structure, self.q_len, self.kv_len)
 
     @property
-    def filling(self) -> Filling | None:
+    def filling(self) -> "Filling | None":
         """How a cache is filled, where that is all that hides keys."""
         if "Filled" not in self.structure:
             return None
@@ -177,7 +175,7 @@ class Problem(NamedTuple):
         """Temporary bytes of an unfused kernel: the scores, masked and normalised, in float32."""
         return 3 * 4 * self.scores
 
-    def bucketed(self, lengths: str) -> Problem:
+    def bucketed(self, lengths: str) -> "Problem":
         """The problem that stands for this one's bucket: its lengths are canonical (fastattn.problems.length_buckets)."""
         if lengths == "exact":
             return self
@@ -192,15 +190,15 @@ class Problem(NamedTuple):
         batch = length_buckets.canonical_batch(self.batch)
         return self._replace(q_len=q_len, kv_len=kv_len, batch=batch, lengths="all")
 
-    def as_in_training(self) -> Problem:
+    def as_in_training(self) -> "Problem":
         """The problem of the same call where its inputs ask for a gradient; a float mask may then be one that learns."""
         return self if self.is_custom else self._replace(needs_grad=True, mask_grad=self.mask not in (None, "bool"))
 
-    def replace(self, **changes: Any) -> Problem:
+    def replace(self, **changes: Any) -> "Problem":
         """The same problem but for some fields."""
         return self._replace(**changes)
 
-    def family(self) -> Problem:
+    def family(self) -> "Problem":
         """All but the lengths and the batch: within a family, many different lengths mean churn."""
         return self._replace(q_len=0, kv_len=0, batch=0)
 
@@ -209,7 +207,7 @@ class Problem(NamedTuple):
         return {name: getattr(self, name) for name in _JSON_FIELDS}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Problem:
+    def from_json(data: dict[str, Any]) -> "Problem":
         """Inverse of to_json. Raises ValueError or TypeError on anything else."""
         known = {name: data[name] for name in _JSON_FIELDS}
         if len(known) != len(data):
@@ -236,9 +234,8 @@ class Problem(NamedTuple):
         return in_words(self)
 
 
-_KINDS: dict[str, Any] = {
-    "str": str, "int": int, "bool": bool, "float": (int, float), "None": type(None), "str | None": (str, type(None)),
-    "str | float": (str, int, float), "tuple[str, ...]": tuple, "tuple[str, str, str]": tuple,
-    "bands.Sides | None": (tuple, type(None)),
+_KINDS: dict[Any, Any] = {
+    str: str, int: int, bool: bool, float: (int, float), str | None: (str, type(None)), str | float: (str, int, float),
+    tuple[str, ...]: tuple, tuple[str, str, str]: tuple, bands.Sides | None: (tuple, type(None)),
 }  # fmt: skip
-_JSON_FIELDS = {name: _KINDS[kind.__forward_arg__] for name, kind in Problem.__annotations__.items()}
+_JSON_FIELDS = {name: _KINDS[kind] for name, kind in Problem.__annotations__.items()}

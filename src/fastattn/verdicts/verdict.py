@@ -1,7 +1,5 @@
 """Verdict: what tuning one problem found, with every time, error and reason, so that explain works from the file alone."""
 
-from __future__ import annotations
-
 import math
 from enum import Enum
 from typing import Any, NamedTuple
@@ -172,7 +170,7 @@ class Verdict(NamedTuple):
             return f"other programs used {seen} while it was timed"
         return "the machine changed its speed, or was short of memory, while it was timed"
 
-    def demoted(self, candidate: str, cause: str) -> Verdict:
+    def demoted(self, candidate: str, cause: str) -> "Verdict":
         """The same without a candidate that raised: the next one wins."""
         out = {"outcome": Outcome.DEMOTED, "reason": cause}
         trials = tuple(t._replace(**out) if t.candidate == candidate else t for t in self.trials)
@@ -189,7 +187,7 @@ class Verdict(NamedTuple):
         return {"schema": SCHEMA, "problem": self.problem.to_json(), **data, "trials": trials}
 
     @staticmethod
-    def from_json(data: Any) -> Verdict:
+    def from_json(data: Any) -> "Verdict":
         """Inverse of to_json. Raises ValueError, TypeError or KeyError on anything else."""
         if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError("another schema")

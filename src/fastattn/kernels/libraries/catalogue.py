@@ -4,8 +4,6 @@ Found means: a distribution of that name is installed. A module of that name pro
 `flash_attn`, and asking for a submodule imports its parent. Whether a found library can be imported is for import_probe.py.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from typing import NamedTuple
 

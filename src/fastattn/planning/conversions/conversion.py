@@ -1,7 +1,5 @@
 """A conversion: what must be done to the caller's tensors for a kernel, as a row of data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
