@@ -18,7 +18,9 @@ from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems.call_key import call_key
 from fastattn.problems.call_options import parse_options
-from fastattn.verdicts.verdict import MOST_IN_TILES, Trial, Verdict
+from fastattn.problems.tilings.tile import Tiling
+from fastattn.problems.tilings.worth import MOST_IN_TILES, worth_of
+from fastattn.verdicts.verdict import Trial, Verdict
 
 N = 512
 ROW, KEY = torch.arange(N)[:, None], torch.arange(N)
@@ -77,14 +79,52 @@ def test_each_call_looks_at_its_mask(seen):
         fakes.check(q, k, v, given)
 
 
-def test_the_share_up_to_which_tiles_pay_is_measured(seen):
+def test_when_tiles_are_worth_it_is_measured(seen):
     q, k, v = fakes.qkv(N)
     verdict = fastattn.explain(q, k, v, CAUSAL, tune=True).verdict
-    assert verdict.trial("tiler+tiles").share == 5 / 8
     tiles, default = verdict.trial("tiler+tiles"), verdict.trial("default")
-    assert verdict.share_worth_tiles(tiles, default) == pytest.approx(4 / 3 * 5 / 8)
-    assert verdict.share_worth_tiles(tiles, default._replace(time_us=None)) == 0
-    assert verdict.share_worth_tiles(tiles._replace(time_us=1.0), default) == MOST_IN_TILES
+    assert (tiles.share, tiles.masked_share) == (5 / 8, 5 / 8)
+    worth = verdict.worth_of_tiles(tiles, default)
+    assert worth == pytest.approx((3 / 4 / (5 / 8), 1.0, 3 / 4 / (5 / 8), 1.0, MOST_IN_TILES))
+    assert verdict.worth_of_tiles(tiles, default._replace(time_us=None)) is None
+    assert verdict.worth_of_tiles(tiles._replace(time_us=1.0), default).allows(MOST_IN_TILES, MOST_IN_TILES)
+
+
+@pytest.mark.parametrize(
+    ("share", "masked", "cost", "rates"),
+    [
+        (0.5, 0.0, 0.75, (1.5, 1.5, 1.5)),
+        (0.5, 0.25, 0.75, (1.5, 1.0, 2.0)),
+        (0.5, 0.25, 0.25, (0.5, 0.5, 0.5)),
+        (0.5, 0.5, 0.6, (1.2, 1.0, 1.2)),
+    ],
+    ids=[
+        "no tile has a mask",
+        "half of the pairs in masked tiles",
+        "cheaper than all pairs are",
+        "each tile has a mask",
+    ],
+)
+def test_what_tiles_cost_beyond_their_share_is_put_down_to_their_masks(share, masked, cost, rates):
+    worth = worth_of(share, masked, cost)
+    assert worth[:3] == pytest.approx(rates)
+    assert worth.cost(Tiling((), share, masked, True)) == pytest.approx(cost), "it cost that much"
+    padded, cut = Tiling((), 0.6, 0.0, True), Tiling((), 0.6, 0.6, True)
+    assert worth.cost(padded) == pytest.approx(0.6 * rates[1]), "no tile has a mask"
+    assert worth.cost(cut) == pytest.approx(0.6 * rates[0]), "each has one: no more than in proportion"
+
+
+PADDED = (torch.arange(N) < torch.linspace(N / 8, N, 16)[:, None])[:, None, None, :]
+
+
+def test_padding_is_served_in_tiles_where_only_masked_ones_are_dear(turn):
+    """The mask that is timed has a triangle as well, which costs what it saves; tiles of padding alone have no mask."""
+    seen = turn(with_tiles_at(29e-3))
+    q, k, v = (torch.randn(16, 4, N, 8) for _ in range(3))
+    mask = PADDED.expand(16, 1, N, N).clone()
+    assert fastattn.explain(q, k, v, mask, tune=True).served_by == "tiler+tiles"
+    assert len(runs_of(seen, lambda: attention(q, k, v, mask))) == 16
+    fakes.check(q, k, v, mask)
 
 
 def test_a_kernel_that_is_ordered_in_tiles_runs_in_tiles(seen):
@@ -120,10 +160,11 @@ def test_explain_says_what_was_found_in_the_mask(seen):
     fastattn.explain(q, k, v, CAUSAL, tune=True)
     found = fastattn.explain(q, k, v, CAUSAL)
     assert found.mask == (
-        "62% of the scores lie in 4 tiles, 4 of them masked: 320 of 512 keys a query in the mean; tiles serve up to 83%"
+        "62% of the scores lie in 4 tiles, 4 of them masked: 320 of 512 keys a query in the mean;"
+        " in tiles about 75% of the time of default"
     )
     assert f"mask     {found.mask}" in str(found)
-    assert fastattn.explain(q, k, v, RANDOM).mask.endswith("tiles serve up to 83%, so default serves this one")
+    assert fastattn.explain(q, k, v, RANDOM).mask.endswith("tiles serve up to 90%, so default serves this one")
     told = fastattn.explain(q, k, v, masks.Document(128)).mask
     assert told == "25% of the scores lie in 4 tiles, 0 of them masked: 128 of 512 keys a query in the mean"
     assert fastattn.explain(q, k, v, window=(16, 16)).mask.startswith("30% of the scores lie in 4 tiles")
@@ -180,8 +221,8 @@ def test_explain_says_that_tiles_serve_though_they_lost(turn):
     turn(with_tiles_at(33e-3))
     q, k, v = fakes.qkv(N)
     found = fastattn.explain(q, k, v, WINDOW, tune=True).mask
-    assert found.endswith("tiles serve up to 55%, so tiler+tiles serves this one")
-    assert fastattn.explain(q, k, v, CAUSAL).mask.endswith("keys a query in the mean; tiles serve up to 55%")
+    assert found.endswith("; in tiles about 52% of the time of default, so tiler+tiles serves this one")
+    assert fastattn.explain(q, k, v, CAUSAL).mask.endswith("keys a query in the mean; tiles serve up to 61%")
 
 
 def test_gradients_are_those_of_the_tiles_that_lost(turn):
@@ -217,12 +258,15 @@ def test_the_times_of_a_crowded_machine_say_nothing_of_shares(turn, monkeypatch)
 
 
 def test_tiles_that_lost_are_served_for_a_gain_that_their_times_are_sure_of():
-    worth = partial(Verdict.share_worth_tiles, is_to_gain=True)
-    plain, tiles = Trial("default", time_us=1e5, noise=0.0), Trial("t+tiles", time_us=1e5, noise=0.0, share=0.6)
-    assert worth(tiles, plain) == pytest.approx(0.6 / 1.03)
-    assert worth(tiles._replace(time_us=7e4), plain) == pytest.approx(0.6 / 1.03), "not with the mask it lost on"
-    assert worth(tiles._replace(noise=0.2), plain) == pytest.approx(0.6 / 1.4)
-    assert worth(tiles, plain._replace(noise=None)) == pytest.approx(0.6 / 1.25), "fewer than three rounds"
+    worth = partial(Verdict.worth_of_tiles, is_to_gain=True)
+    plain = Trial("default", time_us=1e5, noise=0.0)
+    tiles = Trial("t+tiles", time_us=1e5, noise=0.0, share=0.6, masked_share=0.6)
+    assert worth(tiles, plain) == pytest.approx((1 / 0.6, 1.0, 1 / 0.6, 1 / 1.03, 0.6 / 1.03))
+    assert worth(tiles._replace(time_us=7e4), plain).most_share == pytest.approx(0.6 / 1.03), (
+        "not with the mask it lost on"
+    )
+    assert worth(tiles._replace(noise=0.2), plain).most == pytest.approx(1 / 1.4)
+    assert worth(tiles, plain._replace(noise=None)).most == pytest.approx(1 / 1.25), "fewer than three rounds"
 
 
 def test_of_the_two_the_one_that_raises_is_out(turn, monkeypatch):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from fastattn.problems.tilings import of_dense
 from fastattn.problems.tilings.of_dense import tiling_of_dense
+from fastattn.problems.tilings.worth import Worth
 
 LOWEST = torch.finfo(torch.float32).min
 ROWS, KEYS = torch.arange(700)[:, None], torch.arange(900)
+WORTH = Worth(1.0, 1.0, 1.0)  # all but masks that leave more than 90%
 
 
 def covered(tiling, batch, q_len, kv_len):
@@ -50,6 +53,7 @@ def test_each_visible_pair_lies_in_one_tile(name, kind):
     assert (count[:, seen] == 1).all()
     assert not ((count == 1) & (masked == 0))[:, ~seen].any(), "a hidden pair lies in a tile without a mask"
     assert tiling.share == pytest.approx(float((count == 1).double().mean()))
+    assert tiling.masked_share == pytest.approx(float((masked == 1).double().mean()))
     rows = (count == 1).any(-1).all()
     assert tiling.has_every_row == bool(rows)
     if kind == "finfo.min":  # such a row has even weights over all keys, and they must all be there
@@ -84,9 +88,29 @@ def test_structure_is_found_closely():
 def test_a_mask_without_structure_is_not_read_to_its_end():
     n = 1024
     seen = torch.rand(n, n, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert tiling_of_dense(seen, 1, n, n, 0.9) is None
+    assert tiling_of_dense(seen, 1, n, n, WORTH) is None
     assert tiling_of_dense(seen, 1, n, n).share == 1.0
-    assert tiling_of_dense(torch.ones(n, n, dtype=torch.bool), 1, n, n, 0.9) is None
+    assert tiling_of_dense(torch.ones(n, n, dtype=torch.bool), 1, n, n, WORTH) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "worth", "is_read"),
+    [
+        (ROWS >= KEYS, Worth(2.5, 1.0, 2.5), False),
+        (ROWS >= KEYS, Worth(2.0, 1.0, 2.0), True),
+        (KEYS.expand(700, 900) < 500, Worth(9.0, 1.0, 9.0), True),
+        ((ROWS < 256) & (KEYS < 9) | (KEYS > 400), Worth(9.0, 1.0, 9.0, most=0.7), True),
+        (KEYS.expand(700, 900) < 500, Worth(9.0, 1.0, 9.0, most=0.5), False),
+    ],
+    ids=["a triangle too dear", "a triangle", "keys without a mask", "gathered keys without a mask", "keys too dear"],
+)
+def test_the_first_look_tells_what_tiles_would_cost(mask, worth, is_read, monkeypatch):
+    """Of the pairs of a triangle of 700 x 900 45% lie in tiles that have a mask."""
+    want, read = tiling_of_dense(mask, 1, 700, 900, worth), []
+    closely = of_dense._tiles
+    monkeypatch.setattr(of_dense, "_tiles", lambda *args: read.append(1) or closely(*args))
+    assert tiling_of_dense(mask, 1, 700, 900, worth) == want
+    assert (bool(read), want is not None) == (is_read, is_read)
 
 
 def test_heads_with_masks_of_their_own_have_no_tiling_and_repeated_ones_do():

@@ -349,15 +349,15 @@ def test_fault_42_an_unknown_version_never_matches_a_known_one(kept):
     assert kept[0].get(PROBLEM, replace(DEVICE, torch_git="")) is None
 
 
-OTHER_VALUES = {"str": "other", "int": 7, "bool": True, "str | None": "bool", "float": 3.5, "str | float": "dtype",
-                "tuple[str, str, str]": ("other", "contiguous", "contiguous"), "tuple[str, ...]": ("float64",)}  # fmt: skip
+OTHER_VALUES = {str: "other", int: 7, bool: True, str | None: "bool", float: 3.5, str | float: "dtype",
+                tuple[str, str, str]: ("other", "contiguous", "contiguous"), tuple[str, ...]: ("float64",)}  # fmt: skip
 NAMING = [name for name in Problem._fields if name != "window"]
 
 
 @pytest.mark.parametrize("field", NAMING)
 def test_fault_43_every_field_of_a_problem_names_its_file(kept, field):
     """All that may change the choice is part of what names a verdict's file."""
-    other = PROBLEM.replace(**{field: OTHER_VALUES[Problem.__annotations__[field].__forward_arg__]})
+    other = PROBLEM.replace(**{field: OTHER_VALUES[Problem.__annotations__[field]]})
     assert other != PROBLEM and other.digest != PROBLEM.digest
     assert kept[0].get(other, DEVICE) is None
 

@@ -33,9 +33,12 @@ def by_share(candidate: Accepted, asked: Asked, verdict: Verdict | None, *, cert
         return None
     for other, trial in _others(candidate, asked, verdict, certain):
         if candidate.is_in_tiles:
-            return ByShare(candidate, other, verdict.share_worth_tiles(own, trial))
-        share = verdict.share_worth_tiles(trial, own, is_to_gain=True)
-        return ByShare(other, candidate, share) if share >= LEAST_SHARE else None
+            worth = verdict.worth_of_tiles(own, trial)
+            return None if worth is None else ByShare(candidate, other, worth)
+        worth = verdict.worth_of_tiles(trial, own, is_to_gain=True)
+        return (
+            ByShare(other, candidate, worth) if worth is not None and worth.allows(LEAST_SHARE, LEAST_SHARE) else None
+        )
     return None
 
 

@@ -46,11 +46,13 @@ def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
 
 
 def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -> str:
-    """Up to which share tiles serve, and what serves this call where it is not what its problem is served by."""
+    """What tiles would take, and what serves this call where it is not what its problem is served by."""
     candidate = next((c for c in fallback.in_order(asked, verdict, certain=False) if c.name == served), None)
     pair = by_share(candidate, asked, verdict, certain=False) if candidate is not None else None
     if pair is None:
         return ""
-    text = f"; tiles serve up to {pair.share:.0%}"
-    serves = pair.in_tiles if tiling.share <= pair.share else pair.plain
+    serves = pair.in_tiles if pair.worth.has(tiling) else pair.plain
+    text = f"; in tiles about {pair.worth.cost(tiling):.0%} of the time of {pair.plain.name}"
+    if tiling.share > pair.worth.most_share:
+        text = f"; tiles serve up to {pair.worth.most_share:.0%}"
     return text if serves == candidate else f"{text}, so {serves.name} serves this one"

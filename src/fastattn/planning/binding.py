@@ -4,7 +4,7 @@ No Call bakes a length in.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,16 +22,19 @@ from fastattn.problems.call_facts import CallFacts, ordinary_facts
 from fastattn.problems.layouts import FROM_BHSD, TO_BHSD, empty_in_order, from_bhsd, is_dense, to_bhsd
 from fastattn.problems.problem import Problem, default_scale
 
+if TYPE_CHECKING:
+    from fastattn.problems.tilings.worth import Worth
+
 # call(q, k, v, mask) -> out, or (out, lse)
 Call = Callable[[Tensor, Tensor, Tensor, Any], Any]
 
 
 class ByShare(NamedTuple):
-    """Each call's own mask decides: tiles where at most `share` of all pairs would lie in them, else what computes all."""
+    """Each call's own mask decides: tiles where they are worth it, else what computes all pairs."""
 
     in_tiles: Accepted
     plain: Accepted
-    share: float
+    worth: "Worth"
 
 
 def bind(
@@ -61,8 +64,8 @@ def bind(
     else:
         from fastattn.planning.conversions.tiles import where_they_pay  # here, as few calls need it
 
-        in_tiles, plain, share = by_share
-        step = where_they_pay(_converted(in_tiles, p, facts), _converted(plain, p, facts), share)
+        in_tiles, plain, worth = by_share
+        step = where_they_pay(_converted(in_tiles, p, facts), _converted(plain, p, facts), worth)
         is_right = all(_lies_as_default(one, p, facts) for one in (in_tiles, plain))
     if p.lse and p.needs_grad:
         from fastattn.planning.conversions.lse_gradient import with_lse_gradient

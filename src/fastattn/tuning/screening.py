@@ -18,7 +18,7 @@ from fastattn.environment.settings import Settings
 from fastattn.kernels.libraries import availability, crash_notes
 from fastattn.planning import binding, candidates
 from fastattn.planning.conversions import IN_BLOCKS
-from fastattn.planning.conversions.tiles import share_in_tiles
+from fastattn.planning.conversions.tiles import tiling_with
 from fastattn.planning.decision import Accepted
 from fastattn.problems.problem import Problem
 from fastattn.tuning import memory_use
@@ -117,7 +117,7 @@ class Screening:
             why = f"not tried: it may take {most:.0f} bytes, a first call {self.room:.0f}; `fastattn tune` tries it"
             return trial.out(Outcome.NOT_TRIED, why)
         if candidate.is_in_tiles:
-            trial.share = share_in_tiles(self.problem, s.mask)
+            trial.tiling = tiling_with(self.problem, s.mask)
         call = binding.bind(candidate, self.problem, self.scale, dropout_p=self._rate)
         inside = self._region(candidate, self.problem, self.scale, call) if self._region else call
         run = self._whole(inside, s)

@@ -11,6 +11,7 @@ import torch
 from fastattn.environment.text import format_duration
 from fastattn.kernels.libraries import availability
 from fastattn.planning.decision import Accepted
+from fastattn.problems.tilings.tile import Tiling
 from fastattn.tuning.accuracy.budgets import Errors
 from fastattn.tuning.stopwatch import MIN_ROUNDS, Timing
 from fastattn.verdicts.verdict import Outcome, Trial
@@ -27,7 +28,7 @@ class TrialInProgress:
     errors: Errors | None = None
     temporary: int | None = None
     saved: int | None = None
-    share: float | None = None  # in tiles: of the sample's pairs, those that lie in them
+    tiling: Tiling | None = None  # of the sample, where it runs in tiles
     first_call: float | None = None  # seconds of its very first run: plan building and compiling are in it
     first_run: float = 0.0  # seconds of the first timed run at the problem's own size
     new_length: float = 0.0  # seconds that a run costs more where its length is new, as most are where lengths churn
@@ -64,7 +65,8 @@ class TrialInProgress:
             temporary_bytes=self.temporary,
             saved_bytes=self.saved,
             first_call_us=round(self.first_call * 1e6, 1) if self.first_call is not None else None,
-            share=self.share,
+            share=_rounded(self.tiling.share) if self.tiling else None,
+            masked_share=_rounded(self.tiling.masked_share) if self.tiling else None,
             library=availability.library_tag(self.candidate.kernel),
         )
 

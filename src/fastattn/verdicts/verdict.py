@@ -2,16 +2,18 @@
 
 import math
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastattn.problems.problem import Problem
 
-SCHEMA = 8
+if TYPE_CHECKING:
+    from fastattn.problems.tilings.worth import Worth
+
+SCHEMA = 9
 MARGIN = 0.03  # the incumbent is replaced only by more than this, or twice the noise
 ONE_LOOK = 0.25  # the margin where time allowed for fewer than three rounds
 DRIFT = 0.1  # a winner whose time moved by more while it was timed is not written to disk
 CROWDED = 0.25  # cores that were missing while it was timed, beyond which its times say little
-MOST_IN_TILES = 0.9  # of all pairs: with more of them there is nothing to gain, whatever the times say
 NOISY = 0.25  # so does a spread beyond this: on a machine that is quiet times spread by a few percent
 
 
@@ -57,7 +59,8 @@ class Trial(NamedTuple):
     temporary_bytes: int | None = None
     saved_bytes: int | None = None
     first_call_us: float | None = None
-    share: float | None = None  # in tiles: of all pairs of the mask it was timed with, those that lay in tiles
+    share: float | None = None  # in tiles: of all pairs of the mask it was timed with, those that lay in tiles,
+    masked_share: float | None = None  # and those in tiles with a mask
     library: str = ""  # "name version" it was tried with
 
     @property
@@ -106,19 +109,21 @@ class Verdict(NamedTuple):
         return before.time_us - after.time_us
 
     @staticmethod
-    def share_worth_tiles(tiles: Trial, plain: Trial, *, is_to_gain: bool = False) -> float:
-        """In how large a share of all pairs tiles cost no more than another candidate, which computes all of them.
+    def worth_of_tiles(tiles: Trial, plain: Trial, *, is_to_gain: bool = False) -> "Worth | None":
+        """When tiles cost no more than another candidate, which computes all pairs; None where the times do not tell.
 
-        As if all that tiles cost grew with the share: what does not only makes them cheaper than that in a larger one.
         is_to_gain: the other one serves with the mask that was timed, and tiles must gain more than the times are sure of.
         """
         if not (tiles.time_us and plain.time_us and tiles.share):
-            return 0.0
-        worth = tiles.share * plain.time_us / tiles.time_us
-        if is_to_gain:
-            sure = (ONE_LOOK if t.noise is None else 2 * t.noise for t in (tiles, plain))
-            worth = min(worth / (1 + max(MARGIN, *sure)), tiles.share / (1 + MARGIN))
-        return min(MOST_IN_TILES, worth)
+            return None
+        from fastattn.problems.tilings.worth import MOST_IN_TILES, worth_of  # here, as no call without a mask needs it
+
+        worth = worth_of(tiles.share, tiles.masked_share or 0.0, tiles.time_us / plain.time_us)
+        if not is_to_gain:
+            return worth
+        sure = (ONE_LOOK if t.noise is None else 2 * t.noise for t in (tiles, plain))
+        most_share = min(MOST_IN_TILES, tiles.share / (1 + MARGIN))
+        return worth._replace(most=1 / (1 + max(MARGIN, *sure)), most_share=most_share)
 
     def is_open(self, compiling: bool = False) -> bool:
         """Whether another tuning may try candidates that this one left out; compiling: also those to be compiled first."""

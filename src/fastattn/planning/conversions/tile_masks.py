@@ -16,6 +16,7 @@ from fastattn.problems.tilings.of_dense import tiling_of_dense
 from fastattn.problems.tilings.of_mask import FEWEST, tiling_of_mask
 from fastattn.problems.tilings.stack import Stack
 from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
+from fastattn.problems.tilings.worth import Worth
 
 KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
 FAR = 2**40  # where a tile is taken to lie if only distances count
@@ -90,10 +91,10 @@ def _bytes(tile: Tile, dtype: torch.dtype) -> int:
     return heads * tile.row_count * tile.key_count * dtype.itemsize
 
 
-def tiled_by_look(mask: Tensor, q: Tensor, k: Tensor, most: float = 1.0) -> Tiled | None:
-    """The tiles of a dense mask; None where more than a share of `most` of all pairs would lie in them."""
-    tiling = tiling_of_dense(mask, q.shape[0], q.shape[2], k.shape[2], most)
-    return None if tiling is None or tiling.share > most else _sliced(mask, tiling, q)
+def tiled_by_look(mask: Tensor, q: Tensor, k: Tensor, worth: Worth | None = None) -> Tiled | None:
+    """The tiles of a dense mask; None where they are not worth it."""
+    tiling = tiling_of_dense(mask, q.shape[0], q.shape[2], k.shape[2], worth)
+    return None if tiling is None else _sliced(mask, tiling, q)
 
 
 def tiled_again(tiled: Tiled, q: Tensor, k: Tensor) -> Tiled:

@@ -27,7 +27,8 @@ from fastattn.problems.masks import Mask
 from fastattn.problems.problem import Problem
 from fastattn.problems.tilings.of_dense import hides_nothing, tiling_of_dense
 from fastattn.problems.tilings.of_mask import tiling_of_mask
-from fastattn.problems.tilings.tile import Tile
+from fastattn.problems.tilings.tile import Tile, Tiling
+from fastattn.problems.tilings.worth import Worth
 
 ROWS = 256  # of queries at least: with fewer there is little to leave out
 PAIRS = 2**18  # of a query and a key at least: below, finding tiles costs what they save
@@ -61,13 +62,12 @@ def when_tiles(kernel: Kernel, p: Problem, facts: CallFacts) -> str:
     return OPTIONAL if kernel.tiles and is_large(p) else NO
 
 
-def share_in_tiles(p: Problem, mask: Tensor | Mask | None) -> float | None:
-    """Of all pairs of a problem with this mask, the share that lies in tiles."""
+def tiling_with(p: Problem, mask: Tensor | Mask | None) -> Tiling | None:
+    """The tiling of a problem with this mask."""
     told = p.told_mask if mask is None else mask
     if isinstance(told, Mask):
-        return round(tiling_of_mask(told, p.batch, p.q_len, p.kv_len).share, 4)
-    tiling = tiling_of_dense(told, p.batch, p.q_len, p.kv_len) if told is not None else None
-    return None if tiling is None else round(tiling.share, 4)
+        return tiling_of_mask(told, p.batch, p.q_len, p.kv_len)
+    return tiling_of_dense(told, p.batch, p.q_len, p.kv_len) if told is not None else None
 
 
 def tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
@@ -91,18 +91,15 @@ def tiles(step: Run, kernel: Kernel, p: Problem, facts: CallFacts) -> Run:
     return run
 
 
-def where_they_pay(tiled_step: Run, plain: Run, most: float) -> Run:
-    """Tiles where they leave out enough of this very mask: a share of `most` of all pairs lies in them at most.
-
-    One that hides nothing is none.
-    """
+def where_they_pay(tiled_step: Run, plain: Run, worth: Worth) -> Run:
+    """Tiles where those of this very mask are worth it. One that hides nothing is none."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Any, a: Arguments) -> Any:
         if isinstance(mask, Mask):
             tiled = tiled_by_mask(mask, q, k)
-            tiled = tiled if tiled.tiling.share <= most else None
+            tiled = tiled if worth.has(tiled.tiling) else None
         else:
-            tiled = tiled_by_look(mask, q, k, most)
+            tiled = tiled_by_look(mask, q, k, worth)
             mask = None if tiled is None and hides_nothing(mask) else mask
         return plain(q, k, v, mask, a) if tiled is None else tiled_step(q, k, v, tiled, a)  # type: ignore[arg-type]
 

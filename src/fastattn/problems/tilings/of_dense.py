@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastattn.problems.dense_masks import as_4d
 from fastattn.problems.tilings.tile import GAP, Run, Tile, Tiling, rows_of_a_tile, tiling_of
+from fastattn.problems.tilings.worth import Worth
 
 # A float mask hides what it makes lower than this: no score that float32 holds comes up against it. finfo.min of bfloat16
 # and float32 is below; that of float16 is not, as scores may come near it.
@@ -20,22 +21,20 @@ HIDES = -1e30
 EVERY = 16  # of these rows one is looked at first
 
 
-def tiling_of_dense(mask: Tensor, batch: int, q_len: int, kv_len: int, most: float = 1.0) -> Tiling | None:
+def tiling_of_dense(mask: Tensor, batch: int, q_len: int, kv_len: int, worth: Worth | None = None) -> Tiling | None:
     """The tiling of a bool or float mask that is broadcast to (batch, heads, q_len, kv_len).
 
-    None where it does not pay: more than the share `most` of all pairs would lie in tiles, or heads have masks of their own.
+    None where it is not worth it, or heads have masks of their own.
     """
     mask = _without_repeats(as_4d(mask.detach()))
     if mask.shape[1] > 1 or mask.shape[3] != kv_len or not (batch and q_len and kv_len):
         return None
     heads_mask = mask[:, 0]  # (b|1, q|1, k)
     size = rows_of_a_tile(q_len) if heads_mask.shape[1] > 1 else 1
-    if most < 1.0:
-        first = _seen_by_blocks(heads_mask[:, ::EVERY], max(1, size // EVERY))
-        if _share(_spans(first), first.shape[0] * first.shape[1] * kv_len) > most:
-            return None
-    seen = _seen_by_blocks(heads_mask, size)
-    return tiling_of(_tiles(heads_mask, seen, size, batch, q_len), batch, q_len, kv_len)
+    if worth is not None and not worth.allows(*_least_shares(heads_mask[:, ::EVERY], max(1, size // EVERY))):
+        return None
+    tiling = tiling_of(_tiles(heads_mask, size, batch, q_len), batch, q_len, kv_len)
+    return tiling if worth is None or worth.has(tiling) else None
 
 
 def hides_nothing(mask: Tensor) -> bool:
@@ -52,46 +51,60 @@ def _without_repeats(mask: Tensor) -> Tensor:
     return mask
 
 
-def _seen_by_blocks(mask: Tensor, size: int) -> Tensor:
-    """(b|1, blocks, kv_len) bool: whether some row of each block of `size` rows sees a key."""
+def _by_blocks(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(b|1, blocks, kv_len): whether some row of a block of `size` rows sees a key, and whether none needs a mask there."""
     whole = mask.shape[1] // size * size
     parts = [mask[:, :whole].unflatten(1, (-1, size))] if whole else []
     parts += [mask[:, None, whole:]] if whole < mask.shape[1] else []
     if mask.dtype is torch.bool:  # amax of bytes is ten times as fast as any() of bools
-        return torch.cat([part.view(torch.uint8).amax(2) for part in parts], 1) > 0
+        parts = [part.view(torch.uint8) for part in parts]
     highest = torch.cat([part.amax(2) for part in parts], 1)
-    return (highest < HIDES).logical_not_()  # a NaN is seen
+    lowest = torch.cat([part.amin(2) for part in parts], 1)  # apart: aminmax of bytes is ten times as slow
+    if mask.dtype is torch.bool:
+        return highest > 0, lowest > 0
+    return (highest < HIDES).logical_not_(), (lowest == 0) & (highest == 0)  # a NaN is seen
 
 
-def _spans(seen: Tensor) -> list[list[tuple[int, int, int]]]:
-    """For each batch entry and block: (first key that is seen, last + 1, how many are); all 0 where none is."""
+def _spans(seen: Tensor, free: Tensor) -> list[list[tuple[int, int, int, int]]]:
+    """For each batch entry and block: (first key that is seen, last + 1, how many are, how many need no mask)."""
     kv_len = seen.shape[2]
     count = seen.sum(-1)
     some = (count > 0).long()
     bytes_ = seen.view(torch.uint8)
     first, last = bytes_.argmax(-1) * some, (kv_len - bytes_.flip(-1).argmax(-1)) * some
-    return torch.stack([first, last, count], -1).tolist()
+    return torch.stack([first, last, count, free.sum(-1)], -1).tolist()
 
 
-def _share(spans: list[list[tuple[int, int, int]]], pairs: int) -> float:
-    """What share of all would lie in tiles; a gap in the middle may leave out more, which only a closer look tells."""
-    return sum(min(last - first, count + GAP) for blocks in spans for first, last, count in blocks) / pairs
+def _least_shares(rows: Tensor, size: int) -> tuple[float, float]:
+    """What share of all pairs would lie in tiles at least, and in masked ones, by some of the rows.
+
+    A gap in the middle may leave out more, which only a closer look tells.
+    """
+    seen, free = _by_blocks(rows, size)
+    of_tiles = [
+        (min(last - first, count + GAP), count > frees)
+        for blocks in _spans(seen, free)
+        for first, last, count, frees in blocks
+    ]
+    pairs = seen.numel()
+    return sum(keys for keys, _ in of_tiles) / pairs, sum(keys for keys, is_masked in of_tiles if is_masked) / pairs
 
 
-def _tiles(mask: Tensor, seen: Tensor, size: int, batch: int, q_len: int) -> Iterator[Tile]:
+def _tiles(mask: Tensor, size: int, batch: int, q_len: int) -> Iterator[Tile]:
+    seen, free = _by_blocks(mask, size)
     has_rows, every_key = mask.shape[1] > 1, ((0, mask.shape[2]),)
-    for b, blocks in enumerate(_spans(seen)):
+    for b, blocks in enumerate(_spans(seen, free)):
         entries = slice(0, batch) if mask.shape[0] == 1 else slice(b, b + 1)
-        for i, (first, last, count) in enumerate(blocks):
+        for i, (first, last, count, frees) in enumerate(blocks):
             rows = slice(i * size, min(q_len, (i + 1) * size)) if has_rows else slice(0, q_len)
-            of_rows = mask[b : b + 1, rows if has_rows else slice(None)]
             keys = _runs(seen[b, i]) if last - first - count >= GAP else ((first, last),)
             tile = Tile(entries, rows, keys, True)
-            part = tile.of_keys(of_rows)
-            if _has_even_rows(part, of_rows):
+            if mask.dtype is not torch.bool and _has_even_rows(
+                tile, mask[b : b + 1, rows if has_rows else slice(None)]
+            ):
                 yield tile._replace(keys=every_key)
             elif first < last:
-                yield tile._replace(is_masked=not _hides_nothing(part))
+                yield tile._replace(is_masked=frees < tile.key_count)
 
 
 def _runs(seen: Tensor) -> tuple[Run, ...]:
@@ -111,9 +124,8 @@ def _hides_nothing(part: Tensor) -> bool:
     return bool((low == 0) & (high == 0))
 
 
-def _has_even_rows(part: Tensor, rows: Tensor) -> bool:
+def _has_even_rows(tile: Tile, rows: Tensor) -> bool:
     """Whether a row is as low everywhere, and not -inf: softmax gives it even weights, over keys that no other row sees."""
-    if part.dtype is torch.bool:
-        return False
+    part = tile.of_keys(rows)
     low = part.amax(-1) < HIDES if part.shape[-1] else torch.ones(part.shape[:-1], dtype=torch.bool, device=part.device)
     return bool(low.any()) and bool((rows.amax(-1)[low] > float("-inf")).any())

@@ -88,11 +88,12 @@ class Tile(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The tiles of a problem. share: of all pairs, those that lie in tiles; has_every_row: each row lies in one."""
+    """The tiles of a problem. share: of all pairs, those that lie in tiles; masked_share: those in tiles with a mask."""
 
     tiles: tuple[Tile, ...]
     share: float
-    has_every_row: bool
+    masked_share: float
+    has_every_row: bool  # each row lies in a tile
 
 
 def tiling_of(tiles: Iterable[Tile], batch: int, q_len: int, kv_len: int) -> Tiling:
@@ -111,8 +112,10 @@ def tiling_of(tiles: Iterable[Tile], batch: int, q_len: int, kv_len: int) -> Til
         else:
             joined.append(tile)
     rows = [(t.batch.stop - t.batch.start) * t.row_count for t in joined]
-    pairs = sum(count * t.key_count for count, t in zip(rows, joined, strict=True))
-    return Tiling(tuple(joined), pairs / max(1, batch * q_len * kv_len), sum(rows) == batch * q_len)
+    pairs = [count * t.key_count for count, t in zip(rows, joined, strict=True)]
+    masked = [n for n, t in zip(pairs, joined, strict=True) if t.is_masked]
+    of_all = max(1, batch * q_len * kv_len)
+    return Tiling(tuple(joined), sum(pairs) / of_all, sum(masked) / of_all, sum(rows) == batch * q_len)
 
 
 def rows_of_a_tile(q_len: int) -> int:
