@@ -1,10 +1,15 @@
-"""Results that are remembered until fastattn.clear(): what follows from masks alone, which may be large."""
+"""Results that are remembered until fastattn.clear(): what follows from masks and lengths alone, which may be large.
+
+In a dispatch mode nothing is remembered, nor recalled: under FakeTensorMode tensors have no data, and must not meet real ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import ParamSpec, TypeVar, cast
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
+from fastattn.environment import torch_private
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,7 +21,12 @@ def remembered(most: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def around(function: Callable[P, R]) -> Callable[P, R]:
         kept = lru_cache(most)(function)
         _forgetting.append(kept.cache_clear)
-        return cast("Callable[P, R]", kept)
+
+        @wraps(function)
+        def ask(*args: P.args, **named: P.kwargs) -> R:
+            return function(*args, **named) if torch_private.dispatch_modes() else kept(*args, **named)
+
+        return ask
 
     return around
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastattn.environment.remembered import remembered
 from fastattn.problems import bands, masks
 from fastattn.problems.masks.packed import both_cut
 from fastattn.problems.masks.unread import Sequences, sequences_of_lengths
@@ -68,7 +69,7 @@ def filled_to(mask: masks.Filled, batch: int, kv_len: int) -> tuple[int, ...]:
     return tuple(min(keys[b % len(keys)], kv_len) for b in range(batch))
 
 
-@lru_cache(64)  # the next layer asks for the same ones
+@remembered(64)  # the next layer asks for the same ones
 def kv_lens_tensor(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Lengths as kernels take them: int32 [batch]."""
     import torch

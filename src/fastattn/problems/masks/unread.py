@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from fastattn.environment.remembered import remembered
 from fastattn.problems import bands
 from fastattn.problems.masks import runs
 from fastattn.problems.masks.mask import Mask
@@ -146,7 +147,7 @@ def half_filled(kv_len: int, queries: int, left: int) -> FilledUnread:
     return FilledUnread((half - half // 2, half + half // 2), queries, left)
 
 
-@lru_cache(64)  # the next layer asks for the same ones
+@remembered(64)  # the next layer asks for the same ones
 def sequences_of_lengths(queries: tuple[int, ...], keys: tuple[int, ...], device: Any) -> Sequences:
     """The sequences of these lengths, on a device."""
     import torch
