@@ -193,3 +193,19 @@ def test_tiles_are_offered_where_a_mask_may_have_a_structure(monkeypatch):
     assert not offers(q_len=64, kv_len=8192), "few rows"
     assert not offers(q_len=256, kv_len=256), "few pairs"
     assert not offers(dropout_p=0.1)
+
+
+@pytest.mark.parametrize(("window", "size"), [(512, 2**20), (1536, 2**21)], ids=["small masks", "masks of two MiB"])
+def test_the_mask_that_the_tiles_of_a_window_share_is_made_once(window, size, monkeypatch):
+    """Inner tiles of a window differ by where they lie alone; the next layer asks for the same ones again."""
+    mask, made = masks.Causal() & masks.Window(window, 0), []
+    part = masks.Mask.part
+    monkeypatch.setattr(masks.Mask, "part", lambda self, *at: made.append(at) or part(self, *at))
+    fastattn.clear()
+    q = torch.randn(1, 1, 4096, 8, generator=torch.Generator().manual_seed(0))
+    tiled = tile_masks.tiled_by_mask(mask, q, q)
+    inner = [tile for tile in tiled.parts if tile.rows.start > window]
+    assert len(inner) >= 9 and size / 2 < tile_masks._bytes(inner[0], q.dtype) <= size
+    for _ in range(2):
+        found = [tiled.mask_of(tile) for tile in inner]
+        assert len(made) == 1 and all(x is found[0] for x in found)

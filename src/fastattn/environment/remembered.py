@@ -1,6 +1,6 @@
 """Results that are remembered until fastattn.clear(): what follows from masks and lengths alone, which may be large.
 
-In a dispatch mode nothing is remembered, nor recalled: under FakeTensorMode tensors have no data, and must not meet real ones.
+Under FakeTensorMode and its like nothing is remembered, nor recalled: its tensors have no data, and must not meet real ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
-from fastattn.environment import torch_private
+from fastattn.environment.torch_private import replaces_tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +24,7 @@ def remembered(most: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def ask(*args: P.args, **named: P.kwargs) -> R:
-            return function(*args, **named) if torch_private.dispatch_modes() else kept(*args, **named)
+            return function(*args, **named) if replaces_tensors() else kept(*args, **named)
 
         return ask
 

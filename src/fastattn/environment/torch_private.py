@@ -27,6 +27,8 @@ PRIVATE = {
     "function_modes": "torch.overrides._get_current_function_mode_stack",
     "register_builtin": "torch.jit._builtins._register_builtin",
     "dispatch_modes": "torch._C._len_torch_dispatch_stack",
+    "mode_of_torch": "torch._C._get_dispatch_mode",
+    "modes_of_torch": "torch._C._TorchDispatchModeKey",
     "functorch_level": "torch._C._functorch.maybe_current_level",
     "is_batched": "torch._C._functorch.is_legacy_batchedtensor",
     "forward_ad": "torch.autograd.forward_ad",
@@ -88,6 +90,8 @@ function_modes: Callable[[], list[Any]] = _or("function_modes", list)
 _register_builtin: Callable[[Any, str], None] = _or("register_builtin", lambda function, name: None)
 _builtins: list[Any] = []
 dispatch_modes: Callable[[], int] = _or("dispatch_modes", lambda: 0)
+_mode_of_torch: Callable[[Any], Any] = _or("mode_of_torch", lambda key: True)
+_modes_of_torch: list[Any] = list(getattr(private("modes_of_torch"), "__members__", {"any": None}).values())
 functorch_level: Callable[[], int | None] = _or("functorch_level", lambda: None)
 is_batched: Callable[[torch.Tensor], bool] = _or(
     "is_batched", lambda x: False
@@ -140,6 +144,11 @@ def _public_precision() -> str:
 
 
 cpu_precision, cuda_precision = _precision_of("mkldnn"), _precision_of("cuda")
+
+
+def replaces_tensors() -> bool:
+    """Whether a mode of torch's own gives other tensors than real ones: fake, traced or functional ones."""
+    return dispatch_modes() > 0 and any(_mode_of_torch(key) is not None for key in _modes_of_torch)
 
 
 def register_builtin(function: Any, name: str) -> None:

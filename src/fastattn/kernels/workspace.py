@@ -16,7 +16,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fastattn.environment.torch_private import dispatch_modes
+from fastattn.environment.torch_private import replaces_tensors
 
 KEPT_BYTES = 8 * 2**20  # the most that is kept under one name; what is larger is fresh
 ALL_BYTES = 16 * 2**20  # the most that threads keep together, beside what the thread that came last needs for itself
@@ -52,7 +52,7 @@ _here = _Here()
 def scratch(name: str, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised scratch of that shape on the CPU, valid as long as the tensor itself, not a view of it, is held."""
     size = dtype.itemsize * math.prod(shape)
-    if size > KEPT_BYTES or torch.compiler.is_compiling() or dispatch_modes():
+    if size > KEPT_BYTES or torch.compiler.is_compiling() or replaces_tensors():
         return like.new_empty(shape, dtype=dtype)
     room = _here.room
     room.last = next(_numbers)

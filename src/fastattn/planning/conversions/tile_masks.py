@@ -18,7 +18,6 @@ from fastattn.problems.tilings.stack import Stack
 from fastattn.problems.tilings.tile import Tile, Tiling, tiling_of
 from fastattn.problems.tilings.worth import Worth
 
-KEPT_BYTES = 2**20  # of a tile's mask that is kept for other tiles and calls
 FAR = 2**40  # where a tile is taken to lie if only distances count
 
 
@@ -57,7 +56,8 @@ def tiled_by_mask(mask: Mask, q: Tensor, k: Tensor, fewest: int = FEWEST) -> Til
             )
         if not tile.masked_by.is_per_batch():
             entries = range(1)
-        make = _kept if _bytes(tile, dtype) <= KEPT_BYTES else _made
+        size = _bytes(tile, dtype)
+        make = next((kept for most, kept in _KEPT if size <= most), _made)
         return make(tile.masked_by, entries, at, keys, kv_len, dtype, q.device)
 
     tiling = tiling_of_mask(mask, batch, q_len, kv_len, fewest)
@@ -83,7 +83,9 @@ def _made(
         return additive(seen, torch.empty(0, dtype=dtype, device=device))
 
 
-_kept = remembered(32)(_made)
+# For other tiles and calls, by their bytes: all tiles of a window but the first ones have one mask, which costs some
+# milliseconds. The most that all take is 64 MiB.
+_KEPT = ((2**20, remembered(32)(_made)), (2**23, remembered(4)(_made)))
 
 
 def _bytes(tile: Tile, dtype: torch.dtype) -> int:
