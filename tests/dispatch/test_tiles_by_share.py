@@ -217,6 +217,17 @@ def test_where_tiles_lost_a_mask_that_hides_more_than_the_one_that_was_timed_is_
     assert len(seen) == 4
 
 
+def test_a_told_mask_is_served_without_tiles_where_they_are_not_worth_it(turn):
+    """A verdict is of all paddings: one of them may leave too much."""
+    seen, (q, k, v) = turn(with_tiles_at(9e-3)), fakes.qkv(N)
+    assert fastattn.explain(q, k, v, masks.Padding([420]), tune=True).served_by == "tiler+tiles+mask_dense"
+    for tokens, want in ((420, [(N, 420)]), (478, [])):
+        mask = masks.Padding([tokens])
+        assert fastattn.explain(q, k, v, mask).verdict is not None, "another kind of problem"
+        assert runs_of(seen, lambda: attention(q, k, v, mask)) == want  # noqa: B023
+        torch.testing.assert_close(attention(q, k, v, mask), sdpa(q, k, v, (tokens > KEY).expand(N, N)))
+
+
 def test_explain_says_that_tiles_serve_though_they_lost(turn):
     turn(with_tiles_at(33e-3))
     q, k, v = fakes.qkv(N)

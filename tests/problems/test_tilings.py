@@ -23,8 +23,8 @@ def covered(tiling, batch, q_len, kv_len):
     return count, masked
 
 
-def as_float(mask, low):
-    return torch.zeros(mask.shape).masked_fill_(~mask, low)
+def as_float(mask, low, dtype=torch.float32):
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, low)
 
 
 MASKS = {
@@ -43,10 +43,11 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("kind", ["bool", "-inf", "finfo.min"])
+@pytest.mark.parametrize("kind", ["bool", "-inf", "float16", "finfo.min"])
 def test_each_visible_pair_lies_in_one_tile(name, kind):
     seen = MASKS[name]
-    mask = seen if kind == "bool" else as_float(seen, -float("inf") if kind == "-inf" else LOWEST)
+    dtype = torch.float16 if kind == "float16" else torch.float32
+    mask = seen if kind == "bool" else as_float(seen, LOWEST if kind == "finfo.min" else -float("inf"), dtype)
     tiling = tiling_of_dense(mask, 3, 700, 900)
     count, masked = covered(tiling, 3, 700, 900)
     assert count.max() <= 1
@@ -118,6 +119,48 @@ def test_heads_with_masks_of_their_own_have_no_tiling_and_repeated_ones_do():
     seen = (torch.arange(n)[:, None] >= torch.arange(n)).expand(2, 4, n, n)
     assert tiling_of_dense(seen.contiguous(), 2, n, n) is None
     assert tiling_of_dense(seen, 2, n, n).share < 0.7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [1.0, -1.0, float("nan"), float("inf"), 0.0, -0.0], ids=str)
+@pytest.mark.parametrize("read_at_once", [0, 2**30], ids=["tile by tile", "in one step"])
+@pytest.mark.parametrize("row", [5, 699], ids=["first block", "last block"])
+def test_a_tile_does_without_a_mask_where_it_would_add_nothing(row, read_at_once, value, dtype, monkeypatch):
+    """One score of a row is changed, in the last block too, which is shorter."""
+    monkeypatch.setattr(of_dense, "READ_AT_ONCE", read_at_once)
+    mask = as_float((KEYS < 500).expand(700, 900), -float("inf"), dtype)
+    mask[row, 17] = value
+    is_masked = {
+        tile.rows.start <= row < tile.rows.stop: tile.is_masked for tile in tiling_of_dense(mask, 1, 700, 900).tiles
+    }
+    assert is_masked[True] is (value != 0) and not is_masked.get(False, False)
+    hidden = (KEYS < 500).expand(700, 900).clone()
+    hidden[row, 17] = value == 0
+    is_masked = {
+        tile.rows.start <= row < tile.rows.stop: tile.is_masked for tile in tiling_of_dense(hidden, 1, 700, 900).tiles
+    }
+    assert is_masked[True] is (value != 0) and not is_masked.get(False, False)
+
+
+def test_the_first_look_never_refuses_what_the_closer_one_would_take():
+    """Random blocks that are seen, whole, in part or not at all, over lengths that no block divides."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        q_len, kv_len = (int(torch.randint(low, 900, (), generator=draw)) for low in (140, 300))
+        blocks = torch.randint(0, 3, (1 + q_len // 64, 1 + kv_len // 64), generator=draw)
+        blocks[:, int(torch.randint(0, blocks.shape[1], (), generator=draw)) :] = 0
+        grown = blocks.repeat_interleave(64, 0).repeat_interleave(64, 1)[:q_len, :kv_len]
+        mask = (grown == 1) | (grown == 2) & (torch.rand(q_len, kv_len, generator=draw) < 0.5)
+        tiling = tiling_of_dense(mask, 1, q_len, kv_len)
+        share, masked_share = of_dense._least_shares(mask[None], 128)
+        assert share <= tiling.share + 1e-9 and masked_share <= tiling.masked_share + 1e-9
+
+
+def test_what_the_first_look_lets_pass_the_closer_one_may_refuse():
+    mask = (KEYS < 500).expand(700, 900).clone()
+    mask[1::16, :] = True  # rows that the first look leaves out
+    assert of_dense._least_shares(mask[None], 128)[0] < 0.6
+    assert tiling_of_dense(mask, 1, 700, 900, WORTH) is None
 
 
 @pytest.mark.parametrize("change", ["transposed", "sliced", "offset"])

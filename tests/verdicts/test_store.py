@@ -162,6 +162,7 @@ HOSTILE = {
     "negative time": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": -3.0'),
     "NaN": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": NaN'),
     "Infinity": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": Infinity'),
+    "400 digits": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": 1' + b"0" * 400),
     "1e999": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": 1e999'),
     "huge integer": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": ' + b"9" * 5000),
     "true for a number": lambda text: text.replace(b'"time_us": 3.0', b'"time_us": true'),

@@ -1,6 +1,6 @@
 """Verdict: what tuning one problem found, with every time, error and reason, so that explain works from the file alone."""
 
-import math
+import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -226,7 +226,7 @@ def _trial(data: dict[str, Any]) -> Trial:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r}")
     return value
 

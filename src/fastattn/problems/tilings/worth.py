@@ -36,15 +36,15 @@ class Worth(NamedTuple):
         return share <= self.most_share and self._cost(share, masked_share) <= self.most
 
     def _cost(self, share: float, masked_share: float) -> float:
-        """The less of two that are rather too high: what does not grow with the pairs, calls and copies, is taken to."""
+        """The less of two estimates: in proportion to the share, and by what tiles with and without a mask cost."""
         return min(share * self.mean, (share - masked_share) * self.unmasked + masked_share * self.masked)
 
 
 def worth_of(share: float, masked_share: float, cost: float) -> Worth:
     """By tiles that cost so much, with a share of all pairs, and of these so many in masked tiles.
 
-    A pair in a tile without a mask costs no more than one of all does; what the tiles cost beyond that is put down to the
-    masks: padding leaves few tiles without any, a triangle or a window many, and each of those costs more.
+    A pair in a tile without a mask is taken to cost no more than one of all does; what the tiles cost beyond that is put down
+    to the masks: padding leaves few tiles without any, a triangle or a window many, and each of those costs more.
     """
     mean = cost / share
     if not masked_share:
