@@ -170,7 +170,7 @@ def test_fault_93_the_first_call_on_a_stored_problem_imports_what_its_candidate_
 
 
 def test_fault_93_a_first_call_compiles_no_annotations(tmp_path):
-    """A NamedTuple compiles each annotation that is text: with `from __future__ import annotations` 250 in a first call."""
+    """A NamedTuple compiles each annotation that is text: as with `from __future__ import annotations`."""
     child(TUNES.format(winner="default"), FASTATTN_CACHE_DIR=str(tmp_path), PYTHONPATH=children.PATH)
     done = children.run(COMPILED_TEXT, env={"FASTATTN_CACHE_DIR": str(tmp_path)}, fresh=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

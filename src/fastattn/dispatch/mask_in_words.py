@@ -52,9 +52,9 @@ def _worth(asked: Asked, tiling: Tiling, served: str, verdict: Verdict | None) -
     if pair is None:
         return ""
     serves, cost = pair.in_tiles if pair.worth.has(tiling) else pair.plain, pair.worth.cost(tiling)
-    text = f"; in tiles about {cost:.0%} of the time of {pair.plain.name}"
     if tiling.share > pair.worth.most_share:
         text = f"; tiles serve up to {pair.worth.most_share:.0%}"
-    elif pair.worth.most < cost <= 1:
-        text += f" ({pair.worth.most:.0%} would be sure to gain)"
+    else:
+        unsure = f" ({pair.worth.most:.0%} would be sure to gain)" if pair.worth.most < cost <= 1 else ""
+        text = f"; in tiles about {cost:.0%} of the time of {pair.plain.name}{unsure}"
     return text if serves == candidate else f"{text}, so {serves.name} serves this one"

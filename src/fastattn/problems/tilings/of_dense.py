@@ -62,7 +62,7 @@ def _blocks(mask: Tensor, size: int) -> list[Tensor]:
     return [*parts, mask[:, None, whole:]] if whole < mask.shape[1] else parts
 
 
-def _by_blocks(mask: Tensor, size: int, closely: bool) -> tuple[Tensor, Tensor | None]:
+def _by_blocks(mask: Tensor, size: int, *, closely: bool) -> tuple[Tensor, Tensor | None]:
     """(b|1, blocks, kv_len): whether some row of a block sees a key; and if closely, whether none needs a mask there."""
     blocks = _blocks(mask, size)
     highest = torch.cat([block.amax(2) for block in blocks], 1)
@@ -95,7 +95,7 @@ def _least_shares(mask: Tensor, size: int) -> tuple[float, float]:
     """
     entries, q_len, kv_len = mask.shape
     of_all = of_masked = 0
-    for blocks in _spans(*_by_blocks(mask[:, ::EVERY], max(1, size // EVERY), True)):
+    for blocks in _spans(*_by_blocks(mask[:, ::EVERY], max(1, size // EVERY), closely=True)):
         for i, (first, last, count, frees) in enumerate(blocks):
             pairs = min(size, q_len - i * size) * (last - first if last - first - count < GAP else count)
             of_all += pairs
@@ -106,7 +106,7 @@ def _least_shares(mask: Tensor, size: int) -> tuple[float, float]:
 
 def _tiles(mask: Tensor, size: int, batch: int, q_len: int) -> Iterator[Tile]:
     in_one = size * mask.shape[2] * mask.itemsize <= READ_AT_ONCE
-    seen, free = _by_blocks(mask, size, in_one)
+    seen, free = _by_blocks(mask, size, closely=in_one)
     has_rows, every_key = mask.shape[1] > 1, ((0, mask.shape[2]),)
     for b, blocks in enumerate(_spans(seen, free)):
         entries = slice(0, batch) if mask.shape[0] == 1 else slice(b, b + 1)
