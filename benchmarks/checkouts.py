@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import checkout_child
+from report import plain_table
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +58,7 @@ def summary(found: Samples) -> list[Mapping[str, float | str]]:
 
 def table(rows: list[Mapping[str, float | str]], against: Path) -> Table:
     title = f"attention() beyond F.sdpa on the tiny problem, here and in {against}"
-    made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    made = plain_table(title)
     made.add_column("", no_wrap=True)
     for heading in (OURS, THEIRS, "difference", "A/A"):
         made.add_column(heading, justify="right", no_wrap=True)

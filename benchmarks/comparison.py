@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from report import plain_table
 from rich.table import Table
 from rounds import interleave
 from tiny import Problem, in_turn
@@ -70,7 +71,7 @@ class Bench:
 
 def table(rows: Sequence[Row]) -> Table:
     title = "what a hit costs, and the start of a process; base and hit are one call"
-    found = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    found = plain_table(title)
     found.add_column("", no_wrap=True)
     for heading in ("base", "hit", "over", "A/A", "aim"):
         found.add_column(heading, justify="right", no_wrap=True)

@@ -29,6 +29,7 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from machine import add_results, environment, in_one_line, keep, open_console
+from report import plain_table
 from rich.table import Table
 from rounds import interleave, spread
 
@@ -227,7 +228,7 @@ def training(length: int, dtype: torch.dtype, seconds: float) -> Result:
 
 
 def table(title: str, unit: str, results: list[Result], base: str = STOCK) -> Table:
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    shown = plain_table(title)
     names = list(dict.fromkeys("pinned winner" if n.startswith("pinned") else n for r in results for n in r.times))
     headings = [f"{n}{part}" for n in names for part in ([f" {unit}"] if n == base else [f" {unit}", ""])]
     for heading in (

@@ -10,6 +10,7 @@ from typing import Any
 
 import first_call_child
 import starts
+from report import plain_table
 from rich.table import Table
 
 MIB = 2**20
@@ -75,7 +76,7 @@ def first_calls(names: list[str]) -> list[FirstCall]:
 
 def table(found: list[FirstCall]) -> Table:
     title = f"first calls: at most max({FLOOR_S:g} s, {FACTOR:g} x the default) and {SHARE:g} x the problem + {ROOM // MIB} MiB"
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    shown = plain_table(title)
     shown.add_column("")
     for heading in ("default", "first call", "at most", "problem", "default's peak", "its peak", "at most", "tried"):
         shown.add_column(heading, justify="right")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import add_results, environment, in_one_line, keep, open_console, results_folder
+from report import plain_table
 from rich.console import Console
 from rich.table import Table
 
@@ -165,9 +166,7 @@ def kept(folder: Path | None, of: str) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    shown = Table(
-        title="tests of other projects, stock and patched", title_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
+    shown = plain_table("tests of other projects, stock and patched")
     words, numbers = ("", "by", "store"), ("tests", "pass stock", "patched", "worse", "calls", "default", "another")
     for heading in (*words, *numbers, "passed on", "tunings"):
         shown.add_column(heading, justify="left" if heading in words else "right")

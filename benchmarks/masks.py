@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import add_results, environment, in_one_line, keep, open_console
+from report import plain_table
 from rich.table import Table
 from rounds import interleave, peak_bytes, spread
 
@@ -147,7 +148,7 @@ def _flex(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call
 
 
 def table(results: list[Result]) -> Table:
-    shown = Table(title="times over F.sdpa with the dense mask", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    shown = plain_table("times over F.sdpa with the dense mask")
     names = [name for name in (TOLD, FOUND, FLEX) if any(name in r.ms for r in results)]
     shown.add_column("")
     for heading in ("dtype", "F.sdpa", *(f"{name} {part}" for name in names for part in ("ms", "")), "A/A"):
@@ -164,7 +165,7 @@ def table(results: list[Result]) -> Table:
 
 def growth(dtype: torch.dtype, lengths: list[int]) -> tuple[Table, float]:
     """Time and peak memory of Window(256, 256) over the length, and the slope on a log-log plot."""
-    shown = Table(title=f"Window(256, 256), 1 x 4 x tokens x 64, {dtype}", title_justify="left", box=None)
+    shown = plain_table(f"Window(256, 256), 1 x 4 x tokens x 64, {dtype}")
     for heading in ("tokens", "ms", "peak bytes over q, k, v and out"):
         shown.add_column(heading, justify="right")
     mask, times = masks.Window(256, 256), []

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from machine import add_results, environment, in_one_line, keep, open_console
+from report import plain_table
 from rich.table import Table
 from rounds import interleave, spread
 
@@ -239,7 +240,7 @@ def measure(case: Case, dtype: torch.dtype, seconds: float) -> Result:
 
 
 def table(results: Iterable[Result]) -> Table:
-    shown = Table(title="whole models over stock sdpa", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    shown = plain_table("whole models over stock sdpa")
     shown.add_column("")
     for heading in ("dtype", "sdpa", "string", "", "patch()", "", "none", "A/A", "differs"):
         shown.add_column(heading, justify="right")

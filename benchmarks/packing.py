@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from machine import add_results, environment, in_one_line, keep, open_console
+from report import plain_table
 from rich.table import Table
 from rounds import interleave, spread
 
@@ -341,7 +342,7 @@ def loop(case: Loop, dtype: torch.dtype, repeats: int) -> Result:
 
 
 def table(title: str, results: list[Result]) -> Table:
-    shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    shown = plain_table(title)
     names = [n for n in dict.fromkeys(n for r in results for n in r.ms) if n not in (SDPA, AGAIN)]
     for heading in ("", "dtype", SDPA, *(f"{name}{part}" for name in names for part in (" ms", "")), "A/A", ""):
         shown.add_column(heading, justify="left" if not heading else "right", overflow="fold")

@@ -23,6 +23,11 @@ AIMS = {
 }  # fmt: skip
 
 
+def plain_table(title: str | Text) -> Table:
+    """A table without lines, for the terminal and for text files."""
+    return Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table with one text column in front."""
@@ -36,7 +41,7 @@ class Grid:
         return column == 0 or column > len(self.headings) - self.texts
 
     def rich(self) -> Table:
-        table = Table(title=Text(self.title, "bold"), title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table = plain_table(Text(self.title, "bold"))
         for column, heading in enumerate(self.headings):
             is_last = column == len(self.headings) - 1 and self._is_text(column)
             justify = "left" if self._is_text(column) else "right"

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from machine import add_results, environment, in_one_line, keep, open_console
+from report import plain_table
 from rich.table import Table
 from rounds import interleave
 
@@ -103,9 +104,7 @@ def both(verdict: Verdict) -> tuple[str, str] | None:
 
 
 def table(results: list[Result]) -> Table:
-    shown = Table(
-        title="what tiles take, over what computes all pairs", title_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
+    shown = plain_table("what tiles take, over what computes all pairs")
     for heading in ("", "mask"):
         shown.add_column(heading)
     for heading in ("all pairs", "in tiles", "in masked ones", "told", "took", "attention()", "regret"):

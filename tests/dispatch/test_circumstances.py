@@ -31,7 +31,6 @@ from fastattn.dispatch.circumstances import (
     read_circumstances,
     what_is_allowed,
 )
-from fastattn.dispatch.guard import hits_of
 from fastattn.dispatch.session import session
 from fastattn.environment.device import Device
 from fastattn.environment.settings import current_settings, reload_settings
@@ -105,7 +104,7 @@ def holds(name, *tensors):
 
 def serves_something():
     """Whether an entry of attention() leads to anything but a call that is passed on."""
-    return any(not hits_of(guard)[0][1] for guards in entries.table.values() for guard in guards)
+    return any(not guard.leads_to[1] for guards in entries.table.values() for guard in guards)
 
 
 def test_mode_off(qkv, never_tuned):

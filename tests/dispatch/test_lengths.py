@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import fakes
 import pytest
 import torch
 from building import CPU
@@ -20,6 +21,7 @@ from fastattn.environment.settings import Settings, current_settings, reload_set
 from fastattn.environment.version import __version__
 from fastattn.kernels import registry
 from fastattn.kernels.libraries.availability import library_tag
+from fastattn.kernels.limits import Range, RefuseWhen
 from fastattn.planning import candidates
 from fastattn.planning.decision import Accepted
 from fastattn.problems import call_key, call_options, length_buckets
@@ -241,6 +243,20 @@ def test_a_fault_in_the_middle_of_a_bucket_is_no_part_of_an_entry(tmp_path, monk
     q, k, v = qkv(1, 1300)
     with pytest.raises(fastattn.NoKernelError, match="wrong"):
         fastattn.attention(q, k, v, kernel="torch_flash")
+
+
+@pytest.mark.parametrize(
+    "need",
+    [RefuseWhen("an odd number of keys", lambda p, _: p.kv_len % 2), Range("scores", max=4 * 40)],
+    ids=["in words of its own", "of a field that follows from the length"],
+)
+def test_a_limit_that_follows_from_the_length_is_asked_at_each_length(need, monkeypatch):
+    fakes.add(monkeypatch, fakes.made_up("limited", fakes.honest, needs=(need,)))
+    low, high = fastattn.plan(*qkv(1, 40), kernel="limited").kv_lens
+    assert (low, high) == (40, 40)
+    fastattn.attention(*qkv(1, 40), kernel="limited")
+    with pytest.raises(fastattn.NoKernelError, match="limited"):
+        fastattn.attention(*qkv(1, 41), kernel="limited")
 
 
 def test_fault_07_an_entry_ends_where_offsets_would_need_64_bits():

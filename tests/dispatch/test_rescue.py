@@ -64,6 +64,21 @@ def test_fault_53_a_winner_that_raises_on_call_5_is_answered_in_that_call(fragil
     assert "fragile" in record.getMessage() and "RuntimeError: illegal instruction" in record.getMessage()
 
 
+def test_stats_say_what_was_demoted_for_which_problem(fragile):
+    for q_len in (64, 128):
+        fragile.error = None
+        check(*qkv(q_len))
+        fragile.error = RuntimeError("illegal instruction")
+        check(*qkv(q_len))
+    demoted = fastattn.stats()["demoted"]
+    assert list(demoted.values()) == ["RuntimeError: illegal instruction"] * 2
+    assert all(name.startswith("fragile for ") for name in demoted)
+    fastattn.stats.reset()
+    found = fastattn.stats()
+    assert found["demoted"] == demoted, "it still holds"
+    assert found["tunings"] == found["calls"] == 0 and found["tuning_s"] == 0.0
+
+
 def test_fault_53_it_is_demoted_on_disk_with_its_exception(fragile, own_store):
     q, k, v = qkv(64)
     check(q, k, v)

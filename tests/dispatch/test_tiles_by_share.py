@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.dispatch import resolve, validity
+from fastattn.dispatch import entries, resolve, validity
 from fastattn.dispatch.circumstances import Circumstances
 from fastattn.environment.settings import current_settings
 from fastattn.kernels.limits import Range
@@ -77,6 +77,29 @@ def test_each_call_looks_at_its_mask(seen):
     assert runs_of(seen, lambda: attention(q, k, v, mask)) == []
     for given in (CAUSAL, RANDOM, WINDOW, mask):
         fakes.check(q, k, v, given)
+
+
+def test_stats_tell_who_served_each_call(seen):
+    q, k, v = fakes.qkv(N)
+    explained = fastattn.explain(q, k, v, CAUSAL, tune=True)
+    attention(q, k, v, CAUSAL)  # a miss
+    fastattn.stats.reset()
+    masks_of_calls = [CAUSAL] * 3 + [RANDOM] * 5 + [WINDOW]
+    for mask in masks_of_calls:
+        attention(q, k, v, mask)
+    found = fastattn.stats()
+    assert found["served_by"] == {"tiler+tiles": 4, "default": 5} and found["hits"] == len(masks_of_calls)
+    assert found["saved_s"] == pytest.approx(4 * explained.verdict.saves_us("tiler+tiles") / 1e6)
+    entries.drop_all()
+    assert fastattn.stats()["served_by"] == found["served_by"], "dropped entries keep their counts"
+
+
+def test_a_first_call_that_its_mask_decides_is_counted_for_who_served_it(seen):
+    q, k, v = fakes.qkv(N)
+    fastattn.explain(q, k, v, CAUSAL, tune=True)
+    fastattn.stats.reset()
+    attention(q, k, v, RANDOM)
+    assert fastattn.stats()["served_by"] == {"default": 1}
 
 
 def test_when_tiles_are_worth_it_is_measured(seen):

@@ -7,6 +7,7 @@ one that hides more is served in them, if the look at it costs little.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import TYPE_CHECKING
 
 from fastattn.dispatch import fallback
@@ -34,9 +35,11 @@ def by_share(candidate: Accepted, asked: Asked, verdict: Verdict | None, *, cert
     for other, trial in _others(candidate, asked, verdict, certain):
         if candidate.is_in_tiles:
             worth = verdict.worth_of_tiles(own, trial)
-            return ByShare(candidate, other, worth) if worth else None
+            return ByShare(candidate, other, worth, count()) if worth else None
         worth = verdict.worth_of_tiles(trial, own, is_to_gain=True)
-        return ByShare(other, candidate, worth) if worth and worth.allows(LEAST_SHARE, LEAST_SHARE) else None
+        if worth and worth.allows(LEAST_SHARE, LEAST_SHARE):
+            return ByShare(other, candidate, worth, count())
+        return None
     return None
 
 

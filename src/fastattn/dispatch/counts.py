@@ -18,6 +18,7 @@ class Counts:
         """Start counting anew."""
         self.renew_lock()
         self.misses = self.tunings = 0
+        self.tuning_s = 0.0
         self.served_by: Counter[str] = Counter()
         self.passed_on: Counter[str] = Counter()
         self._hits_before = entries.all_hits()

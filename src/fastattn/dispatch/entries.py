@@ -171,7 +171,7 @@ def _address(q_bytes: int, k_bytes: int) -> int:
 
 
 def _hits_in(table: dict[int, tuple[Guard, ...]]) -> list[tuple[LeadsTo, int]]:
-    return [hits_of(guard) for guards in table.values() for guard in guards]
+    return [found for guards in table.values() for guard in guards for found in hits_of(guard)]
 
 
 def drop_all() -> None:

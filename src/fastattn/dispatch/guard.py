@@ -9,7 +9,7 @@ mistake an error of the kernel for a miss. Costs are in docs/how-it-works.md; `b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -180,13 +180,26 @@ def build_guard(
     conditions.append("scope() is SCOPE")
     guard = _maker(tuple(values), " and ".join(conditions))(**values, **_CONSTANTS)
     leads_to = resolved.candidate, resolved.passed_on, resolved.saves_us
-    guard.hits, guard.leads_to = hits, leads_to  # type: ignore[attr-defined]
+    guard.hits, guard.leads_to, guard.otherwise = hits, leads_to, resolved.otherwise  # type: ignore[attr-defined]
     return guard
 
 
-def hits_of(guard: Guard) -> tuple[LeadsTo, int]:
-    """(what the entry leads to, how often it was hit)."""
-    return guard.leads_to, int(repr(guard.hits)[len("count(") : -1])  # type: ignore[attr-defined]
+def hits_of(guard: Any) -> Iterator[tuple[LeadsTo, int]]:
+    """(what the entry leads to, how often it was hit); both candidates where each call's mask decides between two.
+
+    The verdict's own may be at -1: the miss that made the entry was counted for it, and its mask chose the other.
+    """
+    hits = _counted(guard.hits)
+    if guard.otherwise is not None:
+        leads_to, calls = guard.otherwise
+        yield leads_to, _counted(calls)
+        hits -= _counted(calls)
+    yield guard.leads_to, hits
+
+
+def _counted(counter: Iterator[int]) -> int:
+    """How far an itertools.count() is, which only its text tells."""
+    return int(repr(counter)[len("count(") : -1])
 
 
 def _state_condition(name: str, value: Any, values: dict[str, Any]) -> str:

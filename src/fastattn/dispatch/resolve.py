@@ -1,6 +1,7 @@
 """A miss of attention() from start to finish: what is asked, the decision, a tuning if it comes first, and the Call."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +31,9 @@ from fastattn.problems.call_options import CallOptions, check_layout, is_ordinar
 from fastattn.problems.classify import classify
 
 if TYPE_CHECKING:
+    from fastattn.dispatch.guard import LeadsTo
     from fastattn.problems.rewriting import Rewritten
+    from fastattn.verdicts.verdict import Verdict
 
 
 class Resolved(NamedTuple):
@@ -47,6 +50,9 @@ class Resolved(NamedTuple):
     any_sizes: bool = False  # nothing was decided by a size
     reads_alignment: bool = False  # its Call is for tensors that start as these do
     saves_us: float = 0.0  # a call, by the Verdict's own times
+    otherwise: tuple["LeadsTo", Iterator[int]] | None = (
+        None  # who else serves calls, as their masks decide, and how many
+    )
 
 
 # --- the front doors
@@ -170,7 +176,11 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
         from fastattn.dispatch.by_share import by_share  # elsewhere calls of a problem hide all alike
 
         pair = by_share(candidate, asked, decision.verdict)
-    may_serve = (candidate,) if pair is None else (pair.in_tiles, pair.plain)
+    may_serve, otherwise = (candidate,), None
+    if pair is not None:
+        may_serve = pair.in_tiles, pair.plain
+        other = pair.plain if candidate is pair.in_tiles else pair.in_tiles
+        otherwise = (other.name, "", _saves_us(decision.verdict, other)), pair.by_other
     call = bind(candidate, asked, key, pair)
     if asked.problem.is_custom and given is not None:
         _check_custom(call, candidate, asked, key, given)
@@ -192,8 +202,13 @@ def resolve_key(key: CallKey, asked: Asked, given: tuple[Any, ...] | None) -> Re
         None if asked.problem.is_custom else validity.kv_lens_served(may_serve, asked, key),
         decision.verdict is not None,
         reads_alignment=any(validity.reads_alignment(one, asked) for one in may_serve),
-        saves_us=decision.verdict.saves_us(candidate.name) if decision.verdict is not None else 0.0,
+        saves_us=_saves_us(decision.verdict, candidate),
+        otherwise=otherwise,
     )
+
+
+def _saves_us(verdict: "Verdict | None", candidate: Accepted) -> float:
+    return verdict.saves_us(candidate.name) if verdict is not None else 0.0
 
 
 def bind(candidate: Accepted, asked: Asked, key: CallKey, pair: binding.ByShare | None = None) -> binding.Call:

@@ -195,6 +195,7 @@ class Session:
             self.being_tuned.discard(problem)
             self.tuning_s += seconds
             self.counts.tunings += 1
+            self.counts.tuning_s += seconds
 
     def is_spent(self, settings: Settings) -> bool:
         """Whether the process's tuning budget is used up."""

@@ -15,10 +15,10 @@ class Stats(dict[str, Any]):
     """A plain dict that prints as a few lines.
 
     calls, hits, misses, tunings: counts. tuning_s: seconds spent on tuning. served_by: {candidate: calls}. passed_on: {reason:
-    calls that went to F.sdpa as they were}. untuned: {problem: misses that were served untuned}. demoted: {candidate: what it
-    raised}. saved_s: seconds saved, an estimate: each hit counts the default's time less the winner's, as the tuning of that
-    very problem measured them, with the backward where gradients are wanted. Hits of lengths that share a verdict are not in
-    it: its times are of other lengths.
+    calls that went to F.sdpa as they were}. untuned: {problem: misses that were served untuned}. demoted: {candidate and
+    problem: what it raised}. saved_s: seconds saved, an estimate: each hit counts the default's time less that of who served
+    it, as the tuning of that very problem measured them, with the backward where gradients are wanted. Hits of lengths that
+    share a verdict are not in it: its times are of other lengths.
     """
 
     def __repr__(self) -> str:
@@ -60,18 +60,19 @@ class _StatsFunction:
             hits=sum(hits.values()),
             misses=counts.misses,
             tunings=counts.tunings,
-            tuning_s=session.tuning_s,
+            tuning_s=counts.tuning_s,
             saved_s=saved_us / 1e6,
-            served_by=dict(served),
+            served_by={candidate: count for candidate, count in served.items() if count},
             passed_on=dict(passed_on),
             untuned={str(problem): count for problem, count in untuned.items()},
-            demoted={name: cause for (_, name), cause in demoted.items()},
+            demoted={f"{name} for {problem}": cause for (problem, name), cause in demoted.items()},
         )
 
     def reset(self) -> None:
-        """Start counting anew."""
-        session.counts.reset()
-        session.misses.clear()
+        """Start counting anew. What was demoted stays so, and is still said."""
+        with session.lock:
+            session.counts.reset()
+            session.misses.clear()
 
 
 stats = _StatsFunction()

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 
 from fastattn.environment.device import Device
 from fastattn.kernels.libraries.versions import comparable
-from fastattn.kernels.limits import OF_CALL, ORDINARY
+from fastattn.kernels.limits import OF_CALL, OF_LENGTH, ORDINARY
 from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 SHIPPED = "known_faults.json"  # beside this file, which may lie in a zip
 OF_DEVICE = ("capability",)
-OF_LENGTH = ("kv_len", "extent", "scores", "unfused_bytes", "io_bytes")
 KEYS = ("kernel", "runs", "versions", "when", "reason", "link")
 BOUNDS = ("min", "max", "multiple_of", "remainder")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -87,7 +86,7 @@ def faults_that_hold(
 ) -> list[str]:
     """What rules a kernel out here, a sentence each. runs: the kernel that torch would run, where `kernel` is the default."""
     found = _by_kernel(extra).get((kernel, runs), ())
-    return [str(q) for q in found if q.holds(problem, device, library, facts)]
+    return [str(fault) for fault in found if fault.holds(problem, device, library, facts)]
 
 
 @cache

@@ -13,6 +13,7 @@ from fastattn.problems.call_facts import CallFacts
 from fastattn.problems.problem import Problem
 
 OF_CALL = ("extent",)  # what a limit may ask of one call
+OF_LENGTH = ("kv_len", "extent", "scores", "unfused_bytes", "io_bytes")  # what differs from one kv_len to the next
 ORDINARY = CallFacts()
 
 
@@ -50,11 +51,10 @@ class Range(NamedTuple):
             return f"{self.field} {value} is not a multiple of {self.multiple_of}"
         return None
 
-    def holds_between(self, low: int, high: int) -> bool:
-        """Whether every value from low to high is within the limit."""
-        return (
-            (self.min is None or self.min <= low) and (self.max is None or high <= self.max) and self.multiple_of == 1
-        )
+    def holds_between(self, field: str, low: int, high: int) -> bool:
+        """Whether it is a limit of this field, and every value from low to high is within it."""
+        is_within = (self.min is None or self.min <= low) and (self.max is None or high <= self.max)
+        return self.field == field and is_within and self.multiple_of == 1
 
     def edges(self) -> tuple[list[int], list[int]]:
         """Values just inside the limit, and just outside it."""

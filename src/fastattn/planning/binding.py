@@ -3,7 +3,7 @@
 No Call bakes a length in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class ByShare(NamedTuple):
     in_tiles: Accepted
     plain: Accepted
     worth: "Worth"
+    by_other: Iterator[int]  # counts the calls that the one serves which is not the verdict's
 
 
 def bind(
@@ -59,19 +60,14 @@ def bind(
     if is_default and p.layout == "bhsd" and by_share is None:
         direct = _direct_default(p, scale, structured or p.kept, dropout_p)
         return _under_autocast(direct, p) if is_tuning and facts.autocast else direct
-    if by_share is None:
-        step, is_right = _converted(candidate, p, facts), _lies_as_default(candidate, p, facts)
-    else:
-        from fastattn.planning.conversions.tiles import where_they_pay  # here, as few calls need it
-
-        in_tiles, plain, worth = by_share
-        step = where_they_pay(_converted(in_tiles, p, facts), _converted(plain, p, facts), worth)
-        is_right = all(_lies_as_default(one, p, facts) for one in (in_tiles, plain))
+    may_serve = (candidate,) if by_share is None else (by_share.in_tiles, by_share.plain)
+    steps = [_converted(one, p, facts) for one in may_serve]
+    step = steps[0] if by_share is None else _as_mask_decides(by_share, candidate, *steps)
+    is_right = all(_lies_as_default(one, p, facts) for one in may_serve)
     if p.lse and p.needs_grad:
         from fastattn.planning.conversions.lse_gradient import with_lse_gradient
 
         step = with_lse_gradient(step)
-    may_serve = (candidate,) if by_share is None else (by_share.in_tiles, by_share.plain)
     reads_kept = any("kept" in one.conversions for one in may_serve)
     return _outermost(step, is_right, is_tuning, reads_kept, p, facts, Arguments(
         default_scale(p.head_dim) if scale is None else scale,
@@ -94,6 +90,22 @@ def _converted(candidate: Accepted, p: Problem, facts: CallFacts) -> Run:
 
         return twice_differentiable(step)
     return step
+
+
+def _as_mask_decides(pair: ByShare, candidate: Accepted, in_tiles: Run, plain: Run) -> Run:
+    """Each call in tiles where they pay; those that the other one serves are counted."""
+    from fastattn.planning.conversions.tiles import where_they_pay  # here, as few calls need it
+
+    def counted(step: Run) -> Run:
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
+            next(pair.by_other)
+            return step(q, k, v, mask, a)
+
+        return run
+
+    if candidate is pair.plain:
+        return where_they_pay(counted(in_tiles), plain, pair.worth)
+    return where_they_pay(in_tiles, counted(plain), pair.worth)
 
 
 def _on_its_device(step: Run) -> Run:

@@ -10,7 +10,7 @@ from fastattn.environment.settings import Settings
 from fastattn.kernels import known_faults, registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
-from fastattn.kernels.limits import Range
+from fastattn.kernels.limits import OF_LENGTH, Range, RefuseWhen
 from fastattn.planning.conversions import BY_NAME, CONVERSIONS, as_applied
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.decision import Accepted, Decision, Rejected
@@ -150,8 +150,9 @@ def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, settings:
     version = availability.library_version(kernel.library) or ""
     if any(fault.may_hold_between(low, high, problem, device, version) for fault in faults):
         return False
-    asking = [need for need in kernel.needs if "kv_len" in (getattr(need, "text", "") or getattr(need, "field", ""))]
-    walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between(low, high))]
+    # what a RefuseWhen reads nobody can see: it may be the length
+    asking = [need for need in kernel.needs if isinstance(need, RefuseWhen) or getattr(need, "field", "") in OF_LENGTH]
+    walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between("kv_len", low, high))]
     lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if walked else ()
     at = [problem.replace(kv_len=length) for length in lengths]
     return not any(need.why_not(p, device) for p in at for need in walked)
