@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import children
 import pytest
 import torch
@@ -13,7 +15,7 @@ import fastattn
 from fastattn import NoKernelError, attention, explain, plan
 from fastattn.environment.settings import LEVELS, MODES, VARIABLES, Settings, current_settings, from_environment
 from fastattn.kernels import registry
-from fastattn.problems import call_options, masks
+from fastattn.problems import call_options, given_options, masks
 
 pytestmark = pytest.mark.usefixtures("untuned")
 r = torch.randn
@@ -122,6 +124,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(name):
         " accuracy, dropout_p, window, softcap, score_mod, return_lse,"
         " cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len, kv_lens, page_table, sinks"
     )
+
+
+def test_options_are_the_same_for_type_checkers_for_dynamo_and_when_called():
+    told = {"mask", "layout", *given_options.OptionsWithLse.__annotations__}
+    assert told == {"mask", "layout", *call_options.OPTION_NAMES, *call_options.REWRITTEN}
+    assert told == set(inspect.signature(attention).parameters) - {"q", "k", "v"}
 
 
 def test_options_of_packed_calls_may_be_given_their_defaults():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -113,11 +114,12 @@ LAW = (
     "problems",
     "environment",
 )
+LAW_FILE = SOURCE.parents[1] / "pyproject.toml"
 DEPTH = {folder: depth for depth, row in enumerate(LAW) for folder in row.split(" | ")}
 
 
 def test_the_law_is_the_one_that_lint_imports_keeps():
-    assert f'name = "{" > ".join(LAW)}"' in (SOURCE.parents[1] / "pyproject.toml").read_text()
+    assert f'name = "{" > ".join(LAW)}"' in LAW_FILE.read_text()
 
 
 def test_the_folders_are_those_of_the_law():
@@ -146,6 +148,7 @@ def test_files_are_short_enough_to_read_in_one_sitting():
 
 
 ADAPTERS = SOURCE / "kernels" / "adapters"
+HOME = ("init", "pycache", "adapters")
 
 
 @pytest.mark.parametrize("path", sorted(ADAPTERS.glob("[a-z]*.py")), ids=lambda p: p.stem)
@@ -160,6 +163,13 @@ def test_an_adapter_imports_the_contract_alone(path):
     siblings = {"fastattn.kernels.adapters"} if path.stem in ("hf_kernels", "mslk", "torch_varlen") else set()
     assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} <= {"fastattn.kernels", *siblings}
     assert {name for name in imports_of(path) if name.startswith("fastattn")} == {"fastattn.kernels", *siblings}
+
+
+def test_whoever_may_not_import_an_adapter_is_named_to_lint_imports():
+    named = set(re.findall(r'"fastattn\.([\w.]+)"', LAW_FILE.read_text()))
+    outside = {folder for folder in DEPTH if folder != "kernels"}
+    outside |= {f"kernels.{path.stem}" for path in (SOURCE / "kernels").iterdir() if path.stem.strip("_") not in HOME}
+    assert outside <= named
 
 
 def test_the_environment_imports_only_torch_and_the_standard_library():

@@ -7,7 +7,7 @@ a miss (resolve.py), which imports what only it needs: `import fastattn` stays c
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -15,7 +15,10 @@ from fastattn.dispatch.entries import Entries, no_tensors
 from fastattn.environment import settings, torch_private
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastattn.dispatch.resolve import Resolved
+    from fastattn.problems.given_options import GivenOptions
 
 
 def _resolve(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, Any]) -> Resolved:
@@ -27,7 +30,34 @@ def _resolve(q: Any, k: Any, v: Any, mask: Any, layout: str, options: dict[str, 
 entries = Entries(_resolve)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Tensor:
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any = None,
+    layout: str = "bhsd",
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[GivenOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any = None,
+    layout: str = "bhsd",
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[GivenOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd",
+    *, return_lse: bool, **options: Unpack[GivenOptions],
+) -> Any: ...  # fmt: skip
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Any:
     """Scaled dot-product attention, by the fastest kernel on this machine that is right.
 
     softmax(scale * q k^T + mask) v. The first call for a kind of problem checks every installed kernel's numbers against

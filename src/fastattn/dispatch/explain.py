@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,18 @@ from fastattn.problems.problem import Problem
 from fastattn.problems.rewriting import rewrite
 from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastattn.problems.given_options import OptionsWithLse
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """A problem, what serves it, and why; `print` it, or take `to_json()`. `rows` has every known kernel.
 
-    action: "serve", "tune" (the first call tunes; served_by serves meanwhile) or "pass on" (F.sdpa is called as it was).
+    action: "serve", "tune" (the first call tunes; served_by serves meanwhile), "pass on" (F.sdpa is called as it was), or
+    "raise" (nothing can do the call).
     """
 
     problem: Problem
@@ -78,7 +84,7 @@ def explain(
     tune: bool = False,
     compiling: bool = False,
     compiled: bool = False,
-    **options: Any,
+    **options: Unpack[OptionsWithLse],
 ) -> Explanation:
     """Why `attention` with these arguments is served as it is. Runs and imports nothing unless `tune=True`, which measures now.
 
@@ -87,12 +93,10 @@ def explain(
 
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
     """
-    settings = current_settings()
-    while (
-        not is_ordinary(q, mask, layout, options) and (ordinary := rewrite(q, k, v, mask, layout, options)) is not None
-    ):
-        q, k, v, mask, layout, options = ordinary[:6]
-    key = call_key(q, k, v, mask, layout, parse_options(options, "explain", ("tune", "compiling", "compiled")))
+    settings, given = current_settings(), dict[str, Any](options)
+    while not is_ordinary(q, mask, layout, given) and (ordinary := rewrite(q, k, v, mask, layout, given)) is not None:
+        q, k, v, mask, layout, given = ordinary[:6]
+    key = call_key(q, k, v, mask, layout, parse_options(given, "explain", ("tune", "compiling", "compiled")))
     circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
     asked = resolve.asked_of(key, settings, circumstances)
     if tune and not asked.problem.is_custom:  # with the caller's own function there is nothing to choose

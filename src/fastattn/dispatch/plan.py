@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +16,11 @@ from fastattn.environment.settings import current_settings
 from fastattn.problems.call_key import CallKey, call_key
 from fastattn.problems.call_options import is_ordinary, parse_options
 from fastattn.problems.masks import Mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastattn.problems.given_options import OptionsWithLse
 
 
 class Plan:
@@ -67,17 +72,20 @@ class MadeOf(NamedTuple):
     same_kernel_in_training: bool
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Any) -> Plan:
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any = None, layout: str = "bhsd", **options: Unpack[OptionsWithLse]
+) -> Plan:
     """The Call that `attention` with these arguments would use (tuning now if it would), without the guard.
 
     Arguments and errors are those of `fastattn.attention`.
     """
-    if not is_ordinary(q, mask, layout, options):
+    given = dict[str, Any](options)
+    if not is_ordinary(q, mask, layout, given):
         raise NotImplementedError(
             "plan() binds no lengths of one call (layout 'thd', kv_lens, NestedTensor), no sinks and no Bias: call attention()"
         )
-    parsed = parse_options(options, "plan")
-    resolved = resolve.attention(q, k, v, mask, layout, options)
+    parsed = parse_options(given, "plan")
+    resolved = resolve.attention(q, k, v, mask, layout, given)
     now = current_settings()
     key = call_key(q, k, v, mask, layout, parsed)
     made_of = MadeOf(key, now.kernels, now.accuracy, now.same_kernel_in_training)
