@@ -101,9 +101,15 @@ class GateOnly:
 
 
 def measure(
-    case: Case, rounds: int, seconds: float, device: str = "cpu", *, compiling: bool = False, store: str | None = None
+    case: Case,
+    rounds: int,
+    seconds: float,
+    device: str = "cpu",
+    *,
+    compile_kernels: bool = False,
+    store: str | None = None,
 ) -> Result:
-    """One problem from an empty store to its medians. compiling: also what must compile first. store: that one, which stays."""
+    """One problem from an empty store to its medians. compile_kernels: also those. store: that one, which stays."""
     start = time.perf_counter()
     x = inputs(case, str(gpu_rehearsal.where(device)))
     options = case.options
@@ -115,8 +121,8 @@ def measure(
         fastattn.clear()
         cold = _once(ours)
         disk = median(_once(ours, clear=True) for _ in range(3 if cold < 2 else 1))
-        if compiling:  # what `fastattn tune --compile` does
-            fastattn.explain(x.q, x.k, x.v, x.mask, tune=True, compiling=True, **options)
+        if compile_kernels:  # what `fastattn tune --compile` does
+            fastattn.explain(x.q, x.k, x.v, x.mask, tune=True, compile_kernels=True, **options)
         why = fastattn.explain(x.q, x.k, x.v, x.mask, **options)
         candidates, runs = _pinned(x, why.verdict, why.rows)
         found = interleave(

@@ -314,7 +314,7 @@ def run_workload(args: argparse.Namespace) -> None:
         store = tempfile.mkdtemp(
             dir=os.environ.get("FASTATTN_CACHE_DIR")
         )  # its notes tell the next child what ended this one
-        result = cpu.measure(case, rounds, seconds, args.device, compiling=args.compile, store=store)
+        result = cpu.measure(case, rounds, seconds, args.device, compile_kernels=args.compile, store=store)
         say(title=title, result=asdict(result), seconds=result.took_s)
         memory_use.release_memory(gpu_rehearsal.where(args.device))
 

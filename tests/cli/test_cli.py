@@ -54,7 +54,7 @@ def run(*words, code=0):
 def asked(*words):
     """The problems that `fastattn tune WORDS` would tune."""
     with tune_command.tune.make_context("tune", shlex.split(" ".join(words))) as context:
-        own = ("as_json", "force", "compiling", "bucket")
+        own = ("as_json", "force", "compile_kernels", "bucket")
         return list(shape_words.problems(**{k: v for k, v in context.params.items() if k not in own}))
 
 
@@ -290,7 +290,7 @@ def test_explain_measures_again_when_told():
     run("tune", "1x2x20x8")
     tuned = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune_now, "tune", lambda problem, *_, **__: tuned.append(problem))
+        patch.setattr(tune_now, "tune_and_keep", lambda problem, *_, **__: tuned.append(problem))
         run("explain", "1x2x20x8", "--tune")
     assert tuned == asked("1x2x20x8")
 
@@ -299,8 +299,10 @@ def test_a_crowded_verdict_is_tuned_again(monkeypatch):
     run("tune", "1x2x20x8")
     monkeypatch.setattr(verdict_module, "CROWDED", -1.0)
     tuned = []
-    real = tune_now.tune
-    monkeypatch.setattr(tune_now, "tune", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k))
+    real = tune_now.tune_and_keep
+    monkeypatch.setattr(
+        tune_now, "tune_and_keep", lambda problem, *a, **k: tuned.append(problem) or real(problem, *a, **k)
+    )
     assert IN_DOUBT in run("tune", "1x2x20x8")
     assert tuned == asked("1x2x20x8")
 

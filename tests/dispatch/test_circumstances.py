@@ -40,7 +40,7 @@ from fastattn.verdicts.verdict import Outcome
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 EXPECTED = {  # written down once more, so that a changed row is a decision
     "off": PASS, "foreign": PASS, "other_device": PASS, "function_mode": PASS, "dispatch_mode": PASS, "functorch": PASS,
-    "forward_ad": PASS, "tracing": PASS, "restricted": PASS, "empty": PASS, "compiling": STORED,
+    "forward_ad": PASS, "jit_tracing": PASS, "restricted": PASS, "empty": PASS, "in_graph": STORED,
     "capturing": STORED, "deterministic": STORED, "distributed": STORED, "switched_off": STORED,
     "cached": STORED, "spent": STORED,
 }  # fmt: skip
@@ -73,7 +73,7 @@ def test_passing_always_beats_serving_what_is_stored():
 
 def test_nothing_is_remembered_that_passes_or_is_captured_or_compiled():
     for held in itertools.chain(itertools.combinations(NAMES, 1), itertools.combinations(NAMES, 2)):
-        passing = any(EXPECTED[name] == PASS or name in ("capturing", "compiling") for name in held)
+        passing = any(EXPECTED[name] == PASS or name in ("capturing", "in_graph") for name in held)
         assert may_remember(Circumstances(**dict.fromkeys(held, True))) == (not passing), held
 
 
@@ -88,7 +88,7 @@ def qkv():
 @pytest.fixture
 def never_tuned(monkeypatch):
     """Any tuning fails the test."""
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned"))
 
 
 def circumstances(*tensors):
@@ -144,7 +144,7 @@ def test_a_stored_winner_serves_where_nothing_may_be_tuned(qkv, monkeypatch):
     verdict = fastattn.tune(problem_of(*qkv))[0]
     chosen = next(name for name in ("matmul", "torch_flash", "default") if verdict.trial(name) is not None)
     session.store(current_settings()).put(winning(verdict, chosen), Device.of(torch.device("cpu")))
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned"))
     fastattn.clear()
     for change in ({"mode": "cached"}, {"tune_budget": 0.0}):
         with fastattn.options(**change):
@@ -384,6 +384,6 @@ def test_checkpointing_survives_a_clear_of_other_problems(monkeypatch):
     monkeypatch.setattr(entries_module, "LIMIT", 1)
     with fastattn.options(mode="cached"):
         attention(k, k, k)
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned again"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned again"))
     attention(q, k, k)
     assert fastattn.explain(q, k, k).served_by == before

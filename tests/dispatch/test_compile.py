@@ -26,7 +26,7 @@ RESOLVE = resolve.attention
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned"))
     monkeypatch.setattr(resolve, "attention", lambda *_: pytest.fail("resolved at run time"))
     yield
     torch._dynamo.reset()

@@ -150,7 +150,7 @@ def test_fault_91_torch_is_asked_once(broken, monkeypatch):
         if broken:
             raise RuntimeError
 
-    monkeypatch.setattr(four_dims, "sdpa", stock)
+    monkeypatch.setattr(four_dims, "stock_sdpa", stock)
     monkeypatch.setattr(four_dims, "_answers", {})
     assert [four_dims.f_sdpa_broadcasts() for _ in range(2)] == [not broken] * 2 and len(asked) == 1
 

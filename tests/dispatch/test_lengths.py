@@ -44,7 +44,7 @@ def tuned(monkeypatch):
         session.keep(verdict, settings, CPU)
         return verdict
 
-    monkeypatch.setattr(tune_now, "tune", tune)
+    monkeypatch.setattr(tune_now, "tune_and_keep", tune)
     monkeypatch.setattr(store.Store, "put", lambda *args: None)  # in memory alone: so many files would take their time
     monkeypatch.setattr(session, "tuning_s", 0.0)
     return problems

@@ -210,7 +210,7 @@ def drawn_winners(monkeypatch):
         session.keep(verdict, settings, device, on_disk=False)
         return verdict
 
-    monkeypatch.setattr(tune_now, "tune", tune)
+    monkeypatch.setattr(tune_now, "tune_and_keep", tune)
     with threads(1):
         yield
 

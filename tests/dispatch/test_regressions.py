@@ -138,8 +138,8 @@ def test_an_order_is_not_dropped_under_dynamic_shapes():
 
 def test_threads_that_read_no_verdict_just_before_one_was_found_do_not_tune_again(monkeypatch):
     q = torch.randn(1, 2, 26, 16)
-    count, real = [], tune_now.tune
-    monkeypatch.setattr(tune_now, "tune", lambda *a, **k: (count.append(1), real(*a, **k))[1])
+    count, real = [], tune_now.tune_and_keep
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *a, **k: (count.append(1), real(*a, **k))[1])
     threads = [threading.Thread(target=attention, args=(q, q, q)) for _ in range(16)]
     for thread in threads:
         thread.start()
@@ -303,7 +303,7 @@ def test_a_miss_under_autocast_is_tuned_by_the_command_it_is_answered_with(monke
         attention(q, k, v, is_causal=True)
     [missed] = fastattn.misses() if hasattr(fastattn, "misses") else session.misses
     CliRunner().invoke(main, ["tune", *command_line(missed).split()], catch_exceptions=False)
-    assert session.complete(missed, current_settings()) is not None
+    assert session.complete_verdict(missed, current_settings()) is not None
 
 
 def test_a_tensor_that_a_score_mod_holds_may_want_a_gradient():

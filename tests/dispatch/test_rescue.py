@@ -217,7 +217,7 @@ def test_fault_53_a_new_process_skips_the_demoted(fragile, own_store):
         def run(*args):
             raise SystemExit("the demoted kernel was called")
         registry._registered.append(fakes.made_up("fragile", run))
-        tune_now.tune = lambda *a, **b: 1 / 0  # nothing is tuned anew
+        tune_now.tune_and_keep = lambda *a, **b: 1 / 0  # nothing is tuned anew
         torch.set_num_threads(int(sys.argv[1]))
         q, k, v = fakes.qkv(64)
         fastattn.attention(q, k, v)

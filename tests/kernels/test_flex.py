@@ -123,7 +123,7 @@ def test_fault_62_it_is_not_compiled_in_a_first_call_and_not_by_tune_unless_aske
     verdict = tune_problem(p, current_settings())
     assert verdict.trial("flex").outcome is Outcome.NOT_COMPILED
     assert "fastattn tune --compile" in MUST_COMPILE
-    verdict = tune_problem(p, current_settings(), thorough=True, compiling=True)
+    verdict = tune_problem(p, current_settings(), thorough=True, compile_kernels=True)
     assert verdict.trial("flex").forward is not None and verdict.trial("flex").forward <= 1
 
 

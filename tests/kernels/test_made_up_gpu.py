@@ -125,7 +125,7 @@ def test_every_kernel_has_a_time_or_a_true_reason(monkeypatch):
         single = flashinfer_single.single_prefill_with_kv_cache  # the other half of its stub
         sys.modules["flashinfer"].single_prefill_with_kv_cache = single
         availability.forget_libraries()
-        found = fastattn.explain(q, k, v, is_causal=True, accuracy=0.5, tune=True, compiling=True)
+        found = fastattn.explain(q, k, v, is_causal=True, accuracy=0.5, tune=True, compile_kernels=True)
     rows = {t.candidate.split("+")[0]: t for t in found.rows}
     timed = {name for name, t in rows.items() if t.time_us is not None}
     assert {name: rows[name].reason for name in rows.keys() - timed} == {

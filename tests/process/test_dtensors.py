@@ -24,7 +24,7 @@ from fastattn.dispatch import drop_in, tune_now
 F_sdpa = F.scaled_dot_product_attention
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-tune_now.tune = lambda *_, **__: 1 / 0
+tune_now.tune_and_keep = lambda *_, **__: 1 / 0
 line = init_device_mesh("cpu", (2,))
 grid = init_device_mesh("cpu", (2, 1))
 torch.manual_seed(0)
@@ -75,7 +75,7 @@ for door in ("sdpa", "patched", "attention", "bshd"):
                 torch.testing.assert_close(x.grad.full_tensor(), theirs)
 
 # what is not alike is F.sdpa's, as it was called (DTensor's own takes half a minute for its first such call on a CPU)
-drop_in.sdpa = lambda *given, **options: "F.sdpa"
+drop_in.stock_sdpa = lambda *given, **options: "F.sdpa"
 full = torch.randn(2, 4, 6, 8)
 OTHERS = {
     "sharded over rows": ([(Shard(2),)] * 3, None, {}),
@@ -119,7 +119,7 @@ def alone():
 def test_a_mask_that_asks_for_a_gradient_and_modes_are_torchs(alone, untuned, monkeypatch):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    monkeypatch.setattr(drop_in, "sdpa", lambda *_, **__: "F.sdpa")
+    monkeypatch.setattr(drop_in, "stock_sdpa", lambda *_, **__: "F.sdpa")
     q = distribute_tensor(torch.randn(2, 4, 6, 8), alone, [Shard(0)])
     mask = distribute_tensor(torch.randn(6, 6), alone, [Replicate()])
     want = F_sdpa(*[q.to_local()] * 3, mask.to_local())

@@ -43,7 +43,7 @@ def forbid(monkeypatch, *calls):
 
 
 TUNING = [
-    (tune_now, "tune"),
+    (tune_now, "tune_and_keep"),
     (tune_now, "tune_problem"),
     (tune_module, "time_interleaved"),
     (screening, "judges_of_problem"),

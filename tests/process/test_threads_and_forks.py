@@ -41,14 +41,14 @@ def in_threads(count, work):
 @pytest.fixture
 def tunings(monkeypatch):
     """Problems tuned so far; a tuning waits until all threads that want it have called."""
-    real, seen = tune_now.tune, []
+    real, seen = tune_now.tune_and_keep, []
 
     def counted(problem, *args, **how):
         seen.append(problem)
         time.sleep(0.2)
         return real(problem, *args, **how)
 
-    monkeypatch.setattr(tune_now, "tune", counted)
+    monkeypatch.setattr(tune_now, "tune_and_keep", counted)
     return seen
 
 

@@ -42,7 +42,7 @@ class Graphs:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned"))
     with fastattn.options.scope(mode="cached"):
         yield
     torch._dynamo.reset()

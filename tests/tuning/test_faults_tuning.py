@@ -109,7 +109,7 @@ def test_fault_48_nor_is_a_default_that_would_write_them_down(monkeypatch, own_s
     clock = turn(monkeypatch, Clock({"default": FAST}))
     monkeypatch.setenv("FASTATTN_KERNELS", "torch_math")
     reload_settings()
-    verdict = tune_now.tune(p, current_settings())
+    verdict = tune_now.tune_and_keep(p, current_settings())
     assert not clock.ran and verdict.winner == "default"
     assert verdict.trial("default").outcome is Outcome.NO_MEMORY_FREE
     assert not list(own_store.rglob("*.json"))

@@ -250,7 +250,7 @@ def test_fault_38_no_change_of_bytes_raises_or_names_another_problem(kept, data)
 def test_fault_38_an_unknown_winner_is_never_looked_up_outside_the_kernels(winner, monkeypatch):
     """The file may say what it likes: only kernels that can do the problem serve."""
     x = torch.randn(1, 2, 24, 16)
-    monkeypatch.setattr(tune_now, "tune", lambda *_, **__: pytest.fail("tuned"))
+    monkeypatch.setattr(tune_now, "tune_and_keep", lambda *_, **__: pytest.fail("tuned"))
     with fastattn.options(mode="cached"):
         problem = fastattn.explain(x, x, x).problem
         session.store(current_settings()).put(verdict(problem, winner), Device.of(x.device))

@@ -26,12 +26,12 @@ from fastattn.verdicts.verdict import Verdict
 @asking
 @click.option("--force", is_flag=True, help="Tune again what has a verdict already.")
 @click.option(
-    "--compile", "compiling", is_flag=True, help="Also kernels that compile first (flex: 5 to 20 s a problem)."
+    "--compile", "compile_kernels", is_flag=True, help="Also kernels that compile first (flex: 5 to 20 s a problem)."
 )
 @click.option(
     "--bucket", is_flag=True, help="Each stands for its bucket of lengths, for compiled models whose lengths change."
 )
-def tune(as_json: bool, force: bool, compiling: bool, bucket: bool, **asked: Any) -> None:
+def tune(as_json: bool, force: bool, compile_kernels: bool, bucket: bool, **asked: Any) -> None:
     """Tune problems now and store the verdicts.
 
     A problem takes as long as its candidates need for a run or two, and some five seconds of rounds. Where verdicts cannot be
@@ -54,7 +54,7 @@ def tune(as_json: bool, force: bool, compiling: bool, bucket: bool, **asked: Any
 
         for problem, name in wanted.items():
             bar.update(task, description=f"{briefly(problem)} {problem.dtype}")
-            found.append((name, ahead.tune(problem, progress=step, force=force, compiling=compiling)[0]))
+            found.append((name, ahead.tune(problem, progress=step, force=force, compile_kernels=compile_kernels)[0]))
             bar.advance(task)
     device = Device.of(torch.device(asked["device"]))
     if as_json:

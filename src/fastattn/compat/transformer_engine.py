@@ -89,7 +89,10 @@ class DotProductAttention(torch.nn.Module):
         window = _window(self.window_size if window_size is None else window_size, kind)
         q, k, v = query_layer, key_layer, value_layer
         bias = _bias(core_attention_bias_type, core_attention_bias)
-        given: dict[str, Any] = {"scale": self.softmax_scale, "dropout_p": self.attention_dropout if self.training else 0.0}
+        given: dict[str, Any] = {
+            "scale": self.softmax_scale,
+            "dropout_p": self.attention_dropout if self.training else 0.0,
+        }
         if form == "thd":
             if bias is not None or attention_mask is not None or "padding" not in kind or cu_seqlens_q is None:
                 raise ValueError(

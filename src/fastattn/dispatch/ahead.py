@@ -23,7 +23,7 @@ def tune(
     *inputs: Any,
     progress: Progress | None = None,
     force: bool = False,
-    compiling: bool = False,
+    compile_kernels: bool = False,
     compiled: bool = False,
     **named_inputs: Any,
 ) -> list[Verdict]:
@@ -31,7 +31,7 @@ def tune(
 
     what: a Problem, several, or a module, which is run once on `inputs` with F.scaled_dot_product_attention patched so that
     every problem it meets is tuned. progress(problem, candidate, index, count) is called before each candidate.
-    force: tune again what has a complete verdict. compiling: also try kernels that take seconds to compile first.
+    force: tune again what has a complete verdict. compile_kernels: also try kernels that take seconds to compile first.
     compiled: for compiled code (torch.compile): each candidate is compiled, checked and timed in a graph: some seconds.
     What is found serves compiled code alone, before what was tuned for eager code.
     Returns the verdicts, in the order of the problems. Raises TypeError for anything else; ValueError for the caller's own
@@ -43,23 +43,29 @@ def tune(
         raise TypeError("fastattn.tune: inputs are only for a module")
     settings = current_settings()
     found: list[Verdict] = []
-    for problem in [what] if isinstance(what, Problem) else list(what):
+    for problem in what if isinstance(what, Iterable) and not isinstance(what, Problem) else [what]:
         if not isinstance(problem, Problem):
-            raise TypeError(f"fastattn.tune: expected a Problem or a torch.nn.Module, got {type(problem).__name__}")
+            raise TypeError(
+                f"fastattn.tune: expected a Problem, several, or a torch.nn.Module, got {type(problem).__name__}"
+            )
         if problem.is_custom:
             raise ValueError(f"fastattn.tune: {problem} has the caller's own function, which no verdict can stand for")
         in_regime = problem.replace(compiled=problem.compiled or compiled)
         if in_regime.compiled and problem.dropout:
             raise ValueError(f"fastattn.tune: {problem}: compiled code draws its own dropout, which cannot be checked")
-        found.append(_tune_one(in_regime, settings, progress, force, compiling))
+        found.append(_tune_one(in_regime, settings, progress, force, compile_kernels))
     entries.drop_all()
     return found
 
 
-def _tune_one(problem: Problem, settings: Settings, progress: Progress | None, force: bool, compiling: bool) -> Verdict:
+def _tune_one(
+    problem: Problem, settings: Settings, progress: Progress | None, force: bool, compile_kernels: bool
+) -> Verdict:
     problem = session.lengths_to_tune(problem)
-    known = None if force else session.complete(problem, settings, compiling)
-    return known or tune_now.tune(problem, settings, thorough=True, compiling=compiling, progress=progress)
+    known = None if force else session.complete_verdict(problem, settings, compile_kernels)
+    return known or tune_now.tune_and_keep(
+        problem, settings, thorough=True, compile_kernels=compile_kernels, progress=progress
+    )
 
 
 @contextmanager

@@ -25,8 +25,8 @@ class Circumstances(NamedTuple):
     dispatch_mode: bool = False
     functorch: bool = False
     forward_ad: bool = False
-    tracing: bool = False
-    compiling: bool = False
+    jit_tracing: bool = False
+    in_graph: bool = False
     restricted: bool = False
     empty: bool = False
     capturing: bool = False
@@ -46,10 +46,10 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("dispatch_mode", PASS, "a torch dispatch mode is active"),
     ("functorch", PASS, "inside a torch.func transform"),
     ("forward_ad", PASS, "forward-mode differentiation is active"),
-    ("tracing", PASS, "torch.jit is tracing"),
+    ("jit_tracing", PASS, "torch.jit is tracing"),
     ("restricted", PASS, "inside sdpa_kernel(...): F.sdpa obeys it"),
     ("empty", PASS, "a dimension is 0"),
-    ("compiling", STORED, "torch.compile is tracing: nothing may be timed"),
+    ("in_graph", STORED, "torch.compile is tracing: nothing may be timed"),
     ("capturing", STORED, "a CUDA graph is being captured: nothing may be timed"),
     ("deterministic", STORED, "torch.use_deterministic_algorithms is on: nothing may be chosen by timing"),
     (
@@ -81,7 +81,7 @@ def what_is_allowed(circumstances: Circumstances) -> tuple[str, str]:
 def may_remember(circumstances: Circumstances) -> bool:
     """Whether the Call may be published: it must not outlive a passing circumstance that no guard sees."""
     is_passed = what_is_allowed(circumstances)[0] == PASS
-    return not (is_passed or circumstances.capturing or circumstances.compiling)
+    return not (is_passed or circumstances.capturing or circumstances.in_graph)
 
 
 # Rows that pass a call on for a reason that a guard can see: the Settings, the device, the sizes, or the state that it reads.
@@ -126,8 +126,8 @@ def read_circumstances(tensors: list[Any], settings: Settings, spent: bool) -> C
         dispatch_mode=bool(torch_private.dispatch_modes()),
         functorch=torch_private.functorch_level() is not None,
         forward_ad=torch_private.forward_ad._current_level >= 0,
-        tracing=torch.jit.is_tracing(),
-        compiling=torch.compiler.is_compiling(),
+        jit_tracing=torch.jit.is_tracing(),
+        in_graph=torch.compiler.is_compiling(),
         restricted=is_restricted(kind, switched_off),
         empty=not foreign and any(0 in x.shape for x in tensors),
         capturing=kind == "cuda" and torch.cuda.is_current_stream_capturing(),

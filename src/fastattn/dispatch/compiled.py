@@ -28,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: di
     """fastattn.attention, as it is traced. Dynamo takes some 0.1 ms for each step of Python: the usual call takes few."""
     if mask is None and layout in TO_BHSD and isinstance(q, Tensor) and not q.is_nested and _is_usual(given):
         options = CallOptions(is_causal=given["is_causal"], scale=given["scale"])
-        name = stored(q, k, v, None, layout, options, _may_be_operator(q, k, v, None, options))
+        name = stored(q, k, v, None, layout, options, _may_be_operator(q, None, options))
         if not name and (options.scale is None or options.scale > 0):
             q, k, v = to_bhsd(q, layout), to_bhsd(k, layout), to_bhsd(v, layout)
             gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  # F.sdpa takes no symbolic bool
@@ -44,7 +44,7 @@ def _unusual(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: dic
             options = parse_options(given)
             if layout != "thd":
                 check_layout(layout)
-            if _may_be_operator(q, k, v, mask, options):
+            if _may_be_operator(q, mask, options):
                 return graph_op.attend(q, k, v, as_structured(mask), layout, options, given)
         ordinary = rewrite(q, k, v, mask, layout, given)
         if ordinary is not None:
@@ -56,7 +56,7 @@ def _unusual(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, given: dic
             raise NoKernelError(f"kernel {options.kernel!r} cannot do a score_mod or a BlockMask", [])
         return passed_on.attend(q, k, v, mask, layout, options)
     structured = as_structured(mask)
-    may_be_operator = _may_be_operator(q, k, v, mask, options)
+    may_be_operator = _may_be_operator(q, mask, options)
     if isinstance(structured, masks.Mask) and not isinstance(structured, masks.Causal):
         name = OPERATOR if may_be_operator else ""
     else:
@@ -100,7 +100,7 @@ def sdpa(q: Any, k: Any, v: Any, mask: Any, dropout_p: Any, is_causal: Any, scal
         return passed_on.attend(q, k, v, mask, "bhsd", options)
     if is_plain and passed_on.why_not_in_graph(q, k, v, mask, is_causal, enable_gqa) is None:
         options = CallOptions(is_causal=is_causal, scale=scale, dropout_p=dropout_p)
-        name = stored(q, k, v, mask, "sdpa", options, _may_be_operator(q, k, v, mask, options))
+        name = stored(q, k, v, mask, "sdpa", options, _may_be_operator(q, mask, options))
         if name == OPERATOR:
             return graph_op.attend(q, k, v, mask, "bhsd", options, {})
         if name:
@@ -128,7 +128,7 @@ def _is_one_query(q: Tensor, layout: str) -> bool:
     return compiled_lengths.has_static_value(n) and n == 1
 
 
-def _may_be_operator(q: Tensor, k: Tensor, v: Tensor, mask: Any, o: CallOptions) -> bool:
+def _may_be_operator(q: Tensor, mask: Any, o: CallOptions) -> bool:
     """Whether fastattn::attend can stand for the call: for plain tensors; it draws no dropout and has no gradient of a mask."""
     if type(q) is not Tensor and type(q) is not torch.nn.Parameter:  # of a subclass F.sdpa knows what to do
         return False

@@ -76,7 +76,7 @@ def ask(call: TracedCall, at: Lengths | None = None) -> tuple[CallKey, Asked] | 
 
 def choose(call: TracedCall, asked: Asked) -> Accepted | None:
     """The stored winner, or what is ordered; None where the default serves. A miss is recorded."""
-    decision = decide_service(asked, tracing=not call.may_be_operator, certain=not call.may_be_operator)
+    decision = decide_service(asked, in_graph=not call.may_be_operator, certain=not call.may_be_operator)
     if decision.is_untuned:
         session.record_miss(asked.problem, what_is_allowed(asked.circumstances)[1], asked.circumstances)
     chosen = decision.candidate
@@ -111,7 +111,7 @@ def _circumstances(device: str, empty: bool = False) -> Circumstances:
         empty=empty,
         deterministic=torch_private.deterministic(),
         distributed=ranks() > 1,
-        compiling=True,
+        in_graph=True,
     )
 
 

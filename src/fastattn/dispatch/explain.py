@@ -82,13 +82,13 @@ def explain(
     layout: str = "bhsd",
     *,
     tune: bool = False,
-    compiling: bool = False,
+    compile_kernels: bool = False,
     compiled: bool = False,
     **options: Unpack[OptionsWithLse],
 ) -> Explanation:
     """Why `attention` with these arguments is served as it is. Runs and imports nothing unless `tune=True`, which measures now.
 
-    compiling: also the kernels that take seconds to compile first, as `fastattn tune --compile` does.
+    compile_kernels: also the kernels that take seconds to compile first, as `fastattn tune --compile` does.
     compiled: what serves such a call in a graph of torch.compile.
 
     Arguments and errors are those of `fastattn.attention`. Every known kernel appears: with a time, or with its reasons.
@@ -96,12 +96,12 @@ def explain(
     settings, given = current_settings(), dict[str, Any](options)
     while not is_ordinary(q, mask, layout, given) and (ordinary := rewrite(q, k, v, mask, layout, given)) is not None:
         q, k, v, mask, layout, given = ordinary[:6]
-    key = call_key(q, k, v, mask, layout, parse_options(given, "explain", ("tune", "compiling", "compiled")))
+    key = call_key(q, k, v, mask, layout, parse_options(given, "explain", ("tune", "compile_kernels", "compiled")))
     circumstances = read_circumstances(tensors_of(q, k, v, mask), settings, session.is_spent(settings))
     asked = resolve.asked_of(key, settings, circumstances)
     if tune and not asked.problem.is_custom:  # with the caller's own function there is nothing to choose
         problem = session.lengths_to_tune(asked.problem.replace(compiled=compiled))
-        tune_now.tune(problem, settings, key.q.device, thorough=True, compiling=compiling)
+        tune_now.tune_and_keep(problem, settings, key.q.device, thorough=True, compile_kernels=compile_kernels)
         entries.drop_all()
     return _explain_compiled(asked, mask) if compiled else explain_asked(asked, mask)
 
@@ -116,7 +116,7 @@ def explain_problem(problem: Problem, circumstances: Circumstances | None = None
 
 def _explain_compiled(asked: Asked, mask: Any = None) -> Explanation:
     """What serves the call in a graph of torch.compile."""
-    asked = of_regime(asked._replace(circumstances=asked.circumstances._replace(compiling=True)))
+    asked = of_regime(asked._replace(circumstances=asked.circumstances._replace(in_graph=True)))
     found = explain_asked(asked, mask)
     if asked.problem.compiled or asked.kernel is not None:
         return found
@@ -138,7 +138,7 @@ def explain_asked(asked: Asked, mask: Any = None) -> Explanation:
     verdict = session.find(asked.problem, asked.device, asked.settings, asked.circumstances, count_lengths=False)
     trials = [_row(d.name, d.reasons if isinstance(d, Rejected) else None, verdict) for d in found]
     trials.sort(key=lambda t: (t.time_us is None, t.time_us or 0.0))
-    served, why = _answer(asked, decision, verdict)
+    served, why = _answer(asked, decision)
     action = decision.action.value if decision is not None else "raise"
     words = mask_in_words(asked, mask, served, verdict)
     return Explanation(asked.problem, asked.device.name, action, served, why, tuple(trials), verdict, words)
@@ -151,7 +151,7 @@ def _row(name: str, reasons: tuple[str, ...] | None, verdict: Verdict | None) ->
     return (verdict.trial(name) if verdict is not None else None) or Trial(name)
 
 
-def _answer(asked: Asked, decision: Service | None, verdict: Verdict | None) -> tuple[str, str]:
+def _answer(asked: Asked, decision: Service | None) -> tuple[str, str]:
     """(who serves, why)."""
     if decision is None:
         return "nothing", "no kernel can do this call: it raises NoKernelError"

@@ -55,23 +55,23 @@ def can_be_ordered(asked: Asked) -> bool:
 
 
 def in_order(
-    asked: Asked, verdict: Verdict | None, *, certain: bool = True, tracing: bool = False
+    asked: Asked, verdict: Verdict | None, *, certain: bool = True, in_graph: bool = False
 ) -> Iterator[Accepted]:
     """What may run, best first: the verdict's candidates that can do this very call, then what always can.
 
-    tracing: only what stands in a graph of torch.compile: no loops, which would be unrolled, and no library's own Python.
+    in_graph: only what stands in a graph of torch.compile: no loops, which would be unrolled, and no library's own Python.
     While a CUDA graph is captured: only what is imported already, and compiles nothing in its first run.
     """
     done: set[str] = set()
     for name in verdict.ranked() if verdict is not None else ():
-        for candidate in ranked(name, asked, verdict, certain=certain, tracing=tracing):
+        for candidate in ranked(name, asked, verdict, certain=certain, in_graph=in_graph):
             done.add(candidate.name)
             yield candidate
     yield from (candidate for candidate in last_resorts(asked, verdict) if candidate.name not in done)
 
 
 def ranked(
-    name: str, asked: Asked, verdict: Verdict | None, *, certain: bool = True, tracing: bool = False
+    name: str, asked: Asked, verdict: Verdict | None, *, certain: bool = True, in_graph: bool = False
 ) -> Iterator[Accepted]:
     """The candidate of a name in the verdict, if it may run."""
 
@@ -79,7 +79,7 @@ def ranked(
         return verdict is not None and (verdict.problem, name) in session.demotions
 
     kernel = registry.row_for(name.split("+", maxsplit=1)[0], asked.device.type, asked.settings.named)
-    if kernel is None or is_out(name) or (tracing and not stands_in_graph(kernel, name, asked.problem)):
+    if kernel is None or is_out(name) or (in_graph and not stands_in_graph(kernel, name, asked.problem)):
         return
     if asked.circumstances.capturing and not is_ready(kernel):
         return

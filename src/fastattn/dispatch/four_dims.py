@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.dispatch.torch_function import sdpa
+from fastattn.dispatch.torch_function import stock_sdpa
 from fastattn.environment.device import Device
 from fastattn.planning import default_choice
 from fastattn.problems.call_facts import CallFacts
@@ -110,7 +110,7 @@ f_sdpa_broadcasts._dynamo_marked_constant = True  # type: ignore[attr-defined]  
 def _takes(of_q: tuple[int, int], of_k: tuple[int, int], mask: Tensor | None = None, **options: Any) -> bool:
     q, k = (torch.zeros(*sizes, 1, 8, dtype=torch.float32, device="cpu") for sizes in (of_q, of_k))
     try:
-        sdpa(q, k, k, mask, **options)
+        stock_sdpa(q, k, k, mask, **options)
     except RuntimeError:
         return False
     return True

@@ -26,17 +26,17 @@ def mask_in_words(asked: Asked, mask: Any, served: str, verdict: Verdict | None)
     if p.structure and isinstance(mask, Mask):
         tiling = tiling_of_mask(mask if asked.facts.also is None else mask & asked.facts.also, *sizes)
     elif p.mask is None and p.told_mask is not None:
-        return _in_words(tiling_of_mask(p.told_mask, *sizes), *sizes)
+        return _in_words(tiling_of_mask(p.told_mask, *sizes), p.kv_len)
     elif isinstance(mask, Tensor) and may_be_tiled(p):
         tiling = tiling_of_dense(mask, *sizes)
     else:
         return ""
     if tiling is None:
         return "heads have masks of their own: tiles are not looked for"
-    return _in_words(tiling, *sizes) + _worth(asked, tiling, served, verdict)
+    return _in_words(tiling, p.kv_len) + _worth(asked, tiling, served, verdict)
 
 
-def _in_words(tiling: Tiling, batch: int, q_len: int, kv_len: int) -> str:
+def _in_words(tiling: Tiling, kv_len: int) -> str:
     masked = sum(tile.is_masked for tile in tiling.tiles)
     keys = round(tiling.share * kv_len)
     return (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dispatch.four_dims import MASK_AND_CAUSAL, OTHER_HEADS, is_one_head_broadcast
-from fastattn.dispatch.torch_function import sdpa
+from fastattn.dispatch.torch_function import stock_sdpa
 from fastattn.kernels.kernel import Arguments
 from fastattn.kernels.plain_math import sdpa_math
 from fastattn.problems import bands, dense_masks, masks
@@ -80,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, layout: str, o: CallOptio
     if is_custom:
         return from_bhsd(_flex(q, k, v, mask, lower, upper, o, gqa), layout)
     if not is_math:
-        return from_bhsd(sdpa(q, k, v, mask, o.dropout_p, is_causal, scale=o.scale, enable_gqa=gqa), layout)
+        return from_bhsd(stock_sdpa(q, k, v, mask, o.dropout_p, is_causal, scale=o.scale, enable_gqa=gqa), layout)
     scale = default_scale(q.shape[3]) if o.scale is None else o.scale
     mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
     a = Arguments(scale, softcap=o.softcap, dropout_p=o.dropout_p, lse=o.return_lse)

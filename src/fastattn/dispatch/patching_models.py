@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.dispatch.sdpa import sdpa
-from fastattn.dispatch.torch_function import NAME, OURS
-from fastattn.dispatch.torch_function import sdpa as torchs
+from fastattn.dispatch.torch_function import NAME, OURS, stock_sdpa
 from fastattn.environment import torch_private
 from fastattn.environment.log import log
 
@@ -29,7 +28,7 @@ class _Running(threading.local):
 
 
 class _Place:
-    elsewhere: Callable[..., Tensor] = torchs  # what F.sdpa is outside of the models
+    elsewhere: Callable[..., Tensor] = stock_sdpa  # what F.sdpa is outside of the models
     is_installed = False  # somebody may have patched over it since
 
 
@@ -104,11 +103,11 @@ def what_stays(before: Any) -> Any:
     if before is not in_models:
         return before
     _place.is_installed = False
-    return torch_private.sdpa if _place.elsewhere is torchs else _place.elsewhere
+    return torch_private.sdpa if _place.elsewhere is stock_sdpa else _place.elsewhere
 
 
 def _stand_before(held: Any) -> None:
-    _place.elsewhere, _place.is_installed = torchs if held is torch_private.sdpa else held, True
+    _place.elsewhere, _place.is_installed = stock_sdpa if held is torch_private.sdpa else held, True
 
 
 def _may_attend(module: torch.nn.Module) -> bool:
@@ -191,7 +190,7 @@ def _traced(
 
     if _running.depth > 0:
         return compiled.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    call = torch_private.sdpa if _place.elsewhere is torchs else _place.elsewhere
+    call = torch_private.sdpa if _place.elsewhere is stock_sdpa else _place.elsewhere
     return call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -26,7 +26,9 @@ def sync(group: Any = None) -> int:
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("fastattn.sync: torch.distributed is not initialised")
+        raise RuntimeError(
+            "fastattn.sync: torch.distributed is not initialised; call torch.distributed.init_process_group() first"
+        )
     device = Device.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     source = dist.get_global_rank(group, 0) if group is not None else 0
     message = [export_manifest(_known(device), device) if dist.get_rank() == source else ""]

@@ -67,11 +67,15 @@ def is_passed_on(circumstances: Circumstances, kernel: str | None) -> bool:
     return what_is_allowed(circumstances)[0] == PASS and not (kernel and not circumstances.off)
 
 
-def decide_service(asked: Asked, *, count_lengths: bool = True, certain: bool = True, tracing: bool = False) -> Service:
+def decide_service(
+    asked: Asked, *, count_lengths: bool = True, certain: bool = True, in_graph: bool = False
+) -> Service:
     """What serves this call.
 
     count_lengths: note its lengths as seen. certain: the library of what serves is imported to know that it can be; without it
-    nothing is imported. tracing: only what may stand in a graph of torch.compile. Raises NoKernelError where nothing can do it.
+    nothing is imported. in_graph: only what may stand in a graph of torch.compile.
+
+    Raises NoKernelError where nothing can do it.
     """
     problem, circumstances = asked.problem, asked.circumstances
     action, why = what_is_allowed(circumstances)
@@ -87,7 +91,7 @@ def decide_service(asked: Asked, *, count_lengths: bool = True, certain: bool = 
     is_tuned_here = not problem.compiled  # what is for compiled code is tuned ahead alone
     if action == TUNE and is_tuned_here and not session.is_complete(verdict, asked.device, asked.settings):
         return _untuned(asked, verdict, count_lengths)
-    candidate = next(fallback.in_order(asked, verdict, certain=certain, tracing=tracing))
+    candidate = next(fallback.in_order(asked, verdict, certain=certain, in_graph=in_graph))
     if verdict is not None:
         why = _why(verdict, candidate)
     return Service(Action.SERVE, candidate, why, verdict, is_untuned=verdict is None)

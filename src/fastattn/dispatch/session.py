@@ -132,14 +132,14 @@ class Session:
             self._fresh[name] = verdict
         return True
 
-    def complete(self, problem: Problem, settings: Settings, compiling: bool = False) -> Verdict | None:
+    def complete_verdict(self, problem: Problem, settings: Settings, compile_kernels: bool = False) -> Verdict | None:
         """The stored verdict of a problem, if every candidate was tried and timed in peace.
 
-        compiling: and none was left out because it must be compiled first.
+        compile_kernels: and none was left out because it must be compiled first.
         """
         device = Device.of(torch.device(problem.device))
         verdict = self._stored(problem, device, settings)
-        is_done = verdict is not None and is_fresh(verdict, device, settings) and not verdict.is_open(compiling)
+        is_done = verdict is not None and is_fresh(verdict, device, settings) and not verdict.is_open(compile_kernels)
         return verdict if is_done else None
 
     def keep(self, verdict: Verdict, settings: Settings, device: Device, on_disk: bool = True) -> None:

@@ -21,7 +21,7 @@ NAME = "scaled_dot_product_attention"
 OURS = "_fastattn_patch"  # an attribute of the function that patch() puts in torch's place
 
 
-def sdpa(
+def stock_sdpa(
     q: Any,
     k: Any,
     v: Any,

@@ -38,7 +38,7 @@ def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...] | None, known: V
     try:
         check = CallersTensors(asked.problem, asked.facts, key, given).check if given is not None else None
         prior = winners_nearby(problem, session.held(settings))
-        verdict = tune(problem, settings, key.q.device, check=check, known=known, prior=prior)
+        verdict = tune_and_keep(problem, settings, key.q.device, check=check, known=known, prior=prior)
     except Exception as error:
         raise_callers(error)
         why = f"tuning failed: {type(error).__name__}: {error}"
@@ -50,7 +50,7 @@ def tune_now(key: CallKey, asked: Asked, given: tuple[Any, ...] | None, known: V
         session.end_tuning(problem, max(0.0, took))
 
 
-def tune(problem: Problem, settings: Settings, on: torch.device | None = None, **how: Any) -> Verdict:
+def tune_and_keep(problem: Problem, settings: Settings, on: torch.device | None = None, **how: Any) -> Verdict:
     """Tune a problem and publish the verdict in memory and on disk. Keyword arguments as tuning.tune.tune_problem."""
     on = on or torch.device(problem.device)
     with (

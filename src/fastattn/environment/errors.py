@@ -3,7 +3,7 @@
 Everything else is the type F.scaled_dot_product_attention raises.
 
 FastattnError
-`-- NoKernelError (also a RuntimeError): a kernel that was ordered by name cannot run this problem
+`-- NoKernelError (also a RuntimeError): no kernel can run this problem, or the one that was ordered by name cannot
 """
 
 from __future__ import annotations

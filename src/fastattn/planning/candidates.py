@@ -1,4 +1,4 @@
-"""Which candidates can do a problem on a device, and why the others cannot. Pure: nothing is run here."""
+"""Which candidates can do a problem on a device, and why the others cannot. No kernel is run here."""
 
 from __future__ import annotations
 

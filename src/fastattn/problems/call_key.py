@@ -32,7 +32,7 @@ class CallKey(NamedTuple):
     q: TensorSpec
     k: TensorSpec
     v: TensorSpec
-    mask: Any  # a Spec, a Mask, a BlockMask or None
+    mask: Any  # a TensorSpec, a Mask, a BlockMask or None
     layout: str
     options: CallOptions
     state: torch_state.TorchState

@@ -21,7 +21,7 @@ class CallOptions(NamedTuple):
     is_causal: bool = False
     scale: float | None = None
     kernel: str | None = None
-    accuracy: str | float | None = None  # None: the Config's
+    accuracy: str | float | None = None  # None: the Settings'
     dropout_p: float = 0.0
     window: bands.Sides | None = None
     softcap: float = 0.0

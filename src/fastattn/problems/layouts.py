@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# layout -> where (b, h, s, d) stand in it. The two non-trivial ones are involutions or inverted in `from_bhsd`.
+# layout -> where (b, h, s, d) stand in it
 TO_BHSD: dict[str, tuple[int, int, int, int]] = {
     "bhsd": (0, 1, 2, 3),
     "bshd": (0, 2, 1, 3),

@@ -45,7 +45,7 @@ class Shape:
     mask_grad: bool = False  # where gradients are wanted at all
     strides: tuple[str, ...] | None = None
     layout: str = "bhsd"
-    accuracy: str | float | None = None  # None: the Config's
+    accuracy: str | float | None = None  # None: the Settings'
     window: bands.Sides | None = None
     softcap: float = 0.0
     dropout: bool = False

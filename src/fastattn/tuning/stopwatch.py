@@ -165,7 +165,6 @@ def time_interleaved(
     clock: Stopwatch,
     seconds: float,
     charges: Mapping[str, float] | None = None,
-    keep_within: float = KEEP_WITHIN,
 ) -> dict[str, Timing]:
     """Time all calls in interleaved rounds for about `seconds`; hopeless ones leave after the first rounds.
 
@@ -186,7 +185,7 @@ def time_interleaved(
             found[name].samples.append(took)
         if index >= 1:
             least = {name: min(found[name].samples) + found[name].charge for name in alive}
-            alive = [name for name in alive if least[name] <= keep_within * min(least.values())]
+            alive = [name for name in alive if least[name] <= KEEP_WITHIN * min(least.values())]
         elapsed = clock.now() - start
         if index + 1 >= MIN_ROUNDS and elapsed + elapsed / (index + 1) > seconds:
             break

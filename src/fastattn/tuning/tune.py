@@ -45,7 +45,7 @@ def tune_problem(
     prior: Sequence[str] = (),
     check: CheckOnCallersTensors | None = None,
     thorough: bool = False,
-    compiling: bool = False,
+    compile_kernels: bool = False,
     progress: Progress | None = None,
     known: Verdict | None = None,
     region: Region | None = None,
@@ -53,8 +53,8 @@ def tune_problem(
     """Check every candidate's numbers, time those that are right, and name the winner.
 
     prior: candidate names to try first. check: checks a candidate on a slice of the caller's tensors; the winner must pass it.
-    thorough: all are tried (the CLI's way). compiling: also what takes seconds to compile first. known: an older Verdict, of
-    which only what changed is tried again. region: for a problem of compiled code, what is timed in place of a Call.
+    thorough: all are tried (the CLI's way). compile_kernels: also what takes seconds to compile first. known: an older Verdict,
+    of which only what changed is tried again. region: for a problem of compiled code, what is timed in place of a Call.
     """
     on = torch.device(problem.device) if device is None else device
     device_kind = Device.of(on)
@@ -72,22 +72,22 @@ def tune_problem(
     tried, cores_missing, took = 0, 0.0, 0.0
     try:
         screening.screen(incumbent, incumbent=True)
-        watch = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run, device_kind.type))
+        budget = _Budget(clock, began, float("inf") if thorough else _budget(incumbent.first_run, device_kind.type))
         for index, trial in enumerate(_in_order([t for t in trials if t is not incumbent], prior), 1):
             if progress is not None:
                 progress(problem, trial.candidate.name, index, len(trials))
-            outcome = _left_out(trial, incumbent, native, trials, compiling, problem)
+            outcome = _left_out(trial, incumbent, native, trials, compile_kernels, problem)
             if trial.candidate.kernel.name == "default":
                 trial.out(Outcome.REFUSED, default_choice.why_not_default(problem, device_kind, settings, found) or "")
             elif outcome is not None:
                 trial.out(*outcome)
-            elif tried >= TRIED_ANYWAY and watch.spent() > 0.75 * watch.seconds:
+            elif tried >= TRIED_ANYWAY and budget.spent() > 0.75 * budget.seconds:
                 trial.out(Outcome.NOT_TRIED, "not tried: budget")
             else:
                 screening.screen(trial)
-                watch.leave_out(trial)
+                budget.leave_out(trial)
                 tried += 1
-        left = max(0.25 * watch.seconds, watch.seconds - watch.spent())
+        left = max(0.25 * budget.seconds, budget.seconds - budget.spent())
         screening.leave_slow([t for t in trials if t.is_alive and t is not incumbent], left)
         alive = [t for t in trials if t.is_alive]
         left = _thorough_s(screening.round_s(alive)) if thorough else left
@@ -149,7 +149,7 @@ def _left_out(
     incumbent: TrialInProgress,
     native: str,
     trials: Sequence[TrialInProgress],
-    compiling: bool,
+    compile_kernels: bool,
     problem: Problem,
 ) -> tuple[Outcome, str] | None:
     """Why a candidate need not be tried."""
@@ -157,7 +157,7 @@ def _left_out(
     is_default = incumbent.candidate.kernel.name == "default" and incumbent.is_alive
     if is_default and default_choice.runs_natively(trial.candidate, native, in_tiles=incumbent.candidate.is_in_tiles):
         return Outcome.RUN_BY_DEFAULT, "the default runs this kernel"
-    if kernel.compiles and not compiling and not availability.is_built(kernel, problem):
+    if kernel.compiles and not compile_kernels and not availability.is_built(kernel, problem):
         why = availability.why_broken(kernel)
         return (Outcome.REFUSED, why) if why is not None else (Outcome.NOT_COMPILED, MUST_COMPILE)
     if kernel.name == "sdpa_math" and any(t.is_alive for t in trials if t.first_call is not None):

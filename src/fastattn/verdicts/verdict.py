@@ -125,9 +125,9 @@ class Verdict(NamedTuple):
         most_share = min(MOST_IN_TILES, tiles.share / (1 + MARGIN))
         return worth._replace(most=1 / (1 + max(MARGIN, *sure)), most_share=most_share)
 
-    def is_open(self, compiling: bool = False) -> bool:
-        """Whether another tuning may try candidates that this one left out; compiling: also those to be compiled first."""
-        left_out = (*OPEN, Outcome.NOT_COMPILED) if compiling else OPEN
+    def is_open(self, compile_kernels: bool = False) -> bool:
+        """Whether another tuning may try candidates that this one left out; compile_kernels: those to compile too."""
+        left_out = (*OPEN, Outcome.NOT_COMPILED) if compile_kernels else OPEN
         return any(t.outcome in left_out for t in self.trials)
 
     @property
@@ -147,7 +147,7 @@ class Verdict(NamedTuple):
     def is_lasting(self) -> bool:
         """Whether another process may rely on it: the winner was tried, on a quiet machine that kept its speed meanwhile.
 
-        What is not lasting is provisional: it serves its process, and the next one tunes again.
+        What is not lasting serves its process, and the next one tunes again. Provisional says more: not even its times hold.
         """
         trial = self.trial(self.winner)
         was_tried = trial is None or ((trial.drift or 0.0) <= DRIFT and trial.outcome not in OPEN)

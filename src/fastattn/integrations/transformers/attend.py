@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.dispatch.attention import attention
 from fastattn.integrations.transformers import library
 from fastattn.integrations.transformers.told_mask import ToldMask, as_plain
+from fastattn.problems import masks
 
 # Arguments that choose keys: an answer without them is another model's.
 _NEEDED = {
@@ -53,24 +54,26 @@ def attend(
         return _by_their_own(why, module, query, key, value, attention_mask, is_causal, {**given, **more})
     causal = False
     if attention_mask is None:
-        q_len = query.size(2)
-        causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if causal and key.size(2) > q_len:  # a cache of fixed length that was empty
-            key, value = key[:, :, :q_len], value[:, :, :q_len]
-            position_bias = None if position_bias is None else position_bias[..., :q_len]
+        causal = query.size(2) > 1 and _is_causal(module, is_causal)
     elif attention_mask.__class__ is ToldMask:
         kv_len = key.size(2)
-        if attention_mask.size(3) != kv_len or attention_mask.size(2) != query.size(2) or position_bias is not None:
+        if attention_mask.size(3) != kv_len or attention_mask.size(2) != query.size(2):
             attention_mask = attention_mask.dense()[..., :kv_len]
         else:
             (first, last), attention_mask = attention_mask.told
             if last - first != kv_len:
                 key, value = key[:, :, first:last], value[:, :, first:last]
-    elif torch.compiler.is_dynamo_compiling() and position_bias is None:
+                position_bias = None if position_bias is None else position_bias[..., first:last]
+    elif torch.compiler.is_dynamo_compiling():
         from fastattn.integrations.transformers import in_graph
 
-        attention_mask = in_graph.told(attention_mask, query, key)
+        found = in_graph.told(attention_mask, query, key)
+        attention_mask = found if position_bias is None or found is in_graph.TRIANGLE else attention_mask
+    if isinstance(attention_mask, masks.Causal) and attention_mask.corner == "top_left":
+        attention_mask, causal = None, True
     if position_bias is not None:
+        if isinstance(attention_mask, masks.Mask):
+            attention_mask = attention_mask.dense(query.size(0), query.size(2), key.size(2), query.device)
         if library.bias_mask is None:
             raise NotImplementedError("fastattn: position_bias needs transformers 5")
         attention_mask, causal = library.bias_mask(position_bias, attention_mask, causal, query, key), False
@@ -88,6 +91,12 @@ def attend(
     else:  # learned queries of batch 1, which F.sdpa broadcasts
         out = attention(query.expand(key.size(0), -1, -1, -1), key, value, attention_mask, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: Any, said: bool | None) -> bool:
+    """Whether a call without a mask is causal: by its argument, the layer, or else as in what its models were written for."""
+    said = getattr(module, "is_causal", None) if said is None else said
+    return library.is_for_sdpa(type(module).__module__) if said is None else said
 
 
 def _why_not(more: dict[str, Any]) -> str:
@@ -118,8 +127,8 @@ def _by_their_own(
     library.pass_on(f"{why}: {'eager' if eager else 'sdpa'}")
     mask = as_plain(mask)
     if eager is None:
-        return library.sdpa(module, query, key, value, mask, is_causal=is_causal, **given)
-    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return library.sdpa(module, query, key, value, mask, is_causal=_is_causal(module, is_causal), **given)
+    if mask is None and query.shape[2] > 1 and _is_causal(module, is_causal):
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None and mask.dtype is torch.bool:
         hidden = torch.finfo(query.dtype).min

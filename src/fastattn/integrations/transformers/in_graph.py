@@ -19,15 +19,16 @@ from fastattn.integrations.transformers.read_masks import Lengths, Unknown, read
 from fastattn.problems import masks
 from fastattn.problems.masks import Mask
 
-_CAUSAL = masks.Causal()
+TRIANGLE = masks.Causal()
 
 
 def make_mask(given: dict[str, Any]) -> Tensor | None:
-    """A mask as attention functions are given it: their dense one, which may be told; None where it is a triangle."""
+    """A mask as attention functions are given it: their dense one, which may be told; None where layers know what it means."""
     told = None if torch.compiler.is_exporting() else _read(given)
-    if told is _CAUSAL:
+    knows_none = guard_or_false(given["q_length"] == 1) or _is_config_for_sdpa(given.get("config"))
+    if told is TRIANGLE and knows_none:
         return None
-    dense = library.sdpa_mask(**given)
+    dense = library.sdpa_mask(**given) if knows_none else library.dense_mask(given)
     if dense is not None and told is not None:
         dense.fastattn_told = told  # type: ignore[attr-defined]
     return dense
@@ -55,7 +56,7 @@ def _read(given: dict[str, Any]) -> Mask | None:
     is_causal, size = given.get("allow_is_causal_skip", True), given.get("local_size")
     if size is None:
         is_theirs = given.get("mask_function") is library.masks.causal_mask_function
-        return _CAUSAL if is_causal and is_theirs and _is_triangle() else None
+        return TRIANGLE if is_causal and is_theirs and _is_triangle() else None
     owner = given.get("config")
     is_window = getattr(owner, "sliding_window", None) == size and getattr(owner, "attention_chunk_size", None) is None
     is_plain = is_causal or given.get("allow_is_bidirectional_skip", False)
@@ -65,8 +66,8 @@ def _read(given: dict[str, Any]) -> Mask | None:
     if not is_causal:
         return masks.Window(size, size)
     if has_static_value(kv_len) and kv_len <= size:
-        return _CAUSAL
-    return masks.Window(size - 1, -1) & _CAUSAL
+        return TRIANGLE
+    return masks.Window(size - 1, -1) & TRIANGLE
 
 
 # --- what runs as plain Python while tracing: its results are constants of the graph
@@ -79,12 +80,16 @@ def _is_triangle() -> bool:
 def _is_window(size: int, is_causal: bool) -> bool:
     """Whether their mask functions of a sliding window mean what we take them for."""
     name = "sliding_window_causal_mask_function" if is_causal else "sliding_window_bidirectional_mask_function"
-    want = masks.Window(size - 1, -1) & _CAUSAL if is_causal else masks.Window(size, size)
+    want = masks.Window(size - 1, -1) & TRIANGLE if is_causal else masks.Window(size, size)
     try:
         return read(getattr(library.masks, name)(size), Lengths(1, size + 1, size + 1, 0, 0)) == want
     except (AttributeError, Unknown):
         return False
 
 
-for _constant in (_is_triangle, _is_window):
+def _is_config_for_sdpa(config: Any) -> bool:
+    return library.is_config_for_sdpa(config)
+
+
+for _constant in (_is_triangle, _is_window, _is_config_for_sdpa):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result

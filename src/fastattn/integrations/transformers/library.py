@@ -11,7 +11,7 @@ from fastattn.environment.log import log
 
 try:
     import transformers
-    from transformers import masking_utils
+    from transformers import PreTrainedModel, masking_utils
     from transformers.integrations import sdpa_attention
 except ImportError as error:
     raise ImportError(
@@ -34,6 +34,12 @@ eager_mask: Callable[..., Any] = AttentionMaskInterface()["eager"]
 # 5.x: what a position bias and a mask are together
 bias_mask: Callable[..., Any] | None = getattr(sdpa_attention, "create_position_bias_mask", None)
 
+
+def dense_mask(given: dict[str, Any]) -> Any:
+    """Their dense mask in any case, also where their sdpa would do without."""
+    return sdpa_mask(**{**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
 _said: set[str] = set()
 
 
@@ -55,13 +61,30 @@ def eager_of(module: Any) -> Callable[..., Any] | None:
     return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
 
 
-def asks_the_interface(model: Any) -> bool:
+def asks_the_interface(config: Any) -> bool:
     """Whether the models of a configuration look for their attention function where ours is registered.
 
     Those that do not compute attention themselves, eagerly, and want a mask that is added. True where it is not known.
     """
-    name = type(model).__module__.replace(".configuration_", ".modeling_")
-    module = sys.modules.get(name)
-    return (
-        module is None or ".configuration_" not in type(model).__module__ or hasattr(module, "ALL_ATTENTION_FUNCTIONS")
-    )
+    file = _models_file(config)
+    return file is None or hasattr(file, "ALL_ATTENTION_FUNCTIONS")
+
+
+def is_for_sdpa(name: str) -> bool:
+    """Whether all models of the file of that name were written for their sdpa too: a layer then knows what None means.
+
+    Else only their eager attention does, for which it means that nothing is hidden.
+    """
+    models = [x for x in vars(sys.modules[name]).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+    return all(getattr(model, "_supports_sdpa", True) for model in models if model.__module__ == name)
+
+
+def is_config_for_sdpa(config: Any) -> bool:
+    """The same of a configuration's models; False where these are not known."""
+    file = _models_file(config)
+    return file is not None and is_for_sdpa(file.__name__)
+
+
+def _models_file(config: Any) -> Any:
+    name = type(config).__module__
+    return sys.modules.get(name.replace(".configuration_", ".modeling_")) if ".configuration_" in name else None

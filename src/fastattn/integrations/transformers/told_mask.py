@@ -43,9 +43,20 @@ class ToldMask(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:  # checkpointing detaches whatever a layer is given
-            return ToldMask(args[0].told, args[0].shape[0], args[0].shape[2], args[0].shape[3], args[0].device)
-        return func(*as_plain(args), **as_plain(kwargs or {}))
+            return args[0]._on(args[0].device)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (
+            None,
+            torch.bool,
+        ):  # layers on several devices
+            return args[0]._on(kwargs.get("device") or args[0].device)
+        return func(*as_plain(args), **as_plain(kwargs))
+
+    def _on(self, device: Any) -> ToldMask:
+        """The same on a device."""
+        mask = self.told.mask.to(device) if isinstance(self.told.mask, Tensor) else self.told.mask
+        return ToldMask(Told(self.told.keys, mask), self.shape[0], self.shape[2], self.shape[3], device)
 
     def dense(self) -> Tensor:
         """The same as a plain tensor, made now."""

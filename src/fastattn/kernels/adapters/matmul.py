@@ -191,7 +191,7 @@ def load_backward() -> Backward:
     return backward
 
 
-NOT_EMPTY = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
+NO_SIZE_ZERO = tuple(Range(field, min=1) for field in ("batch", "q_heads", "q_len", "kv_len", "head_dim"))
 
 MATMUL = Kernel(
     name="matmul",
@@ -210,7 +210,7 @@ MATMUL = Kernel(
     tiles=True,
     chunks=True,
     load_backward=load_backward,
-    needs=(OneOf("scale", ("positive", "negative")), *NOT_EMPTY),  # alpha=0 leaves mkldnn's output unwritten
+    needs=(OneOf("scale", ("positive", "negative")), *NO_SIZE_ZERO),  # alpha=0 leaves mkldnn's output unwritten
 )
 KERNELS = (
     MATMUL,
@@ -230,6 +230,6 @@ KERNELS = (
         window=True,
         output_lies="contiguous",
         chunks=True,
-        needs=(OneOf("scale", ("positive",)), *NOT_EMPTY),
+        needs=(OneOf("scale", ("positive",)), *NO_SIZE_ZERO),
     ),
 )  # fmt: skip
