@@ -167,10 +167,10 @@ def four(*lengths):
 PASSED_ON = {
     # what is asked: (a maker of q, k, v for a length, options for it, why)
     "keys for every batch entry": (
-        lambda n: [r(2, 3, n, 8), r(3, n, 8), r(3, n, 8)], lambda n: {"is_causal": True}, four_dims.OTHER_DIMS
+        lambda n: [r(2, 3, n, 8), r(3, n, 8), r(3, n, 8)], lambda n: {"is_causal": True}, four_dims.OTHER_DIMS.why
     ),
     "5-D, a 5-D mask": (
-        lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"attn_mask": r(1, 1, 1, n, n)}, four_dims.OTHER_DIMS
+        lambda n: [r(1, 1, 2, n, 8) for _ in range(3)], lambda n: {"attn_mask": r(1, 1, 1, n, n)}, four_dims.OTHER_DIMS.why
     ),
     "a tensor as is_causal": (lambda n: four(n, n, n), lambda n: {"is_causal": 1}, "is_causal or enable_gqa is no bool"),
 }  # fmt: skip
@@ -298,7 +298,7 @@ def test_fault_95_the_plain_guard_can_do_it_too(monkeypatch, no_miss):
     sdpa(*four())
     no_miss()
     sdpa(q, r(2, 7, 8), r(2, 7, 8))
-    assert counted()["passed_on"] == {four_dims.OTHER_DIMS: 2}
+    assert counted()["passed_on"] == {four_dims.OTHER_DIMS.why: 2}
 
 
 # --- fault 92: a dense mask while decoding

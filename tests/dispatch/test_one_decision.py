@@ -11,11 +11,12 @@ from fakes import DEFAULT, FAST, Clock, add, honest, made_up, problem, qkv, turn
 
 import fastattn
 from fastattn import attention, masks
-from fastattn.dispatch import entries, resolve, service, tune_now
+from fastattn.dispatch import entries, fallback, resolve, service, tune_now
 from fastattn.dispatch.circumstances import RULES, Circumstances
 from fastattn.dispatch.session import session
 from fastattn.environment.settings import current_settings
 from fastattn.kernels.libraries import availability
+from fastattn.verdicts.verdict import Outcome, Trial, Verdict
 
 F_sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -192,6 +193,16 @@ def test_every_rule_is_decided_by_one_function():
         held = asked._replace(circumstances=Circumstances(**{name: True}), kernel=kernel)
         is_passed = service.is_passed_on(held.circumstances, kernel)
         assert (service.decide_service(held).action is service.Action.PASS) is is_passed
+
+
+def test_what_a_tuning_found_wrong_is_no_last_resort():
+    """torch_flash is the first of them for a log-sum-exp, which F.sdpa does not say."""
+    p = problem(lse=True)
+    asked = service.Asked(p, service.CallFacts(), service.Device("cpu", "a CPU"), current_settings(), Circumstances())
+    assert [c.name for c in fallback.last_resorts(asked)] == ["torch_flash", "sdpa_math"]
+    wrong = Trial("torch_flash", Outcome.INACCURATE, "forward error 3 budgets > 1")
+    verdict = Verdict(p, "matmul", (wrong, Trial("matmul", time_us=1.0, forward=0.1)), incumbent="torch_flash")
+    assert [c.name for c in fallback.last_resorts(asked, verdict)] == ["sdpa_math"]
 
 
 # --- numbers that may change, choices that were of one scope

@@ -207,3 +207,14 @@ def test_an_untuned_log_sum_exp_is_torchs_flash_kernels_on_cuda(monkeypatch):
             "torch_flash+head_dim_pad"
         )
         assert served_untuned(problem(**{**HALF, "lse": True, **MASK}), A100) == ["sdpa_math+chunks"]
+
+
+def test_an_untuned_log_sum_exp_is_torchs_flash_kernels_on_the_cpu_in_float32():
+    p = problem(lse=True)
+    assert served_untuned(p, CPU) == ["torch_flash", "sdpa_math"]
+    assert served_untuned(p.replace(needs_grad=True), CPU)[0].startswith("torch_flash")
+    for half in ("bfloat16", "float16"):
+        assert served_untuned(p.replace(dtype=half), CPU) == ["torch_flash+fp32", "sdpa_math"]
+    assert served_untuned(p.replace(softcap=5.0), CPU) == ["sdpa_math"]
+    decisions = candidates.decisions(p, CPU, Settings(kernels=("matmul",)))
+    assert [c.name for c in default_choice.fallbacks(p, CPU, Settings(kernels=("matmul",)), decisions)] == ["sdpa_math"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fastattn.dispatch import attention, entries, four_dims, sdpa
 from fastattn.dispatch.explain import Explanation, explain
 from fastattn.dispatch.patching import patch
 from fastattn.dispatch.resolve import Resolved
+from fastattn.dispatch.session import session
 from fastattn.environment.text import format_duration
 from fastattn.problems.spelling import briefly
 
@@ -27,12 +29,13 @@ NONE = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Calls of layers that are alike. before_us, after_us: one by the default and by what serves, as the tuning measured."""
+    """Calls of layers that are alike. before_us, after_us: one by `before` and by what serves, as the tuning measured."""
 
     layers: tuple[str, ...]  # names of the modules, one for each call
     problem: str
     served_by: str
     why: str
+    before: str = ""  # what would serve without fastattn, or where that cannot do it, what serves untuned
     before_us: float | None = None
     after_us: float | None = None
 
@@ -67,7 +70,8 @@ class Report:
         calls, timed = sum(len(row.layers) for row in self.rows), sum(len(row.layers) for row in measured)
         if not measured:
             return f"{calls} calls, none of which has been timed"
-        spared = f"{format_duration(before)} by F.sdpa, {format_duration(after)} by what serves ({before / after:.2f}x)"
+        by = " and ".join(dict.fromkeys(row.before for row in measured))
+        spared = f"{format_duration(before)} by {by}, {format_duration(after)} by what serves ({before / after:.2f}x)"
         return f"{timed} of {calls} calls were timed by their tunings: {spared}"
 
 
@@ -93,8 +97,14 @@ def report(model: torch.nn.Module, *inputs: Any, **named_inputs: Any) -> Report:
         for name, module in model.named_modules():
             stack.enter_context(_entered(module, name or type(model).__name__, path))
         stack.enter_context(patch())
+        counted = Counter(session.counts.passed_on)
         model(*inputs, **named_inputs)
-    return Report(tuple(replace(calls[0][1], layers=tuple(at for at, _ in calls)) for calls in found.values()))
+        counted = session.counts.passed_on - counted
+    rows = [replace(calls[0][1], layers=tuple(at for at, _ in calls)) for calls in found.values()]
+    for why, calls in counted.items():  # an integration answers some itself, by the model's own attention
+        unseen = calls - sum(len(row.layers) for row in rows if row.why == f"passed on: {why}")
+        rows += [Row(("?",) * unseen, "", "the model", f"passed on: {why}")] if unseen > 0 else []
+    return Report(tuple(rows))
 
 
 @contextmanager
@@ -140,15 +150,14 @@ def _row_of(resolved: Resolved, given: tuple[Any, ...]) -> Row:
         seen = four_dims.as_four_dims(q, k, v, mask, enable_gqa)
         q, k, v, mask = seen.views(q, k, v, mask) if isinstance(seen, four_dims.FourDims) else (q, k, v, mask)
     explained: Explanation = explain(q, k, v, mask, layout, **options)
-    before = after = None
+    incumbent, before, after = "", None, None
     if explained.verdict is not None:
-        incumbent, server = (
-            explained.verdict.trial(name) for name in (explained.verdict.incumbent, resolved.candidate)
-        )
-        before, after = (trial.time_us if trial is not None else None for trial in (incumbent, server))
+        incumbent = explained.verdict.incumbent
+        timed = (explained.verdict.trial(name) for name in (incumbent, resolved.candidate))
+        before, after = (trial.time_us if trial is not None else None for trial in timed)
     words = f"{briefly(explained.problem)} {explained.problem.dtype}"
     why = "; ".join(filter(None, (explained.why, explained.mask)))
-    return Row((), words, resolved.candidate, why, before, after)
+    return Row((), words, resolved.candidate, why, "F.sdpa" if incumbent == "default" else incumbent, before, after)
 
 
 def _in_brief(q: Any, k: Any) -> str:

@@ -24,7 +24,8 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
 
     def pass_on(why: str, remember: bool = True, any_sizes: bool = False, reads: tuple[str, ...] = ()) -> Resolved:
         session.counts.pass_on(why)
-        return Resolved(as_it_was, "default", why, remember and not is_changeable, reads, None, False, why, any_sizes)
+        remember = remember and not is_changeable
+        return Resolved(as_it_was, "default", why, remember, reads, passed_on=why, any_sizes=any_sizes)
 
     is_changeable = any(hasattr(value, "ndim") for value in options)  # a tensor, which may be changed in place
     settings = current_settings()
@@ -42,8 +43,8 @@ def drop_in(q: Any, k: Any, v: Any, mask: Any, options: tuple[Any, ...]) -> Reso
     if type(is_causal) is not bool or type(enable_gqa) is not bool:
         return pass_on("is_causal or enable_gqa is no bool")
     seen = four_dims.as_four_dims(q, k, v, mask, enable_gqa)
-    if isinstance(seen, str):
-        return pass_on(seen, any_sizes=seen not in four_dims.BY_SIZES)
+    if isinstance(seen, four_dims.NotFour):
+        return pass_on(seen.why, any_sizes=not seen.by_sizes)
     q, k, v, mask = (q, k, v, mask) if seen is None else seen.views(q, k, v, mask)
     try:
         given = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}

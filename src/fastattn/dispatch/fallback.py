@@ -98,14 +98,16 @@ def _as_in_verdict(name: str, found: list[Decision]) -> list[Accepted]:
 
 
 def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]:
-    """The default and sdpa_math; no default where this problem's tuning found it wrong, and others right.
+    """The default, or torch_flash, and sdpa_math; not the first where this problem's tuning found it wrong, and others right.
 
     Raises NoKernelError, with every kernel's reasons, where none can do the problem.
     """
     decisions: list[Decision] = []
     if not asked.problem.is_custom:  # mostly these few have the answer: to ask every kernel takes a millisecond
-        flash = _decide(asked, "torch_flash") if asked.device.type == "cuda" else []
-        decisions = [*_decide(asked, "default"), *flash, *_decide(asked, "sdpa_math")]
+        default = _decide(asked, "default")
+        is_enough = asked.device.type == "cpu" and any(isinstance(d, Accepted) for d in default)
+        flash = [] if is_enough else _decide(asked, "torch_flash")
+        decisions = [*default, *flash, *_decide(asked, "sdpa_math")]
     found = default_choice.fallbacks(asked.problem, asked.device, asked.settings, decisions, asked.facts)
     if not any(candidate.kernel.name in registry.FALLBACKS for candidate in found):
         decisions = all_decisions(asked)
@@ -115,7 +117,9 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
-    return [c for c in found if c.kernel.name != "default"] if is_wrong or _why_not_tied(asked) else found
+    out = {verdict.incumbent} if is_wrong and verdict is not None else set[str]()
+    out |= {"default"} if _why_not_tied(asked) else set()
+    return [c for c in found if c.name not in out]
 
 
 def why_not_default(asked: Asked) -> str | None:

@@ -20,11 +20,19 @@ from fastattn.problems.problem import Problem
 if TYPE_CHECKING:
     from fastattn.dispatch.resolve import Resolved
 
-OTHER_DIMS = "inputs of such numbers of dimensions"
-NO_VIEW = "inputs of more than 4 dimensions that are no view of 4-D ones"
 MASK_AND_CAUSAL = "a mask together with is_causal"
-OTHER_HEADS = "different head counts without enable_gqa"
-BY_SIZES = (NO_VIEW, OTHER_HEADS)  # reasons that lie in sizes and strides; the other in the numbers of dimensions
+
+
+class NotFour(NamedTuple):
+    """Why a call is no view of one of (b, h, s, d)."""
+
+    why: str
+    by_sizes: bool  # it lies in sizes or strides, not in the numbers of dimensions
+
+
+OTHER_DIMS = NotFour("inputs of such numbers of dimensions", by_sizes=False)
+NO_VIEW = NotFour("inputs of more than 4 dimensions that are no view of 4-D ones", by_sizes=True)
+OTHER_HEADS = NotFour("different head counts without enable_gqa", by_sizes=True)
 
 
 class FourDims(NamedTuple):
@@ -60,8 +68,8 @@ class FourDims(NamedTuple):
         return lambda q, k, v, mask: back(call(into(q), into(k), into(v), mask_into(mask)), q)
 
 
-def as_four_dims(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool) -> FourDims | str | None:
-    """None where the call is (b, h, s, d) already; a sentence where it is no view of such a call."""
+def as_four_dims(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, enable_gqa: bool) -> FourDims | NotFour | None:
+    """None where the call is (b, h, s, d) already."""
     n, mask_dims = q.dim(), None if mask is None else mask.dim()
     is_mask_taken = mask_dims in (None, 2) or (mask_dims == 3 and n > 2) or n == 4
     if not n == k.dim() == v.dim() or n < 2 or not is_mask_taken or (n == 2 and enable_gqa):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
@@ -16,9 +17,17 @@ from fastattn.problems.tilings.of_mask import tiling_of_mask
 from fastattn.problems.tilings.tile import Tiling
 from fastattn.verdicts.verdict import Verdict
 
+LONGEST = 160  # characters of a mask that are printed
+
 
 def mask_in_words(asked: Asked, mask: Any, served: str, verdict: Verdict | None) -> str:
-    """ "" where a call has no mask that tiles could use, or it is not to be read unasked."""
+    """A told mask itself, as its problem names one like it; and what tiles could make of it, if it may be read unasked."""
+    is_another = isinstance(mask, Mask) and asked.problem.structure not in ("", str(mask))
+    own = shorten(str(mask), LONGEST, placeholder=" ...") if is_another else ""
+    return "; ".join(filter(None, (own, _of_tiles(asked, mask, served, verdict))))
+
+
+def _of_tiles(asked: Asked, mask: Any, served: str, verdict: Verdict | None) -> str:
     p = asked.problem
     sizes = (p.batch, p.q_len, p.kv_len)
     if not is_large(p) or p.is_unread:

@@ -30,7 +30,7 @@ def why_not_in_graph(q: Tensor, k: Tensor, v: Tensor, mask: Any, is_causal: Any,
     if mask is not None and mask.dim() == 3:
         return "a 3-D mask"
     if q.shape[1] != k.shape[1] and not enable_gqa and not is_one_head_broadcast(q, k, v, enable_gqa):
-        return OTHER_HEADS
+        return OTHER_HEADS.why
     return None
 
 

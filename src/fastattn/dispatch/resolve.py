@@ -132,7 +132,7 @@ def _passed_on(circumstances: Circumstances, layout: str, options: CallOptions, 
     is_custom = options.score_mod is not None or is_block_mask(mask)
     name = default_choice.untuned_name(options.softcap > 0 or options.return_lse, is_custom)
     remember, any_sizes, reads = what_guards_see(circumstances)
-    return Resolved(call, name, why, remember, reads, None, False, why, any_sizes)
+    return Resolved(call, name, why, remember, reads, passed_on=why, any_sizes=any_sizes)
 
 
 def what_guards_see(circumstances: Circumstances) -> tuple[bool, bool, tuple[str, ...]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Range,
         RefuseWhen,
     )
-    from fastattn.kernels.plain_math import NEVER, fold, sdpa_math, unfold
+    from fastattn.kernels.plain_math import NEVER, all_rows_see, fold, sdpa_math, unfold
     from fastattn.kernels.silicon import check_silicon
     from fastattn.kernels.workspace import scratch
     from fastattn.problems.dense_masks import additive, as_4d, as_bias, drowns_scores, sees_nothing
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BFLOAT16", "FLASH_2_BACKWARD", "GRID", "NEVER", "NOT_EMPTY", "OWN_MASK", "PLANNED", "SIZE",
     "Arguments", "Backward", "Device", "Forbid", "Keeper", "Kernel", "MaskBlocks", "Need", "OneOf", "Range", "RefuseWhen",
-    "Run", "Tensor", "additive", "as_4d", "as_bias", "band_mask", "check_silicon", "drowns_scores", "fold", "is_before",
-    "load_operators", "log", "remembered", "require_keywords", "require_private", "scratch", "sdpa_math", "sees_nothing",
-    "square_mask", "unfold",
+    "Run", "Tensor", "additive", "all_rows_see", "as_4d", "as_bias", "band_mask", "check_silicon", "drowns_scores", "fold",
+    "is_before", "load_operators", "log", "remembered", "require_keywords", "require_private", "scratch", "sdpa_math",
+    "sees_nothing", "square_mask", "unfold",
 ]  # fmt: skip
 
 # An adapter has no more imported than it names: of most only torch's own is asked in a process.
@@ -54,7 +54,7 @@ _OF_DENSE_MASKS = ("additive", "as_4d", "as_bias", "drowns_scores", "sees_nothin
 _FILES = {
     **dict.fromkeys(_OF_KERNEL, "kernel"),
     **dict.fromkeys(_OF_LIMITS, "limits"),
-    **dict.fromkeys(("NEVER", "fold", "sdpa_math", "unfold"), "plain_math"),
+    **dict.fromkeys(("NEVER", "all_rows_see", "fold", "sdpa_math", "unfold"), "plain_math"),
     **dict.fromkeys(_OF_DENSE_MASKS, ".problems.dense_masks"),
     **dict.fromkeys(("SIZE", "MaskBlocks"), ".problems.tilings.mask_blocks"),
     **dict.fromkeys(("band_mask", "square_mask"), "block_masks"),

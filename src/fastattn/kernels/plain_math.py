@@ -39,11 +39,20 @@ def outside(scores: Tensor, a: Arguments) -> Iterator[Tensor]:
         yield torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril_(a.lower - 1)
 
 
+def all_rows_see(q_len: int, kv_len: int, mask: Tensor | None, a: Arguments) -> bool:
+    """Whether no row can be left without a key."""
+    sees_below = a.upper is None or a.upper >= 0
+    return mask is None and kv_len > 0 and sees_below and (a.lower is None or q_len - 1 + a.lower < kv_len)
+
+
 def sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments) -> Any:
     """Attention of (b, h, s, d) tensors as the contract of a kernel asks; a row that sees nothing becomes zeros."""
-    scores = visible_scores(q, k, mask, a)
-    nothing = (scores.detach() == NEVER).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    scores, nothing = visible_scores(q, k, mask, a), None
+    if not all_rows_see(q.shape[2], k.shape[2], mask, a):
+        nothing = (scores.detach() == NEVER).all(-1, keepdim=True)
+        scores = scores.masked_fill(nothing, 0.0)
+    weights = torch.softmax(scores, -1)
+    weights = weights if nothing is None else weights.masked_fill(nothing, 0.0)
     if a.dropout_p:
         weights = torch.dropout(weights, a.dropout_p, True)
     q3, _, v3 = fold(q, k, v)
@@ -51,8 +60,8 @@ def sdpa_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, a: Arguments
     out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
     if not a.lse:
         return out
-    lse = torch.logsumexp(scores.masked_fill(nothing, 0.0), -1)
-    return out, lse.masked_fill(nothing[..., 0], NEVER).float()
+    lse = torch.logsumexp(scores, -1).float()
+    return out, lse if nothing is None else lse.masked_fill(nothing[..., 0], NEVER)
 
 
 def visible_scores(q: Tensor, k: Tensor, mask: Tensor | None, a: Arguments) -> Tensor:

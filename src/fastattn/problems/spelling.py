@@ -21,7 +21,7 @@ def in_words(p: Problem) -> str:
     words = [
         f"{p.batch} x {_heads(p)} heads x {p.q_len} on {p.kv_len}{about} x d{_dims(p)}",
         p.dtype,
-        p.structure or (f"{p.mask} mask {p.mask_shape}".strip() if p.mask else ""),
+        f"a mask like {p.structure}" if p.structure else f"{p.mask} mask {p.mask_shape}".strip() if p.mask else "",
         f"causal {p.causal}" if p.causal else "",
         f"window {p.window[0]}, {p.window[1]}" if p.window else "",
         f"softcap {p.softcap:g}" if p.softcap else "",
@@ -51,7 +51,11 @@ def briefly(p: Problem) -> str:
     words = [
         f"{p.batch} x {_heads(p)} x {length} d{_dims(p)}",
         {None: "", "top_left": "causal", "bottom_right": "causal↘"}[p.causal],
-        p.structure or (f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}" if p.mask else ""),
+        f"like {p.structure}"
+        if p.structure
+        else f"{'bool' if p.mask == 'bool' else 'bias'} {p.mask_shape}"
+        if p.mask
+        else "",
         f"window {p.window[0]},{p.window[1]}" if p.window else "",
         f"softcap {p.softcap:g}" if p.softcap else "",
         "dropout" if p.dropout else "",

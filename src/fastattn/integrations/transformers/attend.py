@@ -105,7 +105,8 @@ def _why_not(more: dict[str, Any]) -> str:
         if given is not None and given is not False:
             if name in _NEEDED:
                 raise NotImplementedError(
-                    f'attn_implementation="fastattn" does not serve {_NEEDED[name]}; use this model with "sdpa"'
+                    f'attn_implementation="fastattn" does not serve {_NEEDED[name]};'
+                    ' use this model with "sdpa", or "eager" where it has no other'
                 )
             if name in _EAGER:
                 return _EAGER[name]

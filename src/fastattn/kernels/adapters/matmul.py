@@ -17,6 +17,7 @@ from fastattn.kernels import (
     Run,
     Tensor,
     additive,
+    all_rows_see,
     drowns_scores,
     fold,
     scratch,
@@ -75,11 +76,6 @@ def hide_band(scores: Tensor, lower: int | None, upper: int | None) -> None:
         last = min(kv_len, q_len - 1 + lower)
         hidden = torch.ones(q_len, last, dtype=torch.bool, device=scores.device).tril_(lower - 1)
         scores[..., :last].masked_fill_(hidden, NEVER)
-
-
-def all_rows_see(q_len: int, kv_len: int, mask: Tensor | None, a: Arguments) -> bool:
-    """Whether no row can be left without a key."""
-    return mask is None and (a.upper is None or a.upper >= 0) and (a.lower is None or q_len - 1 + a.lower < kv_len)
 
 
 def softmax(scores: Tensor, see: bool) -> Tensor:
