@@ -48,7 +48,7 @@ def fallbacks(
     first = candidates.by_name("default", found)
     if why_not_default(p, device, settings, found, facts) is not None:
         first = []
-    flash = candidates.by_name("torch_flash", found)
+    flash = [d for d in found if isinstance(d, Accepted) and d.kernel.name == "torch_flash"]
     if device.type == "cpu" and p.torch_dtype.itemsize == 2:  # its log-sum-exp of half inputs is off by 2e-5 (torch 2.13)
         flash = [d for d in flash if "fp32" in d.conversions]
     first = first or flash
