@@ -341,6 +341,7 @@ def test_every_bad_variable_is_told_and_the_good_ones_hold(monkeypatch, tmp_path
     monkeypatch.setenv("FASTATTN_LOG", "loud")
     monkeypatch.setenv("FASTATTN_CACHEDIR", "/some/where")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "good"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # or what lies in it would be written with ~
     reload_settings()
     report = json.loads(run("--json", code=1))
     assert [fault["fix"] for fault in report["faults"]] == [

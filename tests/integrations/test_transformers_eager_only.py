@@ -98,6 +98,14 @@ def test_rows_that_a_model_leaves_out_keep_their_places(keep, is_static):
     torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=2e-5)
 
 
+def constant(found):
+    def file_is_for_sdpa(name):
+        return found
+
+    file_is_for_sdpa._dynamo_marked_constant = True
+    return file_is_for_sdpa
+
+
 @pytest.mark.parametrize(("is_causal", "said", "hides"), [
     (None, None, False), (None, True, True), (True, None, True), (True, False, False), (False, None, False),
 ])  # fmt: skip
@@ -110,18 +118,21 @@ def test_no_mask_at_all_is_what_a_layer_says_or_what_its_models_were_written_for
         layer.is_causal = is_causal
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     for written_for_sdpa in (False, True):
-        monkeypatch.setattr(library, "is_for_sdpa", lambda name, found=written_for_sdpa: found)
+        monkeypatch.setattr(library, "file_is_for_sdpa", constant(written_for_sdpa))
         out, _ = attend(layer, q, k, v, None, is_causal=said)
         causal = hides or (is_causal is said is None and written_for_sdpa)
         want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         torch.testing.assert_close(out, want.transpose(1, 2))
+        compiled = torch.compile(lambda *x: attend(layer, *x, None, is_causal=said)[0], backend="eager", fullgraph=True)
+        torch._dynamo.reset()
+        torch.testing.assert_close(compiled(q, k, v), want.transpose(1, 2))
 
 
 @only_5
 def test_which_files_were_written_for_sdpa():
-    for name, is_for_sdpa in {"llama": True, "bert": True, "nllb_moe": False, "splinter": False}.items():
+    for name, file_is_for_sdpa in {"llama": True, "bert": True, "nllb_moe": False, "splinter": False}.items():
         file = f"transformers.models.{name}.modeling_{name}"
         __import__(file)
-        assert library.is_for_sdpa(file) is is_for_sdpa, name
-    assert library.is_config_for_sdpa(transformers.LlamaConfig())
-    assert not library.is_config_for_sdpa(object())
+        assert library.file_is_for_sdpa(file) is file_is_for_sdpa, name
+    assert library.models_are_for_sdpa(transformers.LlamaConfig())
+    assert not library.models_are_for_sdpa(object())

@@ -71,6 +71,8 @@ CHURNING = {
 def test_fault_76_a_plan_for_each_length_does_not_win_where_lengths_churn(case, clock, monkeypatch):
     """Where lengths are always new, what the first run of a length costs is part of a candidate's time."""
     add(monkeypatch, made_up("planner", planner(clock), lse=True))
+    if CHURNING[case].lse:
+        clock.costs["torch_flash"] = clock.costs["default"]  # what serves it untuned
     verdict = tuned(CHURNING[case], clock)
     trial = verdict.trial("planner")
     assert trial.outcome is Outcome.TOO_SLOW and "20 ms of it for a length that it has not run before" in trial.reason

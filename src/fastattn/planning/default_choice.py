@@ -49,7 +49,9 @@ def fallbacks(
     if why_not_default(p, device, settings, found, facts) is not None:
         first = []
     flash = [d for d in found if isinstance(d, Accepted) and d.kernel.name == "torch_flash"]
-    if device.type == "cpu" and p.torch_dtype.itemsize == 2:  # its log-sum-exp of half inputs is off by 2e-5 (torch 2.13)
+    if (
+        device.type == "cpu" and p.torch_dtype.itemsize == 2
+    ):  # its log-sum-exp of half inputs is off by 2e-5 (torch 2.13)
         flash = [d for d in flash if "fp32" in d.conversions]
     first = first or flash
     math = candidates.by_name("sdpa_math", found)

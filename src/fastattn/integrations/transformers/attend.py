@@ -96,7 +96,7 @@ def attend(
 def _is_causal(module: Any, said: bool | None) -> bool:
     """Whether a call without a mask is causal: by its argument, the layer, or else as in what its models were written for."""
     said = getattr(module, "is_causal", None) if said is None else said
-    return library.is_for_sdpa(type(module).__module__) if said is None else said
+    return library.file_is_for_sdpa(type(module).__module__) if said is None else said
 
 
 def _why_not(more: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ TRIANGLE = masks.Causal()
 def make_mask(given: dict[str, Any]) -> Tensor | None:
     """A mask as attention functions are given it: their dense one, which may be told; None where layers know what it means."""
     told = None if torch.compiler.is_exporting() else _read(given)
-    knows_none = guard_or_false(given["q_length"] == 1) or _is_config_for_sdpa(given.get("config"))
+    knows_none = guard_or_false(given["q_length"] == 1) or _models_are_for_sdpa(given.get("config"))
     if told is TRIANGLE and knows_none:
         return None
     dense = library.sdpa_mask(**given) if knows_none else library.dense_mask(given)
@@ -87,9 +87,9 @@ def _is_window(size: int, is_causal: bool) -> bool:
         return False
 
 
-def _is_config_for_sdpa(config: Any) -> bool:
-    return library.is_config_for_sdpa(config)
+def _models_are_for_sdpa(owner: Any) -> bool:
+    return library.models_are_for_sdpa(owner)
 
 
-for _constant in (_is_triangle, _is_window, _is_config_for_sdpa):
+for _constant in (_is_triangle, _is_window, _models_are_for_sdpa):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result

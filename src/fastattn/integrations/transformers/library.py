@@ -61,30 +61,34 @@ def eager_of(module: Any) -> Callable[..., Any] | None:
     return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
 
 
-def asks_the_interface(config: Any) -> bool:
+def asks_the_interface(owner: Any) -> bool:
     """Whether the models of a configuration look for their attention function where ours is registered.
 
     Those that do not compute attention themselves, eagerly, and want a mask that is added. True where it is not known.
     """
-    file = _models_file(config)
+    file = _models_file(owner)
     return file is None or hasattr(file, "ALL_ATTENTION_FUNCTIONS")
 
 
-def is_for_sdpa(name: str) -> bool:
+def file_is_for_sdpa(name: str) -> bool:
     """Whether all models of the file of that name were written for their sdpa too: a layer then knows what None means.
 
-    Else only their eager attention does, for which it means that nothing is hidden.
+    Else only their eager attention does, for which it means that nothing is hidden. True where there is no such file.
     """
-    models = [x for x in vars(sys.modules[name]).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
-    return all(getattr(model, "_supports_sdpa", True) for model in models if model.__module__ == name)
+    here = vars(sys.modules[name]).values() if name in sys.modules else ()
+    models = [x for x in here if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == name]
+    return all(getattr(model, "_supports_sdpa", True) for model in models)
 
 
-def is_config_for_sdpa(config: Any) -> bool:
-    """The same of a configuration's models; False where these are not known."""
-    file = _models_file(config)
-    return file is not None and is_for_sdpa(file.__name__)
+file_is_for_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
-def _models_file(config: Any) -> Any:
-    name = type(config).__module__
+def models_are_for_sdpa(owner: Any) -> bool:
+    """The same of the models of a configuration; False where these are not known."""
+    file = _models_file(owner)
+    return file is not None and file_is_for_sdpa(file.__name__)
+
+
+def _models_file(owner: Any) -> Any:
+    name = type(owner).__module__
     return sys.modules.get(name.replace(".configuration_", ".modeling_")) if ".configuration_" in name else None
