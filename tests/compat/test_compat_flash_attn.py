@@ -10,7 +10,7 @@ import torch
 
 import fastattn
 from fastattn.compat import flash_attn
-from fastattn.compat.bert_padding import index_first_axis, pad_input, unpad_input
+from fastattn.compat.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 
 SIGNATURES = Path(__file__).parents[1] / "support" / "signatures"
 SAME = {"atol": 1e-10, "rtol": 1e-8}
@@ -149,6 +149,22 @@ def test_padding_is_left_out_and_put_back():
     back = pad_input(tokens, indices, 2, 4)
     assert torch.equal(back, x * mask[..., None])
     assert torch.equal(torch.autograd.grad(back.sum(), x)[0], mask[..., None].expand(2, 4, 3).double())
+    assert torch.equal(index_put_first_axis(tokens, indices, 8).unflatten(0, (2, 4)), back)
+
+
+def test_single_queries_are_put_back_by_the_ends_of_sequences():
+    """What transformers does in decoding: indices are cu_seqlens without the last one, int32."""
+    ends = torch.arange(4, dtype=torch.int32)
+    x = draw(3, 2, 8)
+    assert torch.equal(pad_input(x, ends[:-1], 3, 1), x[:, None])
+
+
+def test_the_longest_lengths_may_be_tensors():
+    q, k, v = draw(5, 2, 8), draw(5, 2, 8, seed=1), draw(5, 2, 8, seed=2)
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    longest = (ends[1:] - ends[:-1]).max()
+    want = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, 3, 3, causal=True)
+    assert torch.equal(flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True), want)
 
 
 REFUSED = {

@@ -81,6 +81,26 @@ def test_block_diagonal_masks(corner):
     assert causal.corner == "top_left" and causal.make_causal_from_bottomright().corner == "bottom_right"
 
 
+def test_what_dinov2_asks_of_xformers():
+    """It makes a bias of lengths, writes the batch sizes into it, and gathers and adds by xFormers' functions."""
+    x = [draw(2, 3, 4), draw(1, 5, 4, seed=1)]
+    bias = xformers.BlockDiagonalMask.from_seqlens([3, 3, 5])
+    bias._batch_sizes = [2, 1]
+    packed = xformers.index_select_cat([one.flatten(1) for one in x], [torch.tensor([1]), torch.tensor([0])]).view(
+        1, -1, 4
+    )
+    assert torch.equal(packed, torch.cat([x[0][1], x[1][0]])[None])
+    assert [part.shape for part in bias.split(torch.cat([one.flatten(0, 1) for one in x])[None])] == [
+        (2, 3, 4),
+        (1, 5, 4),
+    ]
+    assert all(map(torch.equal, xformers.unbind(x[0], 1), x[0].unbind(1)))
+    more, scaling = draw(1, 3, 4, seed=2), draw(4, seed=3)
+    found = xformers.scaled_index_add(x[0], torch.tensor([1]), more, scaling=scaling, alpha=0.5)
+    assert torch.equal(found[0], x[0][0])
+    torch.testing.assert_close(found[1], x[0][1] + 0.5 * scaling * more[0])
+
+
 def test_tensors_of_three_and_five_dimensions_and_a_bias_that_is_added():
     q, k, v = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 7, 8, seed=2)
     bias = draw(2, 5, 7, seed=3)
@@ -167,6 +187,22 @@ def test_sageattn_is_exact():
     for bad, kind in (({"tensor_layout": "BHSD"}, ValueError), ({"is_casual": True}, TypeError)):
         with pytest.raises(kind, match=next(iter(bad))):
             sageattn(q, k, v, **bad)
+
+
+def test_sageattn_may_stand_in_the_place_of_f_sdpa(monkeypatch):
+    """As SageAttention's own README has it; its callers pass what F.sdpa takes."""
+    q, k, v = draw(2, 4, 5, 8), draw(2, 2, 5, 8, seed=1), draw(2, 2, 5, 8, seed=2)
+    mask = torch.tensor([True, True, False, True, True]).expand(5, 5)
+    stock = torch.nn.functional.scaled_dot_product_attention
+    calls = (
+        {"attn_mask": mask, "dropout_p": 0.0, "is_causal": False, "enable_gqa": True},
+        {"scale": 0.3, "enable_gqa": True},
+    )
+    wanted = [stock(q, k, v, **options) for options in calls]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", sageattn)
+        found = [torch.nn.functional.scaled_dot_product_attention(q, k, v, **options) for options in calls]
+    torch.testing.assert_close(found, wanted, **SAME)
 
 
 SIBLINGS = {

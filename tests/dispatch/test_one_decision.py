@@ -203,6 +203,30 @@ def test_what_a_tuning_found_wrong_is_no_last_resort():
     wrong = Trial("torch_flash", Outcome.INACCURATE, "forward error 3 budgets > 1")
     verdict = Verdict(p, "matmul", (wrong, Trial("matmul", time_us=1.0, forward=0.1)), incumbent="torch_flash")
     assert [c.name for c in fallback.last_resorts(asked, verdict)] == ["sdpa_math"]
+    copied = verdict._replace(
+        trials=(wrong._replace(candidate="torch_flash+contiguous"),), incumbent="torch_flash+contiguous"
+    )
+    copied = copied._replace(trials=(*copied.trials, *verdict.trials[1:]))
+    assert [c.name for c in fallback.last_resorts(asked, copied)] == ["sdpa_math"], "the same with copies"
+    capped = asked._replace(problem=problem(softcap=5.0))
+    last = Verdict(
+        capped.problem, "matmul", (wrong._replace(candidate="sdpa_math"), verdict.trials[1]), incumbent="sdpa_math"
+    )
+    assert [c.name for c in fallback.last_resorts(capped, last)] == ["sdpa_math"], "something always serves"
+
+
+def test_an_untuned_log_sum_exp_has_second_derivatives():
+    """sdpa_math has them, and served these before torch_flash did."""
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    with fastattn.options.scope(mode="cached"):
+        out, lse = attention(q, k, v, return_lse=True)
+        assert fastattn.explain(q, k, v, return_lse=True).served_by == "torch_flash"
+    found = []
+    weights = torch.softmax(q @ k.mT / 2, -1)
+    for result in (out.square().sum(), (weights @ v).square().sum()):
+        [first] = torch.autograd.grad(result, q, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (q, k, v)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
 # --- numbers that may change, choices that were of one scope

@@ -6,6 +6,7 @@ says who does.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from inspect import signature
@@ -21,6 +22,7 @@ from hf_models import ROWS, build, inputs, run
 
 import fastattn
 import fastattn.integrations.transformers  # noqa: F401  makes the name known
+from fastattn import masks
 from fastattn.integrations.transformers import ToldMask, library
 from fastattn.integrations.transformers.told_mask import Told
 
@@ -343,6 +345,18 @@ def test_what_chooses_keys_is_refused_in_words(name):
     ):
         call(**{name: torch.zeros(1)})
     call(**{name: None})
+
+
+def test_a_told_mask_is_copied_and_moved_as_it_is_and_cannot_be_written_into():
+    mask = ToldMask(Told((0, 6), masks.Causal("bottom_right")), 2, 5, 6, "cpu")
+    for other in (copy.deepcopy(mask), mask.detach(), mask.to("meta"), mask.to("cpu")):
+        assert isinstance(other, ToldMask) and other.told == mask.told and other.lengths == (5, 6)
+    plain = mask.clone()
+    assert not isinstance(plain, ToldMask) and torch.equal(plain, mask.dense())
+    plain[..., 0] = False
+    for write in (lambda: mask.fill_(False), lambda: mask.__setitem__((..., 0), False), lambda: mask.logical_not_()):
+        with pytest.raises(NotImplementedError, match="cannot be written into"):
+            write()
 
 
 def test_a_mask_for_another_number_of_queries_is_an_error():

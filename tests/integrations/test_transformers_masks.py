@@ -192,7 +192,7 @@ def test_a_function_that_means_something_else_today_is_dense(monkeypatch, caplog
 
 def test_one_query_is_a_run_of_keys():
     causal, window = theirs.causal_mask_function, theirs.sliding_window_causal_mask_function(WINDOW)
-    assert make_mask(**given(causal, 1, 17, 16)).told == ((0, 17), None)
+    assert make_mask(**given(causal, 1, 17, 16)) is None
     assert make_mask(**given(causal, 1, 24, 10)).told == ((0, 11), None)
     assert make_mask(**given(window, 1, 24, 10)).told == ((11 - WINDOW, 11), None)
     padded = make_mask(**given(causal, 1, 17, 16, padding=PADDINGS["left"](17)))

@@ -50,8 +50,12 @@ def flash_attn_varlen_func(
     softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """Attention of packed sequences, [tokens, heads, head_dim]; with return_attn_probs (out, softmax_lse, None)."""
+    """Attention of packed sequences, [tokens, heads, head_dim]; with return_attn_probs (out, softmax_lse, None).
+
+    max_seqlen_q, max_seqlen_k: numbers, or tensors without dimensions.
+    """
     _check_deterministic(q, deterministic)
+    longest_q, longest_k = (int(n) if isinstance(n, Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
     _refuse("flash_attn_varlen_func", alibi_slopes=alibi_slopes, block_table=block_table)
     window = _sides(window_size)
     if window is not None and not causal and not _are_same(cu_seqlens_q, cu_seqlens_k):
@@ -60,7 +64,7 @@ def flash_attn_varlen_func(
         )
     found = attention(
         q, k, v, masks.Causal("bottom_right") if causal else None, "thd", cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_kv=cu_seqlens_k, max_q_len=max_seqlen_q, max_kv_len=max_seqlen_k, window=window, scale=softmax_scale,
+        cu_seqlens_kv=cu_seqlens_k, max_q_len=longest_q, max_kv_len=longest_k, window=window, scale=softmax_scale,
         softcap=softcap, dropout_p=_rate(dropout_p, return_attn_probs), return_lse=return_attn_probs,
     )  # fmt: skip
     return (*found, None) if return_attn_probs else found

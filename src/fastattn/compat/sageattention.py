@@ -22,8 +22,16 @@ def sageattn(
     q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", is_causal: bool = False, sm_scale: float | None = None,
     return_lse: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
-    """Attention in layout "HND" [batch, heads, length, head_dim] or "NHD". Raises ValueError, TypeError for other arguments."""
-    return _attend("sageattn", q, k, v, None, tensor_layout, is_causal, sm_scale, return_lse, options)
+    """Attention in layout "HND" [batch, heads, length, head_dim] or "NHD". Raises ValueError, TypeError for other arguments.
+
+    The arguments of F.scaled_dot_product_attention are served too, as its callers have sageattn put in its place: attn_mask,
+    dropout_p, scale, enable_gqa. (The package takes these and drops them.)
+    """
+    mask, dropout_p = options.pop("attn_mask", None), options.pop("dropout_p", 0.0)
+    scale = options.pop("scale", None)
+    options.pop("enable_gqa", None)  # follows from the shapes
+    sm_scale = scale if sm_scale is None else sm_scale
+    return _attend("sageattn", q, k, v, mask, tensor_layout, is_causal, sm_scale, return_lse, options, dropout_p)
 
 
 def sageattn_qk_int8_pv_fp16_cuda(
@@ -89,12 +97,14 @@ def sageattn_varlen(
 
 def _attend(
     function: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tensor_layout: str, is_causal: bool,
-    sm_scale: float | None, return_lse: bool, options: dict[str, Any],
+    sm_scale: float | None, return_lse: bool, options: dict[str, Any], dropout_p: float = 0.0,
 ) -> Any:  # fmt: skip
     if tensor_layout not in LAYOUTS:
         raise ValueError(f"{function}: tensor_layout must be 'HND' or 'NHD', got {tensor_layout!r}")
     _check_options(function, options)
-    return attention(q, k, v, mask, LAYOUTS[tensor_layout], is_causal=is_causal, scale=sm_scale, return_lse=return_lse)
+    return attention(
+        q, k, v, mask, LAYOUTS[tensor_layout], is_causal=is_causal, scale=sm_scale, dropout_p=dropout_p, return_lse=return_lse
+    )  # fmt: skip
 
 
 def _check_options(function: str, options: dict[str, Any]) -> None:

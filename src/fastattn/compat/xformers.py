@@ -82,16 +82,16 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
         return pairs.triu(at - self.window_left).tril(at + self.window_right)
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockDiagonalMask(AttentionBias):
     """Packed sequences, side by side in a batch of one: q_seqlen and kv_seqlen are their lengths.
 
-    batch_sizes: of the tensors of from_tensor_list(), as which split() gives them back.
+    _batch_sizes: of the tensors of from_tensor_list(), as which split() gives them back. Users of xFormers write it themselves.
     """
 
     q_seqlen: tuple[int, ...]
     kv_seqlen: tuple[int, ...]
-    batch_sizes: tuple[int, ...] | None = None
+    _batch_sizes: Sequence[int] | None = None
     corner = ""
 
     @classmethod
@@ -108,16 +108,16 @@ class BlockDiagonalMask(AttentionBias):
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[BlockDiagonalMask, Tensor]:
         """(the bias, [1, tokens, ...]) of tensors [batch, length, ...]."""
         lengths = [x.shape[1] for x in tensors for _ in range(x.shape[0])]
-        bias = replace(cls.from_seqlens(lengths), batch_sizes=tuple(x.shape[0] for x in tensors))
+        bias = replace(cls.from_seqlens(lengths), _batch_sizes=tuple(x.shape[0] for x in tensors))
         return bias, torch.cat([x.flatten(0, 1) for x in tensors])[None]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[1, length, ...] of each sequence in [1, tokens, ...], or the tensors that from_tensor_list() was given."""
-        if self.batch_sizes is None:
+        if self._batch_sizes is None:
             return list(x.split(list(self.q_seqlen), 1))
-        lengths = [self.q_seqlen[end - 1] for end in accumulate(self.batch_sizes)]
-        parts = x.split([n * length for n, length in zip(self.batch_sizes, lengths, strict=True)], 1)
-        return [part[0].unflatten(0, (n, -1)) for part, n in zip(parts, self.batch_sizes, strict=True)]
+        lengths = [self.q_seqlen[end - 1] for end in accumulate(self._batch_sizes)]
+        parts = x.split([n * length for n, length in zip(self._batch_sizes, lengths, strict=True)], 1)
+        return [part[0].unflatten(0, (n, -1)) for part, n in zip(parts, self._batch_sizes, strict=True)]
 
     def _seen(self, pairs: Tensor) -> Tensor:
         if tuple(pairs.shape) != (sum(self.q_seqlen), sum(self.kv_seqlen)):
@@ -133,11 +133,11 @@ class BlockDiagonalMask(AttentionBias):
 
     def make_causal(self) -> BlockDiagonalCausalMask:
         """The same with a triangle at the top left of each sequence."""
-        return BlockDiagonalCausalMask(self.q_seqlen, self.kv_seqlen, self.batch_sizes)
+        return BlockDiagonalCausalMask(self.q_seqlen, self.kv_seqlen, self._batch_sizes)
 
     def make_causal_from_bottomright(self) -> BlockDiagonalCausalFromBottomRightMask:
         """The same with a triangle at the lower right of each sequence."""
-        return BlockDiagonalCausalFromBottomRightMask(self.q_seqlen, self.kv_seqlen, self.batch_sizes)
+        return BlockDiagonalCausalFromBottomRightMask(self.q_seqlen, self.kv_seqlen, self._batch_sizes)
 
 
 class BlockDiagonalCausalMask(BlockDiagonalMask):
@@ -150,6 +150,23 @@ class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
     """Packed sequences with a triangle at the lower right of each."""
 
     corner = "bottom_right"
+
+
+def unbind(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """x.unbind(dim)."""
+    return x.unbind(dim)
+
+
+def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """Rows of several [rows, n] tensors, one behind the other in one dimension."""
+    return torch.cat([x[at].flatten() for x, at in zip(sources, indices, strict=True)])
+
+
+def scaled_index_add(
+    input: Tensor, index: Tensor, source: Tensor, scaling: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """input [batch, length, width] with alpha * scaling * source added to the entries of the batch in index."""
+    return input.index_add(0, index, source if scaling is None else source * scaling, alpha=alpha)
 
 
 def memory_efficient_attention(

@@ -62,7 +62,6 @@ def _facts(x: Tensor, order: Any, wanted: Any, letters: Any) -> tuple[Any, ...] 
     """One tensor's, None where a size is another symbol, or a stride that says nothing for all lengths."""
     sizes, strides = [x.shape[i] for i in order], [x.stride(i) for i in order]
     shape: list[Any] = []
-    steps: list[Any] = []
     for i in range(len(sizes)):
         if letters[i] and guard_or_false(sizes[i] == wanted[i]):  # F.sdpa asks the same
             shape.append(letters[i])
@@ -70,16 +69,15 @@ def _facts(x: Tensor, order: Any, wanted: Any, letters: Any) -> tuple[Any, ...] 
             shape.append(as_constant(sizes[i]))
         else:
             return None
-    for i in range(len(strides)):
-        if has_static_value(strides[i]):
-            steps.append(as_constant(strides[i]))
-            continue
-        inner = [
-            j for j in range(len(strides)) if j != i and statically_known_true(strides[i] == sizes[j] * strides[j])
-        ]
-        if not inner:
-            return None
-        steps.append((inner[0],))
+    steps: list[Any] = [as_constant(n) if has_static_value(n) else None for n in strides]
+    for _ in strides:  # only by what is known already: with sizes of 1 two strides may be each other's
+        for i in range(len(strides)):
+            if steps[i] is None:
+                known = [j for j in range(len(strides)) if steps[j] is not None]
+                inner = [j for j in known if statically_known_true(strides[i] == sizes[j] * strides[j])]
+                steps[i] = (inner[0],) if inner else None
+    if None in steps:
+        return None
     return tuple(shape), tuple(steps), x.dtype, x.device, x.requires_grad
 
 

@@ -47,5 +47,5 @@ class Counts:
             candidate, why, saves_us = leads_to
             if since := n - self._hits_before.get(leads_to, 0):
                 (passed_on if why else served)[why or candidate] += since
-                saved_us += since * saves_us
+                saved_us += max(0, since) * saves_us
         return served, passed_on, saved_us

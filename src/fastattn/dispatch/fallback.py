@@ -117,9 +117,10 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
     incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
     is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
-    out = {verdict.incumbent} if is_wrong and verdict is not None else set[str]()
-    out |= {"default"} if _why_not_tied(asked) else set()
-    return [c for c in found if c.name not in out]
+    wrong = but_for_copies(verdict.incumbent) if is_wrong and verdict is not None else ""
+    is_tied = _why_not_tied(asked) is not None
+    left = [c for c in found if but_for_copies(c.name) != wrong and not (is_tied and c.kernel.name == "default")]
+    return left or found[-1:]
 
 
 def why_not_default(asked: Asked) -> str | None:

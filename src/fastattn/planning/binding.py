@@ -227,7 +227,8 @@ def _lacks_double_backward(candidate: Accepted, p: Problem, facts: CallFacts) ->
     kernel = candidate.kernel
     is_default = kernel.name == "default" and not facts.by_math  # on a view it may be a fused kernel
     is_able = kernel.twice_differentiable or is_default or "tiles" in candidate.conversions
-    return p.needs_grad and not is_able and not p.dropout and not is_fused(p, facts)
+    is_theirs_unable = is_fused(p, facts) and not p.lse  # which F.sdpa does not say
+    return p.needs_grad and not is_able and not p.dropout and not is_theirs_unable
 
 
 def _under_autocast(call: Call, p: Problem) -> Call:

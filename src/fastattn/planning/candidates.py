@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from fastattn.environment.device import Device
 from fastattn.environment.settings import Settings
 from fastattn.kernels import known_faults, registry
 from fastattn.kernels.kernel import Kernel
 from fastattn.kernels.libraries import availability
-from fastattn.kernels.limits import OF_LENGTH, Range, RefuseWhen
+from fastattn.kernels.limits import OF_LENGTH, Need, Range, RefuseWhen
 from fastattn.planning.conversions import BY_NAME, CONVERSIONS, as_applied
 from fastattn.planning.conversions.conversion import NO, OPTIONAL, REQUIRED
 from fastattn.planning.decision import Accepted, Decision, Rejected
@@ -150,14 +151,29 @@ def serves_kv_lens(chosen: Accepted, problem: Problem, device: Device, settings:
     version = availability.library_version(kernel.library) or ""
     if any(fault.may_hold_between(low, high, problem, device, version) for fault in faults):
         return False
-    # what a RefuseWhen reads nobody can see: it may be the length
-    asking = [need for need in kernel.needs if isinstance(need, RefuseWhen) or getattr(need, "field", "") in OF_LENGTH]
+    asking = [need for need in kernel.needs if _asks_length(need, problem, device)]
     walked = [need for need in asking if not (isinstance(need, Range) and need.holds_between("kv_len", low, high))]
     lengths = {low, high, *range(low, min(low + REMAINDERS, high))} if walked else ()
     at = [problem.replace(kv_len=length) for length in lengths]
     return not any(need.why_not(p, device) for p in at for need in walked)
 
 
+def _asks_length(need: Need, problem: Problem, device: Device) -> bool:
+    """Whether a limit reads what differs from one kv_len to the next."""
+    if not isinstance(need, RefuseWhen):
+        return getattr(need, "field", "") in OF_LENGTH
+    read: set[str] = set()
+
+    class Seen:
+        def __getattr__(self, name: str) -> Any:
+            read.add(name)
+            return getattr(problem, name)
+
+    need.test(Seen(), device)  # type: ignore[arg-type]
+    return not read <= _OF_NO_LENGTH
+
+
+_OF_NO_LENGTH = {*Problem._fields} - {"kv_len"}  # a property or a method may follow from the length
 REMAINDERS = 64  # limits that ask for a length's remainder ask for one of this or a part of it
 
 

@@ -57,7 +57,7 @@ def attend(
         causal = query.size(2) > 1 and _is_causal(module, is_causal)
     elif attention_mask.__class__ is ToldMask:
         kv_len = key.size(2)
-        if attention_mask.size(3) != kv_len or attention_mask.size(2) != query.size(2):
+        if attention_mask.lengths != (query.size(2), kv_len):
             attention_mask = attention_mask.dense()[..., :kv_len]
         else:
             (first, last), attention_mask = attention_mask.told

@@ -25,7 +25,7 @@ TRIANGLE = masks.Causal()
 def make_mask(given: dict[str, Any]) -> Tensor | None:
     """A mask as attention functions are given it: their dense one, which may be told; None where layers know what it means."""
     told = None if torch.compiler.is_exporting() else _read(given)
-    knows_none = guard_or_false(given["q_length"] == 1) or _models_are_for_sdpa(given.get("config"))
+    knows_none = guard_or_false(library.q_length(given) == 1) or _models_are_for_sdpa(given.get("config"))
     if told is TRIANGLE and knows_none:
         return None
     dense = library.sdpa_mask(**given) if knows_none else library.dense_mask(given)
@@ -48,7 +48,8 @@ def _read(given: dict[str, Any]) -> Mask | None:
     allow_is_bidirectional_skip say that nothing was laid over the plain mask, and local_size how far a token sees.
     """
     q_start, kv_start = given.get("q_offset", 0), given.get("kv_offset", 0)
-    if given.get("attention_mask") is not None or isinstance(q_start, Tensor) or isinstance(kv_start, Tensor):
+    has_tensors = any(isinstance(given.get(name), Tensor) for name in ("attention_mask", "cache_position"))
+    if has_tensors or isinstance(q_start, Tensor) or isinstance(kv_start, Tensor):
         return None
     q_len, kv_len = given["q_length"], given["kv_length"]
     if not (guard_or_false(q_len == kv_len) and guard_or_false(q_start == kv_start)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from fastattn.dispatch.session import session
@@ -40,6 +42,12 @@ def dense_mask(given: dict[str, Any]) -> Any:
     return sdpa_mask(**{**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
+def q_length(given: dict[str, Any]) -> int:
+    """How many queries a mask is for, which 4.57 says by their positions."""
+    at = given.get("cache_position")
+    return at.shape[0] if at is not None else given["q_length"]
+
+
 _said: set[str] = set()
 
 
@@ -70,12 +78,21 @@ def asks_the_interface(owner: Any) -> bool:
     return file is None or hasattr(file, "ALL_ATTENTION_FUNCTIONS")
 
 
+@cache
 def file_is_for_sdpa(name: str) -> bool:
     """Whether all models of the file of that name were written for their sdpa too: a layer then knows what None means.
 
-    Else only their eager attention does, for which it means that nothing is hidden. True where there is no such file.
+    Else only their eager attention does, for which it means that nothing is hidden. And not where a model asks for "sdpa" by
+    that name to find out what its masks are, as Gemma 4. True where there is no such file.
     """
-    here = vars(sys.modules[name]).values() if name in sys.modules else ()
+    if name not in sys.modules:
+        return True
+    try:
+        if '_attn_implementation == "sdpa"' in inspect.getsource(sys.modules[name]):
+            return False
+    except (OSError, TypeError):
+        pass  # no source lies here
+    here = vars(sys.modules[name]).values()
     models = [x for x in here if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == name]
     return all(getattr(model, "_supports_sdpa", True) for model in models)
 

@@ -17,10 +17,10 @@ from fastattn.problems.masks.combined import Union
 
 
 def make_mask(**given: Any) -> Tensor | None:
-    """A mask as attention functions are given it: a ToldMask, or their dense bool mask. Never None, as their sdpa's may be.
+    """A mask as attention functions are given it: a ToldMask, their dense bool mask, or None as for their sdpa.
 
-    What None means a layer knows by its `is_causal`, which is right only where a model was written for sdpa. Made once a call
-    of the model for each kind of layer, and shared by all of these.
+    What None means a layer knows by its `is_causal`, which is right only where its models were written for sdpa: others are
+    never given None. Made once a call of the model for each kind of layer, and shared by all of these.
     """
     if torch.compiler.is_dynamo_compiling():
         from fastattn.integrations.transformers import in_graph
@@ -41,24 +41,32 @@ def make_mask(**given: Any) -> Tensor | None:
         told = _told(given, n)
     except Unknown as why:
         return _theirs(given, why)
-    return ToldMask(told, n.batch, n.q_len, n.kv_len, _device(given))
+    return None if _may_be_none(told, n, given) else ToldMask(told, n.batch, n.q_len, n.kv_len, _device(given))
 
 
-def _theirs(given: dict[str, Any], why: Unknown) -> Tensor:
+def _may_be_none(told: Told, n: Lengths, given: dict[str, Any]) -> bool:
+    """Whether None says the same: torch's triangle where the caller speaks of a causal mask, all keys of a single query."""
+    skips_causal, skips_all = given.get("allow_is_causal_skip", True), given.get("allow_is_bidirectional_skip", False)
+    if told.keys != (0, n.kv_len):
+        return False
+    if told.mask is None and n.q_len == 1:
+        return skips_causal
+    is_said = skips_all and not skips_causal if told.mask is None else skips_causal and told.mask == masks.Causal()
+    return is_said and (told.mask is None or n.q_len == n.kv_len) and library.models_are_for_sdpa(given.get("config"))
+
+
+def _theirs(given: dict[str, Any], why: Unknown) -> Tensor | None:
     """Their dense mask; where their sdpa would do without one, what it would take None for."""
     dense = library.sdpa_mask(**given) if CAN_BE_MADE else library.dense_mask(given)
     if dense is not None:
         library.say(f"a dense mask is made: {why}")
         return dense
-    q_len, kv_len = _q_len(given), given["kv_length"]
+    if library.models_are_for_sdpa(given.get("config")):
+        return None
+    q_len, kv_len = library.q_length(given), given["kv_length"]
     is_triangle = given.get("allow_is_causal_skip", True) and q_len > 1
     told = Told((0, q_len), masks.Causal()) if is_triangle else Told((0, kv_len), None)
     return ToldMask(told, given["batch_size"], q_len, kv_len, _device(given))
-
-
-def _q_len(given: dict[str, Any]) -> int:
-    at = given.get("cache_position")
-    return at.shape[0] if at is not None else given["q_length"]
 
 
 def _device(given: dict[str, Any]) -> Any:
@@ -69,7 +77,7 @@ def _device(given: dict[str, Any]) -> Any:
 def _lengths(given: dict[str, Any]) -> Lengths:
     """The lengths, which 4.57 and 5.x say differently. Raises Unknown."""
     at = given.get("cache_position")
-    q_len, q_start = _q_len(given), at[:1] if at is not None else given.get("q_offset", 0)
+    q_len, q_start = library.q_length(given), at[:1] if at is not None else given.get("q_offset", 0)
     reads = torch.device(_device(given)).type == "cpu"
     if isinstance(q_start, Tensor):  # a cache of fixed length counts in a tensor
         if not (reads and type(q_start) is Tensor and q_start.device.type == "cpu"):

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastattn.environment import torch_private
 from fastattn.problems.masks import Mask
 
+READ_ONLY = "a ToldMask cannot be written into; its clone() is a plain tensor"
+
 
 class Told(NamedTuple):
     """Which keys are seen. keys: (first, last + 1) of those that some query may see; mask: of these, None where all are seen.
@@ -31,12 +33,15 @@ class ToldMask(Tensor):
     """A bool tensor [batch, 1, q_len, kv_len] of which nothing is stored but what was told."""
 
     told: Told
+    lengths: tuple[
+        int, int
+    ]  # (q_len, kv_len) once more: Dynamo reads attributes of a tensor it cannot trace, not its sizes
 
     @staticmethod
     def __new__(cls: Any, told: Told, batch: int, q_len: int, kv_len: int, device: Any) -> ToldMask:
         assert torch_private.wrapper_subclass is not None
         made = torch_private.wrapper_subclass(cls, (batch, 1, q_len, kv_len), dtype=torch.bool, device=device)
-        made.told = told
+        made.told, made.lengths = told, (q_len, kv_len)
         return made
 
     __torch_function__ = torch_private.no_torch_function  # operators come to __torch_dispatch__, attributes to nobody
@@ -51,6 +56,8 @@ class ToldMask(Tensor):
             torch.bool,
         ):  # layers on several devices
             return args[0]._on(kwargs.get("device") or args[0].device)
+        if func._schema.is_mutable:
+            raise NotImplementedError(READ_ONLY)
         return func(*as_plain(args), **as_plain(kwargs))
 
     def _on(self, device: Any) -> ToldMask:
@@ -69,6 +76,12 @@ class ToldMask(Tensor):
         dense = torch.zeros(batch, 1, q_len, kv_len, dtype=torch.bool, device=self.device)
         dense[..., first:last] = seen
         return dense
+
+    def __setitem__(self, at: Any, values: Any) -> None:
+        raise NotImplementedError(READ_ONLY)  # into a view it would be written, which is one of a copy
+
+    def __deepcopy__(self, memo: object) -> ToldMask:
+        return self._on(self.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"ToldMask({list(self.shape)}, keys {self.told.keys}, {self.told.mask!r})"
