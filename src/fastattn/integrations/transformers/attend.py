@@ -54,7 +54,11 @@ def attend(
         return _by_their_own(why, module, query, key, value, attention_mask, is_causal, {**given, **more})
     causal = False
     if attention_mask is None:
-        causal = query.size(2) > 1 and _is_causal(module, is_causal)
+        q_len = query.size(2)
+        causal = q_len > 1 and _is_causal(module, is_causal)
+        if causal and key.size(2) > q_len:  # a cache of fixed length that was empty
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
+            position_bias = None if position_bias is None else position_bias[..., :q_len]
     elif attention_mask.__class__ is ToldMask:
         kv_len = key.size(2)
         if attention_mask.lengths != (query.size(2), kv_len):

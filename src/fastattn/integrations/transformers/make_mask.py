@@ -51,8 +51,11 @@ def _may_be_none(told: Told, n: Lengths, given: dict[str, Any]) -> bool:
         return False
     if told.mask is None and n.q_len == 1:
         return skips_causal
-    is_said = skips_all and not skips_causal if told.mask is None else skips_causal and told.mask == masks.Causal()
-    return is_said and (told.mask is None or n.q_len == n.kv_len) and library.models_are_for_sdpa(given.get("config"))
+    if told.mask is None:
+        is_said = skips_all and not skips_causal
+    else:
+        is_said = skips_causal and told.mask == masks.Causal() and n.q_len == n.kv_len
+    return is_said and library.models_are_for_sdpa(given.get("config"))
 
 
 def _theirs(given: dict[str, Any], why: Unknown) -> Tensor | None:
