@@ -203,6 +203,8 @@ def test_sageattn_may_stand_in_the_place_of_f_sdpa(monkeypatch):
         patched.setattr(torch.nn.functional, "scaled_dot_product_attention", sageattn)
         found = [torch.nn.functional.scaled_dot_product_attention(q, k, v, **options) for options in calls]
     torch.testing.assert_close(found, wanted, **SAME)
+    with pytest.raises(TypeError, match="scale is F.sdpa's name of sm_scale"):
+        sageattn(q, k, v, sm_scale=0.3, scale=0.2)
 
 
 SIBLINGS = {

@@ -8,6 +8,7 @@ from fakes import FAST, Clock, add, honest, made_up, turn
 import fastattn
 from fastattn import attention
 from fastattn.dispatch.four_dims import OTHER_DIMS
+from fastattn.dispatch.session import session
 
 
 class Layer(torch.nn.Module):
@@ -64,6 +65,27 @@ def test_layers_that_are_alike_share_a_row(monkeypatch):
     text = str(found)
     assert "[0-3].attend" in text and "4.00x" in text
     assert text.endswith("4 of 5 calls were timed by their tunings: 16 ms by F.sdpa, 4 ms by what serves (4.00x)")
+
+
+def test_times_are_compared_with_what_would_serve_untuned(monkeypatch):
+    """F.sdpa says no log-sum-exp: what was gained was gained over another kernel, which is named."""
+    add(monkeypatch, made_up("a", honest, lse=True))
+    turn(monkeypatch, Clock({"torch_flash": 4e-3, "a": FAST}, other=5e-3))
+    assert "4 ms by torch_flash, 1 ms by what serves (4.00x)" in str(fastattn.report(model(long), X))
+
+
+def test_calls_that_an_integration_answers_itself_are_rows_too():
+    """As transformers' weights, which the model's own eager path gives."""
+
+    def own(q, k, v):
+        session.counts.pass_on("the weights are asked for")
+        return stock(q, k, v)
+
+    with fastattn.options.scope(mode="cached"):
+        found = fastattn.report(model(own, stock), X)
+    other = found.rows[-1]
+    assert (len(other.layers), other.served_by, other.why) == (1, "the model", "passed on: the weights are asked for")
+    assert [len(row.layers) for row in found.rows] == [2, 1] and "the model" in str(found)
 
 
 def test_it_leaves_everything_as_it_was():

@@ -203,6 +203,14 @@ def test_a_bias_that_does_not_fit_is_refused_in_words():
         fastattn.plan(q, k, v, masks.Bias(torch.zeros(96, 96)))
 
 
+def test_explain_says_the_callers_own_mask_beside_the_one_that_stands_for_its_like():
+    q = torch.randn(2, 4, 40, 16)
+    mask = masks.Causal() & masks.Padding([40, 27], "left")
+    text = str(fastattn.explain(q, q, q, mask))
+    assert f"mask     {mask}" in text and "a mask like Causal() & Padding(" in text.splitlines()[0]
+    assert "mask     " not in str(fastattn.explain(q, q, q, masks.Causal())), "the problem says all of it"
+
+
 def test_a_mask_for_other_tensors_is_refused_in_words():
     q, k, v = qkv(2, 2, 2, 96, 96, 16)
     for mask, text in (

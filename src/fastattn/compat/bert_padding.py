@@ -13,6 +13,7 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """[first_axis_dim, ...] with the values at these indices, and zeros elsewhere; with a gradient."""
+    # as long: of single queries callers make indices of cu_seqlens, which is int32
     return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices.long(), values)
 
 
@@ -33,6 +34,4 @@ def unpad_input(
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """[batch, seqlen, ...] of packed tokens; the padding is zero."""
-    out = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    # as long: of single queries callers make indices of cu_seqlens, which is int32
-    return out.index_copy(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))

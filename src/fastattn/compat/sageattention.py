@@ -30,6 +30,8 @@ def sageattn(
     mask, dropout_p = options.pop("attn_mask", None), options.pop("dropout_p", 0.0)
     scale = options.pop("scale", None)
     options.pop("enable_gqa", None)  # follows from the shapes
+    if scale is not None and sm_scale is not None:
+        raise TypeError(f"sageattn: scale is F.sdpa's name of sm_scale, give one of them; got {scale} and {sm_scale}")
     sm_scale = scale if sm_scale is None else sm_scale
     return _attend("sageattn", q, k, v, mask, tensor_layout, is_causal, sm_scale, return_lse, options, dropout_p)
 

@@ -115,9 +115,10 @@ def last_resorts(asked: Asked, verdict: Verdict | None = None) -> list[Accepted]
     if not found:
         why = "; ".join(f"{d.name}: {', '.join(d.reasons)}" for d in decisions if isinstance(d, Rejected))
         raise NoKernelError(f"no kernel can run {asked.problem}: {why}", decisions)
-    incumbent = verdict.trial(verdict.incumbent) if verdict is not None else None
-    is_wrong = incumbent is not None and not incumbent.is_timed and verdict is not None and verdict.ranked()
-    wrong = but_for_copies(verdict.incumbent) if is_wrong and verdict is not None else ""
+    wrong = ""
+    if verdict is not None and verdict.ranked():
+        incumbent = verdict.trial(verdict.incumbent)
+        wrong = but_for_copies(verdict.incumbent) if incumbent is not None and not incumbent.is_timed else ""
     is_tied = _why_not_tied(asked) is not None
     left = [c for c in found if but_for_copies(c.name) != wrong and not (is_tied and c.kernel.name == "default")]
     return left or found[-1:]

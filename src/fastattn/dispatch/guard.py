@@ -192,8 +192,9 @@ def hits_of(guard: Any) -> Iterator[tuple[LeadsTo, int]]:
     hits = _counted(guard.hits)
     if guard.otherwise is not None:
         leads_to, calls = guard.otherwise
-        yield leads_to, _counted(calls)
-        hits -= _counted(calls)
+        others = _counted(calls)
+        yield leads_to, others
+        hits -= others
     yield guard.leads_to, hits
 
 

@@ -100,6 +100,11 @@ def file_is_for_sdpa(name: str) -> bool:
 file_is_for_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
 
 
+def their_mask(given: dict[str, Any]) -> Any:
+    """Their dense mask, or None where their sdpa would do without and layers know what that means."""
+    return sdpa_mask(**given) if models_are_for_sdpa(given.get("config")) else dense_mask(given)
+
+
 def models_are_for_sdpa(owner: Any) -> bool:
     """The same of the models of a configuration; False where these are not known."""
     file = _models_file(owner)

@@ -27,7 +27,7 @@ def make_mask(**given: Any) -> Tensor | None:
 
         return in_graph.make_mask(given)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch_private.dispatch_modes():
-        return library.dense_mask(given)
+        return library.their_mask(given)
     owner = given.get("config")
     if owner is not None and not library.asks_the_interface(owner):
         library.say(
